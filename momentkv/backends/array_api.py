@@ -1,0 +1,87 @@
+"""The reference backend: attention primitives on any array-API namespace."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from momentkv._array import Array, array_namespace, device
+from momentkv.attention import AttentionState, logits, softmax_state
+
+__all__ = ["ArrayBackend"]
+
+
+class ArrayBackend:
+    """Attention primitives that a cache needs. Other backends subclass it and replace what they do better.
+
+    Attributes
+    ----------
+    name : str
+    query_block : int
+        Queries handled at once by the causal primitives, so that no ``n x n`` matrix is ever held.
+    """
+
+    name: ClassVar[str] = "array-api"
+    query_block: ClassVar[int] = 256
+
+    def attend(
+        self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None
+    ) -> tuple[AttentionState, Array]:
+        """Attention state and attention weights of a few queries over all tokens.
+
+        Parameters
+        ----------
+        q : array, shape (..., kv_head * group, q_len, d)
+        k, v : array, shape (..., kv_head, n, d) and (..., kv_head, n, dv)
+        scale : float
+        mask : bool array, optional
+            Broadcastable to ``(..., kv_head, group, q_len, n)``.
+
+        Returns
+        -------
+        state : AttentionState
+        weights : array, shape (..., kv_head, group, q_len, n)
+        """
+        return softmax_state(logits(q, k, scale=scale, mask=mask), v)
+
+    def attend_causal(
+        self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None
+    ) -> AttentionState:
+        """Attention state where the queries belong to the last ``q_len`` of the ``n`` tokens.
+
+        Query ``i`` sees the tokens up to its own, ``n - q_len + i``; ``valid`` (bool, ``(..., kv_head, n)``) hides more.
+        Memory: ``query_block * n`` logits a query head.
+        """
+        xp = array_namespace(q, k, v)
+        q_len = q.shape[-2]
+        blocks = []
+        for start in range(0, q_len, self.query_block):
+            stop = min(start + self.query_block, q_len)
+            visible = k.shape[-2] - q_len + stop
+            mask = causal_mask(k, q_len, start, stop, valid)
+            state, _ = self.attend(
+                q[..., start:stop, :], k[..., :visible, :], v[..., :visible, :], scale=scale, mask=mask
+            )
+            blocks.append(state)
+        if len(blocks) == 1:
+            return blocks[0]
+        return AttentionState(
+            xp.concat([block.out for block in blocks], axis=-2), xp.concat([block.lse for block in blocks], axis=-1)
+        )
+
+    def prefill(self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None) -> Array:
+        """Output of `attend_causal` alone, by the fastest way the library has."""
+        return self.attend_causal(q, k, v, scale=scale, valid=valid).out
+
+
+def causal_mask(k: Array, q_len: int, start: int, stop: int, valid: Array | None) -> Array:
+    """What queries ``start`` to ``stop`` (of the last ``q_len`` tokens) may see of the tokens up to their last.
+
+    Returns a bool array of shape ``(stop - start, visible)``, or ``(..., kv_head, 1, stop - start, visible)`` where
+    ``valid`` is given.
+    """
+    xp = array_namespace(k)
+    first = k.shape[-2] - q_len
+    tokens = xp.arange(first + stop, device=device(k))
+    queries = xp.arange(first + start, first + stop, device=device(k))
+    mask = tokens[None, :] <= queries[:, None]
+    return mask if valid is None else mask & valid[..., None, None, : first + stop]

@@ -1,0 +1,37 @@
+"""NumPy: the reference, with the softmax done in place."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from momentkv._array import Array
+from momentkv.attention import AttentionState, logits
+from momentkv.backends.array_api import ArrayBackend
+
+__all__ = ["NumpyBackend"]
+
+
+class NumpyBackend(ArrayBackend):
+    """The array-API backend without its temporaries: logits become weights where they lie."""
+
+    name: ClassVar[str] = "numpy"
+
+    def attend(
+        self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None
+    ) -> tuple[AttentionState, Array]:
+        weights = logits(q, k, scale=scale, mask=mask)
+        *batch, kv_heads, group, q_len, n = weights.shape
+        heads = (*batch, kv_heads * group, q_len)
+        v = v.astype(np.promote_types(weights.dtype, v.dtype), copy=False)
+        top = weights.max(axis=-1, keepdims=True, initial=-np.inf)
+        shift = np.where(np.isneginf(top), 0, top)
+        weights -= shift
+        np.exp(weights, out=weights)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights /= np.where(total > 0, total, 1)
+        out = np.matmul(weights.reshape(*batch, kv_heads, group * q_len, n), v)
+        with np.errstate(divide="ignore"):
+            lse = np.log(total) + shift
+        return AttentionState(out.reshape(*heads, v.shape[-1]), lse.reshape(heads)), weights

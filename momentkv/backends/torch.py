@@ -1,0 +1,69 @@
+"""PyTorch, on any device it knows: fused attention for prefill, few dispatches for decoding."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from momentkv._array import Array
+from momentkv.attention import AttentionState
+from momentkv.backends.array_api import ArrayBackend, causal_mask
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend(ArrayBackend):
+    """Plain torch operators. Logits, softmax sums and outputs are float32 (float64 for float64 inputs)."""
+
+    name: ClassVar[str] = "torch"
+    query_block: ClassVar[int] = 512
+
+    def attend(
+        self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None
+    ) -> tuple[AttentionState, Array]:
+        dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        *batch, kv_heads, n, d = k.shape
+        q_heads, q_len = q.shape[-3], q.shape[-2]
+        if n == 0:
+            return super().attend(q, k, v, scale=scale, mask=mask)
+        folded = (q * scale).reshape(*batch, kv_heads, -1, d)
+        logits = torch.matmul(folded, k.transpose(-1, -2))
+        if mask is not None:
+            logits = logits.reshape(*batch, kv_heads, -1, q_len, n).masked_fill(~mask, -torch.inf)
+            logits = logits.reshape(*batch, kv_heads, -1, n)
+        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        # A query that sees nothing has lse = -inf; shifting by 0 instead leaves all its weights at zero.
+        weights = torch.exp(logits - lse) if mask is None else torch.exp(logits - lse.nan_to_num(neginf=0.0))
+        out = torch.matmul(weights, v).reshape(*batch, q_heads, q_len, -1)
+        return (
+            AttentionState(out, lse.reshape(*batch, q_heads, q_len)),
+            weights.reshape(*batch, kv_heads, -1, q_len, n),
+        )
+
+    def prefill(self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None) -> Array:
+        q_len, n = q.shape[-2], k.shape[-2]
+        grouped = q.shape[-3] != k.shape[-3]
+        if valid is None and q_len == n:
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        blocks = []
+        for start in range(0, q_len, self.query_block):
+            stop = min(start + self.query_block, q_len)
+            visible = n - q_len + stop
+            mask = causal_mask(k, q_len, start, stop, valid)
+            if valid is not None:
+                mask = mask.expand(*k.shape[:-2], q.shape[-3] // k.shape[-3], stop - start, visible)
+                mask = mask.flatten(-4, -3)
+            block = scaled_dot_product_attention(
+                q[..., start:stop, :],
+                k[..., :visible, :],
+                v[..., :visible, :],
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+            # Kernels differ in what a query that sees nothing returns (NaN, zero, the mean value); here it is zero.
+            blocks.append(block if valid is None else block.masked_fill(~mask.any(-1, keepdim=True), 0.0))
+        return torch.cat(blocks, dim=-2)

@@ -1,0 +1,314 @@
+"""One layer's cache: append tokens, attend, evict, fold what was evicted into moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from momentkv._array import Array, accumulation_dtype, array_namespace, device, nbytes
+from momentkv.attention import check_keys, check_values, default_scale
+from momentkv.backends import ArrayBackend, get_backend
+from momentkv.backends.array_api import causal_mask
+from momentkv.correction import correct
+from momentkv.moments import Moments, check_broadcast, check_order
+from momentkv.policies import Policy, Tokens, check_budget, get_policy, retain
+
+__all__ = ["LayerCache"]
+
+
+class LayerCache:
+    """Keys and values of one attention layer within a budget, and the moments of what did not fit.
+
+    Parameters
+    ----------
+    budget : int
+        Tokens retained per KV head, sinks and window included.
+    policy : str or Policy
+        Who decides what to evict; see `momentkv.policies.POLICIES`.
+    order : {1, 0, None}
+        Order of the correction; None for plain eviction, which keeps no moments.
+    sinks : int
+        First tokens of every row, always retained.
+    window : int
+        Most recent tokens, always retained.
+    block : int
+        Tokens evicted at a time while decoding: eviction starts at ``budget + block`` stored tokens.
+    scale : float, optional
+        Factor on ``q . k``; ``1 / sqrt(d)`` by default.
+    backend : str or ArrayBackend, optional
+        By default the one of the arrays that arrive.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or ``budget < sinks + window + 1``.
+
+    Attributes
+    ----------
+    keys, values : array, shape (batch..., kv_head, n, d) and (batch..., kv_head, n, dv)
+        Stored tokens, in order of position; ``n < budget + block`` after every `step`.
+    positions : int32 array, shape (batch..., kv_head, n)
+        Place in the sequence, -1 for a slot that holds no token (padding).
+    moments : Moments
+        Of the tokens evicted so far; empty when ``order`` is None.
+    seen : int
+        Length of the sequence so far, padding and evicted tokens included.
+
+    Notes
+    -----
+    Eviction comes after attention, so that every evicted token precedes all later queries and no mask is needed for
+    the moments. Queries are always corrected by the moments of the tokens evicted in earlier steps.
+    A prefill of any length is attended exactly first; then it is cut to the budget.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> cache = LayerCache(budget=64, window=16)
+    >>> q, k, v = (rng.normal(size=(1, heads, 300, 8)) for heads in (4, 2, 2))
+    >>> out = cache.step(q, k, v)                                              # prefill
+    >>> out = cache.step(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])             # decode
+    >>> out.shape, cache.keys.shape, cache.moments.weight.tolist()
+    ((1, 4, 1, 8), (1, 2, 65, 8), [[236.0, 236.0]])
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        *,
+        policy: str | Policy = "momentkv",
+        order: int | None = 1,
+        sinks: int = 1,
+        window: int = 32,
+        block: int = 32,
+        scale: float | None = None,
+        backend: str | ArrayBackend | None = None,
+    ) -> None:
+        check_budget(budget, sinks, window)
+        if order is not None:
+            check_order(order)
+        if block < 1:
+            raise ValueError(f"block is {block}; evict at least one token at a time")
+        self.budget, self.sinks, self.window, self.block = budget, sinks, window, block
+        self.policy, self.order, self.scale = get_policy(policy), order, scale
+        self.backend = None if backend is None else get_backend(backend)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; settings stay."""
+        self.keys: Array = None
+        self.values: Array = None
+        self.positions: Array = None
+        self.score: Array = None
+        self.moments: Any = None
+        self.seen = 0
+        self.padded = False
+        self.has_evicted = False
+
+    def step(self, q: Array, k: Array, v: Array, *, valid: Array | None = None) -> Array:
+        """Append tokens, attend from their queries, then evict down to the budget if the block is full.
+
+        Parameters
+        ----------
+        q : array, shape (batch..., kv_head * group, m, d)
+        k, v : array, shape (batch..., kv_head, m, d) and (batch..., kv_head, m, dv)
+        valid : bool array, broadcastable to (batch..., kv_head, m), optional
+            False for padding, which is never attended to, retained or folded.
+
+        Returns
+        -------
+        array, shape (batch..., kv_head * group, m, dv)
+            In the dtype of ``q``.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit; the cache is then unchanged.
+        """
+        check_keys(q, k)
+        if q.shape[-2] != k.shape[-2]:
+            raise ValueError(f"q has {q.shape[-2]} tokens but k has {k.shape[-2]}; a step needs one query a token")
+        if valid is not None:
+            check_broadcast("valid", valid, k.shape[:-1])
+        self.append(k, v)
+        out = self.attend(q, valid=valid)
+        self.evict()
+        return out
+
+    def append(self, k: Array, v: Array) -> None:
+        """Store new tokens (first part of `step`)."""
+        check_values(k, v)
+        if k.shape[-2] == 0:
+            raise ValueError(f"k has shape {tuple(k.shape)}: no tokens to append")
+        xp = array_namespace(k, v)
+        new = xp.arange(self.seen, self.seen + k.shape[-2], dtype=xp.int32, device=device(k))
+        new = xp.broadcast_to(new, k.shape[:-1])
+        zeros = None
+        if self.policy.observes != 0:
+            zeros = xp.zeros(k.shape[:-1], dtype=accumulation_dtype(xp, k.dtype, v.dtype), device=device(k))
+        if self.keys is None:
+            self.keys, self.values, self.positions, self.score = k, v, new, zeros
+            self.moments = Moments.empty(k, v, order=self.order or 0)
+        else:
+            for name, old, fresh in (("k", self.keys, k), ("v", self.values, v)):
+                if old.shape[:-2] != fresh.shape[:-2] or old.shape[-1] != fresh.shape[-1]:
+                    raise ValueError(
+                        f"{name} has shape {tuple(fresh.shape)}, but the cache holds {tuple(old.shape)}; "
+                        "batch, KV heads and dimension must stay the same"
+                    )
+            self.keys = xp.concat([self.keys, k], axis=-2)
+            self.values = xp.concat([self.values, v], axis=-2)
+            self.positions = xp.concat([self.positions, new], axis=-1)
+            if zeros is not None:
+                self.score = xp.concat([self.score, zeros], axis=-1)
+        self.seen += k.shape[-2]
+
+    def attend(self, q: Array, *, valid: Array | None = None) -> Array:
+        """Attend from the queries of the tokens appended last, corrected by the moments (second part of `step`)."""
+        if self.keys is None:
+            raise ValueError("attend was called on an empty cache; append the keys and values of its queries first")
+        backend = self.backend or get_backend(q)
+        xp = array_namespace(q, self.keys)
+        q_len, n = q.shape[-2], self.keys.shape[-2]
+        if valid is not None:
+            self._mark_padding(valid, q_len)
+        seen_by_all = self.positions >= 0 if self.padded else None
+        scale = self.attention_scale
+        corrects = self.order is not None and self.has_evicted
+        if q_len == 1:
+            mask = None if seen_by_all is None else seen_by_all[..., None, None, :]
+            state, weights = backend.attend(q, self.keys, self.values, scale=scale, mask=mask)
+            out = state.out
+            if self.policy.observes != 0:
+                self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
+        elif corrects:
+            state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
+            out = state.out
+        else:
+            out = backend.prefill(q, self.keys, self.values, scale=scale, valid=seen_by_all)
+        if corrects:
+            out = correct(state, q, self.moments, order=self.order or 0, scale=scale).out
+        if q_len > 1 and self.policy.observes != 0:
+            self._observe(q, seen_by_all)
+        return xp.astype(out, q.dtype, copy=False)
+
+    def evict(self) -> None:
+        """Evict down to the budget where a row has filled its block, and fold in what goes (last part of `step`)."""
+        n = self.keys.shape[-2]
+        if n < self.budget + self.block:
+            return
+        xp = array_namespace(self.keys)
+        counts = xp.sum(xp.astype(self.positions >= 0, xp.int64), axis=-1)
+        # Each row by its own count, so that padding beside a longer row changes nothing.
+        limits = xp.where(counts >= self.budget + self.block, xp.minimum(counts, 0 * counts + self.budget), counts)
+        rounds = self.policy.rounds if self.order is not None and n - self.budget > self.block else 1
+        positions, moments = self.positions, self.moments
+        score = self.score
+        if score is None:
+            score = xp.zeros(positions.shape, dtype=moments.weight.dtype, device=device(positions))
+        for done in range(1, rounds + 1):
+            tokens = Tokens(self.keys, self.values, positions, score, moments, self.attention_scale)
+            selection = retain(
+                self.policy.importance(tokens),
+                positions,
+                budget=limits if done == rounds else between(counts, limits, done / rounds),
+                sinks=self.sinks,
+                window=self.window,
+                seen=self.seen,
+            )
+            if self.order is not None:
+                moments = moments.update(self.keys, self.values, mask=selection.evicted)
+            positions = xp.where(selection.evicted, xp.full_like(positions, -1), positions)
+        indices, filled = selection.indices, selection.filled
+        kept = xp.take_along_axis(positions, indices, axis=-1)
+        if self.score is not None:
+            carried = xp.take_along_axis(score, indices, axis=-1)
+            self.score = carried if self.policy.accumulates else xp.zeros_like(carried)
+        self.has_evicted = self.has_evicted or bool(xp.any(limits < counts))
+        self.padded = self.padded and not bool(xp.all(filled))
+        self.positions = xp.where(filled, kept, xp.full_like(kept, -1))
+        self.keys = xp.take_along_axis(self.keys, indices[..., None], axis=-2)
+        self.values = xp.take_along_axis(self.values, indices[..., None], axis=-2)
+        self.moments = moments
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on ``q . k``."""
+        return default_scale(self.keys.shape[-1]) if self.scale is None else self.scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored now: keys, values, positions, scores and moments."""
+        arrays = self.arrays()
+        if self.order is None:
+            arrays = {name: x for name, x in arrays.items() if not name.startswith("moments.")}
+        return sum(nbytes(x) for x in arrays.values())
+
+    def arrays(self) -> dict[str, Array]:
+        """Every array of the state, by name (those of the moments as ``moments.weight`` and so on)."""
+        if self.keys is None:
+            return {}
+        own = {name: getattr(self, name) for name in ("keys", "values", "positions", "score")}
+        own |= {f"moments.{name}": x for name, x in self.moments.arrays().items()}
+        return {name: x for name, x in own.items() if x is not None}
+
+    def map(self, function: Callable[[Array], Array]) -> None:
+        """Apply a function to every array of the state: to select, repeat or reorder rows, or to move devices."""
+        if self.keys is None:
+            return
+        changed = {name: function(x) for name, x in self.arrays().items() if not name.startswith("moments.")}
+        moments = self.moments.map(function)
+        for name, x in changed.items():
+            setattr(self, name, x)
+        self.moments = moments
+
+    def _mark_padding(self, valid: Array, q_len: int) -> None:
+        """Empty the slots of padding among the newest tokens."""
+        xp = array_namespace(self.positions, valid)
+        newest = self.positions[..., -q_len:]
+        check_broadcast("valid", valid, newest.shape)
+        newest = xp.where(valid, newest, xp.full_like(newest, -1))
+        self.padded = self.padded or not bool(xp.all(valid))
+        self.positions = xp.concat([self.positions[..., :-q_len], newest], axis=-1)
+
+    def _observe(self, q: Array, visible_to_all: Array | None) -> None:
+        """Show the policy the attention of the last queries of a forward pass, in blocks."""
+        xp = array_namespace(q, self.score)
+        backend = self.backend or get_backend(q)
+        observes, q_len, n = self.policy.observes, q.shape[-2], self.keys.shape[-2]
+        count = q_len if observes is None else min(q_len, observes)
+        score = self.score
+        if observes is not None and q_len >= observes and not self.policy.accumulates:
+            score = xp.zeros_like(score)  # a whole observation window: what came before no longer counts
+        for start in range(q_len - count, q_len, backend.query_block):
+            stop = min(start + backend.query_block, q_len)
+            visible = n - q_len + stop
+            mask = causal_mask(self.keys, q_len, start, stop, visible_to_all)
+            _, weights = backend.attend(
+                q[..., start:stop, :],
+                self.keys[..., :visible, :],
+                self.values[..., :visible, :],
+                scale=self.attention_scale,
+                mask=mask,
+            )
+            weights = self._of_real_queries(weights, n - q_len + start, visible)
+            observed = self.policy.observe(score[..., :visible], weights)
+            score = xp.concat([observed, score[..., visible:]], axis=-1)
+        self.score = score
+
+    def _of_real_queries(self, weights: Array, start: int, stop: int) -> Array:
+        """Attention weights with those of padding queries (slots ``start`` to ``stop``) set to zero."""
+        if not self.padded:
+            return weights
+        xp = array_namespace(weights)
+        real = self.positions[..., start:stop] >= 0
+        return xp.where(real[..., None, :, None], weights, xp.zeros_like(weights))
+
+
+def between(counts: Array, limits: Array, share: float) -> Array:
+    """Retained counts on the way from ``counts`` (share 0) to ``limits`` (share 1), falling geometrically."""
+    xp = array_namespace(counts, limits)
+    start, end = (xp.log(xp.astype(xp.maximum(x, xp.ones_like(x)), xp.float32)) for x in (counts, limits))
+    step = xp.astype(xp.floor(xp.exp(start + share * (end - start))), counts.dtype)
+    return xp.minimum(counts, xp.maximum(step, limits))

@@ -1,0 +1,56 @@
+"""Eviction policies: importance of each retained token, and the choice of what to retain."""
+
+from __future__ import annotations
+
+from momentkv.policies.base import Policy, Tokens
+from momentkv.policies.h2o import H2O
+from momentkv.policies.keydiff import KeyDiff
+from momentkv.policies.knorm import Knorm
+from momentkv.policies.momentkv import MomentKV
+from momentkv.policies.random import Random
+from momentkv.policies.select import Selection, check_budget, retain
+from momentkv.policies.snapkv import SnapKV
+from momentkv.policies.streaming import Streaming
+from momentkv.policies.tova import TOVA
+
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "TOVA",
+    "KeyDiff",
+    "Knorm",
+    "MomentKV",
+    "Policy",
+    "Random",
+    "Selection",
+    "SnapKV",
+    "Streaming",
+    "Tokens",
+    "check_budget",
+    "get_policy",
+    "retain",
+]
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Streaming, H2O, TOVA, SnapKV, KeyDiff, Knorm, Random, MomentKV)
+}
+
+
+def get_policy(policy: str | Policy) -> Policy:
+    """A policy by its name, or the given one.
+
+    Raises
+    ------
+    ValueError
+        If no policy has that name.
+
+    Examples
+    --------
+    >>> get_policy("snapkv")
+    SnapKV(observes=32, kernel=5)
+    """
+    if isinstance(policy, Policy):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(f"policy is {policy!r}; use one of {', '.join(sorted(POLICIES))}, or a Policy object")
+    return POLICIES[policy]()

@@ -1,0 +1,85 @@
+"""The contract of an eviction policy: what it is shown, and the importance it gives back."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from momentkv._array import Array, array_namespace
+from momentkv.moments import Moments
+
+__all__ = ["Policy", "Tokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens of one layer that an eviction chooses from, in order of position.
+
+    Attributes
+    ----------
+    keys : array, shape (..., kv_head, n, d)
+    values : array, shape (..., kv_head, n, dv)
+    positions : int array, shape (..., kv_head, n)
+        Place of each token in the sequence; negative for a slot that holds none (padding).
+    score : array, shape (..., kv_head, n)
+        What `Policy.observe` made of the attention that each token received.
+    moments : Moments
+        Of the tokens evicted so far.
+    scale : float
+        Factor on ``q . k``.
+    """
+
+    keys: Array
+    values: Array
+    positions: Array
+    score: Array
+    moments: Moments
+    scale: float
+
+
+class Policy(abc.ABC):
+    """Ranks retained tokens; the lowest are evicted first. Subclass it to write your own.
+
+    Attributes say what a policy needs, so that nothing is computed or stored in vain.
+
+    Attributes
+    ----------
+    name : str
+        The name it is chosen by.
+    observes : int or None
+        How many of the last queries of a forward pass it wants to see the attention of (the observation window at
+        prefill); 0 for none, None for all of them (computed block by block). While decoding, every query is seen.
+    accumulates : bool
+        Whether a token's score survives an eviction (True) or starts afresh (False), so that it covers the queries
+        since the last eviction.
+    rounds : int
+        In how many rounds a long eviction is done. Each round sees the moments of the rounds before.
+    """
+
+    name: ClassVar[str] = ""
+    observes: int | None = 0
+    accumulates: ClassVar[bool] = False
+    rounds: int = 1
+
+    def observe(self, score: Array, attention: Array) -> Array:
+        """Fold newly observed attention into the score of each token.
+
+        Parameters
+        ----------
+        score : array, shape (..., kv_head, n)
+            So far; zero for new tokens.
+        attention : array, shape (..., kv_head, group, q_len, n)
+            Softmax weights that the queries gave the tokens.
+
+        Returns
+        -------
+        array, shape (..., kv_head, n)
+            By default the sum over queries, averaged over the group.
+        """
+        xp = array_namespace(score, attention)
+        return score + xp.mean(xp.sum(attention, axis=-2), axis=-2)
+
+    @abc.abstractmethod
+    def importance(self, tokens: Tokens) -> Array:
+        """Rank tokens: shape (..., kv_head, n), the lowest is evicted first. Sinks and window need no care here."""

@@ -1,0 +1,91 @@
+"""From importances to retained tokens: the one place that knows budget, sinks and window."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from momentkv._array import Array, array_namespace, device
+
+__all__ = ["Selection", "check_budget", "retain"]
+
+
+class Selection(NamedTuple):
+    """Which tokens stay.
+
+    Attributes
+    ----------
+    indices : int array, shape (..., kv_head, width)
+        Slots to keep, rising; ``width`` is the largest number kept by any head.
+    filled : bool array, shape (..., kv_head, width)
+        False where a head keeps fewer than ``width`` (its index then repeats a slot and means nothing).
+    evicted : bool array, shape (..., kv_head, n)
+        True for tokens that go. Empty slots are neither retained nor evicted.
+    """
+
+    indices: Array
+    filled: Array
+    evicted: Array
+
+
+def retain(
+    importance: Array, positions: Array, *, budget: int | Array, sinks: int, window: int, seen: int
+) -> Selection:
+    """Choose the tokens to retain.
+
+    Always the first ``sinks`` tokens of each row and those in the last ``window`` positions; then the most important,
+    earlier ones first among equals; never an empty slot.
+
+    Parameters
+    ----------
+    importance : array, shape (..., kv_head, n)
+    positions : int array, shape (..., kv_head, n)
+        Rising along the last axis where not negative; negative for an empty slot.
+    budget : int, or int array broadcastable to (..., kv_head)
+        Tokens to retain, sinks and window included. A head with fewer tokens keeps them all.
+    sinks, window : int
+    seen : int
+        Length of the sequence so far: the window is ``positions >= seen - window``.
+
+    Returns
+    -------
+    Selection
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> chosen = retain(np.array([[0.0, 1.0, 9.0, 2.0, 0.0]]), np.array([[0, 1, 2, 3, 4]]),
+    ...                 budget=3, sinks=1, window=1, seen=5)
+    >>> chosen.indices.tolist(), chosen.evicted.tolist()
+    ([[0, 2, 4]], [[False, True, False, True, False]])
+    """
+    xp = array_namespace(importance, positions)
+    valid = positions >= 0
+    n = positions.shape[-1]
+    order = xp.cumulative_sum(xp.astype(valid, xp.int64), axis=-1)
+    protected = valid & ((order <= sinks) | (positions >= seen - window))
+    infinity = xp.full_like(importance, math.inf)
+    importance = xp.where(protected, infinity, xp.where(valid, importance, -infinity))
+    # rank[j]: how many tokens go before j; stable, so equal importances fall to the earlier token.
+    rank = xp.argsort(xp.argsort(importance, axis=-1, descending=True, stable=True), axis=-1, stable=True)
+    limit = budget if isinstance(budget, int) else xp.astype(budget, rank.dtype)[..., None]
+    retained = valid & (rank < limit)
+    counts = xp.sum(xp.astype(retained, xp.int64), axis=-1)
+    width = int(xp.max(counts)) if n else 0
+    slots = xp.arange(n, dtype=rank.dtype, device=device(rank))
+    # Retained slots first, in order; the others follow and are cut off or marked unfilled.
+    indices = xp.argsort(xp.where(retained, slots, slots + n), axis=-1, stable=True)[..., :width]
+    filled = xp.arange(width, dtype=xp.int64, device=device(counts)) < counts[..., None]
+    return Selection(indices, filled, valid & ~retained)
+
+
+def check_budget(budget: int, sinks: int, window: int) -> None:
+    """Raise unless a budget leaves room for at least one token beside sinks and window."""
+    for name, value in (("sinks", sinks), ("window", window)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it cannot be negative")
+    if budget < sinks + window + 1:
+        raise ValueError(
+            f"budget is {budget}, but sinks ({sinks}) and window ({window}) are always retained and one more token "
+            f"must fit; use budget >= {sinks + window + 1}, or fewer sinks or a shorter window"
+        )

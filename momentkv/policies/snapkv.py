@@ -1,0 +1,72 @@
+"""Keep the tokens that the observation window attends to, with their neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from momentkv._array import Array, array_namespace
+from momentkv.policies.base import Policy, Tokens
+
+__all__ = ["SnapKV", "pool_neighbours"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapKV(Policy):
+    """Attention of the observation window, averaged over neighbouring positions.
+
+    ``importance_j = (1 / kernel) sum over |i - j| <= kernel // 2 of sum over the window's queries of p_i``, averaged
+    over the group. Needs the attention of the last ``observes`` queries; while decoding, of the queries since the
+    last eviction.
+
+    Parameters
+    ----------
+    kernel : int
+        Odd width of the average over positions; 1 for none.
+    observes : int
+        Length of the observation window in queries.
+
+    Source: SnapKV (arXiv 2404.14469), which compresses once, after prefill, with average or max pooling.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    observes: int | None = 32
+    kernel: int = 5
+
+    def __post_init__(self) -> None:
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}; use an odd width of at least 1")
+
+    def importance(self, tokens: Tokens) -> Array:
+        return pool_neighbours(tokens.score, tokens.positions, self.kernel)
+
+
+def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:
+    """Average scores over ``kernel`` neighbouring positions; a position that is not retained counts as zero.
+
+    Parameters
+    ----------
+    score, positions : array, shape (..., n)
+        ``positions`` rises along the last axis, negative where a slot is empty.
+    kernel : int
+        Odd width.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pool_neighbours(np.array([3.0, 6.0, 9.0]), np.array([0, 1, 7]), 3).tolist()
+    [3.0, 3.0, 3.0]
+    """
+    xp = array_namespace(score, positions)
+    valid = positions >= 0
+    zero = xp.zeros_like(score)
+    score = xp.where(valid, score, zero)
+    pooled = score
+    half, n = kernel // 2, score.shape[-1]
+    for offset in range(1, min(half, n - 1) + 1):
+        near = valid[..., offset:] & valid[..., :-offset] & (positions[..., offset:] - positions[..., :-offset] <= half)
+        edge = zero[..., :offset]
+        earlier = xp.where(near, score[..., :-offset], zero[..., offset:])
+        later = xp.where(near, score[..., offset:], zero[..., offset:])
+        pooled = pooled + xp.concat([edge, earlier], axis=-1) + xp.concat([later, edge], axis=-1)
+    return pooled / kernel
