@@ -82,7 +82,7 @@ def logits(q: Array, k: Array, *, scale: float | None = None, mask: Array | None
     xp = array_namespace(q, k)
     check_keys(q, k)
     q, k = accumulate(xp, q, k)
-    *batch, kv_heads, n, d = k.shape
+    kv_heads, n, d = k.shape[-3:]
     q_heads, q_len = q.shape[-3], q.shape[-2]
     scale = default_scale(d) if scale is None else scale
     products = xp.matmul(group_queries(q, kv_heads) * scale, xp.matrix_transpose(k))

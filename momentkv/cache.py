@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -131,10 +130,23 @@ class LayerCache:
             raise ValueError(f"q has {q.shape[-2]} tokens but k has {k.shape[-2]}; a step needs one query a token")
         if valid is not None:
             check_broadcast("valid", valid, k.shape[:-1])
-        self.append(k, v)
-        out = self.attend(q, valid=valid)
-        self.evict()
+        before = self.snapshot()
+        try:
+            self.append(k, v)
+            out = self.attend(q, valid=valid)
+            self.evict()
+        except BaseException:
+            self.restore(before)
+            raise
         return out
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole state, to go back to with `restore`. Nothing is copied: no array is ever changed in place."""
+        return dict(self.__dict__)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state that `snapshot` gave."""
+        self.__dict__.update(state)
 
     def append(self, k: Array, v: Array) -> None:
         """Store new tokens (first part of `step`)."""
@@ -189,9 +201,40 @@ class LayerCache:
             out = backend.prefill(q, self.keys, self.values, scale=scale, valid=seen_by_all)
         if corrects:
             out = correct(state, q, self.moments, order=self.order or 0, scale=scale).out
-        if q_len > 1 and self.policy.observes != 0:
-            self._observe(q, seen_by_all)
+        if q_len > 1:
+            self.observe(q)
         return xp.astype(out, q.dtype, copy=False)
+
+    def observe(self, q: Array) -> None:
+        """Show the policy the attention of the queries ``q`` of the newest tokens, or of as many of them as it wants.
+
+        `attend` does so itself; call it on its own to replay an eviction from stored keys, values and queries.
+        """
+        if self.policy.observes == 0:
+            return
+        xp = array_namespace(q, self.score)
+        visible_to_all = self.positions >= 0 if self.padded else None
+        backend = self.backend or get_backend(q)
+        observes, q_len, n = self.policy.observes, q.shape[-2], self.keys.shape[-2]
+        count = q_len if observes is None else min(q_len, observes)
+        score = self.score
+        if observes is not None and q_len >= observes and not self.policy.accumulates:
+            score = xp.zeros_like(score)  # a whole observation window: what came before no longer counts
+        for start in range(q_len - count, q_len, backend.query_block):
+            stop = min(start + backend.query_block, q_len)
+            visible = n - q_len + stop
+            mask = causal_mask(self.keys, q_len, start, stop, visible_to_all)
+            _, weights = backend.attend(
+                q[..., start:stop, :],
+                self.keys[..., :visible, :],
+                self.values[..., :visible, :],
+                scale=self.attention_scale,
+                mask=mask,
+            )
+            weights = self._of_real_queries(weights, n - q_len + start, visible)
+            observed = self.policy.observe(score[..., :visible], weights)
+            score = xp.concat([observed, score[..., visible:]], axis=-1)
+        self.score = score
 
     def evict(self) -> None:
         """Evict down to the budget where a row has filled its block, and fold in what goes (last part of `step`)."""
@@ -271,31 +314,6 @@ class LayerCache:
         newest = xp.where(valid, newest, xp.full_like(newest, -1))
         self.padded = self.padded or not bool(xp.all(valid))
         self.positions = xp.concat([self.positions[..., :-q_len], newest], axis=-1)
-
-    def _observe(self, q: Array, visible_to_all: Array | None) -> None:
-        """Show the policy the attention of the last queries of a forward pass, in blocks."""
-        xp = array_namespace(q, self.score)
-        backend = self.backend or get_backend(q)
-        observes, q_len, n = self.policy.observes, q.shape[-2], self.keys.shape[-2]
-        count = q_len if observes is None else min(q_len, observes)
-        score = self.score
-        if observes is not None and q_len >= observes and not self.policy.accumulates:
-            score = xp.zeros_like(score)  # a whole observation window: what came before no longer counts
-        for start in range(q_len - count, q_len, backend.query_block):
-            stop = min(start + backend.query_block, q_len)
-            visible = n - q_len + stop
-            mask = causal_mask(self.keys, q_len, start, stop, visible_to_all)
-            _, weights = backend.attend(
-                q[..., start:stop, :],
-                self.keys[..., :visible, :],
-                self.values[..., :visible, :],
-                scale=self.attention_scale,
-                mask=mask,
-            )
-            weights = self._of_real_queries(weights, n - q_len + start, visible)
-            observed = self.policy.observe(score[..., :visible], weights)
-            score = xp.concat([observed, score[..., visible:]], axis=-1)
-        self.score = score
 
     def _of_real_queries(self, weights: Array, start: int, stop: int) -> Array:
         """Attention weights with those of padding queries (slots ``start`` to ``stop``) set to zero."""

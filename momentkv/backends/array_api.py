@@ -48,7 +48,7 @@ class ArrayBackend:
     ) -> AttentionState:
         """Attention state where the queries belong to the last ``q_len`` of the ``n`` tokens.
 
-        Query ``i`` sees the tokens up to its own, ``n - q_len + i``; ``valid`` (bool, ``(..., kv_head, n)``) hides more.
+        Query ``i`` sees the tokens up to its own, ``n - q_len + i``; ``valid``, bool ``(..., kv_head, n)``, hides more.
         Memory: ``query_block * n`` logits a query head.
         """
         xp = array_namespace(q, k, v)

@@ -1,0 +1,58 @@
+"""What `momentkv.hf` refuses: models and arguments that it would otherwise get silently wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["NAME", "check_implementation", "refuse_architecture", "refuse_arguments"]
+
+NAME = "momentkv"
+
+# Arguments that change what attention computes, each of which some architecture passes.
+UNSUPPORTED_ARGUMENTS = {
+    "softcap": "soft-capped logits (Gemma 2)",
+    "s_aux": "attention sinks as parameters (gpt-oss)",
+    "position_bias": "a position bias added to the logits",
+}
+
+
+def check_implementation(config: Any) -> None:
+    """Raise unless the model computes attention through momentkv."""
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"the model's attn_implementation is {config._attn_implementation!r}, which would ignore the moments; "
+            f'call model.set_attn_implementation("{NAME}"), or load it with attn_implementation="{NAME}"'
+        )
+
+
+def refuse_architecture(config: Any) -> None:
+    """Raise for an architecture whose attention momentkv would get wrong."""
+    reasons = {
+        "it is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
+        "it soft-caps its logits (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
+        "it uses multi-head latent attention (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
+        "it has attention sinks as parameters": config.model_type == "gpt_oss",
+        "its layers share caches (num_kv_shared_layers)": getattr(config, "num_kv_shared_layers", None),
+        "it is not causal (is_causal)": not getattr(config, "is_causal", True),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(
+                f"model type {config.model_type!r} is not supported: {reason}; use a DynamicCache for this model"
+            )
+
+
+def refuse_arguments(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of a forward pass that momentkv would have to ignore."""
+    for name, meaning in UNSUPPORTED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} was passed to attention: {meaning} is not supported by MomentCache")
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions=True: the weights of evicted tokens are not known; leave it off")
+    if dropout:
+        raise ValueError(f"dropout is {dropout}: MomentCache is for inference; call model.eval()")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has {attention_mask.dim()} dimensions; MomentCache supports causal attention with "
+            "padding, given as a mask of shape (batch, tokens seen)"
+        )

@@ -1,0 +1,378 @@
+"""Hugging Face transformers: a cache for ``generate``, and the attention and mask functions it works through.
+
+Importing this module registers the attention implementation ``"momentkv"``. Nothing of transformers is patched:
+
+>>> import momentkv.hf                                                               # doctest: +SKIP
+>>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="momentkv")  # doctest: +SKIP
+>>> cache = momentkv.hf.MomentCache(model, budget=512)                               # doctest: +SKIP
+>>> model.generate(**inputs, past_key_values=cache)                                  # doctest: +SKIP
+
+The cache does not reach an attention function, so the keys that `MomentCache.update` returns carry a link to their
+layer, and `momentkv_attention` follows it. Keys without the link (another cache, sliding-window layers) go to SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from momentkv._hf_checks import NAME, check_implementation, refuse_architecture, refuse_arguments
+from momentkv.backends import ArrayBackend
+from momentkv.cache import LayerCache
+from momentkv.policies import Policy
+
+__all__ = ["NAME", "MomentCache", "MomentLayer", "momentkv_attention", "momentkv_mask"]
+
+LINK = "_momentkv"
+SLIDING_TYPES = ("sliding_attention", "chunked_attention")
+
+
+class MomentLayer(CacheLayerMixin):
+    """One full-attention layer of a `MomentCache`: a `LayerCache` behind the interface of transformers.
+
+    Parameters
+    ----------
+    core : LayerCache
+        Its keys and values have shape ``(batch, kv_head, n, d)``.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, core: LayerCache) -> None:
+        # CacheLayerMixin.__init__ would set `keys` and `values`, which are the core's here.
+        self.core = core
+        self.before: dict[str, Any] | None = None
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Retained keys, shape (batch, kv_head, n, d)."""
+        return self.core.keys
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Retained values, shape (batch, kv_head, n, dv)."""
+        return self.core.values
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether any token has arrived."""
+        return self.core.keys is not None
+
+    def __repr__(self) -> str:
+        stored = self.core.keys.shape[-2] if self.is_initialized else 0
+        return f"MomentLayer(budget={self.core.budget}, stored={stored}, seen={self.core.seen})"
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to allocate: the first `update` does it."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens; the returned keys carry the link that `momentkv_attention` follows."""
+        if self.before is not None:
+            raise RuntimeError(
+                "the last forward pass updated this cache layer but its attention never reached momentkv: either the "
+                "pass failed (call cache.reset()), or this architecture changes the keys after updating its cache "
+                "(multi-head latent attention does) and is not supported; use a DynamicCache for it"
+            )
+        before = self.core.snapshot()
+        self.core.append(key_states, value_states)
+        self.before = before
+        linked = self.core.keys.view_as(self.core.keys)  # an alias, so that the stored keys hold no link to themselves
+        setattr(linked, LINK, self)
+        return linked, self.core.values
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float | None,
+        dropout: float,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend and evict; called by `momentkv_attention`. On an error the layer is as before `update`."""
+        before, self.before = self.before, None
+        try:
+            refuse_arguments(attention_mask, dropout, kwargs)
+            valid = None
+            if attention_mask is not None:
+                valid = attention_mask[:, None, self.core.seen - query.shape[2] : self.core.seen]
+            self.core.scale = scaling
+            out = self.core.attend(query, valid=valid)
+            self.core.evict()
+        except BaseException:
+            if before is not None:
+                self.core.restore(before)
+            raise
+        return out.transpose(1, 2).contiguous(), None
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding and evicted ones included: positions and masks count from here."""
+        return self.core.seen
+
+    def get_max_length(self) -> int:
+        """No limit (-1): the sequence may grow forever."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Mask sizes as if nothing were evicted, so that one mask serves every layer."""
+        return self.core.seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forget all tokens and moments."""
+        self.core.reset()
+        self.before = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Select rows for beam search; moments and scores follow."""
+        self.core.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.core.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows."""
+        self.core.map(lambda x: x[indices])
+
+    def activate_past_recording(self) -> None:
+        """Refused: assisted decoding rolls tokens back, and evicted tokens cannot come back."""
+        raise RuntimeError(
+            "MomentCache does not support assisted or prompt-lookup decoding yet: they roll tokens back, and those may "
+            "have been folded into moments; generate without assistant_model and prompt_lookup_num_tokens, or use a "
+            "DynamicCache"
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused unless nothing is to be removed."""
+        if tokens_to_remove != 0:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}): MomentCache cannot roll tokens back yet, since they may have been folded "
+                "into moments; build a new cache from the tokens that should stay"
+            )
+
+    def offload(self) -> None:
+        """Refused: layers stay on the device of their model."""
+        raise RuntimeError("MomentCache does not offload its layers yet; its size is bounded by the budget instead")
+
+    prefetch = offload
+
+
+class MomentCache(Cache):
+    """KV cache within a budget, with the moments of what was evicted, for ``model.generate(past_key_values=...)``.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PretrainedConfig
+        A decoder-only model with ``attn_implementation="momentkv"``.
+    budget : int or sequence of int
+        Tokens retained per KV head, sinks and window included; one number, or one for each layer.
+    policy : str or Policy
+        Who decides what to evict; see `momentkv.policies.POLICIES`.
+    order : {1, 0, None}
+        Order of the correction (1: the paper's); None for plain eviction without moments.
+    sinks, window, block : int
+        First tokens and most recent tokens that are always retained, and tokens evicted at a time while decoding.
+    backend : str or ArrayBackend, optional
+        ``"torch"`` by default.
+
+    Raises
+    ------
+    ValueError
+        If the model uses another attention implementation or is of an unsupported architecture, or a budget is
+        smaller than ``sinks + window + 1``.
+
+    Notes
+    -----
+    Full-attention layers are compressed; sliding-window and chunked layers are bounded already and stay exact.
+    Greedy and sampled generation, left-padded batches, chunked prefill, decode-time eviction and multi-turn reuse are
+    supported. Assisted decoding, ``crop``, offloading, ``torch.compile`` and custom 4-D masks raise.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        budget: int | Sequence[int],
+        *,
+        policy: str | Policy = "momentkv",
+        order: int | None = 1,
+        sinks: int = 1,
+        window: int = 32,
+        block: int = 32,
+        backend: str | ArrayBackend | None = None,
+    ) -> None:
+        config = getattr(model, "config", model).get_text_config(decoder=True)
+        check_implementation(config)
+        refuse_architecture(config)
+        types, arguments = get_layer_types_and_kwargs(config)
+        budgets = [budget] * len(types) if isinstance(budget, int) else list(budget)
+        if len(budgets) != len(types):
+            raise ValueError(
+                f"budget has {len(budgets)} entries but the model has {len(types)} layers; give one for each"
+            )
+        layers: list[Any] = []
+        for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
+            if kind in SLIDING_TYPES:
+                layers.append(DynamicSlidingWindowLayer(**kwargs))
+            elif kind == "full_attention":
+                core = LayerCache(
+                    budgets[index],
+                    policy=policy,
+                    order=order,
+                    sinks=sinks,
+                    window=window,
+                    block=block,
+                    backend=backend,
+                )
+                layers.append(MomentLayer(core))
+            else:
+                raise ValueError(
+                    f"layer {index} of this {config.model_type} model is of type {kind!r}; MomentCache supports "
+                    f"full_attention, {', '.join(SLIDING_TYPES)}"
+                )
+        super().__init__(layers=layers)
+        self.config = config
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new tokens of one layer (called by the model)."""
+        check_implementation(self.config)
+        if torch.compiler.is_compiling():
+            raise RuntimeError("MomentCache does not support torch.compile yet; run the model uncompiled")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def activate_past_recording(self) -> None:
+        """Refused; see `MomentLayer.activate_past_recording`."""
+        MomentLayer.activate_past_recording(self)  # before any sliding layer starts recording
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused unless nothing is to be removed; see `MomentLayer.crop`."""
+        MomentLayer.crop(self, tokens_to_remove)  # before any sliding layer is cropped
+
+    @property
+    def moment_layers(self) -> dict[int, LayerCache]:
+        """The compressed layers' caches, by layer index."""
+        return {index: layer.core for index, layer in enumerate(self.layers) if isinstance(layer, MomentLayer)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored now: keys, values, positions, scores and moments of all layers."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, MomentLayer):
+                total += layer.core.nbytes
+            elif layer.is_initialized:
+                total += layer.keys.nbytes + layer.values.nbytes
+        return total
+
+
+def momentkv_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of ``attn_implementation="momentkv"``: through the linked cache layer, else SDPA.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    query : tensor, shape (batch, q_head, q_len, d)
+    key, value : tensor, shape (batch, kv_head, n, d) and (batch, kv_head, n, dv)
+    attention_mask : bool tensor or None
+        What `momentkv_mask` made.
+    scaling, dropout, **kwargs
+        As transformers passes them.
+
+    Returns
+    -------
+    tensor, shape (batch, q_len, q_head, dv), and None for the attention weights
+    """
+    layer = getattr(key, LINK, None)
+    if layer is not None:
+        result: tuple[torch.Tensor, None] = layer.attend(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return result
+    q_len, n = query.shape[2], key.shape[2]
+    compact = attention_mask is not None and attention_mask.dim() == 2
+    if getattr(module, "is_causal", True) and (compact or (attention_mask is None and 1 < q_len < n)):
+        attention_mask = sdpa_mask(
+            batch_size=query.shape[0],
+            q_length=q_len,
+            kv_length=n,
+            q_offset=n - q_len,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            device=query.device,
+        )
+    stock: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    return stock
+
+
+def momentkv_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Mask function of ``attn_implementation="momentkv"``.
+
+    Returns
+    -------
+    tensor or None
+        None for a causal mask without padding, bool ``(batch, kv_length)`` for a causal mask with padding (False is
+        padding); anything else as SDPA takes it, bool ``(batch, 1, q_length, kv_length)``.
+    """
+    causal = mask_function is causal_mask_function and local_size is None and kv_offset == 0
+    if causal and isinstance(q_offset, int) and kv_length == q_offset + q_length:
+        if attention_mask is None:
+            return None
+        if attention_mask.shape[1] < kv_length:
+            raise ValueError(
+                f"attention_mask has length {attention_mask.shape[1]}, but {kv_length} tokens have been seen with this "
+                "cache; pass a mask over all of them, not over the new ones alone"
+            )
+        mask = attention_mask[:, :kv_length].bool()
+        return None if bool(mask.all()) else mask
+    masked: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        **kwargs,
+    )
+    return masked
+
+
+AttentionInterface.register(NAME, momentkv_attention)
+AttentionMaskInterface.register(NAME, momentkv_mask)
