@@ -1,0 +1,131 @@
+"""How far rounding alone may take a result from the exact one.
+
+``u`` is the unit roundoff, half the machine epsilon. A sum of n terms errs by at most n u sum |terms| in any order of
+addition; ``exp`` and ``log`` of vectorised libraries err by at most 4 ulp, 8 u. Second-order terms in u are covered
+by counting every first-order one up. The float64 oracle rounds too, so `unit` adds its own u.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from oracle import Sums, f64, to_query_heads
+
+FUNCTION = 8  # exp or log, in units of u
+# Merge of two states: two exponentials of a rounded difference, sum, quotient, product and sum; the log of the total.
+MERGE = 3 * FUNCTION + 8
+
+
+def unit(dtype: str = "float64") -> float:
+    """Unit roundoff of the arithmetic that inputs of a dtype get, the oracle's own included."""
+    return {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-24, "bfloat16": 2.0**-24}[dtype] + 2.0**-53
+
+
+UNIT_BFLOAT16 = 2.0**-9  # of storage; arithmetic is float32
+
+
+def assert_within(actual: np.ndarray, exact: np.ndarray, error: np.ndarray | float) -> None:
+    """Assert ``|actual - exact| <= error`` elementwise; infinities must be equal, NaN never passes."""
+    actual, exact = f64(actual), f64(exact)
+    assert actual.shape == exact.shape
+    same = actual == exact
+    off = np.abs(np.where(same, 0.0, actual) - np.where(same, 0.0, exact))
+    error = np.broadcast_to(error, off.shape)
+    assert (off <= error).all(), f"error {np.max(off)} where rounding explains {error[off > error][:1]}"
+
+
+def assert_same(actual: np.ndarray, exact: np.ndarray) -> None:
+    """Assert equality to the last bit (0 and -0 are equal)."""
+    assert actual.shape == exact.shape
+    assert actual.dtype == exact.dtype
+    assert (actual == exact).all()
+
+
+def default_scale(q: np.ndarray, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else abs(scale)
+
+
+def largest(x: np.ndarray) -> np.ndarray:
+    """Largest magnitude over tokens and components, one number a head."""
+    return np.max(np.abs(f64(x)), axis=(-2, -1), initial=0.0)
+
+
+def longest(v: np.ndarray) -> np.ndarray:
+    """Largest norm over tokens, one number a head."""
+    return np.max(np.linalg.norm(f64(v), axis=-1), axis=-1, initial=0.0)
+
+
+class StateError(NamedTuple):
+    out: np.ndarray
+    lse: np.ndarray
+
+
+def attention_error(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, lse: np.ndarray, u: float, scale: float | None = None
+) -> StateError:
+    """Error of ``out`` (per component) and ``lse``.
+
+    A logit errs by eta = u (d + 4) s max_j sum_i |q_i k_ji|; n of them are added up after exp, so the lse errs by
+    eta + u (n + 8 + 8 log n + |lse|), and the output by 2 max ||v|| (tanh eta + u (2 n + 20)).
+    """
+    q, k, v = f64(q), f64(k), f64(v)
+    q_heads, n, d = q.shape[-3], k.shape[-2], k.shape[-1]
+    products = np.einsum("...hid,...hjd->...hij", np.abs(q), to_query_heads(np.abs(k), q_heads, -3))
+    eta = u * (d + 4) * default_scale(q, scale) * np.max(products, axis=-1, initial=0.0)
+    size = to_query_heads(longest(v), q_heads, -1)[..., None, None]
+    finite = np.where(np.isfinite(lse), np.abs(lse), 0.0)
+    sums = n + 2 * FUNCTION + FUNCTION * math.log(max(n, 1))
+    return StateError(2 * size * (np.tanh(eta)[..., None] + u * (2 * n + 2 * FUNCTION + 4)), eta + u * (sums + finite))
+
+
+def merge_error(a: StateError, b: StateError, size: np.ndarray | float, lse: np.ndarray, u: float) -> StateError:
+    """Error of a merge: those of its parts, shares moved by the errors of their lse, and `MERGE` roundings."""
+    magnitude = np.where(np.isfinite(lse), np.abs(lse), 0.0)
+    of_lse = a.lse + b.lse + u * (MERGE + magnitude)
+    return StateError(a.out + b.out + 2 * size * (np.tanh(of_lse)[..., None] + u * MERGE), of_lse)
+
+
+def moments_error(k: np.ndarray, v: np.ndarray, u: float, w: np.ndarray | None = None, merges: int = 0) -> Sums:
+    """Errors of weight, means and co-moment of tokens that arrive in up to ``merges + 1`` parts, one number a head.
+
+    A mean errs by e = u (2 n + 6 + 6 merges) max |k|. Shifting both means of a *centred* sum changes it by W e_k e_v
+    only; its own terms err by u (n + 8) W D_k D_v, where D is the largest deviation from the mean. A merge adds
+    (W_A W_B / W) delta_v delta_k, with errors 2 e and |delta| <= 2 D, and W_A W_B / W <= W / 4.
+    """
+    k, v = f64(k), f64(v)
+    w = np.ones(k.shape[:-1]) if w is None else np.broadcast_to(f64(w), k.shape[:-1])
+    used = (w > 0)[..., None]
+    k, v = np.where(used, k, 0.0), np.where(used, v, 0.0)
+    n, total = k.shape[-2], w.sum(axis=-1)
+    shares = w / np.where(total > 0, total, 1.0)[..., None]
+    spread = [largest(np.where(used, x - (shares[..., None] * x).sum(axis=-2, keepdims=True), 0.0)) for x in (k, v)]
+    ek, ev = (u * (2 * n + 6 + 6 * merges) * largest(x) for x in (k, v))
+    dk, dv = spread[0] + ek, spread[1] + ev
+    between = total / 4 * (2 * dv * 2 * ek + 2 * dk * 2 * ev + 4 * ek * ev + 8 * u * 4 * dk * dv)
+    terms = total * (ek * ev + u * (n + 8 + 2 * merges) * dk * dv)
+    return Sums(u * (n + merges) * total, ek[..., None], ev[..., None], (terms + merges * between)[..., None, None])
+
+
+def estimate_error(
+    q: np.ndarray, sums: Sums, errors: Sums, lse: np.ndarray, u: float, scale: float | None = None
+) -> StateError:
+    """Error of an estimate: of its two products, u (d + 4) each, and of the moments it is made from."""
+    q = np.abs(f64(q))
+    heads, d, s = q.shape[-3], q.shape[-1], default_scale(q, scale)
+    weight, key_mean, value_mean, value_key = (
+        to_query_heads(np.abs(x), heads, axis) for x, axis in zip(sums, (-1, -2, -2, -3), strict=True)
+    )
+    of_weight, ek, ev, es = (to_query_heads(x, heads, axis) for x, axis in zip(errors, (-1, -2, -2, -3), strict=True))
+    safe = np.where(weight > 0, weight, 1.0)
+    relative = of_weight / safe
+    length = s * q.sum(axis=-1)
+    magnitude = np.where(np.isfinite(lse), np.abs(lse), 0.0)
+    of_lse = u * (d + 4) * s * np.einsum("...hid,...hd->...hi", q, key_mean) + length * ek
+    of_lse = of_lse + (relative + u * (FUNCTION * np.abs(np.log(safe)) + 4))[..., None] + u * magnitude
+    slope = value_key / safe[..., None, None]
+    linear = s * np.einsum("...hvd,...hid->...hiv", slope, q)
+    out = ev[..., None, :] + length[..., None] * es / safe[..., None, None]
+    out = out + (u * (d + 6) + relative[..., None, None]) * linear + 2 * u * value_mean[..., None, :]
+    return StateError(out, of_lse)
