@@ -129,3 +129,29 @@ def estimate_error(
     out = ev[..., None, :] + length[..., None] * es / safe[..., None, None]
     out = out + (u * (d + 6) + relative[..., None, None]) * linear + 2 * u * value_mean[..., None, :]
     return StateError(out, of_lse)
+
+
+def corrected_error(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, u: float, scale: float | None = None, merges: int = 0
+) -> np.ndarray:
+    """Error of a corrected output, whichever of the tokens are retained and whichever are folded.
+
+    A part of the tokens has means within those of single tokens, deviations at most twice those of all, and an lse of
+    at most the largest logit plus log n.
+    """
+    k, v = f64(k), f64(v)
+    q_heads, n = q.shape[-3], k.shape[-2]
+    whole = moments_error(k, v, u, merges=merges)
+    errors = Sums(np.full(k.shape[:-2], u * (n + merges)), whole.key_mean, whole.value_mean, 4 * whole.value_key / n)
+    dk, dv = (np.abs(x - x.mean(axis=-2, keepdims=True)).max(axis=-2) for x in (k, v))
+    means = (np.abs(x).max(axis=-2) for x in (k, v))
+    sums = Sums(np.ones(k.shape[:-2]), *means, 4 * dv[..., :, None] * dk[..., None, :])
+    s = default_scale(q, scale)
+    products = np.einsum("...hid,...hjd->...hij", np.abs(f64(q)), to_query_heads(np.abs(k), q_heads, -3))
+    reach = s * products.max(axis=-1) + math.log(n)
+    retained = attention_error(q, k, v, reach, u, scale)
+    evicted = estimate_error(q, sums, errors, reach, u, scale)
+    evicted = evicted._replace(lse=evicted.lse + u * FUNCTION * math.log(n))
+    slope = s * np.einsum("...hvd,...hid->...hiv", to_query_heads(sums.value_key, q_heads, -3), np.abs(f64(q)))
+    size = np.linalg.norm(to_query_heads(sums.value_mean, q_heads, -2)[..., None, :] + slope, axis=-1, keepdims=True)
+    return merge_error(retained, evicted, size, reach, u).out

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
 from rounding import (
     UNIT_BFLOAT16,
-    StateError,
     assert_same,
     assert_within,
     attention_error,
-    estimate_error,
-    merge_error,
+    corrected_error,
     moments_error,
     unit,
 )
@@ -191,31 +189,6 @@ def bytes_of(run: Run) -> int:
     return np.dtype(run.dtype).itemsize
 
 
-def output_error(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, retained: oracle.State, evicted: oracle.State, u: float, merges: int
-) -> StateError:
-    """Error of a corrected output when any of the tokens may be on either side."""
-    of_retained = attention_error(q, k, v, retained.lse, u)
-    sums = oracle.moments(k, v)
-    bounds = oracle.Sums(*(np.abs(x) for x in moments_error(k, v, u, merges=merges)))
-    # Means and deviations of a subset are no larger than those of single tokens.
-    largest = oracle.Sums(
-        sums.weight,
-        np.abs(k).max(axis=-2),
-        np.abs(v).max(axis=-2),
-        sums.weight[..., None, None] * 4 * np.abs(v).max(axis=-2)[..., :, None] * np.abs(k).max(axis=-2)[..., None, :],
-    )
-    ones = oracle.Sums(*(x / np.where(i in (0, 3), sums.weight.max(), 1) for i, x in enumerate(bounds)))
-    per_token = largest._replace(
-        weight=np.ones_like(sums.weight), value_key=largest.value_key / sums.weight[..., None, None]
-    )
-    of_evicted = estimate_error(q, per_token, ones, evicted.lse, u)
-    of_evicted = of_evicted._replace(lse=of_evicted.lse + u * 8 * np.log(sums.weight.max()))
-    size = max(np.linalg.norm(x, axis=-1).max() for x in (v, evicted.out))
-    lse = np.maximum(*(np.where(np.isfinite(x.lse), np.abs(x.lse), 0) for x in (retained, evicted)))
-    return merge_error(of_retained, of_evicted, size, lse, u)
-
-
 @given(run=runs())
 def test_every_output_is_attention_to_the_retained_corrected_by_the_evicted(backend: Library, run: Run):
     """Given the cache's own choice of tokens: order None attends to the retained alone."""
@@ -237,7 +210,7 @@ def test_every_output_is_attention_to_the_retained_corrected_by_the_evicted(back
                 sums = oracle.Sums(*(0 * x for x in sums))
             evicted = oracle.estimate(queries, sums, run.order or 0)
             exact = oracle.merge(retained, evicted).out
-            error = output_error(queries, keys[None], values[None], retained, evicted, unit(run.dtype), 4 * index).out
+            error = corrected_error(queries, keys[None], values[None], unit(run.dtype), merges=4 * index)
             # Padding queries see nothing and are nobody's.
             real = np.arange(part.start, part.stop) >= run.padding * row
             got = backend.numpy(out)[row, head * run.group : (head + 1) * run.group]
@@ -265,10 +238,9 @@ def test_without_eviction_output_is_exact_causal_attention(backend: Library, run
 def test_output_has_the_dtype_of_the_query(dtype: str, order: int | None):
     torch = LIBRARIES["torch"]
     q, k, v = (torch.asarray(np.random.default_rng(0).standard_normal((1, 2, 20, 4)), dtype) for _ in range(3))
-    cache, exact = LayerCache(6, window=2, block=2, order=order), []
+    cache = LayerCache(6, window=2, block=2, order=order)
     for part in (slice(0, 12), slice(12, 13), slice(13, 17), *(slice(t, t + 1) for t in range(17, 20))):
         out = cache.step(q[:, :, part], k[:, :, part], v[:, :, part])
-        exact.append(torch.numpy(out))
         assert torch.dtype(out) == torch.dtype(cache.keys) == dtype
     assert torch.dtype(cache.moments.weight) == ("float64" if dtype == "float64" else "float32")
 

@@ -1,0 +1,159 @@
+"""One conformance suite: every backend, on every kind of array it takes, against the float64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from libraries import LIBRARIES, Library
+from rounding import UNIT_BFLOAT16, assert_same, assert_within, attention_error, unit
+from strategies import MASKS, Case, cases, some_tokens
+
+from momentkv.backends import BACKENDS, ArrayBackend, get_backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A backend and the library whose arrays it is given."""
+
+    backend: ArrayBackend
+    library: Library
+
+    def arrays(self, *xs: np.ndarray | None) -> list[object]:
+        return [self.library.asarray(x) for x in xs]
+
+    def with_blocks_of(self, queries: int) -> ArrayBackend:
+        """The same backend, so that a few queries make several blocks."""
+        return type("Small", (type(self.backend),), {"query_block": queries})()
+
+
+PAIRS = [
+    ("array-api", "numpy"),
+    ("array-api", "array-api-strict"),
+    ("array-api", "torch"),
+    ("numpy", "numpy"),
+    ("torch", "torch"),
+]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-on-".join)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    name, library = request.param
+    return Subject(get_backend(name), LIBRARIES[library])
+
+
+def weights_error(q: np.ndarray, k: np.ndarray, u: float, scale: float) -> np.ndarray:
+    """A weight is an output whose values are bounded by one."""
+    ones = np.ones((*k.shape[:-1], 1))
+    return attention_error(q, k, ones, np.zeros(1), u, scale).out
+
+
+def causal(case: Case, own: int, valid: np.ndarray | None) -> np.ndarray:
+    """Mask (..., kv_head, group, own, n) of the last ``own`` queries, True where one may look."""
+    mask = np.tril(np.ones((own, case.n), dtype=bool), case.n - own)
+    mask = np.broadcast_to(mask, (*case.lead, case.group, own, case.n))
+    return mask if valid is None else mask & valid[..., None, None, :]
+
+
+@given(case=cases(masks=MASKS))
+def test_attend_conforms(subject: Subject, case: Case):
+    q, k, v = case.arrays()
+    scale, u = case.factor(), unit(case.dtype)
+    mask = case.mask()
+    state, weights = subject.backend.attend(*subject.arrays(q, k, v), scale=scale, mask=subject.library.asarray(mask))
+    exact = oracle.attend(q, k, v, scale, mask)
+    error = attention_error(q, k, v, exact.lse, u, scale)
+    assert_within(subject.library.numpy(state.out), exact.out, error.out)
+    assert_within(subject.library.numpy(state.lse), exact.lse, error.lse)
+    shape = (*case.lead, case.group, case.q_len, case.n)
+    shares = oracle.softmax(oracle.logits(q, k, scale, mask))[0].reshape(shape)
+    of_weights = weights_error(q, k, u, scale).reshape(*shape[:-1], 1)
+    assert_within(subject.library.numpy(weights), shares, of_weights)
+    assert subject.library.dtype(state.out) == subject.library.dtype(state.lse) == case.dtype
+    # Inputs stay as they are, in-place arithmetic or not.
+    assert_same(q, case.query())
+
+
+@given(case=cases(n=some_tokens, masks=MASKS), own=st.integers(1, 12), block=st.integers(1, 5))
+def test_attend_causal_and_prefill_conform(subject: Subject, case: Case, own: int, block: int):
+    """For the queries of the last tokens, all at once and in blocks, with and without padding."""
+    own = min(own, case.n)
+    case = dataclasses.replace(case, q_len=own)
+    q, k, v = case.arrays()
+    scale, valid = case.factor(), case.token_mask()
+    exact = oracle.attend(q, k, v, scale, causal(case, own, valid))
+    error = attention_error(q, k, v, exact.lse, unit(case.dtype), scale)
+    arrays = subject.arrays(q, k, v)
+    for backend in (subject.backend, subject.with_blocks_of(block)):
+        state = backend.attend_causal(*arrays, scale=scale, valid=subject.library.asarray(valid))
+        assert_within(subject.library.numpy(state.out), exact.out, error.out)
+        assert_within(subject.library.numpy(state.lse), exact.lse, error.lse)
+        # The token axis is the last but one also for libraries that want a batch axis.
+        if case.batch:
+            out = backend.prefill(*arrays, scale=scale, valid=subject.library.asarray(valid))
+            assert_within(subject.library.numpy(out), exact.out, error.out)
+            assert subject.library.dtype(out) == case.dtype
+
+
+def test_more_queries_than_a_block(subject: Subject):
+    rng = np.random.default_rng(0)
+    n = subject.backend.query_block + 3
+    q, k, v = (rng.standard_normal((1, heads, n, 2)) for heads in (2, 1, 1))
+    mask = np.tril(np.ones((n, n), dtype=bool))
+    exact = oracle.attend(q, k, v, 0.5, mask)
+    error = attention_error(q, k, v, exact.lse, unit(), 0.5)
+    state = subject.backend.attend_causal(*subject.arrays(q, k, v), scale=0.5)
+    assert_within(subject.library.numpy(state.out), exact.out, error.out)
+    assert_within(subject.library.numpy(state.lse), exact.lse, error.lse)
+
+
+@pytest.mark.parametrize("wide", [0, 1, 2])
+def test_mixed_dtypes_give_the_wider_dtype(subject: Subject, wide: int):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((2, 3, 4)).astype("float64" if i == wide else "float32") for i in range(3)]
+    state, _ = subject.backend.attend(*subject.arrays(*arrays), scale=0.5)
+    assert subject.library.dtype(state.out) == subject.library.dtype(state.lse) == "float64"
+    exact = oracle.attend(*arrays, 0.5)
+    error = attention_error(*arrays, exact.lse, unit("float32"), 0.5)
+    assert_within(subject.library.numpy(state.out), exact.out, error.out)
+
+
+@pytest.mark.parametrize("halves", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["array-api", "torch"])
+@given(case=cases(masks=MASKS, laws=("gaussian", "ties", "heavy"), dtypes=("float32",)))
+def test_half_precision_is_attended_in_float32(name: str, halves: str, case: Case):
+    torch, backend = LIBRARIES["torch"], get_backend(name)
+    q, k, v = (torch.asarray(np.clip(x, -1e3, 1e3), halves) for x in case.arrays())
+    mask = torch.asarray(case.mask())
+    low = backend.attend(q, k, v, scale=0.5, mask=mask)
+    high = backend.attend(q.float(), k.float(), v.float(), scale=0.5, mask=mask)
+    for one, other in zip((*low[0], low[1]), (*high[0], high[1]), strict=True):
+        assert torch.dtype(one) == "float32"
+        assert_same(torch.numpy(one), torch.numpy(other))
+
+
+@given(case=cases(n=some_tokens, masks=MASKS, laws=("gaussian", "ties"), dtypes=("float32",)))
+def test_bfloat16_prefill_errs_by_bfloat16_rounding(case: Case):
+    """A fused kernel may round anything between to the input dtype, but nothing worse."""
+    case = dataclasses.replace(case, q_len=case.n, batch=(2,))
+    torch, valid = LIBRARIES["torch"], case.token_mask()
+    arrays = [torch.asarray(x, "bfloat16") for x in case.arrays()]
+    out = get_backend("torch").prefill(*arrays, scale=0.5, valid=torch.asarray(valid))
+    q, k, v = (torch.numpy(x) for x in arrays)
+    exact = oracle.attend(q, k, v, 0.5, causal(case, case.n, valid))
+    assert torch.dtype(out) == "bfloat16"
+    assert_within(torch.numpy(out), exact.out, attention_error(q, k, v, exact.lse, UNIT_BFLOAT16, 0.5).out)
+
+
+def test_backend_is_chosen_by_array_name_or_object():
+    chosen = {name: get_backend(library.asarray(np.zeros(1))).name for name, library in LIBRARIES.items()}
+    assert chosen == {"numpy": "numpy", "array-api-strict": "array-api", "torch": "torch"}
+    for name in BACKENDS:
+        backend = get_backend(name)
+        assert backend.name == name
+        assert get_backend(name) is backend
+        assert get_backend(backend) is backend
