@@ -1,0 +1,74 @@
+"""Prepares docstrings for the reference pages: their reStructuredText mathematics and links become Markdown.
+
+A griffe extension. Docstrings stay numpydoc, which `help()` and editors show well; the site is Markdown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import griffe
+
+BLOCK = re.compile(r"^( *)\.\. math::(.*)$")
+ROLE = re.compile(r":math:`([^`]+)`")
+CODE = re.compile(r"``([^`]+)``")
+PAGE = re.compile(r"docs/([a-z/-]+)\.md")
+# Types that griffe would read, and print, as Python expressions: "array, shape (n, d)" and "{0, 1}".
+SHAPE = re.compile(r"(?<= : )((?:\w+ )*)(array|tensor), shape \(", re.MULTILINE)
+CHOICE = re.compile(r"(?<= : )\{([^}]*)\}")
+RETURNED = re.compile(r"^( *)(array|tensor), shape \(", re.MULTILINE)
+SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.M)
+# Title of each page that docstrings name, and the id of its heading.
+PAGES = {
+    "derivations/attention-algebra": ("Attention as an algebra", "derivation-attention-algebra"),
+    "derivations/moments": ("Moments", "derivation-moments"),
+    "derivations/correction": ("The correction", "derivation-correction"),
+    "evaluation": ("Evaluation", "page-evaluation"),
+}
+
+
+def to_markdown(docstring: str) -> str:
+    """The docstring with formulas as ``$``, code as single backticks and pages as links."""
+    docstring = "\n".join(math_blocks(docstring.splitlines()))
+    docstring = ROLE.sub(lambda found: f"${found[1]}$", docstring)
+    docstring = CODE.sub(lambda found: f"`{found[1]}`", docstring)
+    docstring = PAGE.sub(lambda found: "[{}][{}]".format(*PAGES[found[1]]), docstring)
+    docstring = SHAPE.sub(r"\1\2 of shape (", docstring)
+    docstring = RETURNED.sub(r"\1\2 of shape (", docstring)
+    docstring = CHOICE.sub(r"one of \1", docstring)
+    return separate_source(docstring)
+
+
+def math_blocks(lines: list[str]) -> Iterator[str]:
+    """The lines with every ``.. math::`` directive as a ``$$`` block."""
+    while lines:
+        line, *lines = lines
+        found = BLOCK.match(line)
+        if found is None:
+            yield line
+            continue
+        indent, first = found.groups()
+        tex = [first]
+        while lines and (not lines[0].strip() or lines[0].startswith(indent + " ")):
+            tex.append(lines.pop(0))
+        yield from ("", f"{indent}$$", indent + " ".join(" ".join(tex).split()), f"{indent}$$", "")
+
+
+def separate_source(docstring: str) -> str:
+    """Put a closing ``Source:`` paragraph, which belongs to no section, under Notes."""
+    start = docstring.find("\nSource:")
+    sections = [section[1] for section in SECTION.finditer(docstring[:start])] if start >= 0 else []
+    if not sections or sections[-1] == "Notes":
+        return docstring
+    return f"{docstring[:start]}\nNotes\n-----\n{docstring[start + 1 :]}"
+
+
+class Docstrings(griffe.Extension):
+    """Rewrites each docstring once it is loaded."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called by griffe for every module, class, function and attribute."""
+        if obj.docstring is not None:
+            obj.docstring.value = to_markdown(obj.docstring.value)

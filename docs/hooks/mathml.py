@@ -1,0 +1,74 @@
+"""Turns every formula of the rendered pages into MathML, so that readers need no script and no network.
+
+An mkdocs hook. `pymdownx.arithmatex` marks formulas, on pages and in docstrings alike; this replaces each by the
+MathML of `latex2mathml`, and stops the build at one that cannot be converted.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+
+FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
+)
+# latex2mathml passes what it does not know through as an identifier: a command, or the & of a foreign environment.
+UNCONVERTED = re.compile(r">\s*(\\[A-Za-z]+\*?|&amp;|&|\\)\s*<")
+UPRIGHT = re.compile(r'(?:<mi mathvariant="normal">[A-Za-z]</mi>){2,}')
+# What latex2mathml leaves to be desired, as (pattern, replacement) in this order.
+REPAIRS = [
+    # norm bars neither stretch nor stand apart from what they enclose
+    (r"<mo[^>]*>&#x02016;</mo>", '<mo stretchy="false" lspace="0" rspace="0">&#x02016;</mo>'),
+    # infinity is a number, perpendicular a relation
+    (r"<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>"),
+    (r"<mi>&#x022A5;</mi>", "<mo>&#x022A5;</mo>"),
+    # a minus after an operator or an opening bracket is a sign
+    (
+        r"(<mo[^>]*>(?:&#x0003D;|&#x02264;|&#x02265;|&#x000B7;|&#x00028;|&#x0005B;|&#x0002C;|,|\()</mo>)<mo>&#x02212;</mo>",
+        r'\1<mo form="prefix" lspace="0" rspace="0">&#x02212;</mo>',
+    ),
+    # a function stands apart from an argument without brackets
+    (r"(<mi>(?:log|exp|cos|tanh)</mi>)(?!<mo|<mrow><mo|</)", r'\1<mspace width="0.167em" />'),
+]
+
+
+def to_mathml(tex: str, display: str) -> str:
+    """MathML of one formula; ValueError where it cannot be converted."""
+    mathml = convert(tex, display=display)
+    unconverted = UNCONVERTED.search(mathml)
+    if unconverted:
+        raise ValueError(f"latex2mathml does not know {unconverted[1]}")
+    # An upright word is one identifier.
+    mathml = UPRIGHT.sub(lambda word: f"<mi>{re.sub('<[^>]*>', '', word[0])}</mi>", mathml)
+    for pattern, replacement in REPAIRS:
+        mathml = re.sub(pattern, replacement, mathml)
+    ElementTree.fromstring(mathml)
+    return mathml
+
+
+def convert_page(content: str, where: str) -> str:
+    """Replace all marked formulas of a page; PluginError where one cannot be converted or is left over."""
+
+    def replace(formula: re.Match[str]) -> str:
+        tex = html.unescape(formula["tex"]).strip()
+        try:
+            mathml = to_mathml(tex, "inline" if formula["open"] == "(" else "block")
+        except Exception as error:
+            raise PluginError(f"{where}: cannot convert the formula {tex!r} to MathML: {error}") from error
+        return f'<{formula["tag"]} class="math">{mathml}</{formula["tag"]}>'
+
+    content = FORMULA.sub(replace, content)
+    for leftover in ('class="arithmatex"', ":math:`", ".. math::"):
+        if leftover in content:
+            raise PluginError(f"{where}: {leftover} is left on the page, so a formula was not recognised")
+    return content
+
+
+def on_page_content(content: str, *, page: Any, **_: Any) -> str:
+    """Called by mkdocs with the HTML of each page."""
+    return convert_page(content, page.file.src_uri)
