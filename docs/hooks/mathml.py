@@ -22,8 +22,10 @@ UNCONVERTED = re.compile(r">\s*(\\[A-Za-z]+\*?|&amp;|&|\\)\s*<")
 UPRIGHT = re.compile(r'(?:<mi mathvariant="normal">[A-Za-z]</mi>){2,}')
 # What latex2mathml leaves to be desired, as (pattern, replacement) in this order.
 REPAIRS = [
-    # norm bars neither stretch nor stand apart from what they enclose
-    (r"<mo[^>]*>&#x02016;</mo>", '<mo stretchy="false" lspace="0" rspace="0">&#x02016;</mo>'),
+    # bars, slashes and names of operators: neither stretched nor far from their neighbours
+    (r"<mo[^>]*>(&#x02016;|&#x0007C;|\|)</mo>", r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>'),
+    (r"<mo>&#x0002F;</mo>", '<mo lspace="0" rspace="0">&#x0002F;</mo>'),
+    (r"<mo>max</mo>", '<mo lspace="0.167em" rspace="0.167em">max</mo>'),
     # infinity is a number, perpendicular a relation
     (r"<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>"),
     (r"<mi>&#x022A5;</mi>", "<mo>&#x022A5;</mo>"),
