@@ -97,3 +97,10 @@ def test_docstring_mathematics_becomes_markdown():
     assert load_hook("docstrings").to_markdown(docstring).split("\n") == [
         "Sum.", "", "", "$$", "a = b, \\qquad c = d", "$$", "", "Of $a$; see [Moments][derivation-moments].",
     ]  # fmt: skip
+
+
+def test_doctests_before_all_sections_become_code_blocks():
+    pytest.importorskip("griffe")
+    docstring = "Sum.\n\n>>> 1 + 1  # doctest: +SKIP\n2\n\nMore.\n\nExamples\n--------\n>>> 1\n1"
+    fenced = "Sum.\n\n```pycon\n>>> 1 + 1\n2\n```\n\nMore.\n\nExamples\n--------\n>>> 1\n1"
+    assert load_hook("docstrings").to_markdown(docstring) == fenced

@@ -19,6 +19,8 @@ PAGE = re.compile(r"docs/([a-z/-]+)\.md")
 SHAPE = re.compile(r"(?<= : )((?:\w+ )*)(array|tensor), shape \(", re.MULTILINE)
 CHOICE = re.compile(r"(?<= : )\{([^}]*)\}")
 RETURNED = re.compile(r"^( *)(array|tensor), shape \(", re.MULTILINE)
+DOCTEST = re.compile(r"(?<=\n\n)(?:>>> .*\n(?:.+\n)*)+")
+FLAG = re.compile(r" *# doctest: .*$", re.MULTILINE)
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.M)
 # Title of each page that docstrings name, and the id of its heading.
 PAGES = {
@@ -38,7 +40,17 @@ def to_markdown(docstring: str) -> str:
     docstring = SHAPE.sub(r"\1\2 of shape (", docstring)
     docstring = RETURNED.sub(r"\1\2 of shape (", docstring)
     docstring = CHOICE.sub(r"one of \1", docstring)
-    return separate_source(docstring)
+    return separate_source(fence_doctests(docstring)).rstrip("\n")
+
+
+def fence_doctests(docstring: str) -> str:
+    """Make doctests that stand before all sections code blocks; those under Examples are so anyway."""
+    section = SECTION.search(docstring)
+    end = section.start() if section else len(docstring)
+    fenced = DOCTEST.sub(
+        lambda found: f"```pycon\n{FLAG.sub('', found[0])}```\n", docstring[:end] + "\n" * (not section)
+    )
+    return fenced + docstring[end:]
 
 
 def math_blocks(lines: list[str]) -> Iterator[str]:
