@@ -276,6 +276,20 @@ def test_map_selects_rows_and_reset_forgets_them(backend: Library):
         assert_same(backend.numpy(cache.arrays()[name]), backend.numpy(x))
 
 
+def test_restore_goes_back_to_a_snapshot(backend: Library):
+    rng = np.random.default_rng(0)
+    q, k, v = (backend.asarray(rng.standard_normal((1, 2, 12, 4))) for _ in range(3))
+    cache = LayerCache(6, window=2, block=2)
+    cache.step(q, k, v)
+    before, arrays = cache.snapshot(), {name: backend.numpy(x) for name, x in cache.arrays().items()}
+    cache.step(q, k, v)
+    assert cache.seen == 24
+    cache.restore(before)
+    assert cache.seen == 12
+    for name, x in arrays.items():
+        assert_same(backend.numpy(cache.arrays()[name]), x)
+
+
 def test_moments_can_be_rebuilt_from_what_was_evicted(backend: Library):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2, 30, 4)) for _ in range(3))

@@ -92,6 +92,14 @@ def test_snapkv_pools_over_neighbouring_positions(backend: Library, case: Case, 
     assert_within(np.where(positions >= 0, got, 0), exact, unit(case.dtype) * (kernel + 2) * exact)
 
 
+def test_snapkv_pools_over_an_empty_slot(backend: Library):
+    """Positions 4 and 5 are neighbours wherever they are stored."""
+    score, positions = (backend.asarray(np.array([x])) for x in ([3.0, 0.0, 0.0, 6.0], [4, -1, -1, 5]))
+    empty = Moments.from_tokens(*(backend.asarray(np.zeros((1, 0, 1))) for _ in range(2)))
+    pooled = backend.numpy(SnapKV(kernel=3).importance(Tokens(None, None, positions, score, empty, 1.0)))
+    assert_same(pooled[:, [0, 3]], np.array([[3.0, 3.0]]))
+
+
 @given(case=cases(n=some_tokens), evicted=st.sampled_from([0, 1, 7]))
 def test_momentkv_is_attention_times_residual(backend: Library, case: Case, evicted: int):
     k, v = (x.astype(np.float64) for x in case.tokens())
@@ -202,6 +210,16 @@ def test_tova_scores_by_the_last_query_over_all_heads(backend: Library, lengths:
     score, weights, error = observed(backend, TOVA(), lengths)
     exact = weights[..., -1, :].mean(axis=(1, 2))
     assert_within(score, np.broadcast_to(exact[:, None], score.shape), error)
+
+
+def test_tova_retains_the_same_tokens_in_all_heads(backend: Library):
+    rng = np.random.default_rng(0)
+    q, k, v = (backend.asarray(rng.standard_normal((2, heads, 30, 4))) for heads in (6, 3, 3))
+    cache = LayerCache(9, policy="tova", window=2, block=2)
+    for part in (slice(0, 20), *(slice(t, t + 1) for t in range(20, 30))):
+        cache.step(*(x[:, :, part, :] for x in (q, k, v)))
+        positions = backend.numpy(cache.positions)
+        assert (positions == positions[:, :1]).all()
 
 
 def test_policies_are_found_by_name():
