@@ -5,6 +5,7 @@ Rows of a batch are padded on the left, and each must do what it does alone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -57,20 +58,26 @@ def cache_of(policy: Policy, rules: Rules) -> LayerCache:
     )
 
 
-def compare(backend: Library, policy: Policy, order: int | None, lengths: list[int], padding: list[int]) -> None:
-    """Run a batch with the given left padding of each row; after every step compare each row to its reference.
+def left_padded(lengths: list[int], padding: list[int]) -> np.ndarray:
+    return np.arange(sum(lengths)) >= np.array(padding)[:, None]
+
+
+def compare(
+    backend: Library, policy: Policy, order: int | None, lengths: list[int], valid: np.ndarray, window: int = 2
+) -> None:
+    """Run a batch of which ``valid`` (row, n) are tokens; after every step compare each row to its reference.
 
     Numbers are Gaussian and in float64: importances that differ, differ by far more than rounding.
     """
-    n, rows = sum(lengths), len(padding)
+    rows, n = valid.shape
     rng = np.random.default_rng(math.prod(lengths) + n)
     q, k, v = (
         rng.standard_normal((rows, heads, n, size))
         for heads, size in ((KV_HEADS * GROUP, D), (KV_HEADS, D), (KV_HEADS, DV))
     )
-    valid = np.arange(n) >= np.array(padding)[:, None, None]
-    rules = rules_of(policy, order)
-    cache, references = cache_of(policy, rules), [ReferenceRow(rules, KV_HEADS) for _ in padding]
+    rules = dataclasses.replace(rules_of(policy, order), window=window)
+    rank = np.cumsum(valid, axis=-1) - 1  # place in the row alone
+    cache, references = cache_of(policy, rules), [ReferenceRow(rules, KV_HEADS) for _ in valid]
     error = corrected_error(q, k, v, unit(), rules.scale, merges=len(lengths) * rules.rounds)
     done, evicted = 0, False
     for length in lengths:
@@ -79,18 +86,18 @@ def compare(backend: Library, policy: Policy, order: int | None, lengths: list[i
         out = backend.numpy(
             cache.step(
                 *(backend.asarray(x[:, :, part]) for x in (q, k, v)),
-                valid=backend.asarray(valid[:, :, part]) if any(padding) else None,
+                valid=None if valid.all() else backend.asarray(valid[:, None, part]),
             )
         )
         positions = backend.numpy(cache.positions)
         for row, reference in enumerate(references):
-            real = valid[row, 0, part]
+            real = valid[row, part]
             if not real.any():
                 continue
             expected = reference.step(*(x[row, :, part][:, real] for x in (q, k, v)))
             assert_within(out[row][:, real], expected, error[row, :, part][:, real])
             for head in range(KV_HEADS):
-                held = [int(p) - padding[row] for p in positions[row, head] if p >= 0]
+                held = [int(rank[row, p]) for p in positions[row, head] if p >= 0]
                 assert held == reference.retained[head], f"row {row}, head {head}, after {done} tokens"
                 evicted = evicted or bool(reference.evicted(head))
     assert evicted
@@ -100,20 +107,32 @@ def compare(backend: Library, policy: Policy, order: int | None, lengths: list[i
 @pytest.mark.parametrize("order", [1, 0, None])
 @pytest.mark.parametrize("name", ALL)
 def test_cache_equals_the_reference(name: str, order: int | None, schedule: str):
-    compare(LIBRARIES["numpy"], observing(name), order, SCHEDULES[schedule], [0, 0])
+    compare(
+        LIBRARIES["numpy"],
+        observing(name),
+        order,
+        SCHEDULES[schedule],
+        left_padded(SCHEDULES[schedule], [0, 0]),
+    )
 
 
 @pytest.mark.parametrize("schedule", ["prefill then decode", "chunks"])
 @pytest.mark.parametrize("name", ALL)
 def test_cache_equals_the_reference_on_every_backend(backend: Library, name: str, schedule: str):
-    compare(backend, observing(name), 1, SCHEDULES[schedule], [0])
+    compare(backend, observing(name), 1, SCHEDULES[schedule], left_padded(SCHEDULES[schedule], [0]))
 
 
 @pytest.mark.parametrize(
     "policy", [H2O(observes=None), SnapKV(observes=6, kernel=3), MomentKV(observes=2, rounds=1), MomentKV(rounds=2)]
 )
 def test_cache_equals_the_reference_with_other_settings(policy: Policy):
-    compare(LIBRARIES["numpy"], policy, 1, SCHEDULES["prefill then decode"], [0])
+    compare(
+        LIBRARIES["numpy"],
+        policy,
+        1,
+        SCHEDULES["prefill then decode"],
+        left_padded(SCHEDULES["prefill then decode"], [0]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,9 +147,20 @@ def test_cache_equals_the_reference_with_other_settings(policy: Policy):
 )
 @pytest.mark.parametrize("name", ALL)
 def test_a_padded_row_equals_the_row_alone(name: str, lengths: list[int], padding: list[int]):
-    compare(LIBRARIES["numpy"], observing(name), 1, lengths, padding)
+    compare(LIBRARIES["numpy"], observing(name), 1, lengths, left_padded(lengths, padding))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_padded_row_equals_the_row_alone_on_every_backend(backend: Library, name: str):
-    compare(backend, observing(name), 1, [30, *[1] * 6], [0, 4])
+    lengths = [30, *[1] * 6]
+    compare(backend, observing(name), 1, lengths, left_padded(lengths, [0, 4]))
+
+
+@pytest.mark.parametrize("policy", [H2O(observes=None), get_policy("streaming"), get_policy("knorm")])
+def test_padding_within_a_row_is_neither_seen_nor_observed(backend: Library, policy: Policy):
+    """Turns of different lengths. Only what counts positions, such as the window, sees the gap."""
+    lengths = [9, 6, 1, 1, 7, 1, 1, 1]
+    valid = np.ones((2, sum(lengths)), dtype=bool)
+    valid[0, [12, 13, 14, 16]] = False
+    valid[1, [5, 6, 7, 8, 9, 18, 25]] = False
+    compare(backend, policy, 1, lengths, valid, window=0)

@@ -9,7 +9,7 @@ import pytest
 from libraries import Library
 from rounding import assert_same
 
-from momentkv import LayerCache, Moments, attend, correct, estimate, get_policy
+from momentkv import LayerCache, Moments, Policy, Tokens, attend, correct, estimate, get_policy
 from momentkv.backends import get_backend
 from momentkv.policies import MomentKV, Random, SnapKV
 
@@ -146,3 +146,26 @@ def test_a_failed_first_step_leaves_the_cache_empty(backend: Library, name: str)
     cache = LayerCache(6, window=2, block=2)
     fail(backend, cache, *STEPS[name])
     assert cache.keys is None
+
+
+class Broken(Policy):
+    """Fails once its flag is set, after the tokens are stored and attended to."""
+
+    broken = False
+
+    def importance(self, tokens: Tokens) -> object:
+        if self.broken:
+            raise ValueError("importance of 3 tokens is undefined")
+        return tokens.score
+
+
+def test_a_step_whose_policy_fails_leaves_the_cache_unchanged(backend: Library):
+    policy = Broken()
+    cache = LayerCache(6, window=2, block=2, policy=policy)
+    q, k, v = (backend.asarray(np.random.default_rng(i).standard_normal((1, 2, 9, 4))) for i in range(3))
+    cache.step(q, k, v)
+    policy.broken = True
+    fail(backend, cache, [(1, 2, 5, 4)] * 3, ["importance of 3"])
+    policy.broken = False
+    cache.step(q, k, v)
+    assert cache.seen == 18
