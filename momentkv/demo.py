@@ -1,0 +1,222 @@
+"""``momentkv demo``: a real model reads a real text, and continues and answers from the full and from small caches."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.cache_utils import DynamicCache
+
+from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.fidelity import Fidelity, Setting, compare
+from momentkv.evaluation.report import progress_bar
+from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
+from momentkv.hf import MomentCache
+from momentkv.policies import get_policy
+
+__all__ = ["demo"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What one cache made of the text."""
+
+    name: str
+    tokens: int
+    nbytes: int
+    fidelity: Fidelity
+    tokens_per_second: float
+    continuation: str
+    answer: str
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Run the demo; print the table, write the plot."""
+    console = Console()
+    if options.new_tokens < 2:
+        raise ValueError(f"--new-tokens is {options.new_tokens}; use at least 2, the first of which is not timed")
+    with console.status("loading the model"):
+        model, tokenizer = load_model(options.model)
+    text = load_text(options.text)[options.skip :]
+    ids = tokenize(tokenizer, text, options.context + options.following + 1, name=options.text).to(model.device)
+    question = question_ids(tokenizer, options.question).to(model.device)
+    settings = [Setting("momentkv", budget, order) for budget in sorted(options.budgets) for order in (None, 1)]
+    with progress_bar(console) as progress:
+        task = progress.add_task(f"reading {options.context} tokens", total=len(settings) + 2)
+        captured, full_logits = read(model, ids, options.context)
+        progress.advance(task)
+        progress.update(task, description="full cache")
+        readings = [
+            judge(model, tokenizer, full_cache(model, captured), "full cache", ids, question, full_logits, options)
+        ]
+        progress.advance(task)
+        for setting in settings:
+            name = "plain eviction" if setting.order is None else "MomentKV"
+            progress.update(task, description=f"{name}, budget {setting.budget}")
+            cache = replay(captured, MomentCache(model, setting.budget, policy=setting.policy, order=setting.order))
+            readings.append(judge(model, tokenizer, cache, name, ids, question, full_logits, options))
+            progress.advance(task)
+    title = f"{options.model or BUILTIN_MODEL} reads {options.context} tokens of {Path(options.text).name!r}"
+    console.print(table_of(readings, title))
+    console.print(texts_of(readings, options.question))
+    console.print(f"plot: {plot(readings, options.output, title)}")
+    return 0
+
+
+@torch.inference_mode()
+def read(model: Any, ids: torch.Tensor, context: int) -> tuple[CaptureCache, torch.Tensor]:
+    """Prefill once and predict the following tokens; every cache below starts from this one exact prefill."""
+    captured = CaptureCache(model, get_policy("momentkv").observes)
+    model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
+    full = full_cache(model, captured)
+    logits: torch.Tensor = model(ids[:, context:-1], past_key_values=full).logits[0]
+    return captured, logits
+
+
+def full_cache(model: Any, captured: CaptureCache) -> DynamicCache:
+    """The full cache of the captured context."""
+    cache = DynamicCache(config=model.config)
+    for index, layer in captured.capture_layers.items():
+        cache.update(layer.keys, layer.values, index)
+    return cache
+
+
+def judge(
+    model: Any,
+    tokenizer: Any,
+    cache: Any,
+    name: str,
+    ids: torch.Tensor,
+    question: torch.Tensor,
+    full_logits: torch.Tensor,
+    options: argparse.Namespace,
+) -> Reading:
+    """Compare with the full cache, continue the text, and answer the question, each from a copy of the cache."""
+    context = options.context
+    layers = cache.moment_layers.values() if isinstance(cache, MomentCache) else cache.layers
+    tokens = max(layer.keys.shape[2] for layer in layers)
+    nbytes = cache.nbytes if isinstance(cache, MomentCache) else sum(x.keys.nbytes + x.values.nbytes for x in layers)
+    with torch.inference_mode():
+        logits = model(ids[:, context:-1], past_key_values=copy.deepcopy(cache)).logits[0]
+    continued, seconds = generate(model, tokenizer, copy.deepcopy(cache), ids[:, :context], options.new_tokens)
+    asked = torch.cat([ids[:, :context], question], dim=1)
+    answered, _ = generate(model, tokenizer, copy.deepcopy(cache), asked, options.new_tokens)
+    return Reading(
+        name=name,
+        tokens=tokens,
+        nbytes=nbytes,
+        fidelity=compare(full_logits, logits, ids[0, context + 1 :]),
+        tokens_per_second=(options.new_tokens - 1) / seconds,
+        continuation=continued,
+        answer=answered,
+    )
+
+
+class Clock:
+    """Stopping criterion that never stops, and notes when the first and the last token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def generate(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, count: int) -> tuple[str, float]:
+    """Greedy text after ``ids``, most of which the cache has read, and the seconds from the first to the last token."""
+    clock = Clock()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        stopping_criteria=[clock],
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return " ".join(text.split()), clock.times[-1] - clock.times[0]
+
+
+def question_ids(tokenizer: Any, question: str) -> torch.Tensor:
+    """The question as a turn of the model's chat template, or plainly where it has none."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+    else:
+        text = f"\n\nQuestion: {question}\nAnswer:"
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    return ids
+
+
+def table_of(readings: list[Reading], title: str) -> Table:
+    """Numbers side by side."""
+    table = Table(title=title, title_style="bold", header_style="bold")
+    for column in ("cache", "tokens/head", "MiB", "of full", "KL to full", "same top-1", "tokens/s"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    full = readings[0]
+    for index, x in enumerate(readings):
+        if index % 2:
+            table.add_section()
+        exact = x is full
+        table.add_row(
+            x.name,
+            str(x.tokens),
+            f"{x.nbytes / 2**20:.1f}",
+            f"{x.nbytes / full.nbytes:.1%}",
+            "0" if exact else f"{x.fidelity.kl:.3f}",
+            "100%" if exact else f"{x.fidelity.top1:.0%}",
+            f"{x.tokens_per_second:.1f}",
+            style="bold green" if x.name == "MomentKV" else "",
+        )
+    table.caption = "moments are counted in MiB; KL in nats, over the text's own next tokens"
+    return table
+
+
+def texts_of(readings: list[Reading], question: str) -> Table:
+    """What each cache wrote."""
+    table = Table(title=f"Asked: {question}", title_style="bold", header_style="bold", show_lines=True)
+    table.add_column("cache", no_wrap=True)
+    table.add_column("continuation of the text", ratio=1)
+    table.add_column("answer", ratio=1)
+    for x in readings:
+        table.add_row(f"{x.name}\n{x.tokens} tokens/head", x.continuation, x.answer)
+    return table
+
+
+def plot(readings: list[Reading], path: str | Path, title: str) -> Path:
+    """KL and speed against bytes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    full = readings[0]
+    for name, colour in (("plain eviction", "C3"), ("MomentKV", "C2")):
+        chosen = [x for x in readings if x.name == name]
+        sizes = [x.nbytes / 2**20 for x in chosen]
+        left.plot(sizes, [x.fidelity.kl for x in chosen], "o-", color=colour, label=name)
+        right.plot(sizes, [x.tokens_per_second for x in chosen], "o-", color=colour, label=name)
+    right.plot(full.nbytes / 2**20, full.tokens_per_second, "s", color="0.3", label="full cache")
+    left.set_ylabel("KL to the full cache, nats")
+    left.set_ylim(bottom=0)
+    right.set_ylabel("tokens/s")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("cache, MiB (moments counted)")
+        axis.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

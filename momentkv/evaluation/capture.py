@@ -1,0 +1,121 @@
+"""Reading a context once with the full cache, and replaying evictions from what was captured.
+
+Prefill attends exactly whatever the policy, so its keys, values and queries are the same for all of them: one pass
+over the context serves every policy, budget and correction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+
+from momentkv.hf import LINK, MomentCache, momentkv_attention
+
+__all__ = ["CaptureCache", "replay"]
+
+
+class CaptureLayer(DynamicLayer):
+    """A full cache layer that keeps the queries of the last tokens of the last forward pass.
+
+    Parameters
+    ----------
+    keep : int or None
+        How many queries; None for all.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        super().__init__()
+        self.keep = keep
+        self.queries: torch.Tensor | None = None
+        self.scaling: float | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens; the returned keys lead the attention function here."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        linked = keys.view_as(keys)
+        setattr(linked, LINK, self)
+        return linked, values
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Keep the queries and attend as without any compression."""
+        kept = query if self.keep is None else query[:, :, -self.keep :]
+        self.queries, self.scaling = kept.clone(), scaling
+        return momentkv_attention(module, query, key.detach(), value, attention_mask, scaling=scaling, **kwargs)
+
+
+class CaptureCache(Cache):
+    """Full cache of a model with ``attn_implementation="momentkv"``; its full-attention layers keep queries.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    keep : int or None
+        Queries kept of the last forward pass; None for all.
+    """
+
+    def __init__(self, model: Any, keep: int | None = 32) -> None:
+        config = model.config.get_text_config(decoder=True)
+        types, arguments = get_layer_types_and_kwargs(config)
+        super().__init__(
+            layers=[
+                CaptureLayer(keep) if kind == "full_attention" else DynamicSlidingWindowLayer(**kwargs)
+                for kind, kwargs in zip(types, arguments, strict=True)
+            ]
+        )
+
+    @property
+    def capture_layers(self) -> dict[int, CaptureLayer]:
+        """The full-attention layers, by index."""
+        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, CaptureLayer)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+
+
+def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
+    """Bring an empty cache to the state that prefilling the captured context would have left.
+
+    Parameters
+    ----------
+    captured : CaptureCache
+        After one forward pass over the context, with at least as many queries kept as the policy observes.
+    cache : MomentCache
+        Empty, of the same model, which must have no sliding-window layers.
+
+    Raises
+    ------
+    ValueError
+        If queries are missing or the model has sliding-window layers.
+    """
+    if len(cache.moment_layers) != len(cache.layers):
+        raise ValueError("replay needs a model with full attention in every layer; prefill the cache with the model")
+    for index, core in cache.moment_layers.items():
+        layer = captured.capture_layers[index]
+        observes, length = core.policy.observes, layer.keys.shape[2]
+        kept = 0 if layer.queries is None else layer.queries.shape[2]
+        if kept < min(length, length if observes is None else observes):
+            raise ValueError(
+                f"{kept} queries were captured, but policy {core.policy.name!r} observes "
+                f"{'all' if observes is None else observes}; capture with keep={observes}"
+            )
+        core.scale = layer.scaling
+        core.append(layer.keys, layer.values)
+        core.observe(layer.queries)
+        core.evict()
+    return cache

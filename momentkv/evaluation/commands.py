@@ -1,0 +1,101 @@
+"""The commands ``momentkv evaluate fidelity`` and ``momentkv evaluate gap``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from momentkv.evaluation.fidelity import Setting, measure, moment_tokens, settings_grid
+from momentkv.evaluation.gap import measure_gap, plot_gap
+from momentkv.evaluation.report import environment, fidelity_table, plot_fidelity, progress_bar, write_json
+from momentkv.evaluation.sources import BUILTIN_MODEL, BUILTIN_TEXTS, load_model, load_text, tokenize
+
+__all__ = ["fidelity", "gap"]
+
+
+def fidelity(options: argparse.Namespace) -> int:
+    """Measure fidelity over texts, budgets, policies and corrections; write JSON, a plot and a table."""
+    console = Console()
+    orders = [None if order == "none" else int(order) for order in options.orders]
+    texts = options.text or list(BUILTIN_TEXTS)
+    with console.status("loading the model"):
+        model, tokenizer = load_model(options.model)
+    count = options.context + options.following + 1
+    ids = {text: tokenize(tokenizer, load_text(text)[options.skip :], count, name=text) for text in texts}
+    grid = settings_grid(model, options.policies, options.budgets, orders)
+    rows = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("fidelity", total=len(texts) * len(grid))
+        for text in texts:
+            progress.update(task, description=f"fidelity, {Path(text).name}")
+            for setting, result, nbytes in measure(model, ids[text], options.context, grid):
+                rows.append(
+                    {
+                        "text": Path(text).name,
+                        "policy": setting.policy_name,
+                        "correction": setting.correction,
+                        "budget": setting.budget,
+                        "bytes_as_tokens": setting.budget + moment_tokens(model, setting.order),
+                        "nbytes": nbytes,
+                        **dataclasses.asdict(result),
+                    }
+                )
+                progress.advance(task)
+    name = options.model or BUILTIN_MODEL
+    title = (
+        f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts;"
+        f" columns: bytes, in tokens per KV head"
+    )
+    content = {
+        "protocol": {
+            "model": name,
+            "context": options.context,
+            "following": options.following,
+            "skip": options.skip,
+            "texts": [Path(text).name for text in texts],
+            "compressed": "once, after one-shot prefill; the following tokens teacher-forced, no further eviction",
+            "sinks": 1,
+            "window": 32,
+        },
+        "environment": environment(),
+        "rows": rows,
+    }
+    console.print(fidelity_table(rows, title=title))
+    path = write_json(options.output, content)
+    plot = plot_fidelity(rows, path.with_suffix(".png"), title=title.partition(";")[0])
+    console.print(f"results: {path}   plot: {plot}")
+    return 0
+
+
+def gap(options: argparse.Namespace) -> int:
+    """Measure the directional gap; write data and a plot, print the means."""
+    console = Console()
+    with console.status("loading the model"):
+        model, tokenizer = load_model(options.model)
+    ids = tokenize(
+        tokenizer, load_text(options.text)[options.skip :], options.context + options.following, name=options.text
+    )
+    setting = Setting(options.policy, options.budget, options.order)
+    with console.status("measuring attention of every layer and head"):
+        measured = measure_gap(model, ids, options.context, setting)
+    name = options.model or BUILTIN_MODEL
+    title = (
+        f"{name}, {Path(options.text).name}: {options.context} tokens, {setting.policy_name} keeps {setting.budget}; "
+        "median and middle 80 % over heads and queries"
+    )
+    path = write_json(
+        options.output,
+        {"model": name, "text": Path(options.text).name, "environment": environment(), **measured.summary()},
+    )
+    plot = plot_gap(measured, path.with_suffix(".png"), title=title)
+    means = measured.summary()["mean"]
+    console.print(f"[bold]{title.partition(';')[0]}[/]")
+    console.print(f"evicted mass w_E               mean {means['evicted_mass']:.3f}")
+    console.print(f"cos(o_E, o_R)                  mean {means['cosine']:+.3f}")
+    console.print(f"relative error, plain          mean {means['plain']:.3f}")
+    console.print(f"relative error, corrected      mean {means['corrected']:.3f}")
+    console.print(f"data: {path}   plot: {plot}")
+    return 0

