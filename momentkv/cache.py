@@ -9,7 +9,6 @@ from momentkv._array import Array, accumulation_dtype, array_namespace, device, 
 from momentkv.attention import check_keys, check_values, default_scale
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.array_api import causal_mask
-from momentkv.correction import correct
 from momentkv.moments import Moments, check_broadcast, check_order
 from momentkv.policies import Policy, Tokens, check_budget, get_policy, retain
 
@@ -128,6 +127,11 @@ class LayerCache:
         check_keys(q, k)
         if q.shape[-2] != k.shape[-2]:
             raise ValueError(f"q has {q.shape[-2]} tokens but k has {k.shape[-2]}; a step needs one query a token")
+        if q.shape[:-3] != k.shape[:-3] or q.shape[-3] % k.shape[-3]:
+            raise ValueError(
+                f"q has {q.shape[-3]} heads in shape {tuple(q.shape)}, k has {k.shape[-3]} in {tuple(k.shape)}; batch "
+                "axes must be equal, and the number of query heads a multiple of the number of KV heads"
+            )
         if valid is not None:
             check_broadcast("valid", valid, k.shape[:-1])
         before = self.snapshot()
@@ -188,19 +192,19 @@ class LayerCache:
         seen_by_all = self.positions >= 0 if self.padded else None
         scale = self.attention_scale
         corrects = self.order is not None and self.has_evicted
-        if q_len == 1:
-            mask = None if seen_by_all is None else seen_by_all[..., None, None, :]
-            state, weights = backend.attend(q, self.keys, self.values, scale=scale, mask=mask)
-            out = state.out
-            if self.policy.observes != 0:
-                self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
-        elif corrects:
-            state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
-            out = state.out
-        else:
+        if q_len > 1 and not corrects:
             out = backend.prefill(q, self.keys, self.values, scale=scale, valid=seen_by_all)
-        if corrects:
-            out = correct(state, q, self.moments, order=self.order or 0, scale=scale).out
+        else:
+            if q_len > 1:
+                state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
+            else:
+                mask = None if seen_by_all is None else seen_by_all[..., None, None, :]
+                state, weights = backend.attend(q, self.keys, self.values, scale=scale, mask=mask)
+                if self.policy.observes != 0:
+                    self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
+            out = state.out
+            if corrects:
+                out = backend.correct(state, q, self.moments, order=self.order or 0, scale=scale)
         if q_len > 1:
             self.observe(q)
         return xp.astype(out, q.dtype, copy=False)
@@ -246,6 +250,7 @@ class LayerCache:
         # Each row by its own count, so that padding beside a longer row changes nothing.
         limits = xp.where(counts >= self.budget + self.block, xp.minimum(counts, 0 * counts + self.budget), counts)
         rounds = self.policy.rounds if self.order is not None and n - self.budget > self.block else 1
+        one_block = counts - limits <= self.block
         positions, moments = self.positions, self.moments
         score = self.score
         if score is None:
@@ -255,7 +260,7 @@ class LayerCache:
             selection = retain(
                 self.policy.importance(tokens),
                 positions,
-                budget=limits if done == rounds else between(counts, limits, done / rounds),
+                budget=xp.where(one_block, limits, between(counts, limits, done / rounds)),
                 sinks=self.sinks,
                 window=self.window,
                 seen=self.seen,
@@ -267,7 +272,9 @@ class LayerCache:
         kept = xp.take_along_axis(positions, indices, axis=-1)
         if self.score is not None:
             carried = xp.take_along_axis(score, indices, axis=-1)
-            self.score = carried if self.policy.accumulates else xp.zeros_like(carried)
+            if not self.policy.accumulates:  # a row that did not evict goes on observing
+                carried = xp.where((limits < counts)[..., None], xp.zeros_like(carried), carried)
+            self.score = carried
         self.has_evicted = self.has_evicted or bool(xp.any(limits < counts))
         self.padded = self.padded and not bool(xp.all(filled))
         self.positions = xp.where(filled, kept, xp.full_like(kept, -1))

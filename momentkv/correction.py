@@ -40,7 +40,7 @@ def estimate(q: Array, moments: Moments, *, order: int = 1, scale: float | None 
     Notes
     -----
     ``out`` is the first-order Taylor expansion of exact attention around the zero query: exact for one token, for
-    equal keys, and to O(\|q\|^2) in general. ``lse`` never exceeds the truth (Jensen's inequality).
+    equal keys, and to :math:`O(\lVert q \rVert^2)` in general. ``lse`` never exceeds the truth (Jensen's inequality).
     Source: MomentKV (arXiv 2606.01563), eq. 9. Derivation: docs/derivations/correction.md.
 
     Examples

@@ -139,7 +139,7 @@ class Moments:
         .. math:: \mu = \mu_A + \tfrac{W_B}{W} \delta, \qquad
                   S = S_A + S_B + \tfrac{W_A W_B}{W}\, \delta_v \delta_k^\top, \qquad \delta = \mu_B - \mu_A
 
-        Associative and commutative to rounding; the empty set is the identity, to the last bit.
+        Associative and commutative to rounding; `empty` is the identity, to the last bit.
 
         Raises
         ------
@@ -282,8 +282,10 @@ def check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:
 def weighted(xp: Any, weights: Array, k: Array) -> Array:
     """Weights in the accumulation dtype of ``k``, one for every token of every head."""
     check_broadcast("weights", weights, k.shape[:-1])
-    if bool(xp.any(~(weights >= 0))):
-        raise ValueError("weights has a negative or NaN entry; every weight must be at least 0")
+    wrong = ~(xp.isfinite(weights) & (weights >= 0))
+    if bool(xp.any(wrong)):
+        first = float(xp.reshape(weights, (-1,))[int(xp.argmax(xp.astype(xp.reshape(wrong, (-1,)), xp.int32)))])
+        raise ValueError(f"weights has an entry {first:g}; every weight must be finite and at least 0")
     return xp.astype(weights, k.dtype) * xp.ones_like(k[..., 0])
 
 

@@ -6,8 +6,10 @@ from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device
 from momentkv.attention import AttentionState, logits, softmax_state
+from momentkv.correction import correct
+from momentkv.moments import Moments
 
-__all__ = ["ArrayBackend"]
+__all__ = ["ArrayBackend", "causal_mask"]
 
 
 class ArrayBackend:
@@ -71,6 +73,10 @@ class ArrayBackend:
     def prefill(self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None) -> Array:
         """Output of `attend_causal` alone, by the fastest way the library has."""
         return self.attend_causal(q, k, v, scale=scale, valid=valid).out
+
+    def correct(self, retained: AttentionState, q: Array, moments: Moments, *, order: int, scale: float) -> Array:
+        """Output of `momentkv.correction.correct`."""
+        return correct(retained, q, moments, order=order, scale=scale).out
 
 
 def causal_mask(k: Array, q_len: int, start: int, stop: int, valid: Array | None) -> Array:

@@ -22,9 +22,10 @@ class NumpyBackend(ArrayBackend):
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None
     ) -> tuple[AttentionState, Array]:
         weights = logits(q, k, scale=scale, mask=mask)
+        weights = weights.astype(np.promote_types(weights.dtype, v.dtype), copy=False)
         *batch, kv_heads, group, q_len, n = weights.shape
         heads = (*batch, kv_heads * group, q_len)
-        v = v.astype(np.promote_types(weights.dtype, v.dtype), copy=False)
+        v = v.astype(weights.dtype, copy=False)
         top = weights.max(axis=-1, keepdims=True, initial=-np.inf)
         shift = np.where(np.isneginf(top), 0, top)
         weights -= shift

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from momentkv._array import Array
 from momentkv.attention import AttentionState
 from momentkv.backends.array_api import ArrayBackend, causal_mask
+from momentkv.moments import Moments
 
 __all__ = ["TorchBackend"]
 
@@ -42,6 +43,22 @@ class TorchBackend(ArrayBackend):
             AttentionState(out, lse.reshape(*batch, q_heads, q_len)),
             weights.reshape(*batch, kv_heads, -1, q_len, n),
         )
+
+    def correct(self, retained: AttentionState, q: Array, moments: Moments, *, order: int, scale: float) -> Array:
+        *batch, kv_heads, d = moments.key_mean.shape
+        folded = q.to(moments.key_mean.dtype).reshape(*batch, kv_heads, -1, d) * scale
+        heads = retained.lse.shape
+        # log 0 = -inf: a head without evicted tokens gets the share 0, whatever its (finite) estimate.
+        lse = torch.matmul(folded, moments.key_mean[..., None]) + moments.weight.log()[..., None, None]
+        out = moments.value_mean[..., None, :]
+        if order == 1 and moments.value_key is not None:
+            weight = moments.weight.clamp(min=torch.finfo(folded.dtype).tiny)
+            out = out + torch.matmul(folded / weight[..., None, None], moments.value_key.mT)
+        else:
+            out = out.expand(*batch, kv_heads, folded.shape[-2], -1)
+        lse, out = lse.reshape(heads), out.reshape(*heads, -1)
+        share = torch.sigmoid(lse - retained.lse).masked_fill(lse == -torch.inf, 0.0)
+        return torch.lerp(retained.out, out.to(retained.out.dtype), share[..., None].to(retained.out.dtype))
 
     def prefill(self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None) -> Array:
         q_len, n = q.shape[-2], k.shape[-2]

@@ -24,6 +24,8 @@ class H2O(Policy):
         Queries of a prefill that are counted: the last 32 by default, so that a long prefill stays fast. None counts
         all of them as the paper does, at the cost of a second attention pass, done in blocks of queries.
 
+    Notes
+    -----
     Source: H2O (arXiv 2306.14048). There half of the budget is the recent window; here the window is the cache's own.
     """
 

@@ -34,8 +34,8 @@ class MomentKV(Policy):
     summed over the queries at hand (the observation window at prefill, those since the last eviction while decoding);
     keys are those that attention uses, after RoPE. The paper's loop "evict the least, fold it in, score again" runs one
     block at a time while decoding. At prefill it runs in ``rounds`` rounds of geometrically falling size: one round
-    scores all tokens with :math:`r_j = v_j`, as many rounds as tokens are the loop itself. More rounds did not lower
-    the error where we measured it (docs/evaluation.md). With moments of order 0 the residual is ``v_j - mu_v``.
+    scores all tokens with :math:`r_j = v_j`, many rounds approach the loop. More rounds did not lower the error
+    where we measured it (docs/evaluation.md). With moments of order 0 the residual is ``v_j - mu_v``.
 
     Source: MomentKV (arXiv 2606.01563). Derivation: docs/derivations/correction.md.
     """

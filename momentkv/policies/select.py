@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace, device
@@ -64,10 +63,11 @@ def retain(
     n = positions.shape[-1]
     order = xp.cumulative_sum(xp.astype(valid, xp.int64), axis=-1)
     protected = valid & ((order <= sinks) | (positions >= seen - window))
-    infinity = xp.full_like(importance, math.inf)
-    importance = xp.where(protected, infinity, xp.where(valid, importance, -infinity))
-    # rank[j]: how many tokens go before j; stable, so equal importances fall to the earlier token.
+    # rank[j]: how many slots go before j; stable, so equal importances fall to the earlier token. Protected tokens are
+    # moved before all others and empty slots behind them as ranks: as importances they could tie with infinite ones.
     rank = xp.argsort(xp.argsort(importance, axis=-1, descending=True, stable=True), axis=-1, stable=True)
+    rank = xp.where(protected, rank - n, xp.where(valid, rank, rank + n))
+    rank = xp.argsort(xp.argsort(rank, axis=-1, stable=True), axis=-1, stable=True)
     limit = budget if isinstance(budget, int) else xp.astype(budget, rank.dtype)[..., None]
     retained = valid & (rank < limit)
     counts = xp.sum(xp.astype(retained, xp.int64), axis=-1)

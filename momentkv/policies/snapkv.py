@@ -26,6 +26,8 @@ class SnapKV(Policy):
     observes : int
         Length of the observation window in queries.
 
+    Notes
+    -----
     Source: SnapKV (arXiv 2404.14469), which compresses once, after prefill, with average or max pooling.
     """
 
@@ -47,7 +49,7 @@ def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:
     Parameters
     ----------
     score, positions : array, shape (..., n)
-        ``positions`` rises along the last axis, negative where a slot is empty.
+        ``positions`` rises along the last axis where not negative; negative for an empty slot.
     kernel : int
         Odd width.
 
@@ -58,6 +60,9 @@ def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:
     [3.0, 3.0, 3.0]
     """
     xp = array_namespace(score, positions)
+    # Empty slots may lie between neighbours; moved to the front, they no longer do.
+    order = xp.argsort(xp.astype(positions >= 0, xp.int32), axis=-1, stable=True)
+    score, positions = (xp.take_along_axis(x, order, axis=-1) for x in (score, positions))
     valid = positions >= 0
     zero = xp.zeros_like(score)
     score = xp.where(valid, score, zero)
@@ -69,4 +74,4 @@ def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:
         earlier = xp.where(near, score[..., :-offset], zero[..., offset:])
         later = xp.where(near, score[..., offset:], zero[..., offset:])
         pooled = pooled + xp.concat([edge, earlier], axis=-1) + xp.concat([later, edge], axis=-1)
-    return pooled / kernel
+    return xp.take_along_axis(pooled / kernel, xp.argsort(order, axis=-1, stable=True), axis=-1)
