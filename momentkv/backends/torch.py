@@ -19,7 +19,6 @@ class TorchBackend(ArrayBackend):
     """Plain torch operators. Logits, softmax sums and outputs are float32 (float64 for float64 inputs)."""
 
     name: ClassVar[str] = "torch"
-    query_block: ClassVar[int] = 512
 
     def attend(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None
