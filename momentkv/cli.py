@@ -12,6 +12,9 @@ from momentkv.policies import POLICIES
 
 __all__ = ["main"]
 
+# Which extra brings a package that a command imports.
+EXTRAS = {"torch": "hf", "transformers": "hf", "rich": "demo", "matplotlib": "demo", "gguf": "demo", "psutil": "demo"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
@@ -22,12 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ModuleNotFoundError as error:
-        extra = {"torch": "hf", "transformers": "hf", "rich": "demo", "matplotlib": "demo", "gguf": "demo"}
-        needed = extra.get((error.name or "").partition(".")[0])
-        if needed is None and not str(error).startswith("SmolLM2"):
-            raise
-        remedy = f"; run pip install 'momentkv[{needed}]'" if needed else ""
-        print(f"momentkv: {error}{remedy}", file=sys.stderr)
+        message = str(error)
+        if "pip install" not in message:
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            message += f"; run pip install 'momentkv[{extra}]'"
+        print(f"momentkv: {message}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"momentkv: {error}", file=sys.stderr)
     return 1

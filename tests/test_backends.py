@@ -7,12 +7,14 @@ import dataclasses
 import numpy as np
 import oracle
 import pytest
+from corrections import correction
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
 from rounding import UNIT_BFLOAT16, assert_same, assert_within, attention_error, unit
 from strategies import MASKS, Case, cases, some_tokens
 
+from momentkv import Moments, attend
 from momentkv.backends import BACKENDS, ArrayBackend, get_backend
 
 
@@ -97,6 +99,18 @@ def test_attend_causal_and_prefill_conform(subject: Subject, case: Case, own: in
             out = backend.prefill(*arrays, scale=scale, valid=subject.library.asarray(valid))
             assert_within(subject.library.numpy(out), exact.out, error.out)
             assert subject.library.dtype(out) == case.dtype
+
+
+@given(case=cases(), cut=st.integers(0, 12), order=st.sampled_from([0, 1]))
+def test_correct_conforms(subject: Subject, case: Case, cut: int, order: int):
+    kept, gone, exact, error = correction(case, cut, order)
+    q, scale = subject.library.asarray(case.arrays()[0]), case.factor()
+    retained = attend(q, *subject.arrays(*kept), scale=scale)
+    moments = Moments.from_tokens(*subject.arrays(*gone))
+    out = subject.backend.correct(retained, q, moments, order=order, scale=scale)
+    assert_within(subject.library.numpy(out), exact.out, error.out)
+    if case.n <= cut:  # nothing evicted: to the last bit
+        assert_same(subject.library.numpy(out), subject.library.numpy(retained.out))
 
 
 def test_more_queries_than_a_block(subject: Subject):

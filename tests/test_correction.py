@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import oracle
 import pytest
+from corrections import correction
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
@@ -18,7 +19,6 @@ from rounding import (
     attention_error,
     default_scale,
     estimate_error,
-    merge_error,
     moments_error,
     unit,
 )
@@ -138,25 +138,16 @@ def test_nothing_evicted_leaves_attention_as_it_is_to_the_last_bit(backend: Libr
 
 @given(case=cases(), cut=st.integers(0, 12), order=orders)
 def test_correct_merges_the_estimate_with_attention(backend: Library, case: Case, cut: int, order: int):
-    q, k, v = case.arrays()
-    cut, u, scale = min(cut, case.n), unit(case.dtype), case.factor()
-    kept, gone = (k[..., :cut, :], v[..., :cut, :]), (k[..., cut:, :], v[..., cut:, :])
+    kept, gone, exact, error = correction(case, cut, order)
+    q, scale = backend.asarray(case.arrays()[0]), case.factor()
     state = correct(
-        attend(*(backend.asarray(x) for x in (q, *kept)), scale=scale),
-        backend.asarray(q),
+        attend(q, *(backend.asarray(x) for x in kept), scale=scale),
+        q,
         Moments.from_tokens(*(backend.asarray(x) for x in gone)),
         order=order,
         scale=scale,
     )
-    retained, sums = oracle.attend(q, *kept, scale), oracle.moments(*gone)
-    evicted = oracle.estimate(q, sums, order, scale)
-    exact = oracle.merge(retained, evicted)
-    size = max(np.linalg.norm(x, axis=-1).max(initial=0.0) for x in (v, evicted.out))
-    of_retained = attention_error(q, *kept, retained.lse, u, scale)
-    of_evicted = estimate_error(q, sums, moments_error(*gone, u), evicted.lse, u, scale)
-    # The merge happens at the larger of the two lse.
-    lse = np.maximum(np.nan_to_num(np.abs(retained.lse), posinf=0), np.nan_to_num(np.abs(evicted.lse), posinf=0))
-    assert_is(backend, state, exact, merge_error(of_retained, of_evicted, size, lse, u))
+    assert_is(backend, state, exact, error)
 
 
 @given(case=cases(n=some_tokens), order=orders)

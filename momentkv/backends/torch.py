@@ -51,7 +51,7 @@ class TorchBackend(ArrayBackend):
         lse = torch.matmul(folded, moments.key_mean[..., None]) + moments.weight.log()[..., None, None]
         out = moments.value_mean[..., None, :]
         if order == 1 and moments.value_key is not None:
-            weight = moments.weight.clamp(min=torch.finfo(folded.dtype).tiny)
+            weight = moments.weight.masked_fill(moments.weight == 0, 1.0)
             out = out + torch.matmul(folded / weight[..., None, None], moments.value_key.mT)
         else:
             out = out.expand(*batch, kv_heads, folded.shape[-2], -1)
