@@ -223,14 +223,14 @@ class MomentCache(Cache):
         config = getattr(model, "config", model).get_text_config(decoder=True)
         check_implementation(config)
         refuse_architecture(config)
-        types, arguments = get_layer_types_and_kwargs(config)
-        budgets = [budget] * len(types) if isinstance(budget, int) else list(budget)
-        if len(budgets) != len(types):
+        kinds = layer_kinds(config)
+        budgets = [budget] * len(kinds) if isinstance(budget, int) else list(budget)
+        if len(budgets) != len(kinds):
             raise ValueError(
-                f"budget has {len(budgets)} entries but the model has {len(types)} layers; give one for each"
+                f"budget has {len(budgets)} entries but the model has {len(kinds)} layers; give one for each"
             )
         layers: list[Any] = []
-        for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
+        for index, (kind, kwargs) in enumerate(kinds):
             if kind in SLIDING_TYPES:
                 layers.append(DynamicSlidingWindowLayer(**kwargs))
             elif kind == "full_attention":
@@ -284,6 +284,14 @@ class MomentCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Type of each layer of a model, and the arguments of its stock cache layer."""
+    types, arguments = get_layer_types_and_kwargs(config)
+    # Before transformers 5.16, one dict for all layers.
+    each = arguments if isinstance(arguments, list) else [arguments] * len(types)
+    return list(zip(types, each, strict=True))
 
 
 def momentkv_attention(

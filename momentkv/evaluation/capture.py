@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from momentkv.hf import LINK, MomentCache, momentkv_attention
+from momentkv.hf import LINK, MomentCache, layer_kinds, momentkv_attention
 
 __all__ = ["CaptureCache", "replay"]
 
@@ -69,11 +69,10 @@ class CaptureCache(Cache):
 
     def __init__(self, model: Any, keep: int | None = 32) -> None:
         config = model.config.get_text_config(decoder=True)
-        types, arguments = get_layer_types_and_kwargs(config)
         super().__init__(
             layers=[
                 CaptureLayer(keep) if kind == "full_attention" else DynamicSlidingWindowLayer(**kwargs)
-                for kind, kwargs in zip(types, arguments, strict=True)
+                for kind, kwargs in layer_kinds(config)
             ]
         )
 
