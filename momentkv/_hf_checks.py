@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["NAME", "check_implementation", "refuse_architecture", "refuse_arguments"]
+__all__ = ["NAME", "check_implementation", "check_lengths", "refuse_architecture", "refuse_arguments"]
 
 NAME = "momentkv"
 
@@ -22,6 +22,15 @@ def check_implementation(config: Any) -> None:
         raise ValueError(
             f"the model's attn_implementation is {config._attn_implementation!r}, which would ignore the moments; "
             f'call model.set_attn_implementation("{NAME}"), or load it with attn_implementation="{NAME}"'
+        )
+
+
+def check_lengths(lengths: list[int]) -> None:
+    """Raise unless all layers have seen as many tokens: positions and masks are those of the first for all of them."""
+    if len(set(lengths)) > 1:
+        raise RuntimeError(
+            f"the last forward pass failed half-way: some layers have seen {max(lengths)} tokens, others "
+            f"{min(lengths)}; call cache.reset() and read the tokens again"
         )
 
 

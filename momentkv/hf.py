@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from momentkv._hf_checks import NAME, check_implementation, refuse_architecture, refuse_arguments
+from momentkv._hf_checks import NAME, check_implementation, check_lengths, refuse_architecture, refuse_arguments
 from momentkv.backends import ArrayBackend
 from momentkv.cache import LayerCache
 from momentkv.policies import Policy
@@ -259,6 +259,8 @@ class MomentCache(Cache):
         check_implementation(self.config)
         if torch.compiler.is_compiling():
             raise RuntimeError("MomentCache does not support torch.compile yet; run the model uncompiled")
+        if layer_idx == 0:
+            check_lengths([layer.get_seq_length() for layer in self.layers])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
