@@ -1,0 +1,300 @@
+"""What `momentkv.hf` refuses: each refusal names what is wrong, and leaves the cache as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, SIZES, build, prompt, tiny
+from transformers import (
+    AutoConfig,
+    DynamicCache,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+)
+
+from momentkv import Tokens
+from momentkv.hf import MomentCache, momentkv_attention, momentkv_mask
+from momentkv.policies import Streaming
+
+SMALL = {"sinks": 1, "window": 8, "block": 4}
+
+
+def config(kind: str, **settings: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(kind, attn_implementation="momentkv", **settings)
+
+
+def cached(family: str = "llama", **settings: Any) -> MomentCache:
+    return MomentCache(tiny(family), 14, **(SMALL | settings))
+
+
+# What is refused when a cache is made, and parts of the message.
+CONSTRUCTIONS: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "sdpa": (lambda: MomentCache(tiny("llama", "sdpa"), 64), ["attn_implementation is 'sdpa'", "set_attn_"]),
+    "unset": (lambda: MomentCache(LlamaConfig(**SIZES), 64), ["attn_implementation is"]),
+    "encoder-decoder": (lambda: MomentCache(config("t5"), 64), ["'t5'", "encoder-decoder", "DynamicCache"]),
+    "softcap": (lambda: MomentCache(config("gemma2"), 64), ["'gemma2'", "attn_logit_softcapping"]),
+    "latent attention": (lambda: MomentCache(config("deepseek_v3"), 64), ["'deepseek_v3'", "kv_lora_rank"]),
+    "sinks as parameters": (lambda: MomentCache(config("gpt_oss"), 64), ["'gpt_oss'", "attention sinks"]),
+    "shared caches": (
+        lambda: MomentCache(config("gemma3n_text", num_kv_shared_layers=3), 64),
+        ["'gemma3n_text'", "num_kv_shared_layers"],
+    ),
+    "not causal": (lambda: MomentCache(config("llama", is_causal=False), 64), ["'llama'", "is_causal"]),
+    "layer type": (
+        lambda: MomentCache(
+            config("llama", num_hidden_layers=2, layer_types=["full_attention", "linear_attention"]), 64
+        ),
+        ["layer 1", "'linear_attention'", "full_attention"],
+    ),
+    "budget": (lambda: MomentCache(tiny("llama"), 33), ["budget is 33", "34"]),
+    "budget of a layer": (lambda: MomentCache(tiny("llama"), [64, 10]), ["budget is 10", "34"]),
+    "too few budgets": (lambda: MomentCache(tiny("llama"), [64]), ["1 entries", "2 layers"]),
+    "too many budgets": (lambda: MomentCache(tiny("llama"), [64] * 3), ["3 entries", "2 layers"]),
+    "policy": (lambda: cached(policy="lru"), ["policy is 'lru'", "snapkv"]),
+    "order": (lambda: cached(order=2), ["order is 2"]),
+    "backend": (lambda: cached(backend="jax"), ["backend is 'jax'", "torch"]),
+    "block": (lambda: cached(block=0), ["block is 0"]),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_construction_is_refused_by_name(name: str):
+    make, parts = CONSTRUCTIONS[name]
+    with pytest.raises(ValueError, match=r".") as caught:
+        make()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_softcap_off_is_no_refusal():
+    off = Gemma2Config(**(SIZES | {"attn_logit_softcapping": None}), head_dim=16, attn_implementation="momentkv")
+    assert len(MomentCache(off, 64).layers) == 2
+
+
+def snapshot(cache: MomentCache) -> list[Any]:
+    cores = cache.moment_layers.values()
+    state: list[Any] = [(core.seen, core.padded, core.has_evicted, layer.before) for core, layer in layers(cache)]
+    return state + [x.clone() for core in cores for x in core.arrays().values()]
+
+
+def layers(cache: MomentCache) -> list[tuple[Any, Any]]:
+    return [(core, cache.layers[index]) for index, core in cache.moment_layers.items()]
+
+
+def assert_unchanged(cache: MomentCache, before: list[Any]) -> None:
+    after = snapshot(cache)
+    assert len(after) == len(before)
+    for a, b in zip(after, before, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def started() -> tuple[Any, MomentCache]:
+    """A model of its own, and a cache that has evicted."""
+    model = build(FAMILIES["llama"]())
+    cache = MomentCache(model, 14, **SMALL)
+    with torch.no_grad():
+        model(prompt(2, 40), past_key_values=cache)
+    return model, cache
+
+
+def training(model: Any, cache: MomentCache) -> None:
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model.train()
+    try:
+        model(prompt(2, 1), past_key_values=cache)
+    finally:
+        model.eval()
+
+
+def switched(model: Any, cache: MomentCache) -> None:
+    model.set_attn_implementation("sdpa")
+    try:
+        model(prompt(2, 1), past_key_values=cache)
+    finally:
+        model.set_attn_implementation("momentkv")
+
+
+def compiled(model: Any, cache: MomentCache) -> None:
+    keys = torch.zeros(2, 2, 1, 16)
+    torch.compile(lambda k: cache.update(k, k, 0), backend="eager", fullgraph=True)(keys)
+
+
+def generation(**settings: Any) -> Callable[[Any, MomentCache], None]:
+    def run(model: Any, cache: MomentCache) -> None:
+        more = torch.cat([prompt(1, 40)[:1], prompt(1, 3, seed=1)], dim=1)
+        alone = MomentCache(model, 14, **SMALL)
+        model.generate(more, attention_mask=torch.ones_like(more), past_key_values=alone, max_new_tokens=4, **settings)
+
+    return run
+
+
+def forward(**settings: Any) -> Callable[[Any, MomentCache], None]:
+    return lambda model, cache: model(prompt(2, 1), past_key_values=cache, **settings)
+
+
+def bare(**settings: Any) -> Callable[[Any, MomentCache], None]:
+    """The attention function itself, as an architecture would call it that passes an argument of its own."""
+
+    def run(model: Any, cache: MomentCache) -> None:
+        x = torch.zeros(2, 2, 1, 16)
+        keys, values = cache.update(x, x, 0)
+        momentkv_attention(model.model.layers[0].self_attn, torch.zeros(2, 4, 1, 16), keys, values, None, **settings)
+
+    return run
+
+
+USES: dict[str, tuple[Callable[[Any, MomentCache], None], type[Exception], list[str]]] = {
+    "another implementation later": (switched, ValueError, ["attn_implementation is 'sdpa'"]),
+    "assisted decoding": (
+        lambda model, cache: generation(assistant_model=tiny("llama", "sdpa"))(model, cache),
+        RuntimeError,
+        ["assisted or prompt-lookup", "DynamicCache"],
+    ),
+    "prompt lookup": (generation(prompt_lookup_num_tokens=2), RuntimeError, ["assisted or prompt-lookup"]),
+    "past recording": (lambda model, cache: cache.activate_past_recording(), RuntimeError, ["assisted"]),
+    "layer's past recording": (lambda _, cache: cache.layers[0].activate_past_recording(), RuntimeError, ["assisted"]),
+    "crop": (lambda model, cache: cache.crop(2), RuntimeError, ["crop(2)", "new cache"]),
+    "layer's crop": (lambda model, cache: cache.layers[1].crop(-3), RuntimeError, ["crop(-3)"]),
+    "offload": (lambda model, cache: cache.offload(0), RuntimeError, ["does not offload", "budget"]),
+    "prefetch": (lambda model, cache: cache.layers[0].prefetch(), RuntimeError, ["does not offload"]),
+    "weights": (forward(output_attentions=True), ValueError, ["output_attentions=True"]),
+    "dropout": (training, ValueError, ["dropout is 0.1", "model.eval()"]),
+    "4-D mask": (
+        forward(attention_mask=torch.ones(2, 1, 1, 41, dtype=torch.bool)),
+        ValueError,
+        ["attention_mask has 4 dimensions", "(batch, tokens seen)"],
+    ),
+    "short mask": (
+        forward(attention_mask=torch.ones(2, 1, dtype=torch.long)),
+        ValueError,
+        ["attention_mask has length 1", "41 tokens"],
+    ),
+    "softcap": (bare(softcap=30.0), ValueError, ["softcap was passed", "Gemma 2"]),
+    "sinks": (bare(s_aux=torch.zeros(4)), ValueError, ["s_aux was passed", "gpt-oss"]),
+    "position bias": (bare(position_bias=torch.zeros(1, 4, 1, 1)), ValueError, ["position_bias was passed"]),
+    "compile": (compiled, Exception, ["torch.compile"]),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_use_is_refused_by_name_and_the_cache_is_as_before(name: str):
+    use, error, parts = USES[name]
+    (model, cache), (_, other) = started(), started()
+    before = snapshot(cache)
+    with pytest.raises(error) as caught:
+        use(model, cache)
+    for part in parts:
+        assert part in str(caught.value)
+    assert_unchanged(cache, before)
+    # And it goes on as if nothing had happened.
+    with torch.no_grad():
+        a, b = (model(prompt(2, 6, seed=1), past_key_values=x).logits for x in (cache, other))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["crop", "past recording"])
+def test_a_refused_rollback_leaves_sliding_layers_too(name: str):
+    cache = cached("gemma3")
+    with torch.no_grad():
+        tiny("gemma3")(prompt(1, 40), past_key_values=cache)
+    before = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(RuntimeError):
+        USES[name][0](None, cache)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+    assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
+
+
+def test_crop_by_nothing_does_nothing():
+    _, cache = started()
+    before = snapshot(cache)
+    cache.crop(0)
+    cache.layers[0].crop(0)
+    assert_unchanged(cache, before)
+
+
+def test_keys_that_never_reach_momentkv_are_noticed():
+    """As in an architecture that expands its keys after the cache has them."""
+    cache = cached()
+    x = torch.zeros(1, 2, 1, 16)
+    for layer in (0, 1):
+        cache.update(x, x, layer)
+    with pytest.raises(RuntimeError, match="never reached momentkv"):
+        cache.update(x, x, 0)
+    cache.reset()
+    cache.update(x, x, 0)
+    assert cache.layers[0].get_seq_length() == 1
+
+
+class Failing(Streaming):
+    """Raises when it is asked for the n-th time."""
+
+    name = "failing"
+
+    def __init__(self, asked: int) -> None:
+        self.left = asked
+
+    def importance(self, tokens: Tokens) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError("out of memory")
+        return super().importance(tokens)
+
+
+def test_a_pass_that_fails_in_the_first_layer_leaves_the_cache_as_before():
+    model = tiny("llama")
+    failing, other = (MomentCache(model, 14, policy=policy, **SMALL) for policy in (Failing(1), Streaming()))
+    with torch.no_grad():
+        for cache in (failing, other):
+            model(prompt(1, 10), past_key_values=cache)
+        before = snapshot(failing)
+        with pytest.raises(MemoryError):
+            model(prompt(1, 30, seed=1), past_key_values=failing)
+        assert_unchanged(failing, before)
+        a, b = (model(prompt(1, 30, seed=1), past_key_values=cache).logits for cache in (failing, other))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_pass_that_fails_between_layers_is_not_carried_on_silently(family: str):
+    """The first layer has read tokens that the last has not: the next pass must refuse, until a reset."""
+    model, cache = tiny(family), cached(family, policy=Failing(2))
+    with torch.no_grad():
+        model(prompt(1, 10), past_key_values=cache)
+        with pytest.raises(MemoryError):
+            model(prompt(1, 30, seed=1), past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"failed half-way.* 40 tokens, others 10.*reset"):
+            model(prompt(1, 1), past_key_values=cache)
+        cache.reset()
+        fresh = cached(family, policy="streaming")
+        a, b = (model(prompt(1, 40), past_key_values=x).logits for x in (cache, fresh))
+    assert torch.equal(a, b)
+
+
+def test_a_mask_with_dimensions_of_its_own_goes_to_sdpa_as_it_is():
+    """Beside caches that momentkv does not compress, custom masks work as under SDPA."""
+    ids = prompt(1, 6)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    mask[..., 2] = False
+    mask[..., 2, 2] = True
+    a, b = (
+        tiny("llama", name)(ids, attention_mask=mask, past_key_values=DynamicCache()).logits
+        for name in ("momentkv", "sdpa")
+    )
+    assert torch.equal(a, b)
+
+
+def test_causal_masks_are_compact():
+    settings = {"batch_size": 2, "q_length": 3, "kv_length": 5, "q_offset": 2}
+    assert momentkv_mask(**settings) is None
+    assert momentkv_mask(**settings, attention_mask=torch.ones(2, 7)) is None
+    padded = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    assert momentkv_mask(**settings, attention_mask=padded).tolist() == padded[:, :5].bool().tolist()
+    for name, value in {"kv_offset": 1, "local_size": 2, "mask_function": lambda b, h, q, k: k <= q - 1}.items():
+        full = momentkv_mask(**settings, attention_mask=padded.bool(), allow_is_causal_skip=False, **{name: value})
+        assert full.shape == (2, 1, 3, 5)
