@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace
-from momentkv.attention import AttentionState, default_scale, logits, merge, softmax_state
+from momentkv.attention import AttentionState, check_values, default_scale, logits, merge, softmax_state
 from momentkv.correction import correct
 from momentkv.moments import Moments, check_broadcast
 
@@ -80,6 +80,7 @@ def eviction_error(
     >>> bool((error.corrected < error.plain).all())
     True
     """
+    check_values(k, v)
     check_broadcast("retained", retained, k.shape[:-1])
     xp = array_namespace(q, k, v)
     scale = default_scale(k.shape[-1]) if scale is None else scale
@@ -111,4 +112,5 @@ def relative(approximate: AttentionState, exact: AttentionState) -> Array:
     """``||approximate - exact|| / ||exact||`` of the outputs; 0 / 0 counts as 0."""
     xp = array_namespace(exact.out)
     error, length = norm(approximate.out - exact.out), norm(exact.out)
-    return xp.where(error > 0, error / length, xp.zeros_like(error))
+    ratio = error / xp.where(length > 0, length, xp.ones_like(length))
+    return xp.where((length > 0) | (error == 0), ratio, xp.full_like(error, float("inf")))
