@@ -1,0 +1,178 @@
+"""The command line on a tiny model saved to disk: results are files, and errors are one line on stderr."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from models import FAMILIES, build
+from test_evaluation import is_image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import momentkv
+from momentkv.cli import build_parser, main
+from momentkv.evaluation import commands
+from momentkv.evaluation.report import read_json
+from momentkv.policies import POLICIES
+
+SOURCE = ["--context", "200", "--following", "16"]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a model whose tokens are bytes."""
+    path = tmp_path_factory.mktemp("tiny")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(["<end>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
+    build(FAMILIES["llama"](vocab_size=len(vocabulary))).save_pretrained(path)
+    return str(path)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a failed command prints."""
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("momentkv: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"momentkv {momentkv.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["evaluate"], ["evaluate", "fidelity", "--policies", "lru"]])
+def test_incomplete_commands_show_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: momentkv" in capsys.readouterr().err
+
+
+def test_demo_shows_and_draws_every_cache(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "200")  # no cell is wrapped
+    plot = tmp_path / "new" / "demo.png"
+    budgets = ["--budgets", "64", "40", "--new-tokens", "3", "--question", "What is it?"]
+    assert main(["demo", "--model", saved, *SOURCE, *budgets, "--output", str(plot)]) == 0
+    out = capsys.readouterr().out
+    assert is_image(plot)
+    table = [line.split("│")[1:-1] for line in out.splitlines() if line.count("│") == 8]
+    found = [(row[0].strip(), int(row[1])) for row in table]
+    sizes = [40, 40, 64, 64]
+    assert found == [("full cache", 200), *zip(["plain eviction", "MomentKV"] * 2, sizes, strict=True)]
+    assert [row[4].strip() == "0" for row in table] == [True, False, False, False, False]
+    assert all(float(row[4]) >= 0 and float(row[6]) > 0 for row in table)
+    assert "Asked: What is it?" in out
+
+
+def test_fidelity_writes_every_setting_and_a_plot(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    own = tmp_path / "own.txt"
+    own.write_text("How much is lost? " * 100)
+    path = tmp_path / "fidelity.json"
+    grid = ["--policies", "snapkv", "knorm", "--budgets", "40", "--orders", "none", "0", "1"]
+    texts = ["--text", str(own), "types", "--skip", "7"]
+    assert main(["evaluate", "fidelity", "--model", saved, *SOURCE, *texts, *grid, "--output", str(path)]) == 0
+    content = read_json(path)
+    assert {(row["text"], row["policy"], row["correction"]) for row in content["rows"]} == {
+        (text, policy, correction)
+        for text in ("own.txt", "types")
+        for policy in ("snapkv", "knorm")
+        for correction in ("none", "order 0", "order 1")
+    }
+    for row in content["rows"]:
+        assert math.isfinite(row["kl"])
+        assert row["kl"] > 0
+        assert row["nbytes"] > 0
+    # Columns of the table are equal bytes: of order 1, 40 tokens and moments worth ten.
+    assert {row["bytes_as_tokens"] for row in content["rows"]} == {50}
+    assert content["protocol"] | {"model": saved, "context": 200, "following": 16, "skip": 7} == content["protocol"]
+    assert content["protocol"]["texts"] == ["own.txt", "types"]
+    assert is_image(path.with_suffix(".png"))
+    assert "snapkv" in capsys.readouterr().out
+
+
+def test_gap_writes_means_by_layer_and_head(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "gap.json"
+    options = ["--budget", "40", "--policy", "h2o", "--order", "0", "--output", str(path)]
+    assert main(["evaluate", "gap", "--model", saved, *SOURCE, *options]) == 0
+    content = read_json(path)
+    assert (content["policy"], content["budget"], content["order"]) == ("h2o", 40, 0)
+    assert content["mean"].keys() == content["by_layer_and_head"].keys()
+    assert f"{content['mean']['plain']:.3f}" in capsys.readouterr().out
+    assert is_image(path.with_suffix(".png"))
+
+
+@pytest.mark.parametrize("command", [["demo"], ["evaluate", "gap"], ["evaluate", "fidelity"]])
+def test_bad_input_is_one_line_on_stderr(
+    command: list[str], saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plot = ["--model", saved, "--output", str(tmp_path / "none.json")]
+    assert "text is 'no such text'" in failure(capsys, *command, *plot, "--text", "no such text")
+    short = tmp_path / "short.txt"
+    short.write_text("Too short")
+    err = failure(capsys, *command, *plot, *SOURCE, "--text", str(short))
+    assert "short.txt has 9 tokens, but 21" in err
+    budget = {"gap": ["--budget", "10"], "fidelity": ["--orders", "1", "--budgets", "10"], "demo": ["--budgets", "10"]}
+    assert "budget is 10" in failure(capsys, *command, *plot, *SOURCE, *budget[command[-1]])
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_too_few_new_tokens_to_time_are_refused(capsys: pytest.CaptureFixture[str]):
+    assert "--new-tokens is 1" in failure(capsys, "demo", "--new-tokens", "1")
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["demo", "--model", str(tmp_path / "nothing")]) == 1
+    assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra"), [("torch", "hf"), ("transformers", "hf"), ("rich.console", "demo"), ("matplotlib", "demo")]
+)
+def test_a_missing_package_names_the_extra_once(
+    missing: str, extra: str, saved: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delitem(sys.modules, "momentkv.demo", raising=False)  # to be imported again
+    for name in [missing, *(name for name in sys.modules if name.startswith(f"{missing}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    budgets = ["--budgets", "40", "--new-tokens", "2"]
+    err = failure(capsys, "demo", "--model", saved, *SOURCE, *budgets)
+    assert err.count("pip install") == 1
+    assert f"pip install 'momentkv[{extra}]'" in err
+    assert missing.partition(".")[0] in err
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_momentkv_hf_without_its_packages_names_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "momentkv.hf")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{missing} is missing; run pip install 'momentkv\[hf\]'"):
+        importlib.import_module("momentkv.hf")
+
+
+def test_a_missing_package_of_nobody_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    monkeypatch.setattr(commands, "load_model", broken)
+    with pytest.raises(ModuleNotFoundError, match="other"):
+        main(["evaluate", "gap"])
+
+
+def test_defaults_are_every_policy_plain_and_corrected():
+    options = build_parser().parse_args(["evaluate", "fidelity"])
+    assert options.policies == list(POLICIES)
+    assert options.orders == ["none", "1"]
