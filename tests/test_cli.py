@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import momentkv
 from momentkv.cli import build_parser, main
-from momentkv.evaluation import commands
+from momentkv.evaluation import commands, speed
 from momentkv.evaluation.report import read_json
 from momentkv.policies import POLICIES
 
@@ -113,6 +114,29 @@ def test_gap_writes_means_by_layer_and_head(saved: str, tmp_path: Path, capsys: 
     assert content["mean"].keys() == content["by_layer_and_head"].keys()
     assert f"{content['mean']['plain']:.3f}" in capsys.readouterr().out
     assert is_image(path.with_suffix(".png"))
+
+
+class Here(ThreadPoolExecutor):
+    """In place of fresh processes, each of which would import torch again."""
+
+    def __init__(self, max_workers: int, mp_context: object) -> None:
+        super().__init__(max_workers)
+
+
+def test_speed_measures_every_cache(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", Here)
+    path = tmp_path / "speed.json"
+    small = ["--context", "300", "--budget", "64", "--steps", "4"]
+    assert main(["evaluate", "speed", "--model", saved, *small, "--output", str(path)]) == 0
+    rows = read_json(path)["rows"]
+    assert [row["cache"] for row in rows] == ["full cache", "plain eviction", "MomentKV"]
+    head = 2 * 2  # layers and KV heads
+    token = 2 * 16 * 4  # keys and values of float32
+    assert rows[0]["cache_bytes"] == head * 304 * token
+    assert rows[1]["cache_bytes"] == head * 68 * (token + 4 + 4)  # position and score
+    assert rows[2]["cache_bytes"] - rows[1]["cache_bytes"] == head * 4 * (1 + 2 * 16 + 16 * 16)
+    for row in rows:
+        assert row["seconds_per_step"]["min"] <= 1 / row["tokens_per_second"] <= row["seconds_per_step"]["max"]
 
 
 @pytest.mark.parametrize("command", [["demo"], ["evaluate", "gap"], ["evaluate", "fidelity"]])
