@@ -115,7 +115,7 @@ def plot_fidelity(rows: list[Row], path: str | Path, *, title: str) -> Path:
     from matplotlib.figure import Figure
 
     averaged = average(rows)
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     axis = figure.subplots()
     policies = list(dict.fromkeys(key[1] for key in averaged))
     styles = {"none": ":", "order 0": "--", "order 1": "-"}
@@ -135,7 +135,7 @@ def plot_fidelity(rows: list[Row], path: str | Path, *, title: str) -> Path:
     axis.set_xlabel("cache, MiB (moments counted)")
     axis.set_ylabel("KL(full || compressed), nats")
     axis.set_title(title, fontsize=10)
-    axis.legend(frameon=False, fontsize=7, ncols=2)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
