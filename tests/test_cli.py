@@ -149,6 +149,8 @@ def test_bad_input_is_one_line_on_stderr(
     short.write_text("Too short")
     err = failure(capsys, *command, *plot, *SOURCE, "--text", str(short))
     assert "short.txt has 9 tokens, but 21" in err
+    skip = ["--text", "compound", "--skip", "1000000"]
+    assert "compound has 0 tokens" in failure(capsys, *command, *plot, *SOURCE, *skip)
     budget = {"gap": ["--budget", "10"], "fidelity": ["--orders", "1", "--budgets", "10"], "demo": ["--budgets", "10"]}
     assert "budget is 10" in failure(capsys, *command, *plot, *SOURCE, *budget[command[-1]])
     assert not (tmp_path / "none.json").exists()
