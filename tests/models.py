@@ -46,6 +46,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
     "mistral": functools.partial(MistralConfig, **SIZES, sliding_window=None),
     "mistral sliding": functools.partial(MistralConfig, **SIZES, sliding_window=16),
     "gemma3": functools.partial(Gemma3TextConfig, **(SIZES | GEMMA), layer_types=HYBRID),
+    "gemma3 full": functools.partial(Gemma3TextConfig, **(SIZES | GEMMA), layer_types=["full_attention"] * 4),
     "phi3": functools.partial(Phi3Config, **SIZES),
 }
 COMPRESSED = [name for name in FAMILIES if name != "mistral sliding"]

@@ -179,15 +179,18 @@ def test_settings_have_names():
     assert [Setting("h2o", 20, order).correction for order in (None, 0, 1)] == ["none", "order 0", "order 1"]
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3 full"])
 @pytest.mark.parametrize("order", [None, 0, 1])
-def test_gap_is_the_eviction_error_of_every_layer(order: int | None):
-    model, ids, following = tiny("qwen2"), prompt(1, CONTEXT + 6), 6
+def test_gap_is_the_eviction_error_of_every_layer(order: int | None, family: str):
+    model, ids, following = tiny(family), prompt(1, CONTEXT + 6), 6
     gap = measure_gap(model, ids, CONTEXT, Setting("momentkv", 20, order), **SMALL)
-    assert gap.layers == [0, 1]
-    cache = MomentCache(model, 20, order=order or (0 if order == 0 else 1), **SMALL)
+    count = model.config.num_hidden_layers
+    assert gap.layers == list(range(count))
+    scale = getattr(model.config, "query_pre_attn_scalar", 16) ** -0.5  # the head dimension is 16
+    cache = MomentCache(model, 20, order=0 if order == 0 else 1, **SMALL)
     with torch.no_grad():
         model(ids[:, :CONTEXT], past_key_values=cache)
-    whole = capture("qwen2", ids, following)
+    whole = capture(family, ids, following)
     for index, core in cache.moment_layers.items():
         layer = whole.capture_layers[index]
         retained = torch.zeros(1, 2, CONTEXT + following, dtype=torch.bool)
@@ -196,15 +199,21 @@ def test_gap_is_the_eviction_error_of_every_layer(order: int | None):
             retained[0, head, core.positions[0, head].long()] = True
         visible = torch.ones(following, CONTEXT + following, dtype=torch.bool).tril(CONTEXT)
         expected = eviction_error(
-            layer.queries, layer.keys, layer.values, retained, order=0 if order == 0 else 1, mask=visible
+            layer.queries,
+            layer.keys,
+            layer.values,
+            retained,
+            order=0 if order == 0 else 1,
+            scale=scale,
+            mask=visible,
         )
         for actual, x in zip(gap.errors, expected, strict=True):
-            assert actual.shape == (2, 4, following)
+            assert actual.shape == (count, 4, following)
             # Errors of a few hundredths here, of numbers of order one in float32.
             np.testing.assert_allclose(actual[index], x[0].numpy(), atol=2e-5)
     summary = gap.summary()
     assert summary["mean"]["plain"] == pytest.approx(gap.errors.plain.mean())
-    assert np.shape(summary["by_layer_and_head"]["cosine"]) == (2, 4)
+    assert np.shape(summary["by_layer_and_head"]["cosine"]) == (count, 4)
     assert (summary["policy"], summary["budget"], summary["order"]) == ("momentkv", 20, order)
 
 
