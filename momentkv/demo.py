@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from transformers.cache_utils import DynamicCache
@@ -196,8 +197,6 @@ def texts_of(readings: list[Reading], question: str) -> Table:
 
 def plot(readings: list[Reading], path: str | Path, title: str) -> Path:
     """KL and speed against bytes."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     full = readings[0]
