@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from momentkv._array import Array, accumulation_dtype, array_namespace, device, nbytes
-from momentkv.attention import check_keys, check_values, default_scale
+from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, device, nbytes
+from momentkv.attention import check_keys, check_values, default_scale, group_queries
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.array_api import causal_mask
-from momentkv.moments import Moments, check_broadcast, check_order
+from momentkv.corrections import Correction, get_correction
+from momentkv.moments import check_broadcast, check_order
 from momentkv.policies import Policy, Tokens, check_budget, get_policy, retain
+from momentkv.summaries import QueryWindow, Summaries
 
 __all__ = ["LayerCache"]
+
+OWN_ARRAYS = ("keys", "values", "positions", "score", "query_mean", "query_square")
+# Queries that the correction is anchored at: the last of a prefill, and while decoding an average that fades at this
+# rate. RoPE turns queries, so that an average over many positions says little about the next ones.
+RECENT_QUERIES = 32
 
 
 class LayerCache:
@@ -26,6 +33,9 @@ class LayerCache:
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
         Order of the correction; None for plain eviction, which keeps no moments.
+    correction : str or Correction
+        What stands for the evicted tokens: ``"moments"`` (the paper's) or ``"summaries"`` (several, anchored); see
+        `momentkv.corrections.CORRECTIONS`. With order 0, summaries have no slope.
     sinks : int
         First tokens of every row, always retained.
     window : int
@@ -48,8 +58,10 @@ class LayerCache:
         Stored tokens, in order of position; ``n < budget + block`` after every `step`.
     positions : int32 array, shape (batch..., kv_head, n)
         Place in the sequence, -1 for a slot that holds no token (padding).
-    moments : Moments
+    moments : Moments or Summaries
         Of the tokens evicted so far; empty when ``order`` is None.
+    query_mean, query_square : array, shape (batch..., kv_head, d), or None
+        First and second moment of the scaled recent queries, where the correction is anchored at them.
     seen : int
         Length of the sequence so far, padding and evicted tokens included.
 
@@ -77,6 +89,7 @@ class LayerCache:
         *,
         policy: str | Policy = "momentkv",
         order: int | None = 1,
+        correction: str | Correction = "moments",
         sinks: int = 1,
         window: int = 32,
         block: int = 32,
@@ -90,6 +103,7 @@ class LayerCache:
             raise ValueError(f"block is {block}; evict at least one token at a time")
         self.budget, self.sinks, self.window, self.block = budget, sinks, window, block
         self.policy, self.order, self.scale = get_policy(policy), order, scale
+        self.correction = get_correction(correction)
         self.backend = None if backend is None else get_backend(backend)
         self.reset()
 
@@ -100,6 +114,9 @@ class LayerCache:
         self.positions: Array = None
         self.score: Array = None
         self.moments: Any = None
+        self.query_mean: Array = None
+        self.query_square: Array = None
+        self.newest_queries: Array = None
         self.seen = 0
         self.padded = False
         self.has_evicted = False
@@ -165,7 +182,7 @@ class LayerCache:
             zeros = xp.zeros(k.shape[:-1], dtype=accumulation_dtype(xp, k.dtype, v.dtype), device=device(k))
         if self.keys is None:
             self.keys, self.values, self.positions, self.score = k, v, new, zeros
-            self.moments = Moments.empty(k, v, order=self.order or 0)
+            self.moments = self.correction.empty(k, v, order=self.order or 0)
         else:
             for name, old, fresh in (("k", self.keys, k), ("v", self.values, v)):
                 if old.shape[:-2] != fresh.shape[:-2] or old.shape[-1] != fresh.shape[-1]:
@@ -207,13 +224,16 @@ class LayerCache:
                 out = backend.correct(state, q, self.moments, order=self.order or 0, scale=scale)
         if q_len > 1:
             self.observe(q)
+        else:
+            self._remember(q)
         return xp.astype(out, q.dtype, copy=False)
 
     def observe(self, q: Array) -> None:
-        """Show the policy the attention of the queries ``q`` of the newest tokens, or of as many of them as it wants.
+        """Show policy and correction the queries ``q`` of the newest tokens, or as many of them as they want.
 
         `attend` does so itself; call it on its own to replay an eviction from stored keys, values and queries.
         """
+        self._remember(q)
         if self.policy.observes == 0:
             return
         xp = array_namespace(q, self.score)
@@ -243,12 +263,14 @@ class LayerCache:
     def evict(self) -> None:
         """Evict down to the budget where a row has filled its block, and fold in what goes (last part of `step`)."""
         n = self.keys.shape[-2]
+        newest, self.newest_queries = self.newest_queries, None
         if n < self.budget + self.block:
             return
         xp = array_namespace(self.keys)
         counts = xp.sum(xp.astype(self.positions >= 0, xp.int64), axis=-1)
         # Each row by its own count, so that padding beside a longer row changes nothing.
         limits = xp.where(counts >= self.budget + self.block, xp.minimum(counts, 0 * counts + self.budget), counts)
+        calibrates = newest is not None and not self.has_evicted
         rounds = self.policy.rounds if self.order is not None and n - self.budget > self.block else 1
         one_block = counts - limits <= self.block
         positions, moments = self.positions, self.moments
@@ -256,7 +278,8 @@ class LayerCache:
         if score is None:
             score = xp.zeros(positions.shape, dtype=moments.weight.dtype, device=device(positions))
         for done in range(1, rounds + 1):
-            tokens = Tokens(self.keys, self.values, positions, score, moments, self.attention_scale)
+            known = moments.pooled() if isinstance(moments, Summaries) else moments
+            tokens = Tokens(self.keys, self.values, positions, score, known, self.attention_scale)
             selection = retain(
                 self.policy.importance(tokens),
                 positions,
@@ -266,8 +289,13 @@ class LayerCache:
                 seen=self.seen,
             )
             if self.order is not None:
-                moments = moments.update(self.keys, self.values, mask=selection.evicted)
+                moments = self.correction.fold(
+                    moments, self.keys, self.values, mask=selection.evicted, window=self._query_window()
+                )
             positions = xp.where(selection.evicted, xp.full_like(positions, -1), positions)
+        if calibrates:
+            gone = (self.positions >= 0) & (positions < 0)
+            moments = self.correction.calibrate(moments, newest, self.keys, scale=self.attention_scale, mask=gone)
         indices, filled = selection.indices, selection.filled
         kept = xp.take_along_axis(positions, indices, axis=-1)
         if self.score is not None:
@@ -299,7 +327,7 @@ class LayerCache:
         """Every array of the state, by name (those of the moments as ``moments.weight`` and so on)."""
         if self.keys is None:
             return {}
-        own = {name: getattr(self, name) for name in ("keys", "values", "positions", "score")}
+        own = {name: getattr(self, name) for name in OWN_ARRAYS}
         own |= {f"moments.{name}": x for name, x in self.moments.arrays().items()}
         return {name: x for name, x in own.items() if x is not None}
 
@@ -312,6 +340,38 @@ class LayerCache:
         for name, x in changed.items():
             setattr(self, name, x)
         self.moments = moments
+
+    def _remember(self, q: Array) -> None:
+        """Keep first and second moment of recent queries, and the newest queries until the eviction that follows."""
+        if self.order is None or not self.correction.anchored:
+            return
+        xp = array_namespace(q)
+        recent = q[..., -RECENT_QUERIES:, :]
+        kv_heads, count = self.keys.shape[-3], recent.shape[-2]
+        (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
+        grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * self.attention_scale
+        real = self.positions[..., -count:] >= 0
+        weight = xp.astype(real, grouped.dtype)[..., None, :, None]
+        # Several queries at once count alike; one by one, each fades what came before it.
+        number = xp.sum(weight, axis=(-3, -2))
+        safe = xp.where(number > 0, number, xp.ones_like(number))
+        mean = xp.sum(weight * xp.mean(grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
+        square = xp.sum(weight * xp.mean(grouped * grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
+        if self.query_mean is not None:
+            share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
+            mean = self.query_mean + share * (mean - self.query_mean)
+            square = self.query_square + share * (square - self.query_square)
+        self.query_mean, self.query_square = mean, square
+        if count == RECENT_QUERIES and not self.padded:
+            self.newest_queries = recent
+
+    def _query_window(self) -> QueryWindow | None:
+        """The recent queries as the correction takes them."""
+        if self.query_mean is None:
+            return None
+        xp = array_namespace(self.query_mean)
+        variance = self.query_square - self.query_mean * self.query_mean
+        return QueryWindow(self.query_mean, xp.maximum(variance, xp.zeros_like(variance)))
 
     def _mark_padding(self, valid: Array, q_len: int) -> None:
         """Empty the slots of padding among the newest tokens."""

@@ -59,11 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
     fidelity = kinds.add_parser("fidelity", help="KL, top-1 and NLL of the next tokens, at equal bytes")
     add_source(fidelity, context=4096, following=256, several=True)
     fidelity.add_argument(
-        "--budgets", type=int, nargs="+", default=[128, 256, 512], metavar="B", help="tokens per KV head"
+        "--budgets", type=int, nargs="+", default=[128, 256, 512], metavar="B", help="bytes, in tokens per KV head"
     )
     fidelity.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="P")
     fidelity.add_argument(
-        "--orders", nargs="+", default=["none", "1"], choices=["none", "0", "1"], help="orders of the correction"
+        "--corrections",
+        nargs="+",
+        default=["none", "order-1", "summaries"],
+        choices=["none", "order-0", "order-1", "summaries"],
+        metavar="C",
+        help="none, order-0 and order-1 (the paper's), summaries (recommended)",
     )
     fidelity.add_argument("--output", default="results/fidelity.json", help="results; the plot goes beside it")
     fidelity.set_defaults(run=run_fidelity)
@@ -72,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_source(gap, context=4096, following=128)
     gap.add_argument("--budget", type=int, default=128, help="tokens per KV head")
     gap.add_argument("--policy", default="momentkv", choices=list(POLICIES))
-    gap.add_argument("--order", type=int, default=1, choices=[0, 1])
+    gap.add_argument("--correction", default="order-1", choices=["order-0", "order-1", "summaries"])
     gap.add_argument("--output", default="results/gap.json", help="data; the plot goes beside it")
     gap.set_defaults(run=run_gap)
 

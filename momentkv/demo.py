@@ -16,13 +16,16 @@ from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
 from momentkv.evaluation.capture import CaptureCache, replay
-from momentkv.evaluation.fidelity import Fidelity, Setting, compare
+from momentkv.evaluation.fidelity import CHOICES, Fidelity, compare, settings_grid
 from momentkv.evaluation.report import progress_bar
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.hf import MomentCache
 from momentkv.policies import get_policy
 
 __all__ = ["demo"]
+
+# The corrections that are shown, at equal bytes, and how they are called.
+NAMES = {"none": "plain eviction", "order-1": "paper's moments", "summaries": "summaries"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,8 @@ def demo(options: argparse.Namespace) -> int:
     text = load_text(options.text)[options.skip :]
     ids = tokenize(tokenizer, text, options.context + options.following + 1, name=options.text).to(model.device)
     question = question_ids(tokenizer, options.question).to(model.device)
-    settings = [Setting("momentkv", budget, order) for budget in sorted(options.budgets) for order in (None, 1)]
+    kinds = [CHOICES[choice] for choice in NAMES]
+    settings = settings_grid(model, ["momentkv"], sorted(options.budgets), kinds)
     with progress_bar(console) as progress:
         task = progress.add_task(f"reading {options.context} tokens", total=len(settings) + 2)
         captured, full_logits = read(model, ids, options.context)
@@ -59,9 +63,12 @@ def demo(options: argparse.Namespace) -> int:
         ]
         progress.advance(task)
         for setting in settings:
-            name = "plain eviction" if setting.order is None else "MomentKV"
+            name = NAMES[setting.correction.replace(" ", "-")]
             progress.update(task, description=f"{name}, budget {setting.budget}")
-            cache = replay(captured, MomentCache(model, setting.budget, policy=setting.policy, order=setting.order))
+            cache = replay(
+                captured,
+                MomentCache(model, setting.budget, policy=setting.policy, order=setting.order, correction=setting.kind),
+            )
             readings.append(judge(model, tokenizer, cache, name, ids, question, full_logits, options))
             progress.advance(task)
     title = f"{options.model or BUILTIN_MODEL} reads {options.context} tokens of {Path(options.text).name!r}"
@@ -167,7 +174,7 @@ def table_of(readings: list[Reading], title: str) -> Table:
         table.add_column(column, justify="left" if column == "cache" else "right")
     full = readings[0]
     for index, x in enumerate(readings):
-        if index % 2:
+        if index % len(NAMES) == 1:
             table.add_section()
         exact = x is full
         table.add_row(
@@ -178,7 +185,7 @@ def table_of(readings: list[Reading], title: str) -> Table:
             "0" if exact else f"{x.fidelity.kl:.3f}",
             "100%" if exact else f"{x.fidelity.top1:.0%}",
             f"{x.tokens_per_second:.1f}",
-            style="bold green" if x.name == "MomentKV" else "",
+            style="bold green" if x.name == NAMES["summaries"] else "",
         )
     table.caption = "moments are counted in MiB; KL in nats, over the text's own next tokens"
     return table
@@ -200,7 +207,7 @@ def plot(readings: list[Reading], path: str | Path, title: str) -> Path:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     full = readings[0]
-    for name, colour in (("plain eviction", "C3"), ("MomentKV", "C2")):
+    for name, colour in zip(NAMES.values(), ("C3", "C0", "C2"), strict=True):
         chosen = [x for x in readings if x.name == name]
         sizes = [x.nbytes / 2**20 for x in chosen]
         left.plot(sizes, [x.fidelity.kl for x in chosen], "o-", color=colour, label=name)

@@ -8,6 +8,7 @@ from momentkv._array import Array, array_namespace
 from momentkv.attention import AttentionState, check_values, default_scale, logits, merge, softmax_state
 from momentkv.correction import correct
 from momentkv.moments import Moments, check_broadcast
+from momentkv.summaries import Summaries, estimate_summaries
 
 __all__ = ["EvictionError", "eviction_error"]
 
@@ -39,7 +40,7 @@ def eviction_error(
     v: Array,
     retained: Array,
     *,
-    moments: Moments | None = None,
+    moments: Moments | Summaries | None = None,
     order: int = 1,
     scale: float | None = None,
     mask: Array | None = None,
@@ -55,7 +56,7 @@ def eviction_error(
         All tokens, retained and evicted.
     retained : bool array, broadcastable to (..., kv_head, n)
         True for retained tokens.
-    moments : Moments, optional
+    moments : Moments or Summaries, optional
         What the correction uses; by default the moments of exactly the evicted tokens.
     order, scale
         As in `momentkv.correction.estimate`.
@@ -92,7 +93,10 @@ def eviction_error(
     exact = merge(part_r, part_e)
     if moments is None:
         moments = Moments.from_tokens(k, v, mask=~retained)
-    repaired = correct(part_r, q, moments, order=order, scale=scale)
+    if isinstance(moments, Summaries):
+        repaired = merge(part_r, estimate_summaries(q, moments, scale=scale))
+    else:
+        repaired = correct(part_r, q, moments, order=order, scale=scale)
     lengths = norm(part_e.out) * norm(part_r.out)
     inner = xp.sum(part_e.out * part_r.out, axis=-1)
     return EvictionError(

@@ -31,6 +31,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from momentkv._hf_checks import NAME, check_implementation, check_lengths, refuse_architecture, refuse_arguments
 from momentkv.backends import ArrayBackend
 from momentkv.cache import LayerCache
+from momentkv.corrections import Correction
 from momentkv.policies import Policy
 
 __all__ = ["NAME", "MomentCache", "MomentLayer", "momentkv_attention", "momentkv_mask"]
@@ -189,7 +190,9 @@ class MomentCache(Cache):
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
-        Order of the correction (1: the paper's); None for plain eviction without moments.
+        Order of the correction; None for plain eviction without moments.
+    correction : str or Correction
+        ``"moments"``, the paper's, or ``"summaries"``, several and anchored at recent queries.
     sinks, window, block : int
         First tokens and most recent tokens that are always retained, and tokens evicted at a time while decoding.
     backend : str or ArrayBackend, optional
@@ -215,6 +218,7 @@ class MomentCache(Cache):
         *,
         policy: str | Policy = "momentkv",
         order: int | None = 1,
+        correction: str | Correction = "moments",
         sinks: int = 1,
         window: int = 32,
         block: int = 32,
@@ -238,6 +242,7 @@ class MomentCache(Cache):
                     budgets[index],
                     policy=policy,
                     order=order,
+                    correction=correction,
                     sinks=sinks,
                     window=window,
                     block=block,

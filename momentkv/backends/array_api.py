@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device
-from momentkv.attention import AttentionState, logits, softmax_state
+from momentkv.attention import AttentionState, logits, merge, softmax_state
 from momentkv.correction import correct
 from momentkv.moments import Moments
+from momentkv.summaries import Summaries, estimate_summaries
 
 __all__ = ["ArrayBackend", "causal_mask"]
 
@@ -74,8 +75,12 @@ class ArrayBackend:
         """Output of `attend_causal` alone, by the fastest way the library has."""
         return self.attend_causal(q, k, v, scale=scale, valid=valid).out
 
-    def correct(self, retained: AttentionState, q: Array, moments: Moments, *, order: int, scale: float) -> Array:
-        """Output of `momentkv.correction.correct`."""
+    def correct(
+        self, retained: AttentionState, q: Array, moments: Moments | Summaries, *, order: int, scale: float
+    ) -> Array:
+        """Output of attention over retained tokens merged with the estimate of the evicted ones."""
+        if isinstance(moments, Summaries):
+            return merge(retained, estimate_summaries(q, moments, scale=scale)).out
         return correct(retained, q, moments, order=order, scale=scale).out
 
 

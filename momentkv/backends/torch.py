@@ -11,6 +11,7 @@ from momentkv._array import Array
 from momentkv.attention import AttentionState
 from momentkv.backends.array_api import ArrayBackend, causal_mask
 from momentkv.moments import Moments
+from momentkv.summaries import Summaries
 
 __all__ = ["TorchBackend"]
 
@@ -43,10 +44,13 @@ class TorchBackend(ArrayBackend):
             weights.reshape(*batch, kv_heads, -1, q_len, n),
         )
 
-    def correct(self, retained: AttentionState, q: Array, moments: Moments, *, order: int, scale: float) -> Array:
+    def correct(
+        self, retained: AttentionState, q: Array, moments: Moments | Summaries, *, order: int, scale: float
+    ) -> Array:
+        if isinstance(moments, Summaries):
+            return self.correct_summaries(retained, q, moments, scale=scale)
         *batch, kv_heads, d = moments.key_mean.shape
         folded = q.to(moments.key_mean.dtype).reshape(*batch, kv_heads, -1, d) * scale
-        heads = retained.lse.shape
         # log 0 = -inf: a head without evicted tokens gets the share 0, whatever its (finite) estimate.
         lse = torch.matmul(folded, moments.key_mean[..., None]) + moments.weight.log()[..., None, None]
         out = moments.value_mean[..., None, :]
@@ -55,6 +59,25 @@ class TorchBackend(ArrayBackend):
             out = out + torch.matmul(folded / weight[..., None, None], moments.value_key.mT)
         else:
             out = out.expand(*batch, kv_heads, folded.shape[-2], -1)
+        return self.join(retained, lse, out)
+
+    def correct_summaries(self, retained: AttentionState, q: Array, summaries: Summaries, *, scale: float) -> Array:
+        *batch, kv_heads, d = summaries.anchor.shape
+        off = torch.add(
+            -summaries.anchor[..., None, :], q.to(summaries.anchor.dtype).reshape(*batch, kv_heads, -1, d), alpha=scale
+        )
+        logits = torch.matmul(off, summaries.key_mean.mT) + summaries.log_weight[..., None, :]
+        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        out = torch.matmul(torch.exp(logits - lse.nan_to_num(neginf=0.0)), summaries.value_mean)
+        if summaries.rank:
+            out = out + torch.matmul(torch.matmul(off, summaries.slope_right.mT), summaries.slope_left.mT)
+        gain = torch.matmul(off * off, (0.5 * summaries.strength[..., None] * summaries.key_variance)[..., None])
+        lse = lse + torch.minimum(gain, summaries.cap[..., None, None])
+        return self.join(retained, lse, out)
+
+    def join(self, retained: AttentionState, lse: Array, out: Array) -> Array:
+        """Merge an estimate, grouped by KV head, with the state of the retained tokens."""
+        heads = retained.lse.shape
         lse, out = lse.reshape(heads), out.reshape(*heads, -1)
         share = torch.sigmoid(lse - retained.lse).masked_fill(lse == -torch.inf, 0.0)
         return torch.lerp(retained.out, out.to(retained.out.dtype), share[..., None].to(retained.out.dtype))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from momentkv.cache import RECENT_QUERIES
 from momentkv.hf import LINK, MomentCache, layer_kinds, momentkv_attention
 
 __all__ = ["CaptureCache", "replay"]
@@ -107,6 +108,8 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
     for index, core in cache.moment_layers.items():
         layer = captured.capture_layers[index]
         observes, length = core.policy.observes, layer.keys.shape[2]
+        if observes is not None and core.order is not None and core.correction.anchored:
+            observes = max(observes, RECENT_QUERIES)
         kept = 0 if layer.queries is None else layer.queries.shape[2]
         if kept < min(length, length if observes is None else observes):
             raise ValueError(

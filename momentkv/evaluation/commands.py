@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from momentkv.evaluation.fidelity import Setting, measure, moment_tokens, settings_grid
+from momentkv.evaluation.fidelity import CHOICES, Setting, measure, moment_tokens, settings_grid
 from momentkv.evaluation.gap import measure_gap, plot_gap
 from momentkv.evaluation.report import environment, fidelity_table, plot_fidelity, progress_bar, write_json
 from momentkv.evaluation.sources import BUILTIN_MODEL, BUILTIN_TEXTS, load_model, load_text, tokenize
@@ -19,13 +19,13 @@ __all__ = ["fidelity", "gap"]
 def fidelity(options: argparse.Namespace) -> int:
     """Measure fidelity over texts, budgets, policies and corrections; write JSON, a plot and a table."""
     console = Console()
-    orders = [None if order == "none" else int(order) for order in options.orders]
+    corrections = [CHOICES[name] for name in options.corrections]
     texts = options.text or list(BUILTIN_TEXTS)
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     count = options.context + options.following + 1
     ids = {text: tokenize(tokenizer, load_text(text)[options.skip :], count, name=text) for text in texts}
-    grid = settings_grid(model, options.policies, options.budgets, orders)
+    grid = settings_grid(model, options.policies, options.budgets, corrections)
     rows = []
     with progress_bar(console) as progress:
         task = progress.add_task("fidelity", total=len(texts) * len(grid))
@@ -38,7 +38,7 @@ def fidelity(options: argparse.Namespace) -> int:
                         "policy": setting.policy_name,
                         "correction": setting.correction,
                         "budget": setting.budget,
-                        "bytes_as_tokens": setting.budget + moment_tokens(model, setting.order),
+                        "bytes_as_tokens": setting.budget + moment_tokens(model, setting),
                         "nbytes": nbytes,
                         **dataclasses.asdict(result),
                     }
@@ -47,7 +47,7 @@ def fidelity(options: argparse.Namespace) -> int:
     name = options.model or BUILTIN_MODEL
     title = (
         f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts;"
-        f" columns: bytes, in tokens per KV head"
+        f" columns: bytes, as tokens per KV head"
     )
     content = {
         "protocol": {
@@ -78,7 +78,7 @@ def gap(options: argparse.Namespace) -> int:
     ids = tokenize(
         tokenizer, load_text(options.text)[options.skip :], options.context + options.following, name=options.text
     )
-    setting = Setting(options.policy, options.budget, options.order)
+    setting = Setting(options.policy, options.budget, *CHOICES[options.correction])
     with console.status("measuring attention of every layer and head"):
         measured = measure_gap(model, ids, options.context, setting)
     name = options.model or BUILTIN_MODEL

@@ -9,20 +9,32 @@ from typing import Any
 
 import torch
 
+from momentkv.accounting import token_equivalents
+from momentkv.cache import RECENT_QUERIES
+from momentkv.corrections import Correction
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.hf import MomentCache
 from momentkv.policies import Policy, get_policy
 
-__all__ = ["Fidelity", "Setting", "compare", "measure", "settings_grid"]
+__all__ = ["CHOICES", "Fidelity", "Setting", "compare", "measure", "moment_tokens", "settings_grid"]
+
+# Corrections by the names that the command line has for them: (order, kind).
+CHOICES: dict[str, tuple[int | None, str]] = {
+    "none": (None, "moments"),
+    "order-0": (0, "moments"),
+    "order-1": (1, "moments"),
+    "summaries": (1, "summaries"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to compress: policy, tokens retained per KV head, order of the correction (None: plain eviction)."""
+    """One way to compress: policy, tokens retained per KV head, order and kind of the correction (order None: none)."""
 
     policy: str | Policy
     budget: int
     order: int | None
+    kind: str | Correction = "moments"
 
     @property
     def policy_name(self) -> str:
@@ -33,7 +45,11 @@ class Setting:
     @property
     def correction(self) -> str:
         """How the correction is called in tables."""
-        return "none" if self.order is None else f"order {self.order}"
+        if self.order is None:
+            return "none"
+        if self.kind == "moments":
+            return f"order {self.order}"
+        return self.kind if isinstance(self.kind, str) else repr(self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,32 +89,36 @@ def compare(full: torch.Tensor, compressed: torch.Tensor, targets: torch.Tensor)
     )
 
 
-def moment_tokens(model: Any, order: int | None) -> int:
-    """Extra tokens per KV head that plain eviction gets for the bytes of the moments, rounded up.
-
-    A token is ``d + dv`` numbers of the cache's dtype; moments are float32: weight, means and, at order 1, ``d * dv``.
-    """
-    if order is None:
+def moment_tokens(model: Any, setting: Setting) -> int:
+    """Retained tokens per KV head that the state of a setting's correction costs, rounded up."""
+    if setting.order is None:
         return 0
     config = model.config.get_text_config(decoder=True)
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = 1 + 2 * d + (d * d if order == 1 else 0)
-    return math.ceil(4 * numbers / (2 * d * model.dtype.itemsize))
+    return math.ceil(token_equivalents(setting.kind, order=setting.order, d=d, itemsize=model.dtype.itemsize))
 
 
 def settings_grid(
-    model: Any, policies: Iterable[str | Policy], budgets: Iterable[int], orders: Iterable[int | None]
+    model: Any,
+    policies: Iterable[str | Policy],
+    budgets: Iterable[int],
+    corrections: Iterable[tuple[int | None, str | Correction]],
+    *,
+    least: int = 34,
 ) -> list[Setting]:
     """All combinations, at equal bytes.
 
-    A budget ``B`` means the bytes of ``B`` tokens per KV head and the moments of order 1; what a correction does not
-    use of the moments' bytes is given to it in tokens, so plain eviction gets the most.
+    A budget ``B`` means the bytes of ``B`` tokens per KV head; what a correction costs is taken from the tokens that
+    it retains. Combinations that would retain fewer than ``least`` tokens are left out.
     """
     grid = []
-    most = moment_tokens(model, 1)
     for budget in budgets:
         for policy in policies:
-            grid += [Setting(policy, budget + most - moment_tokens(model, order), order) for order in orders]
+            for order, kind in corrections:
+                setting = Setting(policy, budget, order, kind)
+                tokens = budget - moment_tokens(model, setting)
+                if tokens >= least:
+                    grid.append(dataclasses.replace(setting, budget=tokens))
     return grid
 
 
@@ -136,7 +156,7 @@ def measure(
     """
     settings = list(settings)
     observed = [get_policy(setting.policy).observes for setting in settings]
-    keep = None if None in observed else max((count for count in observed if count is not None), default=1)
+    keep = None if None in observed else max(RECENT_QUERIES, *(count for count in observed if count is not None))
     ids = ids.to(model.device)
     captured = CaptureCache(model, keep)
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
@@ -149,7 +169,14 @@ def measure(
         layer.queries = queries[index]
     for setting in settings:
         empty = MomentCache(
-            model, setting.budget, policy=setting.policy, order=setting.order, sinks=sinks, window=window, block=1
+            model,
+            setting.budget,
+            policy=setting.policy,
+            order=setting.order,
+            correction=setting.kind,
+            sinks=sinks,
+            window=window,
+            block=1,
         )
         cache = replay(captured, empty)
         nbytes = cache.nbytes

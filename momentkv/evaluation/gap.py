@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from momentkv.cache import RECENT_QUERIES
 from momentkv.diagnostics import EvictionError, eviction_error
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import Setting
@@ -40,7 +41,7 @@ class Gap:
         return {
             "policy": self.setting.policy_name,
             "budget": self.setting.budget,
-            "order": self.setting.order,
+            "correction": self.setting.correction,
             "layers": self.layers,
             "mean": {name: float(x.mean()) for name, x in self.errors._asdict().items()},
             "by_layer_and_head": {
@@ -74,10 +75,20 @@ def measure_gap(
     ids = ids.to(model.device)
     order = 1 if setting.order is None else setting.order
     policy = get_policy(setting.policy)
-    captured = CaptureCache(model, policy.observes)
+    captured = CaptureCache(model, None if policy.observes is None else max(policy.observes, RECENT_QUERIES))
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
     cache = replay(
-        captured, MomentCache(model, setting.budget, policy=policy, order=order, sinks=sinks, window=window, block=1)
+        captured,
+        MomentCache(
+            model,
+            setting.budget,
+            policy=policy,
+            order=order,
+            correction=setting.kind,
+            sinks=sinks,
+            window=window,
+            block=1,
+        ),
     )
     for layer in captured.capture_layers.values():
         layer.keep = None

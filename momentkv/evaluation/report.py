@@ -118,7 +118,7 @@ def plot_fidelity(rows: list[Row], path: str | Path, *, title: str) -> Path:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axis = figure.subplots()
     policies = list(dict.fromkeys(key[1] for key in averaged))
-    styles = {"none": ":", "order 0": "--", "order 1": "-"}
+    styles = {"none": ":", "order 0": "-.", "order 1": "--", "summaries": "-"}
     for policy, correction in dict.fromkeys((key[1], key[2]) for key in averaged):
         points = sorted((x["nbytes"], x["kl"]) for key, x in averaged.items() if key[1:] == (policy, correction))
         axis.plot(

