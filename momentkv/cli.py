@@ -47,9 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="a real model reads a real text with the full and with small caches")
     add_source(demo, context=4000, following=128)
-    demo.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512], metavar="B", help="tokens per KV head")
+    demo.add_argument(
+        "--budgets", type=int, nargs="+", default=[128, 512], metavar="B", help="bytes, in tokens per KV head"
+    )
     demo.add_argument("--question", default='What is the "with" statement used for?', help="asked after the text")
-    demo.add_argument("--new-tokens", type=int, default=48, help="tokens to generate a continuation and an answer")
+    demo.add_argument("--new-tokens", type=int, default=32, help="tokens to generate a continuation and an answer")
     demo.add_argument("--output", default="results/demo.png", help="the plot")
     demo.set_defaults(run=run_demo)
 
@@ -59,7 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     fidelity = kinds.add_parser("fidelity", help="KL, top-1 and NLL of the next tokens, at equal bytes")
     add_source(fidelity, context=4096, following=256, several=True)
     fidelity.add_argument(
-        "--budgets", type=int, nargs="+", default=[128, 256, 512], metavar="B", help="bytes, in tokens per KV head"
+        "--budgets",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256, 512, 1024],
+        metavar="B",
+        help="bytes, in tokens per KV head",
     )
     fidelity.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="P")
     fidelity.add_argument(
@@ -71,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="none, order-0 and order-1 (the paper's), summaries (recommended)",
     )
     fidelity.add_argument("--output", default="results/fidelity.json", help="results; the plot goes beside it")
+    fidelity.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")
     fidelity.set_defaults(run=run_fidelity)
 
     gap = kinds.add_parser("gap", help="evicted mass, direction and error by layer and head (the paper's Figure 2)")

@@ -6,7 +6,7 @@ over the context serves every policy, budget and correction.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -14,7 +14,16 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from momentkv.cache import RECENT_QUERIES
 from momentkv.hf import LINK, MomentCache, layer_kinds, momentkv_attention
 
-__all__ = ["CaptureCache", "replay"]
+__all__ = ["Attended", "CaptureCache", "replay"]
+
+
+class Attended(NamedTuple):
+    """What one layer attended with: all keys and values, and the queries of the last tokens."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor
+    scaling: float | None
 
 
 class CaptureLayer(DynamicLayer):
@@ -81,6 +90,14 @@ class CaptureCache(Cache):
     def capture_layers(self) -> dict[int, CaptureLayer]:
         """The full-attention layers, by index."""
         return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, CaptureLayer)}
+
+    def attended(self) -> dict[int, Attended]:
+        """What the full-attention layers attended with in the last forward pass, by index."""
+        return {
+            index: Attended(layer.keys, layer.values, layer.queries, layer.scaling)
+            for index, layer in self.capture_layers.items()
+            if layer.queries is not None
+        }
 
     @property
     def nbytes(self) -> int:

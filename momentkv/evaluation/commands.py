@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from momentkv import __version__
 from momentkv.evaluation.fidelity import CHOICES, Setting, measure, moment_tokens, settings_grid
 from momentkv.evaluation.gap import measure_gap, plot_gap
-from momentkv.evaluation.report import environment, fidelity_table, plot_fidelity, progress_bar, write_json
+from momentkv.evaluation.report import environment, fidelity_table, plot_fidelity, progress_bar, read_json, write_json
 from momentkv.evaluation.sources import BUILTIN_MODEL, BUILTIN_TEXTS, load_model, load_text, tokenize
 
 __all__ = ["fidelity", "gap"]
+
+ERRORS_EVERY = 8
 
 
 def fidelity(options: argparse.Namespace) -> int:
@@ -26,15 +30,41 @@ def fidelity(options: argparse.Namespace) -> int:
     count = options.context + options.following + 1
     ids = {text: tokenize(tokenizer, load_text(text)[options.skip :], count, name=text) for text in texts}
     grid = settings_grid(model, options.policies, options.budgets, corrections)
-    rows = []
+    name = options.model or BUILTIN_MODEL
+    protocol = {
+        "model": name,
+        "context": options.context,
+        "following": options.following,
+        "skip": options.skip,
+        "texts": [Path(text).name for text in texts],
+        "compressed": "once, after one-shot prefill; the following tokens teacher-forced, no further eviction",
+        "sinks": 1,
+        "window": 32,
+        "head_error": f"at every {ERRORS_EVERY}-th following token",
+        "momentkv": __version__,
+    }
+    rows = [] if options.fresh else finished(options.output, protocol)
+    done = {(row["text"], row["policy"], row["correction"], row["bytes_as_tokens"]) for row in rows}
+    if done:
+        console.print(f"{len(done)} results found in {options.output}; --fresh discards them")
+    path = Path(options.output)
     with progress_bar(console) as progress:
         task = progress.add_task("fidelity", total=len(texts) * len(grid))
         for text in texts:
-            progress.update(task, description=f"fidelity, {Path(text).name}")
-            for setting, result, nbytes in measure(model, ids[text], options.context, grid):
+            short = Path(text).name
+            left = [
+                setting
+                for setting in grid
+                if (short, setting.policy_name, setting.correction, setting.budget + moment_tokens(model, setting))
+                not in done
+            ]
+            progress.update(task, description=f"fidelity, {short}", advance=len(grid) - len(left))
+            if not left:
+                continue
+            for setting, result, nbytes in measure(model, ids[text], options.context, left, errors_every=ERRORS_EVERY):
                 rows.append(
                     {
-                        "text": Path(text).name,
+                        "text": short,
                         "policy": setting.policy_name,
                         "correction": setting.correction,
                         "budget": setting.budget,
@@ -43,31 +73,35 @@ def fidelity(options: argparse.Namespace) -> int:
                         **dataclasses.asdict(result),
                     }
                 )
+                # After every result, so that an interruption loses none.
+                write_json(path, {"protocol": protocol, "environment": environment(), "rows": rows})
                 progress.advance(task)
-    name = options.model or BUILTIN_MODEL
     title = (
         f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts;"
         f" columns: bytes, as tokens per KV head"
     )
-    content = {
-        "protocol": {
-            "model": name,
-            "context": options.context,
-            "following": options.following,
-            "skip": options.skip,
-            "texts": [Path(text).name for text in texts],
-            "compressed": "once, after one-shot prefill; the following tokens teacher-forced, no further eviction",
-            "sinks": 1,
-            "window": 32,
-        },
-        "environment": environment(),
-        "rows": rows,
-    }
     console.print(fidelity_table(rows, title=title))
-    path = write_json(options.output, content)
     plot = plot_fidelity(rows, path.with_suffix(".png"), title=title.partition(";")[0])
     console.print(f"results: {path}   plot: {plot}")
     return 0
+
+
+def finished(path: str | Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results of an earlier run of the same protocol.
+
+    Raises
+    ------
+    ValueError
+        If the file holds results of another protocol.
+    """
+    if not Path(path).exists():
+        return []
+    content = read_json(path)
+    if content["protocol"] != protocol:
+        raise ValueError(
+            f"output {str(path)!r} holds results of another protocol; name another file, or discard them with --fresh"
+        )
+    return list(content["rows"])
 
 
 def gap(options: argparse.Namespace) -> int:

@@ -7,12 +7,14 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from momentkv.accounting import token_equivalents
 from momentkv.cache import RECENT_QUERIES
 from momentkv.corrections import Correction
 from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
 from momentkv.policies import Policy, get_policy
 
@@ -64,11 +66,17 @@ class Fidelity:
         Share of positions with the same most likely token.
     nll_change : float
         Change of the negative log-likelihood of the text's own next token, in nats.
+    head_error, head_error_p90, head_error_p99 : float or None
+        Mean and percentiles, over layers, heads and queries, of the relative error of attention's output, each head
+        fed from the full cache; None where it was not measured.
     """
 
     kl: float
     top1: float
     nll_change: float
+    head_error: float | None = None
+    head_error_p90: float | None = None
+    head_error_p99: float | None = None
 
 
 def compare(full: torch.Tensor, compressed: torch.Tensor, targets: torch.Tensor) -> Fidelity:
@@ -77,8 +85,8 @@ def compare(full: torch.Tensor, compressed: torch.Tensor, targets: torch.Tensor)
     Examples
     --------
     >>> logits = torch.tensor([[0.0, 1.0]])
-    >>> compare(logits, logits, torch.tensor([1]))
-    Fidelity(kl=0.0, top1=1.0, nll_change=0.0)
+    >>> compare(logits, logits, torch.tensor([1])).kl
+    0.0
     """
     log_p, log_q = (torch.log_softmax(x.double(), dim=-1) for x in (full, compressed))
     chosen = targets[:, None]
@@ -131,6 +139,7 @@ def measure(
     *,
     sinks: int = 1,
     window: int = 32,
+    errors_every: int = 0,
 ) -> Iterator[tuple[Setting, Fidelity, int]]:
     """Compress a context in many ways and compare the next-token distributions over the tokens that follow.
 
@@ -146,6 +155,8 @@ def measure(
         Tokens to compress; ``T`` predictions are compared.
     settings : iterable of Setting
     sinks, window : int
+    errors_every : int
+        Measure the error of every head at one in so many following tokens; 0 for not at all.
 
     Yields
     ------
@@ -160,9 +171,13 @@ def measure(
     ids = ids.to(model.device)
     captured = CaptureCache(model, keep)
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
+    if errors_every:
+        for layer in captured.capture_layers.values():
+            layer.keep = None  # of the following tokens
     queries = {index: layer.queries for index, layer in captured.capture_layers.items()}
     following, targets = ids[:, context:-1], ids[0, context + 1 :]
     full = model(following, past_key_values=captured).logits[0]
+    attended = captured.attended()
     # The reference pass has appended its own tokens and queries; take both back.
     for index, layer in captured.capture_layers.items():
         layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
@@ -180,5 +195,14 @@ def measure(
         )
         cache = replay(captured, empty)
         nbytes = cache.nbytes
+        percentiles = {}
+        if errors_every:
+            error = head_errors(attended, cache, context, every=errors_every).corrected
+            p90, p99 = np.quantile(error, [0.9, 0.99])
+            percentiles = {
+                "head_error": float(error.mean()),
+                "head_error_p90": float(p90),
+                "head_error_p99": float(p99),
+            }
         logits = model(following, past_key_values=cache).logits[0]
-        yield setting, compare(full, logits, targets), nbytes
+        yield setting, dataclasses.replace(compare(full, logits, targets), **percentiles), nbytes

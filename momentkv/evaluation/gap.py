@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from momentkv.cache import RECENT_QUERIES
-from momentkv.diagnostics import EvictionError, eviction_error
+from momentkv.diagnostics import EvictionError
 from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.errors import head_errors
 from momentkv.evaluation.fidelity import Setting
 from momentkv.hf import MomentCache
 from momentkv.policies import get_policy
@@ -93,29 +94,7 @@ def measure_gap(
     for layer in captured.capture_layers.values():
         layer.keep = None
     model(ids[:, context:], past_key_values=captured, logits_to_keep=1)
-    errors = []
-    for index, core in cache.moment_layers.items():
-        layer = captured.capture_layers[index]
-        length = layer.keys.shape[2]
-        following = torch.arange(length, device=ids.device) >= context
-        # Retained are the stored positions of each head and every token after the context.
-        retained = following.expand(1, layer.keys.shape[1], -1).clone()
-        retained.scatter_(2, core.positions.long(), True)
-        tokens = torch.arange(length, device=ids.device)
-        visible = tokens[None, :] <= tokens[context:, None]
-        error = eviction_error(
-            layer.queries,
-            layer.keys,
-            layer.values,
-            retained,
-            moments=core.moments,
-            order=order,
-            scale=layer.scaling,
-            mask=visible,
-        )
-        errors.append([x[0].cpu().numpy() for x in error])
-    stacked = EvictionError(*(np.stack(parts) for parts in zip(*errors, strict=True)))
-    return Gap(setting, list(cache.moment_layers), stacked)
+    return Gap(setting, list(cache.moment_layers), head_errors(captured.attended(), cache, context))
 
 
 def plot_gap(gap: Gap, path: str | Path, *, title: str) -> Path:

@@ -6,7 +6,7 @@ import json
 import platform
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
@@ -71,6 +71,10 @@ def average(rows: list[Row]) -> dict[tuple[int, str, str], Row]:
             "kl": mean(kls),
             "kl_min": min(kls),
             "kl_max": max(kls),
+            "kl_se": stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 else 0.0,
+            "head_error": mean(row["head_error"] for row in group),
+            "head_error_p90": mean(row["head_error_p90"] for row in group),
+            "head_error_p99": mean(row["head_error_p99"] for row in group),
             "top1": mean(row["top1"] for row in group),
             "nll_change": mean(row["nll_change"] for row in group),
             "tokens": group[0]["budget"],
@@ -88,9 +92,9 @@ def fidelity_table(rows: list[Row], *, title: str) -> Table:
     table.add_column("policy")
     table.add_column("correction")
     for budget in budgets:
-        table.add_column(f"KL @ {budget}", justify="right")
-        table.add_column("top-1", justify="right")
-        table.add_column("NLL", justify="right")
+        table.add_column(f"KL @ {budget}", justify="right", no_wrap=True)
+        table.add_column("top-1", justify="right", no_wrap=True)
+        table.add_column("head error", justify="right", no_wrap=True)
     best = {budget: min(x["kl"] for key, x in averaged.items() if key[0] == budget) for budget in budgets}
     previous = None
     for policy, correction in dict.fromkeys((key[1], key[2]) for key in averaged):
@@ -102,7 +106,7 @@ def fidelity_table(rows: list[Row], *, title: str) -> Table:
                 continue
             style = "bold green" if x["kl"] == best[budget] else ""
             cells += [f"[{style}]{x['kl']:.3f}[/]" if style else f"{x['kl']:.3f}"]
-            cells += [f"{x['top1']:.1%}", f"{x['nll_change']:+.3f}"]
+            cells += [f"{x['top1']:.0%}", f"{x['head_error']:.3f}"]
         if previous not in (None, policy):
             table.add_section()
         table.add_row(policy if policy != previous else "", correction, *cells)
