@@ -55,6 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="results/demo.png", help="the plot")
     demo.set_defaults(run=run_demo)
 
+    plan = commands.add_parser("plan", help="the memory that a cache takes, from a model's shape alone")
+    plan.add_argument("model", metavar="MODEL", help="a known model, a Hugging Face id, or the path of a config.json")
+    plan.add_argument("--context", type=int, required=True, metavar="N", help="tokens read and generated")
+    plan.add_argument("--budget", type=int, required=True, metavar="B", help="tokens retained per KV head")
+    plan.add_argument("--correction", default="summaries", choices=["none", "order-0", "order-1", "summaries"])
+    plan.add_argument("--batch", type=int, default=1, help="rows, each of N tokens")
+    plan.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    plan.set_defaults(run=run_plan)
+
     evaluate = commands.add_parser("evaluate", help="measure fidelity and the directional gap")
     kinds = evaluate.add_subparsers(required=True, metavar="KIND")
 
@@ -116,6 +125,24 @@ def run_demo(options: argparse.Namespace) -> int:
     from momentkv.demo import demo
 
     return demo(options)
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Run ``momentkv plan``."""
+    from rich.console import Console
+
+    from momentkv.plan import find_shape, plan, table_of
+
+    result = plan(
+        find_shape(options.model),
+        options.context,
+        options.budget,
+        correction=options.correction,
+        batch=options.batch,
+        dtype=options.dtype,
+    )
+    Console().print(table_of(result, options.model))
+    return 0
 
 
 def run_fidelity(options: argparse.Namespace) -> int:
