@@ -27,6 +27,7 @@ PAGES = {
     "derivations/attention-algebra": ("Attention as an algebra", "derivation-attention-algebra"),
     "derivations/moments": ("Moments", "derivation-moments"),
     "derivations/correction": ("The correction", "derivation-correction"),
+    "derivations/summaries": ("Anchored summaries", "derivation-summaries"),
     "evaluation": ("Evaluation", "page-evaluation"),
 }
 
