@@ -191,7 +191,7 @@ class Summaries:
         window : QueryWindow
             Recent queries: their mean becomes the anchor, their variance says which keys they tell apart.
         mask : bool array, broadcastable to (..., n), optional
-            False leaves a token out, whatever it holds. A head that gets none stays as it is, but for the anchor.
+            False leaves a token out, whatever it holds. A head that gets none stays as it is.
 
         Returns
         -------
@@ -203,6 +203,12 @@ class Summaries:
             If shapes do not fit.
         """
         check_values(k, v)
+        for name, x, mean in (("k", k, self.key_mean), ("v", v, self.value_mean)):
+            if x.shape[:-2] != mean.shape[:-2] or x.shape[-1] != mean.shape[-1]:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}, but the summaries are of heads {tuple(mean.shape[:-2])} and "
+                    f"dimension {mean.shape[-1]}"
+                )
         xp = array_namespace(k, v)
         k, v = accumulate(xp, k, v)
         moved = self.reanchor(window.mean)
@@ -214,7 +220,15 @@ class Summaries:
             tokens = xp.where(mask, tokens, -math.inf * xp.ones_like(tokens))
             count = xp.where(mask, count, xp.zeros_like(count))
             k, v = (xp.where(mask[..., None], x, xp.zeros_like(x)) for x in (k, v))
-        return moved._compress(tokens, k, v, window, self.count + xp.sum(count, axis=-1))
+        added = xp.sum(count, axis=-1)
+        new = moved._compress(tokens, k, v, window, self.count + added).arrays()
+        # Grouping anew would move what a head holds; a row of a batch must not feel when other rows evict.
+        return Summaries(
+            **{
+                name: xp.where(xp.reshape(added, (*added.shape, *(1,) * (x.ndim - added.ndim))) > 0, new[name], x)
+                for name, x in self.arrays().items()
+            }
+        )
 
     def merge(self, other: Summaries, window: QueryWindow) -> Summaries:
         """Summaries of the union of two disjoint sets of tokens; both must have one anchor (see `reanchor`).
@@ -225,13 +239,12 @@ class Summaries:
             If the anchors differ or shapes do not fit.
         """
         xp = array_namespace(self.anchor, other.anchor)
-        if self.key_mean.shape[:-2] != other.key_mean.shape[:-2] or not bool(xp.all(self.anchor == other.anchor)):
+        alike = self.anchor.shape == other.anchor.shape and self.value_mean.shape[-1] == other.value_mean.shape[-1]
+        if not alike or not bool(xp.all(self.anchor == other.anchor)):
             raise ValueError(
                 "cannot merge summaries of different heads or anchors; bring both to one with reanchor(anchor)"
             )
-        mine, theirs = (
-            positive(xp, total_weight(x, self, other)) * xp.astype(x.count > 0, x.count.dtype) for x in (self, other)
-        )
+        mine, theirs = (total_weight(x, self, other) for x in (self, other))
         share = theirs / positive(xp, mine + theirs)
         pooled = dataclasses.replace(
             self,
