@@ -212,14 +212,14 @@ class Summaries:
         xp = array_namespace(k, v)
         k, v = accumulate(xp, k, v)
         moved = self.reanchor(window.mean)
-        tokens = xp.matmul(k, moved.anchor[..., None])[..., 0]
-        count = xp.ones_like(tokens)
+        count = xp.ones(k.shape[:-1], dtype=k.dtype, device=device(k))
         if mask is not None:
             check_broadcast("mask", mask, k.shape[:-1])
             # Left-out slots may hold anything; times a weight of zero would keep their NaN and infinities.
-            tokens = xp.where(mask, tokens, -math.inf * xp.ones_like(tokens))
             count = xp.where(mask, count, xp.zeros_like(count))
             k, v = (xp.where(mask[..., None], x, xp.zeros_like(x)) for x in (k, v))
+        tokens = xp.matmul(k, moved.anchor[..., None])[..., 0]
+        tokens = xp.where(count > 0, tokens, xp.full_like(tokens, -math.inf))
         added = xp.sum(count, axis=-1)
         new = moved._compress(tokens, k, v, window, self.count + added).arrays()
         # Grouping anew would move what a head holds; a row of a batch must not feel when other rows evict.
@@ -312,7 +312,9 @@ class Summaries:
         state, _ = softmax_state(logits(q, k, scale=scale, mask=seen), k[..., :1])
         kv_heads = k.shape[-3]
         flat = dataclasses.replace(self, strength=xp.zeros_like(self.strength))
-        gap = group_queries((state.lse - estimate_summaries(q, flat, scale=scale).lse)[..., None], kv_heads)[..., 0]
+        rough = estimate_summaries(q, flat, scale=scale).lse
+        rough = xp.where(xp.isfinite(rough), rough, xp.full_like(rough, math.nan))  # no tokens: nothing to fit
+        gap = group_queries((state.lse - rough)[..., None], kv_heads)[..., 0]
         half = flat._half_variance(scaled_queries(q, self, scale))
         some = xp.isfinite(gap) & (half > 0)
         zero = xp.zeros_like(half)
