@@ -270,7 +270,6 @@ class LayerCache:
         counts = xp.sum(xp.astype(self.positions >= 0, xp.int64), axis=-1)
         # Each row by its own count, so that padding beside a longer row changes nothing.
         limits = xp.where(counts >= self.budget + self.block, xp.minimum(counts, 0 * counts + self.budget), counts)
-        calibrates = newest is not None and not self.has_evicted
         rounds = self.policy.rounds if self.order is not None and n - self.budget > self.block else 1
         one_block = counts - limits <= self.block
         positions, moments = self.positions, self.moments
@@ -293,8 +292,10 @@ class LayerCache:
                     moments, self.keys, self.values, mask=selection.evicted, window=self._query_window()
                 )
             positions = xp.where(selection.evicted, xp.full_like(positions, -1), positions)
-        if calibrates:
-            gone = (self.positions >= 0) & (positions < 0)
+        if newest is not None and self.order is not None:
+            # Rows whose first eviction this is and whose newest queries are all real; others keep what they have.
+            fits = xp.all(self.positions[..., -RECENT_QUERIES:] >= 0, axis=-1) & (self.moments.weight == 0)
+            gone = (self.positions >= 0) & (positions < 0) & fits[..., None]
             moments = self.correction.calibrate(moments, newest, self.keys, scale=self.attention_scale, mask=gone)
         indices, filled = selection.indices, selection.filled
         kept = xp.take_along_axis(positions, indices, axis=-1)
@@ -346,7 +347,7 @@ class LayerCache:
         if self.order is None or not self.correction.anchored:
             return
         xp = array_namespace(q)
-        recent = q[..., -RECENT_QUERIES:, :]
+        recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
         kv_heads, count = self.keys.shape[-3], recent.shape[-2]
         (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
         grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * self.attention_scale
@@ -359,10 +360,12 @@ class LayerCache:
         square = xp.sum(weight * xp.mean(grouped * grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
         if self.query_mean is not None:
             share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
+            # Where all before was padding there is nothing to fade.
+            share = xp.where(xp.sum(self.query_square, axis=-1, keepdims=True) > 0, share, xp.ones_like(share))
             mean = self.query_mean + share * (mean - self.query_mean)
             square = self.query_square + share * (square - self.query_square)
         self.query_mean, self.query_square = mean, square
-        if count == RECENT_QUERIES and not self.padded:
+        if count == RECENT_QUERIES:
             self.newest_queries = recent
 
     def _query_window(self) -> QueryWindow | None:
