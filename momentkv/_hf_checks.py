@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["NAME", "check_implementation", "check_lengths", "refuse_architecture", "refuse_arguments"]
+__all__ = ["NAME", "check_implementation", "check_lengths", "check_sharing", "refuse_architecture", "refuse_arguments"]
 
 NAME = "momentkv"
 
@@ -64,4 +64,15 @@ def refuse_arguments(attention_mask: Any, dropout: float, kwargs: dict[str, Any]
         raise ValueError(
             f"attention_mask has {attention_mask.dim()} dimensions; MomentCache supports causal attention with "
             "padding, given as a mask of shape (batch, tokens seen)"
+        )
+
+
+def check_sharing(sharing: str, budget: Any) -> None:
+    """Raise unless the way of sharing is known and fits the budget."""
+    if sharing not in ("uniform", "measured"):
+        raise ValueError(f'sharing is {sharing!r}; use "uniform" or "measured"')
+    if sharing == "measured" and not isinstance(budget, int):
+        raise ValueError(
+            "sharing='measured' decides the budget of each layer, but budget lists one for each; pass one number, "
+            "their average"
         )

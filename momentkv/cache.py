@@ -46,6 +46,8 @@ class LayerCache:
         Factor on ``q . k``; ``1 / sqrt(d)`` by default.
     backend : str or ArrayBackend, optional
         By default the one of the arrays that arrive.
+    keep_queries : bool
+        Hold the newest queries of a prefill between `attend` and `evict`, for `momentkv.budgets.error_curve`.
 
     Raises
     ------
@@ -95,6 +97,7 @@ class LayerCache:
         block: int = 32,
         scale: float | None = None,
         backend: str | ArrayBackend | None = None,
+        keep_queries: bool = False,
     ) -> None:
         check_budget(budget, sinks, window)
         if order is not None:
@@ -103,7 +106,7 @@ class LayerCache:
             raise ValueError(f"block is {block}; evict at least one token at a time")
         self.budget, self.sinks, self.window, self.block = budget, sinks, window, block
         self.policy, self.order, self.scale = get_policy(policy), order, scale
-        self.correction = get_correction(correction)
+        self.correction, self.keep_queries = get_correction(correction), keep_queries
         self.backend = None if backend is None else get_backend(backend)
         self.reset()
 
@@ -344,10 +347,13 @@ class LayerCache:
 
     def _remember(self, q: Array) -> None:
         """Keep first and second moment of recent queries, and the newest queries until the eviction that follows."""
-        if self.order is None or not self.correction.anchored:
+        recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
+        anchored = self.order is not None and self.correction.anchored
+        if recent.shape[-2] == RECENT_QUERIES and (anchored or self.keep_queries):
+            self.newest_queries = recent
+        if not anchored:
             return
         xp = array_namespace(q)
-        recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
         kv_heads, count = self.keys.shape[-3], recent.shape[-2]
         (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
         grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * self.attention_scale
@@ -365,8 +371,6 @@ class LayerCache:
             mean = self.query_mean + share * (mean - self.query_mean)
             square = self.query_square + share * (square - self.query_square)
         self.query_mean, self.query_square = mean, square
-        if count == RECENT_QUERIES:
-            self.newest_queries = recent
 
     def _query_window(self) -> QueryWindow | None:
         """The recent queries as the correction takes them."""

@@ -82,9 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--corrections",
         nargs="+",
         default=["none", "order-1", "summaries"],
-        choices=["none", "order-0", "order-1", "summaries"],
+        choices=["none", "order-0", "order-1", "summaries", "none-shared", "summaries-shared"],
         metavar="C",
-        help="none, order-0 and order-1 (the paper's), summaries (recommended)",
+        help="none, order-0 and order-1 (the paper's), summaries, and -shared: budgets by measured error",
     )
     fidelity.add_argument("--output", default="results/fidelity.json", help="results; the plot goes beside it")
     fidelity.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")

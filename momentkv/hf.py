@@ -13,7 +13,7 @@ layer, and `momentkv_attention` follows it. Keys without the link (another cache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 try:
@@ -25,18 +25,24 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from momentkv._hf_checks import NAME, check_implementation, check_lengths, refuse_architecture, refuse_arguments
+from momentkv._hf_attention import LINK, momentkv_attention, momentkv_mask
+from momentkv._hf_checks import (
+    NAME,
+    check_implementation,
+    check_lengths,
+    check_sharing,
+    refuse_architecture,
+    refuse_arguments,
+)
 from momentkv.backends import ArrayBackend
+from momentkv.budgets import SharedBudget
 from momentkv.cache import LayerCache
 from momentkv.corrections import Correction
 from momentkv.policies import Policy
 
-__all__ = ["NAME", "MomentCache", "MomentLayer", "momentkv_attention", "momentkv_mask"]
+__all__ = ["LINK", "NAME", "MomentCache", "MomentLayer", "momentkv_attention", "momentkv_mask"]
 
-LINK = "_momentkv"
 SLIDING_TYPES = ("sliding_attention", "chunked_attention")
 
 
@@ -57,6 +63,7 @@ class MomentLayer(CacheLayerMixin):
     def __init__(self, core: LayerCache) -> None:
         # CacheLayerMixin.__init__ would set `keys` and `values`, which are the core's here.
         self.core = core
+        self.sharing: SharedBudget | None = None
         self.before: dict[str, Any] | None = None
 
     @property
@@ -119,12 +126,19 @@ class MomentLayer(CacheLayerMixin):
                 valid = attention_mask[:, None, self.core.seen - query.shape[2] : self.core.seen]
             self.core.scale = scaling
             out = self.core.attend(query, valid=valid)
-            self.core.evict()
+            self.evict()
         except BaseException:
             if before is not None:
                 self.core.restore(before)
             raise
         return out.transpose(1, 2).contiguous(), None
+
+    def evict(self) -> None:
+        """Evict down to the budget, or together with the other layers where the budget is shared."""
+        if self.sharing is None:
+            self.core.evict()
+        else:
+            self.sharing.evict(self.core)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and evicted ones included: positions and masks count from here."""
@@ -187,6 +201,9 @@ class MomentCache(Cache):
         A decoder-only model with ``attn_implementation="momentkv"``.
     budget : int or sequence of int
         Tokens retained per KV head, sinks and window included; one number, or one for each layer.
+    sharing : {"uniform", "measured"}
+        With one number: the same for each layer, or the average, shared among layers after every prefill by the error
+        that each budget would cause (`momentkv.budgets`).
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
@@ -219,6 +236,7 @@ class MomentCache(Cache):
         policy: str | Policy = "momentkv",
         order: int | None = 1,
         correction: str | Correction = "moments",
+        sharing: str = "uniform",
         sinks: int = 1,
         window: int = 32,
         block: int = 32,
@@ -233,6 +251,7 @@ class MomentCache(Cache):
             raise ValueError(
                 f"budget has {len(budgets)} entries but the model has {len(kinds)} layers; give one for each"
             )
+        check_sharing(sharing, budget)
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(kinds):
             if kind in SLIDING_TYPES:
@@ -247,6 +266,7 @@ class MomentCache(Cache):
                     window=window,
                     block=block,
                     backend=backend,
+                    keep_queries=sharing == "measured",
                 )
                 layers.append(MomentLayer(core))
             else:
@@ -256,6 +276,12 @@ class MomentCache(Cache):
                 )
         super().__init__(layers=layers)
         self.config = config
+        self.sharing = None
+        if sharing == "measured":
+            self.sharing = SharedBudget(list(self.moment_layers.values()))
+            for layer in layers:
+                if isinstance(layer, MomentLayer):
+                    layer.sharing = self.sharing
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -275,6 +301,12 @@ class MomentCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused unless nothing is to be removed; see `MomentLayer.crop`."""
         MomentLayer.crop(self, tokens_to_remove)  # before any sliding layer is cropped
+
+    def reset(self) -> None:
+        """Forget all tokens and moments, and what each layer's share of the budget was."""
+        super().reset()
+        if self.sharing is not None:
+            self.sharing.reset()
 
     @property
     def moment_layers(self) -> dict[int, LayerCache]:
@@ -299,100 +331,6 @@ def layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
     # Before transformers 5.16, one dict for all layers.
     each = arguments if isinstance(arguments, list) else [arguments] * len(types)
     return list(zip(types, each, strict=True))
-
-
-def momentkv_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention function of ``attn_implementation="momentkv"``: through the linked cache layer, else SDPA.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-    query : tensor, shape (batch, q_head, q_len, d)
-    key, value : tensor, shape (batch, kv_head, n, d) and (batch, kv_head, n, dv)
-    attention_mask : bool tensor or None
-        What `momentkv_mask` made.
-    scaling, dropout, **kwargs
-        As transformers passes them.
-
-    Returns
-    -------
-    tensor, shape (batch, q_len, q_head, dv), and None for the attention weights
-    """
-    layer = getattr(key, LINK, None)
-    if layer is not None:
-        result: tuple[torch.Tensor, None] = layer.attend(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        return result
-    q_len, n = query.shape[2], key.shape[2]
-    compact = attention_mask is not None and attention_mask.dim() == 2
-    if getattr(module, "is_causal", True) and (compact or (attention_mask is None and 1 < q_len < n)):
-        attention_mask = sdpa_mask(
-            batch_size=query.shape[0],
-            q_length=q_len,
-            kv_length=n,
-            q_offset=n - q_len,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            device=query.device,
-        )
-    stock: tuple[torch.Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
-    return stock
-
-
-def momentkv_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """Mask function of ``attn_implementation="momentkv"``.
-
-    Returns
-    -------
-    tensor or None
-        None for a causal mask without padding, bool ``(batch, kv_length)`` for a causal mask with padding (False is
-        padding); anything else as SDPA takes it, bool ``(batch, 1, q_length, kv_length)``.
-    """
-    causal = mask_function is causal_mask_function and local_size is None and kv_offset == 0
-    if causal and isinstance(q_offset, int) and kv_length == q_offset + q_length:
-        if attention_mask is None:
-            return None
-        if attention_mask.shape[1] < kv_length:
-            raise ValueError(
-                f"attention_mask has length {attention_mask.shape[1]}, but {kv_length} tokens have been seen with this "
-                "cache; pass a mask over all of them, not over the new ones alone"
-            )
-        mask = attention_mask[:, :kv_length].bool()
-        return None if bool(mask.all()) else mask
-    masked: torch.Tensor | None = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        **kwargs,
-    )
-    return masked
 
 
 AttentionInterface.register(NAME, momentkv_attention)

@@ -125,7 +125,8 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
     for index, core in cache.moment_layers.items():
         layer = captured.capture_layers[index]
         observes, length = core.policy.observes, layer.keys.shape[2]
-        if observes is not None and core.order is not None and core.correction.anchored:
+        anchored = core.order is not None and core.correction.anchored
+        if observes is not None and (anchored or core.keep_queries):
             observes = max(observes, RECENT_QUERIES)
         kept = 0 if layer.queries is None else layer.queries.shape[2]
         if kept < min(length, length if observes is None else observes):
@@ -136,5 +137,5 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         core.scale = layer.scaling
         core.append(layer.keys, layer.values)
         core.observe(layer.queries)
-        core.evict()
+        cache.layers[index].evict()
     return cache

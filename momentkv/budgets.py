@@ -1,0 +1,188 @@
+"""Sharing one total of retained tokens among layers, by the error that each budget would cause in each."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+from collections.abc import Sequence
+
+from momentkv._array import Array, array_namespace, device
+from momentkv.backends import get_backend
+from momentkv.cache import LayerCache
+
+__all__ = ["SharedBudget", "budget_grid", "error_curve", "share_budget"]
+
+# Budgets that are tried, as multiples of the average.
+MULTIPLES = (0.4, 0.6, 1.0, 1.5, 2.2, 3.3, 5.0, 8.0)
+
+
+def budget_grid(average: int, least: int) -> list[int]:
+    """Budgets to measure errors at: from 0.4 to 8 times the average, none below ``least``.
+
+    Examples
+    --------
+    >>> budget_grid(100, 50)
+    [50, 60, 100, 150, 220, 330, 500, 800]
+    """
+    return sorted({max(least, round(multiple * average)) for multiple in MULTIPLES})
+
+
+def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
+    """Error that eviction to each budget would cause for the newest queries, correction included.
+
+    Mean over heads and queries of the squared relative error of the output, against what the cache gives before the
+    eviction (exact attention if nothing has been evicted yet).
+
+    Parameters
+    ----------
+    cache : LayerCache
+        After `LayerCache.attend` of at least a window of queries, before `LayerCache.evict`; it is not changed.
+    grid : sequence of int
+        Budgets, rising.
+
+    Returns
+    -------
+    list of float
+
+    Raises
+    ------
+    ValueError
+        If the cache holds no newest queries.
+    """
+    q = cache.newest_queries
+    if q is None:
+        raise ValueError(
+            "the cache holds no newest queries to measure errors with: call error_curve between attend(q) of a whole "
+            "window of queries and evict(), on a cache made with keep_queries=True"
+        )
+    backend = cache.backend or get_backend(q)
+    xp = array_namespace(q)
+    places = xp.arange(cache.seen - q.shape[-2], cache.seen, dtype=cache.positions.dtype, device=device(q))
+
+    def output(state: LayerCache) -> Array:
+        visible = state.positions[..., None, :] <= places[:, None]
+        visible = (visible & (state.positions >= 0)[..., None, :])[..., None, :, :]
+        scale = state.attention_scale
+        attended, _ = backend.attend(q, state.keys, state.values, scale=scale, mask=visible)
+        if state.order is None or not state.has_evicted:
+            return attended.out
+        return backend.correct(attended, q, state.moments, order=state.order, scale=scale)
+
+    exact = output(cache)
+    norm = xp.sum(exact * exact, axis=-1)
+    errors = []
+    for budget in grid:
+        trial = copy.copy(cache)
+        trial.budget, trial.block = budget, 1
+        trial.evict()
+        off = output(trial) - exact
+        square = xp.sum(off * off, axis=-1)
+        errors.append(float(xp.mean(square / xp.where(norm > 0, norm, xp.ones_like(norm)))))
+    return errors
+
+
+def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: int) -> list[int]:
+    """Budgets of layers that make the sum of their errors small, within a total.
+
+    Greedy on the lower convex hull of each curve: always the step that takes away the most error a token. Optimal for
+    the hulls, up to the last step, which gets what is left.
+
+    Parameters
+    ----------
+    curves : sequence of sequence of float
+        Error of each layer at each budget of the grid.
+    grid : sequence of int
+        Budgets, rising.
+    total : int
+        Tokens to share; at least ``grid[0]`` for every layer.
+
+    Returns
+    -------
+    list of int
+        Their sum is at most ``total``; none is above ``grid[-1]``.
+
+    Raises
+    ------
+    ValueError
+        If the total is too small.
+
+    Examples
+    --------
+    >>> share_budget([[1.0, 0.2, 0.05], [0.5, 0.4, 0.3]], [10, 20, 40], 60)
+    [40, 20]
+    """
+    if total < grid[0] * len(curves):
+        raise ValueError(
+            f"total is {total}, but {len(curves)} layers need at least {grid[0]} tokens each; use a larger budget"
+        )
+    level = [0] * len(curves)
+    budgets = [grid[0]] * len(curves)
+    left = total - sum(budgets)
+    queue: list[tuple[float, int, int]] = []
+
+    def offer(layer: int) -> None:
+        here, curve = level[layer], curves[layer]
+        steps = [
+            ((curve[here] - curve[there]) / (grid[there] - grid[here]), -there) for there in range(here + 1, len(grid))
+        ]
+        if steps:
+            gain, there = max(steps)
+            heapq.heappush(queue, (-gain, layer, -there))
+
+    for layer in range(len(curves)):
+        offer(layer)
+    while queue and left > 0:
+        gain, layer, there = heapq.heappop(queue)
+        if gain >= 0:
+            break
+        cost = min(grid[there] - grid[level[layer]], left)
+        budgets[layer] += cost
+        left -= cost
+        level[layer] = there
+        offer(layer)
+    return budgets
+
+
+class SharedBudget:
+    """Evicts the layers of a model together after a prefill, each to its share of one total.
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+        Made with ``keep_queries=True`` and one budget, the average.
+
+    Notes
+    -----
+    Until the last layer has attended, every layer holds all its tokens: a prefill in one piece needs as much memory
+    as the full cache while it lasts, one in chunks as much as the budget and a chunk. Each chunk shares anew. While
+    decoding, each layer keeps to its budget.
+    """
+
+    def __init__(self, caches: Sequence[LayerCache]) -> None:
+        self.caches = list(caches)
+        self.average = self.caches[0].budget
+        self.waiting: list[LayerCache] = []
+
+    def evict(self, cache: LayerCache) -> None:
+        """Evict one layer, or, after a prefill, wait for the others and then evict them all."""
+        if cache.newest_queries is None or cache.keys.shape[-2] < self.average + cache.block:
+            cache.evict()
+            return
+        if any(cache is other for other in self.waiting):
+            self.waiting = []  # left by a pass that failed
+        self.waiting.append(cache)
+        if len(self.waiting) < len(self.caches):
+            return
+        waiting, self.waiting = self.waiting, []
+        least = cache.sinks + cache.window + 1
+        grid = budget_grid(self.average, least)
+        curves = [error_curve(each, grid) for each in waiting]
+        for each, budget in zip(waiting, share_budget(curves, grid, self.average * len(waiting)), strict=True):
+            each.budget = budget
+            each.evict()
+
+    def reset(self) -> None:
+        """Back to the average for every layer."""
+        self.waiting = []
+        for cache in self.caches:
+            cache.budget = self.average
