@@ -29,7 +29,7 @@ from momentkv.moments import Moments, check_broadcast, positive
 __all__ = ["QueryWindow", "Summaries", "estimate_summaries"]
 
 # Tokens count for the grouping with the square root of their weight: between "every token alike" and "only the few
-# that the anchor attends to", both of which measured worse (docs/evaluation.md).
+# that the anchor attends to".
 GROUPING_POWER = 0.5
 # No query is credited with more than so many times the mean variance gain of the window. A quadratic has no bound.
 CAP = 3.0
@@ -85,8 +85,8 @@ class Summaries:
 
     Notes
     -----
-    Immutable. Sums in float64 if an input is float64, else in float32. The total weight, the weighted means of all
-    tokens and the diagonal of their covariance are kept exactly by every operation; what is lost is which token lay
+    Immutable. Sums in float64 if an input is float64, else in float32. Grouping keeps the total weight, the weighted
+    means of all tokens and the diagonal of the covariance of their keys exactly; what is lost is which token lay
     where within its group, and the part of ``B`` beyond rank ``r``. At most ``m`` tokens are represented exactly.
     Derivation: docs/derivations/summaries.md.
 
@@ -424,7 +424,7 @@ def estimate_summaries(q: Array, summaries: Summaries, *, scale: float | None = 
     Notes
     -----
     Exact while no more tokens were evicted than there are summaries; exact to second order at the anchor for Gaussian
-    groups of one covariance when :math:`\alpha = 1`. Derivation: docs/derivations/summaries.md.
+    groups of one diagonal covariance when :math:`\alpha = 1`. Derivation: docs/derivations/summaries.md.
 
     Examples
     --------

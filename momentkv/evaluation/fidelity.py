@@ -120,9 +120,9 @@ def settings_grid(
 ) -> list[Setting]:
     """All combinations, at equal bytes.
 
-    A correction is what `Setting` takes after the budget: order, kind and, optionally, sharing.
-    A budget ``B`` means the bytes of ``B`` tokens per KV head (on average, where it is shared); what a correction costs is taken from the tokens that
-    it retains. Combinations that would retain fewer than ``least`` tokens are left out.
+    A correction is what `Setting` takes after the budget: order, kind and, optionally, sharing. A budget ``B`` means
+    the bytes of ``B`` tokens per KV head (on average, where it is shared); what a correction costs is taken from the
+    tokens that it retains. Combinations that would retain fewer than ``least`` tokens are left out.
     """
     grid = []
     for budget in budgets:

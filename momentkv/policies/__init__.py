@@ -7,6 +7,7 @@ from momentkv.policies.h2o import H2O
 from momentkv.policies.keydiff import KeyDiff
 from momentkv.policies.knorm import Knorm
 from momentkv.policies.momentkv import MomentKV
+from momentkv.policies.novelty import Balanced
 from momentkv.policies.random import Random
 from momentkv.policies.select import Selection, check_budget, retain
 from momentkv.policies.snapkv import SnapKV
@@ -17,6 +18,7 @@ __all__ = [
     "H2O",
     "POLICIES",
     "TOVA",
+    "Balanced",
     "KeyDiff",
     "Knorm",
     "MomentKV",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Streaming, H2O, TOVA, SnapKV, KeyDiff, Knorm, Random, MomentKV)
+    policy.name: policy for policy in (Streaming, H2O, TOVA, SnapKV, KeyDiff, Knorm, Random, MomentKV, Balanced)
 }
 
 
