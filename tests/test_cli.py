@@ -66,15 +66,17 @@ def test_demo_shows_and_draws_every_cache(
 ):
     monkeypatch.setenv("COLUMNS", "200")  # no cell is wrapped
     plot = tmp_path / "new" / "demo.png"
-    budgets = ["--budgets", "64", "40", "--new-tokens", "3", "--question", "What is it?"]
+    budgets = ["--budgets", "64", "60", "--new-tokens", "3", "--question", "What is it?"]
     assert main(["demo", "--model", saved, *SOURCE, *budgets, "--output", str(plot)]) == 0
     out = capsys.readouterr().out
     assert is_image(plot)
     table = [line.split("│")[1:-1] for line in out.splitlines() if line.count("│") == 8]
     found = [(row[0].strip(), int(row[1])) for row in table]
-    sizes = [40, 40, 64, 64]
-    assert found == [("full cache", 200), *zip(["plain eviction", "MomentKV"] * 2, sizes, strict=True)]
-    assert [row[4].strip() == "0" for row in table] == [True, False, False, False, False]
+    # Equal bytes: the paper's moments cost ten tokens of dimension 16, summaries seventeen.
+    sizes = [60, 50, 43, 64, 54, 47]
+    names = ["plain eviction", "paper's moments", "summaries"] * 2
+    assert found == [("full cache", 200), *zip(names, sizes, strict=True)]
+    assert [row[4].strip() == "0" for row in table] == [True, *[False] * 6]
     assert all(float(row[4]) >= 0 and float(row[6]) > 0 for row in table)
     assert "Asked: What is it?" in out
 
@@ -83,7 +85,8 @@ def test_fidelity_writes_every_setting_and_a_plot(saved: str, tmp_path: Path, ca
     own = tmp_path / "own.txt"
     own.write_text("How much is lost? " * 100)
     path = tmp_path / "fidelity.json"
-    grid = ["--policies", "snapkv", "knorm", "--budgets", "40", "--orders", "none", "0", "1"]
+    corrections = ["none", "order-0", "order-1", "summaries"]
+    grid = ["--policies", "snapkv", "knorm", "--budgets", "60", "--corrections", *corrections]
     texts = ["--text", str(own), "types", "--skip", "7"]
     assert main(["evaluate", "fidelity", "--model", saved, *SOURCE, *texts, *grid, "--output", str(path)]) == 0
     content = read_json(path)
@@ -91,26 +94,36 @@ def test_fidelity_writes_every_setting_and_a_plot(saved: str, tmp_path: Path, ca
         (text, policy, correction)
         for text in ("own.txt", "types")
         for policy in ("snapkv", "knorm")
-        for correction in ("none", "order 0", "order 1")
+        for correction in ("none", "order 0", "order 1", "summaries")
     }
     for row in content["rows"]:
         assert math.isfinite(row["kl"])
         assert row["kl"] > 0
-        assert row["nbytes"] > 0
-    # Columns of the table are equal bytes: of order 1, 40 tokens and moments worth ten.
-    assert {row["bytes_as_tokens"] for row in content["rows"]} == {50}
+        assert row["head_error"] > 0
+    # Columns of the table are equal bytes: tokens, and what stands for the others.
+    assert {row["bytes_as_tokens"] for row in content["rows"]} == {60}
+    budgets = {row["correction"]: row["budget"] for row in content["rows"]}
+    assert budgets == {"none": 60, "order 0": 58, "order 1": 50, "summaries": 43}
+    # Of 2 layers and 2 KV heads, each token of 128 bytes: less than a token a head apart, beside positions and scores.
+    for policy, extra in (("snapkv", 8), ("knorm", 4)):
+        sizes = [row["nbytes"] / 4 - extra * row["budget"] for row in content["rows"] if row["policy"] == policy]
+        assert 60 * 128 - 128 < min(sizes) <= max(sizes) == 60 * 128
     assert content["protocol"] | {"model": saved, "context": 200, "following": 16, "skip": 7} == content["protocol"]
     assert content["protocol"]["texts"] == ["own.txt", "types"]
     assert is_image(path.with_suffix(".png"))
     assert "snapkv" in capsys.readouterr().out
 
 
-def test_gap_writes_means_by_layer_and_head(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("correction", ["order-0", "summaries"])
+def test_gap_writes_means_by_layer_and_head(
+    correction: str, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = tmp_path / "gap.json"
-    options = ["--budget", "40", "--policy", "h2o", "--order", "0", "--output", str(path)]
+    options = ["--budget", "40", "--policy", "h2o", "--correction", correction, "--output", str(path)]
     assert main(["evaluate", "gap", "--model", saved, *SOURCE, *options]) == 0
     content = read_json(path)
-    assert (content["policy"], content["budget"], content["order"]) == ("h2o", 40, 0)
+    assert (content["policy"], content["budget"]) == ("h2o", 40)
+    assert content["correction"] == correction.replace("-", " ")
     assert content["mean"].keys() == content["by_layer_and_head"].keys()
     assert f"{content['mean']['plain']:.3f}" in capsys.readouterr().out
     assert is_image(path.with_suffix(".png"))
@@ -151,7 +164,7 @@ def test_bad_input_is_one_line_on_stderr(
     assert "short.txt has 9 tokens, but 21" in err
     skip = ["--text", "compound", "--skip", "1000000"]
     assert "compound has 0 tokens" in failure(capsys, *command, *plot, *SOURCE, *skip)
-    budget = {"gap": ["--budget", "10"], "fidelity": ["--orders", "1", "--budgets", "10"], "demo": ["--budgets", "10"]}
+    budget = {"gap": ["--budget", "10"], "fidelity": ["--budgets", "10"], "demo": ["--budgets", "10"]}
     assert "budget is 10" in failure(capsys, *command, *plot, *SOURCE, *budget[command[-1]])
     assert not (tmp_path / "none.json").exists()
 
@@ -201,4 +214,4 @@ def test_a_missing_package_of_nobody_is_not_hidden(monkeypatch: pytest.MonkeyPat
 def test_defaults_are_every_policy_plain_and_corrected():
     options = build_parser().parse_args(["evaluate", "fidelity"])
     assert options.policies == list(POLICIES)
-    assert options.orders == ["none", "1"]
+    assert options.corrections == ["none", "order-1", "summaries"]

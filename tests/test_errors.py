@@ -11,7 +11,9 @@ from rounding import assert_same
 
 from momentkv import LayerCache, Moments, Policy, Tokens, attend, correct, estimate, get_policy
 from momentkv.backends import get_backend
+from momentkv.corrections import get_correction
 from momentkv.policies import MomentKV, Random, SnapKV
+from momentkv.summaries import QueryWindow, Summaries, estimate_summaries
 
 Maker = Callable[..., object]
 
@@ -22,6 +24,13 @@ def zeros(*shape: int) -> np.ndarray:
 
 def moments(*, order: int = 1, heads: int = 2, d: int = 4) -> Moments:
     return Moments.from_tokens(zeros(heads, 5, d), zeros(heads, 5, 3), order=order)
+
+
+WINDOW = QueryWindow(zeros(2, 4), zeros(2, 4))
+
+
+def summaries(**settings: float) -> Summaries:
+    return Summaries.empty(zeros(2, 5, 4), zeros(2, 5, 3), **settings)
 
 
 # What is called, and parts of the message: the name of the argument and its value.
@@ -73,6 +82,42 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "cache: policy": (lambda: LayerCache(64, policy="lru"), ["policy is 'lru'", "snapkv"]),
     "cache: backend": (lambda: LayerCache(64, backend="jax"), ["backend is 'jax'", "numpy"]),
     "cache: attend on nothing": (lambda: LayerCache(64).attend(zeros(1, 2, 1, 4)), ["attend", "empty", "append"]),
+    "cache: correction": (lambda: LayerCache(64, correction="mean"), ["correction is 'mean'", "moments", "summaries"]),
+    "correction: name": (lambda: get_correction("none"), ["correction is 'none'", "summaries", "order=None"]),
+    "correction: no window": (
+        lambda: get_correction("summaries").fold(
+            summaries(), zeros(2, 5, 4), zeros(2, 5, 3), mask=zeros(2, 5) == 0, window=None
+        ),
+        ["window is None", "QueryWindow"],
+    ),
+    "summaries: number": (lambda: summaries(summaries=0), ["summaries is 0", "at least 1"]),
+    "summaries: rank": (lambda: summaries(rank=4), ["rank is 4", "0 to 3"]),
+    "summaries: negative rank": (lambda: summaries(rank=-1), ["rank is -1"]),
+    "summaries: strength": (lambda: summaries(strength=1.5), ["strength is 1.5"]),
+    "summaries: negative strength": (lambda: summaries(strength=-0.5), ["strength is -0.5"]),
+    "summaries: values": (lambda: Summaries.empty(zeros(2, 5, 4), zeros(5, 3)), ["k ", "v has (5, 3)"]),
+    "summaries: mask": (
+        lambda: summaries().update(zeros(2, 5, 4), zeros(2, 5, 3), WINDOW, mask=zeros(3, 5) > 0),
+        ["mask has shape (3, 5)", "(2, 5)"],
+    ),
+    "summaries: keys": (
+        lambda: summaries().update(zeros(2, 5, 6), zeros(2, 5, 3), WINDOW),
+        ["k has shape (2, 5, 6)", "(2,)", "4"],
+    ),
+    "summaries: heads": (
+        lambda: summaries().update(zeros(1, 5, 4), zeros(1, 5, 3), WINDOW),
+        ["k has shape (1, 5, 4)", "(2,)"],
+    ),
+    "summaries: dimension of values": (
+        lambda: summaries().update(zeros(2, 5, 4), zeros(2, 5, 4), WINDOW),
+        ["v has shape (2, 5, 4)", "3"],
+    ),
+    "summaries: query dimension": (
+        lambda: estimate_summaries(zeros(2, 1, 5), summaries()),
+        ["q has shape (2, 1, 5)", "4"],
+    ),
+    "summaries: query axes": (lambda: estimate_summaries(zeros(1, 4), summaries()), ["q has shape (1, 4)"]),
+    "summaries: head groups": (lambda: estimate_summaries(zeros(3, 1, 4), summaries()), ["q has 3 ", "2 KV heads"]),
     "policy: name": (lambda: get_policy("lru"), ["policy is 'lru'", "momentkv"]),
     "policy: kernel": (lambda: SnapKV(kernel=4), ["kernel is 4"]),
     "policy: no kernel": (lambda: SnapKV(kernel=-1), ["kernel is -1"]),

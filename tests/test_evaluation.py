@@ -14,6 +14,7 @@ from models import COMPRESSED, prompt, tiny
 from transformers import DynamicCache
 
 from momentkv import POLICIES
+from momentkv.corrections import AnchoredSummaries
 from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
 from momentkv.evaluation.capture import CaptureCache, replay
@@ -45,12 +46,15 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("family", FULL_ATTENTION)
 @pytest.mark.parametrize("policy", [*sorted(POLICIES), H2O(observes=None)], ids=str)
-def test_replay_is_a_prefill(policy: str | Policy, family: str):
+@pytest.mark.parametrize("correction", ["moments", "summaries"])
+def test_replay_is_a_prefill(correction: str, policy: str | Policy, family: str):
     model, ids = tiny(family), prompt(1, CONTEXT)
-    prefilled, replayed = (MomentCache(model, 20, policy=policy, **SMALL) for _ in range(2))
+    prefilled, replayed = (MomentCache(model, 20, policy=policy, correction=correction, **SMALL) for _ in range(2))
     with torch.no_grad():
         model(ids, past_key_values=prefilled)
-    assert replay(capture(family, ids, get_policy(policy).observes), replayed) is replayed
+    observes = get_policy(policy).observes
+    keep = observes if observes is None else max(observes, 32)
+    assert replay(capture(family, ids, keep), replayed) is replayed
     for index, core in prefilled.moment_layers.items():
         twin = replayed.moment_layers[index]
         assert core.keys.shape[2] == 20
@@ -138,45 +142,61 @@ def test_measurement_is_a_prefill_and_one_pass_over_what_follows(order: int | No
         assert math.isclose(fidelity.nll_change, expected.nll_change, rel_tol=1e-3, abs_tol=1e-4)
 
 
+CORRECTIONS = [(None, "moments"), (0, "moments"), (1, "moments"), (0, "summaries"), (1, "summaries")]
+
+
 def test_grid_compares_at_equal_bytes():
-    """Keys, values and moments: plain eviction has at least as many bytes, and less than one token a head more."""
+    """Keys, values and what stands for the others: at most those of the budget, and less than one token a head less."""
     model, ids = tiny("llama"), prompt(1, CONTEXT)
-    grid = settings_grid(model, ["momentkv", "knorm"], [20, 30], [None, 0, 1])
-    assert len(grid) == 12
-    assert {(x.policy, x.budget, x.order) for x in grid if x.order == 1} == {
-        (policy, budget, 1) for policy in ("momentkv", "knorm") for budget in (20, 30)
-    }
-    caches = [MomentCache(model, x.budget, policy=x.policy, order=x.order, block=1, **SMALL) for x in grid]
-    for cache in caches:
-        replay(capture("llama", ids, 32), cache)
-    sizes, totals = {}, {}
-    for setting, cache in zip(grid, caches, strict=True):
-        place = grid.index(setting) // 3
-        arrays = [core.arrays() for core in cache.moment_layers.values()]
-        counted = "keys", "values", *(() if setting.order is None else [x for x in arrays[0] if "moments" in x])
-        sizes[place, setting.order] = sum(layer[name].nbytes for layer in arrays for name in counted) / (2 * 2)
-        totals[place, setting.order] = cache.nbytes
+    budgets = [35, 40]
+    grid = settings_grid(model, ["momentkv", "knorm"], budgets, CORRECTIONS, least=10)
+    assert [(x.policy, x.order, x.kind) for x in grid] == [
+        (policy, *correction) for _ in budgets for policy in ("momentkv", "knorm") for correction in CORRECTIONS
+    ]
     token = 2 * 16 * 4
-    for place in range(4):
-        corrected = sizes[place, 1]
-        assert 0 <= sizes[place, None] - corrected < token
-        assert 0 <= sizes[place, 0] - corrected < 2 * token  # two roundings, one up and one down
-        assert totals[place, None] >= totals[place, 1]
+    for index, setting in enumerate(grid):
+        budget = budgets[index // 10]
+        assert setting.budget == budget - moment_tokens(model, setting)
+        cache = MomentCache(
+            model, setting.budget, policy=setting.policy, order=setting.order, correction=setting.kind, block=1, **SMALL
+        )
+        replay(capture("llama", ids, 32), cache)
+        besides = sum(x.nbytes for core in cache.moment_layers.values() for x in (core.positions, core.score)
+                      if x is not None)  # fmt: skip
+        assert 0 <= budget * token - (cache.nbytes - besides) / (2 * 2) < token
+
+
+def test_grid_leaves_out_what_would_retain_too_few_and_is_never_empty():
+    corrections = [(None, "moments"), (1, "moments"), (1, "summaries")]
+    grid = settings_grid(tiny("llama"), ["knorm"], [44, 34, 33], corrections)
+    assert [(x.budget, x.correction) for x in grid] == [(44, "none"), (34, "order 1"), (34, "none")]
+    with pytest.raises(ValueError, match="budget is 50, but at least 34 tokens"):
+        settings_grid(tiny("llama"), ["knorm"], [34, 50], corrections[2:])
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_moments_are_counted_in_tokens_rounded_up(dtype: str, size: int):
     model = tiny("qwen3", "momentkv", dtype)
     token = 2 * 16 * size
-    assert moment_tokens(model, None) == 0
-    assert moment_tokens(model, 0) == math.ceil(4 * (1 + 2 * 16) / token)
-    assert moment_tokens(model, 1) == math.ceil(4 * (1 + 2 * 16 + 16 * 16) / token)
+    state = {
+        (0, "moments"): 1 + 2 * 16,
+        (1, "moments"): 1 + 2 * 16 + 16 * 16,
+        # Three scalars, twelve weights and means, anchor, variance, two query moments, two slopes of rank 2.
+        (0, "summaries"): 3 + 12 * (1 + 2 * 16) + 4 * 16,
+        (1, "summaries"): 3 + 12 * (1 + 2 * 16) + 4 * 16 + 2 * 2 * 16,
+    }
+    for (order, kind), numbers in state.items():
+        assert moment_tokens(model, Setting("knorm", 64, order, kind)) == math.ceil(4 * numbers / token)
+    assert moment_tokens(model, Setting("knorm", 64, None, "summaries")) == 0
 
 
 def test_settings_have_names():
     assert Setting("snapkv", 20, None).policy_name == Setting(SnapKV(), 20, None).policy_name == "snapkv"
     assert Setting(SnapKV(kernel=7), 20, None).policy_name == "SnapKV(observes=32, kernel=7)"
     assert [Setting("h2o", 20, order).correction for order in (None, 0, 1)] == ["none", "order 0", "order 1"]
+    assert Setting("h2o", 20, None, "summaries").correction == "none"
+    assert Setting("h2o", 20, 1, "summaries").correction == "summaries"
+    assert "summaries=3" in Setting("h2o", 20, 1, AnchoredSummaries(summaries=3)).correction
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3 full"])
@@ -214,7 +234,8 @@ def test_gap_is_the_eviction_error_of_every_layer(order: int | None, family: str
     summary = gap.summary()
     assert summary["mean"]["plain"] == pytest.approx(gap.errors.plain.mean())
     assert np.shape(summary["by_layer_and_head"]["cosine"]) == (count, 4)
-    assert (summary["policy"], summary["budget"], summary["order"]) == ("momentkv", 20, order)
+    assert (summary["policy"], summary["budget"]) == ("momentkv", 20)
+    assert summary["correction"] == ("none" if order is None else f"order {order}")
 
 
 def rows() -> list[dict[str, Any]]:
@@ -224,6 +245,7 @@ def rows() -> list[dict[str, Any]]:
         for budget in (128, 256):
             for correction in ("none", "order 1"):
                 numbers = {"kl": len(made) + 1.0, "top1": 0.5, "nll_change": -0.25}
+                numbers |= {"head_error": 0.125, "head_error_p90": 0.25, "head_error_p99": 0.5}
                 sizes = {"budget": budget, "bytes_as_tokens": budget + 10, "nbytes": budget * 1000}
                 made.append({"text": text, "policy": "snapkv", "correction": correction, **numbers, **sizes})
     return made
@@ -235,10 +257,11 @@ def test_table_and_average_are_means_over_texts():
     assert averaged[266, "snapkv", "order 1"]["kl"] == (4 + 8) / 2
     assert (averaged[266, "snapkv", "order 1"]["kl_min"], averaged[266, "snapkv", "order 1"]["kl_max"]) == (4, 8)
     table = fidelity_table(rows(), title="title")
-    assert [column.header for column in table.columns][2:] == ["KL @ 138", "top-1", "NLL", "KL @ 266", "top-1", "NLL"]
+    columns = ["KL @ 138", "top-1", "head error", "KL @ 266", "top-1", "head error"]
+    assert [column.header for column in table.columns][2:] == columns
     cells = [list(column.cells) for column in table.columns]
     assert cells[2] == ["[bold green]3.000[/]", "4.000"]
-    assert cells[3:5] == [["50.0%"] * 2, ["-0.250"] * 2]
+    assert cells[3:5] == [["50%"] * 2, ["0.125"] * 2]
 
 
 def is_image(path: Path) -> bool:
