@@ -20,12 +20,14 @@ from momentkv.policies import Policy, get_policy
 
 __all__ = ["CHOICES", "Fidelity", "Setting", "compare", "measure", "moment_tokens", "settings_grid"]
 
-# Corrections by the names that the command line has for them: (order, kind).
-CHOICES: dict[str, tuple[int | None, str]] = {
+# Corrections by the names that the command line has for them: (order, kind, sharing of the budget among layers).
+CHOICES: dict[str, tuple[Any, ...]] = {
     "none": (None, "moments"),
     "order-0": (0, "moments"),
     "order-1": (1, "moments"),
     "summaries": (1, "summaries"),
+    "none-shared": (None, "moments", "measured"),
+    "summaries-shared": (1, "summaries", "measured"),
 }
 
 
@@ -37,6 +39,7 @@ class Setting:
     budget: int
     order: int | None
     kind: str | Correction = "moments"
+    sharing: str = "uniform"
 
     @property
     def policy_name(self) -> str:
@@ -47,11 +50,12 @@ class Setting:
     @property
     def correction(self) -> str:
         """How the correction is called in tables."""
-        if self.order is None:
-            return "none"
+        name = self.kind if isinstance(self.kind, str) else repr(self.kind)
         if self.kind == "moments":
-            return f"order {self.order}"
-        return self.kind if isinstance(self.kind, str) else repr(self.kind)
+            name = f"order {self.order}"
+        if self.order is None:
+            name = "none"
+        return name if self.sharing == "uniform" else f"{name}, shared"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +114,15 @@ def settings_grid(
     model: Any,
     policies: Iterable[str | Policy],
     budgets: Iterable[int],
-    corrections: Iterable[tuple[int | None, str | Correction]],
+    corrections: Iterable[tuple[Any, ...]],
     *,
     least: int = 34,
 ) -> list[Setting]:
     """All combinations, at equal bytes.
 
-    A budget ``B`` means the bytes of ``B`` tokens per KV head; what a correction costs is taken from the tokens that
-    it retains. Combinations that would retain fewer than ``least`` tokens are left out.
+    A correction is what `Setting` takes after the budget: order, kind and, optionally, sharing. A budget ``B`` means
+    the bytes of ``B`` tokens per KV head (on average, where it is shared); what a correction costs is taken from the
+    tokens that it retains. Combinations that would retain fewer than ``least`` tokens are left out.
 
     Raises
     ------
@@ -127,8 +132,8 @@ def settings_grid(
     grid, budgets = [], list(budgets)
     for budget in budgets:
         for policy in policies:
-            for order, kind in corrections:
-                setting = Setting(policy, budget, order, kind)
+            for correction in corrections:
+                setting = Setting(policy, budget, *correction)
                 tokens = budget - moment_tokens(model, setting)
                 if tokens >= least:
                     grid.append(dataclasses.replace(setting, budget=tokens))
@@ -199,6 +204,7 @@ def measure(
             policy=setting.policy,
             order=setting.order,
             correction=setting.kind,
+            sharing=setting.sharing,
             sinks=sinks,
             window=window,
             block=1,
