@@ -165,7 +165,7 @@ class SharedBudget:
 
     def evict(self, cache: LayerCache) -> None:
         """Evict one layer, or, after a prefill, wait for the others and then evict them all."""
-        if cache.newest_queries is None or cache.keys.shape[-2] < self.average + cache.block:
+        if cache.newest_queries is None:
             cache.evict()
             return
         if any(cache is other for other in self.waiting):
@@ -174,6 +174,10 @@ class SharedBudget:
         if len(self.waiting) < len(self.caches):
             return
         waiting, self.waiting = self.waiting, []
+        if all(each.keys.shape[-2] < each.budget + each.block for each in waiting):
+            for each in waiting:
+                each.evict()  # nothing goes yet, but the queries are let go
+            return
         least = cache.sinks + cache.window + 1
         grid = budget_grid(self.average, least)
         curves = [error_curve(each, grid) for each in waiting]

@@ -133,6 +133,7 @@ class MomentLayer(CacheLayerMixin):
             raise
         return out.transpose(1, 2).contiguous(), None
 
+    @torch.no_grad()
     def evict(self) -> None:
         """Evict down to the budget, or together with the other layers where the budget is shared."""
         if self.sharing is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from momentkv._array import Array, accumulate, array_namespace
+from momentkv._array import Array, accumulate, array_namespace, device
 from momentkv.moments import positive
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import pool_neighbours
@@ -93,7 +93,7 @@ def mahalanobis(off: Array, real: Array) -> Array:
     number = positive(xp, xp.sum(xp.astype(real, off.dtype), axis=-1))
     covariance = xp.matmul(xp.matrix_transpose(off), off) / number[..., None, None]
     mean = xp.sum(off * off, axis=(-2, -1)) / number / d
-    identity = xp.eye(d, dtype=off.dtype)
+    identity = xp.eye(d, dtype=off.dtype, device=device(off))
     covariance = covariance + (RIDGE * positive(xp, mean))[..., None, None] * identity
     solved = xp.matmul(off, xp.linalg.inv(covariance))
     return xp.sum(solved * off, axis=-1)

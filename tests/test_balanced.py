@@ -1,0 +1,100 @@
+"""Attention and novelty in turn: the policy against its formula in plain NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from momentkv import LayerCache, Moments, Tokens
+from momentkv.policies import Balanced
+from momentkv.policies.novelty import mahalanobis
+
+N, D = 40, 6
+
+
+def tokens(seed: int, empty: int = 0) -> Tokens:
+    rng = np.random.default_rng(seed)
+    k, v = rng.standard_normal((2, 2, N, D)) * np.array([1.0, 3.0])[:, None, None, None]
+    positions = np.broadcast_to(np.arange(N, dtype=np.int32), (2, N)).copy()
+    positions[:, :empty] = -1
+    k[:, :empty], v[:, :empty] = np.nan, np.nan
+    return Tokens(k, v, positions, rng.random((2, N)), Moments.empty(k, v), 0.5)
+
+
+def distance(x: np.ndarray) -> np.ndarray:
+    """Squared Mahalanobis distance from the mean, by NumPy's own covariance."""
+    off = x - x.mean(0)
+    covariance = np.cov(x.T, bias=True)
+    covariance = covariance + 1e-3 * np.trace(covariance) / x.shape[1] * np.eye(x.shape[1])
+    return np.array([row @ np.linalg.solve(covariance, row) for row in off])
+
+
+@pytest.mark.parametrize("empty", [0, 3])
+def test_halves_are_attention_to_values_that_stand_out_and_novelty(empty: int):
+    shown = tokens(0, empty)
+    attention = Balanced(novelty=0.0).importance(shown)[:, empty:]
+    novelty = Balanced(novelty=1.0).importance(shown)[:, empty:]
+    for head in range(2):
+        k, v, score = (x[head, empty:] for x in (shown.keys, shown.values, shown.score))
+        # Solutions with a covariance of condition up to some hundreds: a few hundred roundings.
+        np.testing.assert_allclose(attention[head], score * np.linalg.norm(v - v.mean(0), axis=1), rtol=1e-12)
+        np.testing.assert_allclose(novelty[head], distance(k) * distance(v), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("novelty", "budget"), [(0.25, 8), (0.5, 10), (0.75, 20)])
+def test_shares_are_kept_at_every_budget(novelty: float, budget: int):
+    shown = tokens(1)
+    mixed, attention, novel = (np.argsort(-Balanced(novelty=x).importance(shown)) for x in (novelty, 0.0, 1.0))
+    for head in range(2):
+        kept = set(mixed[head, :budget])
+        # What either ranking puts within its share is kept, whatever the other says.
+        assert set(novel[head, : int(novelty * budget)]) <= kept
+        assert set(attention[head, : int((1 - novelty) * budget)]) <= kept
+
+
+def test_smaller_budgets_keep_part_of_what_larger_ones_keep():
+    mixed = Balanced().importance(tokens(2))
+    assert mixed.shape == (2, N)
+    assert len({float(x) for x in mixed[0]}) >= N // 2  # a ranking, not a few classes
+
+
+def test_equal_tokens_and_single_tokens_are_finite():
+    equal = np.ones((1, 5, 3))
+    for n in (1, 5):
+        shown = Tokens(
+            equal[:, :n],
+            equal[:, :n],
+            np.arange(n, dtype=np.int32)[None],
+            np.ones((1, n)),
+            Moments.empty(equal, equal),
+            1,
+        )
+        for novelty in (0.0, 0.3, 1.0):
+            assert np.isfinite(Balanced(novelty=novelty).importance(shown)).all()
+
+
+def test_distances_add_up_to_the_dimension():
+    x = np.random.default_rng(3).standard_normal((1, 500, 4))
+    off = x - x.mean(1, keepdims=True)
+    # trace(C (C + ridge)^-1) is d less the ridge's share, at most 0.1 % each here.
+    assert mahalanobis(off, np.ones((1, 500), dtype=bool)).mean() == pytest.approx(4, rel=2e-3)
+
+
+def test_an_outlier_that_nothing_attends_to_is_kept():
+    rng = np.random.default_rng(4)
+    k, v = rng.standard_normal((2, 1, 300, 8))
+    k[0, 100], v[0, 100] = 6.0, 6.0
+    q = rng.standard_normal((1, 300, 8))
+    q[..., -40:, :] = -k[0, 100]  # the window looks away from it
+    kept = {}
+    for policy in (Balanced(novelty=0.0), Balanced()):
+        cache = LayerCache(40, policy=policy, window=8, block=1)
+        cache.step(q, k, v)
+        kept[policy.novelty] = 100 in cache.positions[0]
+    assert kept == {0.0: False, 0.25: True}
+
+
+@pytest.mark.parametrize(("options", "message"), [({"novelty": 1.5}, "novelty is 1.5"), ({"kernel": 2}, "kernel is 2")])
+def test_wrong_parameters_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Balanced(**options)

@@ -1,0 +1,162 @@
+"""One budget shared among layers: curves that are measured, and totals that hold."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import prompt, tiny
+
+from momentkv import LayerCache
+from momentkv.budgets import budget_grid, error_curve, share_budget
+from momentkv.hf import MomentCache
+
+GRID = [4, 6, 10]
+
+
+def waiting(seed: int = 0, **options) -> LayerCache:
+    """A layer after the attention of a prefill of 200 tokens, before its eviction."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((1, heads, 200, 8)) for heads in (4, 2, 2))
+    cache = LayerCache(40, window=8, block=1, keep_queries=True, **options)
+    cache.append(k, v)
+    cache.attend(q)
+    return cache
+
+
+curves = st.lists(
+    st.lists(st.floats(0, 1), min_size=len(GRID), max_size=len(GRID)).map(lambda x: sorted(x, reverse=True)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(curves=curves, extra=st.integers(0, 30))
+def test_shares_stay_within_total_and_grid(curves: list[list[float]], extra: int):
+    total = GRID[0] * len(curves) + extra
+    budgets = share_budget(curves, GRID, total)
+    assert sum(budgets) <= total
+    assert all(GRID[0] <= budget <= GRID[-1] for budget in budgets)
+
+
+@given(seed=st.integers(0, 10**6), layers=st.integers(1, 4), extra=st.integers(0, 24))
+def test_greedy_is_optimal_on_convex_curves_where_the_last_step_fits(seed: int, layers: int, extra: int):
+    rng = np.random.default_rng(seed)
+    grid = [4, 5, 6, 7, 8]  # equal steps, so that the last one always fits
+    falls = -np.sort(-rng.random((layers, len(grid) - 1)), axis=1)
+    convex = np.concatenate([np.zeros((layers, 1)), -np.cumsum(falls, axis=1)], axis=1) + 10
+    total = grid[0] * layers + extra
+
+    def error(budgets: tuple[int, ...]) -> float:
+        return sum(convex[layer, grid.index(budget)] for layer, budget in enumerate(budgets))
+
+    best = min(error(x) for x in itertools.product(grid, repeat=layers) if sum(x) <= total)
+    assert error(tuple(share_budget(convex.tolist(), grid, total))) == pytest.approx(best, abs=1e-12)
+
+
+def test_a_layer_without_error_gets_the_least():
+    assert share_budget([[0.0, 0.0, 0.0], [1.0, 0.5, 0.1]], GRID, 14) == [4, 10]
+
+
+def test_a_total_below_the_least_is_refused():
+    with pytest.raises(ValueError, match="total is 7, but 2 layers need at least 4"):
+        share_budget([[1.0, 0.5, 0.1]] * 2, GRID, 7)
+
+
+def test_grids_rise_and_leave_room_for_sinks_and_window():
+    assert budget_grid(100, 34) == [40, 60, 100, 150, 220, 330, 500, 800]
+    assert budget_grid(40, 34) == [34, 40, 60, 88, 132, 200, 320]
+
+
+@pytest.mark.parametrize("options", [{"order": None}, {"order": 1}, {"correction": "summaries"}])
+def test_curve_is_the_error_that_eviction_then_causes(options: dict):
+    cache = waiting(**options)
+    q, k, v = cache.newest_queries, cache.keys, cache.values
+    grid = [20, 60, 200, 300]
+    measured = error_curve(cache, grid)
+    causal = np.arange(200) <= np.arange(168, 200)[:, None]
+    products = np.einsum("bhgqd,bhnd->bhgqn", q.reshape(1, 2, 2, 32, 8), k) / np.sqrt(8)
+    weights = np.exp(np.where(causal, products, -np.inf))
+    exact = np.einsum("bhgqn,bhnd->bhgqd", weights / weights.sum(-1, keepdims=True), v)
+    for budget, error in zip(grid, measured, strict=True):
+        trial = waiting(**options)
+        trial.budget = budget
+        trial.evict()
+        stored = trial.positions[0]
+        kept = np.stack([np.isin(np.arange(200), head) for head in stored])[None, :, None, None, :]
+        part = weights * kept
+        out = np.einsum("bhgqn,bhnd->bhgqd", part / part.sum(-1, keepdims=True), v)
+        if trial.order is not None and trial.has_evicted:
+            from momentkv import AttentionState
+            from momentkv.backends import get_backend
+
+            state = AttentionState(out.reshape(1, 4, 32, 8), np.log(part.sum(-1)).reshape(1, 4, 32))
+            corrected = get_backend(q).correct(state, q, trial.moments, order=1, scale=1 / np.sqrt(8))
+            out = corrected.reshape(out.shape)
+        expected = (((out - exact) ** 2).sum(-1) / (exact**2).sum(-1)).mean()
+        # Both sides sum a few hundred products of order one in float64.
+        assert error == pytest.approx(expected, rel=1e-9, abs=1e-20)
+    assert measured[-1] == 0
+
+
+def test_curves_leave_the_cache_as_it_was():
+    cache = waiting(correction="summaries")
+    before = cache.snapshot()
+    error_curve(cache, [20, 60])
+    assert cache.snapshot() == before
+
+
+def test_curves_without_queries_are_refused():
+    cache = LayerCache(40, window=8)
+    with pytest.raises(ValueError, match="keep_queries=True"):
+        error_curve(cache, [40])
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 100))
+def test_shared_caches_keep_to_the_total_at_every_step(seed: int):
+    model, ids = tiny("llama"), prompt(1, 300, seed=seed)
+    cache = MomentCache(model, budget=60, sharing="measured", correction="summaries", window=8, block=8)
+    cores = cache.moment_layers.values()
+    model(ids[:, :280], past_key_values=cache)
+    assert sum(core.budget for core in cores) <= 60 * len(cores)
+    assert sum(core.keys.shape[2] for core in cores) <= 60 * len(cores)
+    for t in range(280, 300):
+        model(ids[:, t : t + 1], past_key_values=cache)
+        assert all(core.keys.shape[2] < core.budget + 8 for core in cores)
+
+
+def test_shared_caches_forget_their_shares_on_reset():
+    model = tiny("llama")
+    cache = MomentCache(model, budget=60, sharing="measured", window=8)
+    model(prompt(1, 280), past_key_values=cache)
+    cache.reset()
+    assert {core.budget for core in cache.moment_layers.values()} == {60}
+
+
+def test_chunks_share_anew_and_stay_bounded():
+    model = tiny("llama")
+    cache = MomentCache(model, budget=60, sharing="measured", correction="summaries", window=8)
+    model.generate(prompt(1, 300), past_key_values=cache, prefill_chunk_size=64, max_new_tokens=4, do_sample=False)
+    cores = cache.moment_layers.values()
+    assert sum(core.budget for core in cores) <= 60 * len(cores)
+    assert all(core.keys.shape[2] < core.budget + core.block for core in cores)
+
+
+def test_contexts_within_the_budget_are_not_touched():
+    model = tiny("llama")
+    cache = MomentCache(model, budget=300, sharing="measured", window=8)
+    model(prompt(1, 200), past_key_values=cache)
+    assert {core.keys.shape[2] for core in cache.moment_layers.values()} == {200}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"sharing": "even"}, "sharing is 'even'"), ({"sharing": "measured", "budget": [60, 60]}, "their average")],
+)
+def test_wrong_sharing_is_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        MomentCache(tiny("llama"), **({"budget": 60} | options))
