@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import copy
 import heapq
+import itertools
+import math
 from collections.abc import Sequence
 
 from momentkv._array import Array, array_namespace, device
 from momentkv.backends import get_backend
 from momentkv.cache import LayerCache
+from momentkv.corrections import AnchoredSummaries
 
 __all__ = ["SharedBudget", "budget_grid", "error_curve", "share_budget"]
 
-# Budgets that are tried, as multiples of the average.
-MULTIPLES = (0.4, 0.6, 1.0, 1.5, 2.2, 3.3, 5.0, 8.0)
+# Budgets that errors are measured at, as multiples of the average, and steps between them that are interpolated.
+MULTIPLES = (0.4, 1.0, 2.5, 6.25)
+STEPS = 4
+# What stands in for several summaries while errors are measured: it ranks budgets as well, and needs no grouping.
+STAND_IN = AnchoredSummaries(summaries=1, rank=0)
 
 
 def budget_grid(average: int, least: int) -> list[int]:
-    """Budgets to measure errors at: from 0.4 to 8 times the average, none below ``least``.
+    """Budgets to measure errors at: from 0.4 to 6.25 times the average, none below ``least``.
 
     Examples
     --------
     >>> budget_grid(100, 50)
-    [50, 60, 100, 150, 220, 330, 500, 800]
+    [50, 100, 250, 625]
     """
     return sorted({max(least, round(multiple * average)) for multiple in MULTIPLES})
 
@@ -31,7 +37,7 @@ def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
     """Error that eviction to each budget would cause for the newest queries, correction included.
 
     Mean over heads and queries of the squared relative error of the output, against what the cache gives before the
-    eviction (exact attention if nothing has been evicted yet).
+    eviction (exact attention if nothing has been evicted yet). At a first eviction one summary stands in for several.
 
     Parameters
     ----------
@@ -74,11 +80,35 @@ def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
     for budget in grid:
         trial = copy.copy(cache)
         trial.budget, trial.block = budget, 1
+        if isinstance(cache.correction, AnchoredSummaries) and not cache.has_evicted:
+            trial.correction = STAND_IN
+            trial.moments = STAND_IN.empty(cache.keys, cache.values, order=0)
         trial.evict()
         off = output(trial) - exact
         square = xp.sum(off * off, axis=-1)
         errors.append(float(xp.mean(square / xp.where(norm > 0, norm, xp.ones_like(norm)))))
     return errors
+
+
+def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Put ``STEPS`` steps between the budgets of a grid, with errors interpolated as powers of the budget.
+
+    Examples
+    --------
+    >>> refine([16, 256], [1.0, 0.0625])
+    ([16, 32, 64, 128, 256], [1.0, 0.5, 0.25, 0.125, 0.0625])
+    """
+    # An error of zero has no logarithm; so small a one is as good.
+    tiny = 1e-12
+    budgets, errors = [grid[0]], [max(curve[0], tiny)]
+    for (low, high), (first, last) in zip(itertools.pairwise(grid), itertools.pairwise(curve), strict=True):
+        for step in range(1, STEPS + 1):
+            budget = round(low * (high / low) ** (step / STEPS))
+            if budget > budgets[-1]:
+                position = math.log(budget / low) / math.log(high / low)
+                budgets.append(budget)
+                errors.append(max(first, tiny) ** (1 - position) * max(last, tiny) ** position)
+    return budgets, errors
 
 
 def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: int) -> list[int]:
@@ -180,8 +210,12 @@ class SharedBudget:
             return
         least = cache.sinks + cache.window + 1
         grid = budget_grid(self.average, least)
-        curves = [error_curve(each, grid) for each in waiting]
-        for each, budget in zip(waiting, share_budget(curves, grid, self.average * len(waiting)), strict=True):
+        fine: list[int] = []
+        curves = []
+        for each in waiting:
+            fine, curve = refine(grid, error_curve(each, grid))
+            curves.append(curve)
+        for each, budget in zip(waiting, share_budget(curves, fine, self.average * len(waiting)), strict=True):
             each.budget = budget
             each.evict()
 

@@ -12,6 +12,8 @@ __all__ = ["centres", "cluster", "low_rank"]
 LLOYD_STEPS = 3
 SUBSPACE_STEPS = 3
 OVERSAMPLING = 4
+# More points than so many for each group: distances as differences of squares.
+MANY = 16
 
 
 def cluster(x: Array, weight: Array, groups: int) -> Array:
@@ -37,15 +39,28 @@ def cluster(x: Array, weight: Array, groups: int) -> Array:
     28. Nothing is random, so equal inputs give equal groups.
     """
     xp = array_namespace(x, weight)
+    if groups == 1:
+        return xp.ones_like(x[..., :1])
     # Distances below are differences of squares, which resolve little far from zero.
     x = x - (xp.matmul(weight[..., None, :], x) / positive(xp, xp.sum(weight, axis=-1))[..., None, None])
     chosen = xp.argmax(weight, axis=-1, keepdims=True)
     picked = [xp.take_along_axis(x, chosen[..., None], axis=-2)]
-    nearest = xp.sum((x - picked[0]) ** 2, axis=-1)
+    many = x.shape[-2] > MANY * groups
+    square = xp.sum(x * x, axis=-1) if many else None
+
+    def distance_to(centre: Array) -> Array:
+        if square is None:
+            return xp.sum((x - centre) ** 2, axis=-1)
+        # One product instead of three passes over memory; among many points, ones this close may share a group.
+        product = xp.matmul(x, xp.matrix_transpose(centre))[..., 0]
+        far = square - 2 * product + xp.sum(centre * centre, axis=-1)
+        return xp.maximum(far, xp.zeros_like(far))
+
+    nearest = distance_to(picked[0])
     for _ in range(1, groups):
         chosen = xp.argmax(weight * nearest, axis=-1, keepdims=True)
         picked.append(xp.take_along_axis(x, chosen[..., None], axis=-2))
-        nearest = xp.minimum(nearest, xp.sum((x - picked[-1]) ** 2, axis=-1))
+        nearest = xp.minimum(nearest, distance_to(picked[-1]))
     centre = xp.concat(picked, axis=-2)
     slots = xp.arange(groups, dtype=xp.int64, device=device(x))
     for step in range(LLOYD_STEPS):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from models import prompt, tiny
 
 from momentkv import LayerCache
-from momentkv.budgets import budget_grid, error_curve, share_budget
+from momentkv.budgets import budget_grid, error_curve, refine, share_budget
+from momentkv.corrections import AnchoredSummaries
 from momentkv.hf import MomentCache
 
 GRID = [4, 6, 10]
@@ -67,11 +68,14 @@ def test_a_total_below_the_least_is_refused():
 
 
 def test_grids_rise_and_leave_room_for_sinks_and_window():
-    assert budget_grid(100, 34) == [40, 60, 100, 150, 220, 330, 500, 800]
-    assert budget_grid(40, 34) == [34, 40, 60, 88, 132, 200, 320]
+    assert budget_grid(100, 34) == [40, 100, 250, 625]
+    assert budget_grid(40, 40) == [40, 100, 250]
 
 
-@pytest.mark.parametrize("options", [{"order": None}, {"order": 1}, {"correction": "summaries"}])
+ONE = AnchoredSummaries(summaries=1, rank=0)
+
+
+@pytest.mark.parametrize("options", [{"order": None}, {"order": 1}, {"order": 0, "correction": ONE}])
 def test_curve_is_the_error_that_eviction_then_causes(options: dict):
     cache = waiting(**options)
     q, k, v = cache.newest_queries, cache.keys, cache.values
@@ -100,6 +104,18 @@ def test_curve_is_the_error_that_eviction_then_causes(options: dict):
         # Both sides sum a few hundred products of order one in float64.
         assert error == pytest.approx(expected, rel=1e-9, abs=1e-20)
     assert measured[-1] == 0
+
+
+def test_several_summaries_are_measured_by_one_that_stands_in():
+    several, one = (error_curve(waiting(correction=kind), [20, 60]) for kind in ("summaries", ONE))
+    assert several == one
+
+
+def test_refined_curves_pass_through_what_was_measured_and_never_rise():
+    budgets, errors = refine([34, 85, 212], [0.3, 0.01, 0.0])
+    assert budgets == sorted(set(budgets))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[budgets.index(85)] == pytest.approx(0.01)
 
 
 def test_curves_leave_the_cache_as_it_was():
