@@ -30,3 +30,10 @@ def test_generate_stays_within_its_budget():
     assert int(seen) == 603
     # 603 tokens against fewer than 128 + 32, moments and all.
     assert float(used) < float(full) * 220 / 603
+
+
+@pytest.mark.model
+def test_tradeoff_tries_every_correction():
+    small = ("--context", "500", "--following", "16", "--texts", "types", "--budget", "64")
+    out = run("summaries_tradeoff.py", *small)
+    assert all(name in out for name in ("plain eviction", "one, compact", "12, rank 2", "24, rank 4"))
