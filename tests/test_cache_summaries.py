@@ -229,3 +229,39 @@ def test_estimate_is_used_for_single_queries_and_for_chunks():
     np.testing.assert_allclose(np.concatenate(ones, axis=2), out, atol=1e-10)
     plain = oracle.attend(q[:, :, 63:], whole.keys, whole.values).out
     assert np.abs(out[:, :, -1:] - plain).max() > 0.01
+
+
+class Watched(AnchoredSummaries):
+    """Notes the windows that it folds with."""
+
+    def fold(self, state, k, v, *, mask, window):
+        self.windows.append(window)
+        return super().fold(state, k, v, mask=mask, window=window)
+
+
+def test_summaries_are_anchored_at_mean_and_variance_of_the_newest_queries():
+    correction = Watched(summaries=3, rank=2)
+    object.__setattr__(correction, "windows", [])
+    q, k, v = structured(1, 60)
+    LayerCache(12, policy="streaming", correction=correction, **CUT).step(q, k, v)
+    newest = q[0, :, -32:].reshape(2, 2 * 32, 8) / math.sqrt(8)
+    (window,) = correction.windows
+    assert_within(window.mean[0], newest.mean(axis=1), 128 * unit() * np.abs(newest).max())
+    # The mean square minus the squared mean, each rounded.
+    assert_within(window.variance[0], newest.var(axis=1), 512 * unit() * np.abs(newest).max() ** 2)
+
+
+def test_strength_is_fitted_at_the_first_eviction_and_stays():
+    q, k, v = structured(1, 120)
+    fitted, given = (
+        LayerCache(12, correction=dataclasses.replace(FEW, calibrated=calibrated), **CUT)
+        for calibrated in (True, False)
+    )
+    strengths = []
+    for part in (slice(0, 60), slice(60, 120)):
+        for cache in (fitted, given):
+            cache.step(*(x[:, :, part] for x in (q, k, v)))
+        strengths.append(fitted.moments.strength)
+        assert (given.moments.strength == 0.75).all()
+    assert (strengths[0] != 0.75).all()
+    assert_same(strengths[1], strengths[0])
