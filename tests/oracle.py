@@ -156,6 +156,24 @@ def momentkv(score: np.ndarray, keys: np.ndarray, values: np.ndarray, sums: Sums
     return importance
 
 
+def balanced(score: np.ndarray, keys: np.ndarray, values: np.ndarray, novelty: float = 0.25) -> np.ndarray:
+    """Minus the turn of each token of one head: the first place that ``p ||v - mean||`` or novelty gives it."""
+
+    def distance(x: np.ndarray) -> np.ndarray:
+        off = f64(x) - f64(x).mean(axis=0)
+        covariance = off.T @ off / len(off)
+        ridge = np.trace(covariance) / x.shape[-1] / 1000
+        return np.einsum("ni,ni->n", off, np.linalg.solve(covariance + ridge * np.eye(x.shape[-1]), off.T).T)
+
+    def places(x: np.ndarray) -> np.ndarray:
+        place = np.empty(len(x))
+        place[np.argsort(-x, kind="stable")] = np.arange(1, len(x) + 1)
+        return place
+
+    attention = score * np.linalg.norm(f64(values) - f64(values).mean(axis=0), axis=-1)
+    return -np.minimum(places(attention) / (1 - novelty), places(distance(keys) * distance(values)) / novelty)
+
+
 def retained_slots(
     importance: np.ndarray, positions: np.ndarray, budget: int, sinks: int, window: int, seen: int
 ) -> list[int]:

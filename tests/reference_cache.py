@@ -117,6 +117,8 @@ class ReferenceRow:
                 elif rules.order == 0:
                     sums = sums._replace(value_key=0 * sums.value_key)
                 return oracle.momentkv(score, k, v, sums, rules.scale)
+            case "balanced":
+                return oracle.balanced(score, k, v)
             case "h2o" | "tova":
                 return score
         raise AssertionError(rules.policy)
