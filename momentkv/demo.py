@@ -173,8 +173,10 @@ def table_of(readings: list[Reading], title: str) -> Table:
     for column in ("cache", "tokens/head", "MiB", "of full", "KL to full", "same top-1", "tokens/s"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     full = readings[0]
+    order = list(NAMES.values())
     for index, x in enumerate(readings):
-        if index % len(NAMES) == 1:
+        # A new section for the full cache's end and for each budget, some of whose corrections may not have fitted.
+        if index and (index == 1 or order.index(x.name) <= order.index(readings[index - 1].name)):
             table.add_section()
         exact = x is full
         table.add_row(
