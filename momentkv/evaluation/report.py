@@ -121,25 +121,31 @@ def plot_fidelity(rows: list[Row], path: str | Path, *, title: str) -> Path:
     averaged = average(rows)
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axis = figure.subplots()
-    policies = list(dict.fromkeys(key[1] for key in averaged))
+    policies, corrections = (list(dict.fromkeys(key[part] for key in averaged)) for part in (1, 2))
+    several = len(policies) > 1
     styles = {"none": ":", "order 0": "-.", "order 1": "--", "summaries": "-"}
     for policy, correction in dict.fromkeys((key[1], key[2]) for key in averaged):
         points = sorted((x["nbytes"], x["kl"]) for key, x in averaged.items() if key[1:] == (policy, correction))
+        # Colours tell policies apart, or corrections where there is one policy.
+        colour = policies.index(policy) if several else corrections.index(correction)
         axis.plot(
             [nbytes / 2**20 for nbytes, _ in points],
             [kl for _, kl in points],
-            styles.get(correction, "-"),
-            color=f"C{policies.index(policy)}",
+            styles.get(correction, "-") if several else "-",
+            color=f"C{colour}",
             marker="o",
             markersize=3,
-            label=f"{policy}, {correction}",
+            label=f"{policy}, {correction}" if several else correction,
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_xlabel("cache, MiB (moments counted)")
     axis.set_ylabel("KL(full || compressed), nats")
-    axis.set_title(title, fontsize=10)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(loc="outside right center", frameon=False, fontsize=7)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
