@@ -257,11 +257,14 @@ def test_table_and_average_are_means_over_texts():
     assert averaged[266, "snapkv", "order 1"]["kl"] == (4 + 8) / 2
     assert (averaged[266, "snapkv", "order 1"]["kl_min"], averaged[266, "snapkv", "order 1"]["kl_max"]) == (4, 8)
     table = fidelity_table(rows(), title="title")
-    columns = ["KL @ 138", "top-1", "head error", "KL @ 266", "top-1", "head error"]
-    assert [column.header for column in table.columns][2:] == columns
-    cells = [list(column.cells) for column in table.columns]
-    assert cells[2] == ["[bold green]3.000[/]", "4.000"]
-    assert cells[3:5] == [["50%"] * 2, ["0.125"] * 2]
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["bytes"] == ["138", "", "266", ""]
+    # Of 1 and 5, 2 and 6, 3 and 7, 4 and 8: each pair is 4 apart, so that its standard error is 2.
+    assert cells["KL"] == [f"{mean}.000 ±2.000" for mean in (3, 4, 5, 6)]
+    assert cells["correction"] == ["none", "order 1"] * 2
+    assert cells["kept"] == ["128", "128", "256", "256"]
+    assert (cells["top-1"], cells["NLL"], cells["error"]) == (["50%"] * 4, ["-0.250"] * 4, ["0.125"] * 4)
+    assert [row.style for row in table.rows] == ["bold green", "", "bold green", ""]
 
 
 def is_image(path: Path) -> bool:

@@ -76,12 +76,9 @@ def fidelity(options: argparse.Namespace) -> int:
                 # After every result, so that an interruption loses none.
                 write_json(path, {"protocol": protocol, "environment": environment(), "rows": rows})
                 progress.advance(task)
-    title = (
-        f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts;"
-        f" columns: bytes, as tokens per KV head"
-    )
+    title = f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts"
     console.print(fidelity_table(rows, title=title))
-    plot = plot_fidelity(rows, path.with_suffix(".png"), title=title.partition(";")[0])
+    plot = plot_fidelity(rows, path.with_suffix(".png"), title=title)
     console.print(f"results: {path}   plot: {plot}")
     return 0
 

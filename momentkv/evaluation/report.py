@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -67,14 +68,13 @@ def average(rows: list[Row]) -> dict[tuple[int, str, str], Row]:
     averaged = {}
     for key, group in groups.items():
         kls = [row["kl"] for row in group]
+        errors = [row["head_error"] for row in group if row.get("head_error") is not None]
         averaged[key] = {
             "kl": mean(kls),
             "kl_min": min(kls),
             "kl_max": max(kls),
             "kl_se": stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 else 0.0,
-            "head_error": mean(row["head_error"] for row in group),
-            "head_error_p90": mean(row["head_error_p90"] for row in group),
-            "head_error_p99": mean(row["head_error_p99"] for row in group),
+            "head_error": mean(errors) if errors else None,
             "top1": mean(row["top1"] for row in group),
             "nll_change": mean(row["nll_change"] for row in group),
             "tokens": group[0]["budget"],
@@ -85,32 +85,33 @@ def average(rows: list[Row]) -> dict[tuple[int, str, str], Row]:
 
 
 def fidelity_table(rows: list[Row], *, title: str) -> Table:
-    """One line a policy and correction, one group of columns a budget."""
+    """One line a budget, policy and correction; the best of each budget stands out."""
     averaged = average(rows)
-    budgets = sorted({key[0] for key in averaged})
-    table = Table(title=title, title_style="bold", header_style="bold")
-    table.add_column("policy")
-    table.add_column("correction")
-    for budget in budgets:
-        table.add_column(f"KL @ {budget}", justify="right", no_wrap=True)
-        table.add_column("top-1", justify="right", no_wrap=True)
-        table.add_column("head error", justify="right", no_wrap=True)
-    best = {budget: min(x["kl"] for key, x in averaged.items() if key[0] == budget) for budget in budgets}
-    previous = None
-    for policy, correction in dict.fromkeys((key[1], key[2]) for key in averaged):
-        cells = []
-        for budget in budgets:
-            x = averaged.get((budget, policy, correction))
-            if x is None:
-                cells += ["", "", ""]
-                continue
-            style = "bold green" if x["kl"] == best[budget] else ""
-            cells += [f"[{style}]{x['kl']:.3f}[/]" if style else f"{x['kl']:.3f}"]
-            cells += [f"{x['top1']:.0%}", f"{x['head_error']:.3f}"]
-        if previous not in (None, policy):
+    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
+    for column in ("bytes", "policy", "correction", "kept", "KL", "top-1", "NLL", "error"):
+        table.add_column(column, justify="left" if column in ("policy", "correction") else "right", no_wrap=True)
+    best: dict[int, float] = {}
+    for (budget, _, _), x in averaged.items():
+        best[budget] = min(best.get(budget, x["kl"]), x["kl"])
+    shown: tuple[int, str] | None = None
+    for (budget, policy, correction), x in sorted(averaged.items(), key=lambda item: item[0][0]):
+        if shown is not None and shown[0] != budget:
             table.add_section()
-        table.add_row(policy if policy != previous else "", correction, *cells)
-        previous = policy
+        table.add_row(
+            str(budget) if shown is None or shown[0] != budget else "",
+            policy if shown != (budget, policy) else "",
+            correction,
+            str(x["tokens"]),
+            f"{x['kl']:.3f}" + (f" ±{x['kl_se']:.3f}" if x["texts"] > 1 else ""),
+            f"{x['top1']:.0%}",
+            f"{x['nll_change']:+.3f}",
+            "" if x["head_error"] is None else f"{x['head_error']:.3f}",
+            style="bold green" if x["kl"] == best[budget] else "",
+        )
+        shown = budget, policy
+    table.caption = (
+        "bytes: of so many tokens a KV head, correction included; ±: standard error over texts; error: of heads"
+    )
     return table
 
 
