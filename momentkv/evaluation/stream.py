@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -118,13 +119,14 @@ def stream(options: argparse.Namespace) -> int:
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     """Mean relative error of the heads, by stretch of the decode, and against plain eviction."""
-    table = Table(title=title, title_style="bold", header_style="bold")
-    for column in ("prefill", "correction", "tokens"):
-        table.add_column(column, justify="right" if column == "tokens" else "left")
+    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
+    table.caption = f"1/{STRETCHES} and so on: mean relative error of the heads in that part of the decode"
+    for column in ("prefill", "correction", "kept"):
+        table.add_column(column, justify="right" if column == "kept" else "left", no_wrap=True)
     for index in range(STRETCHES):
-        table.add_column(f"quarter {index + 1}", justify="right")
+        table.add_column(f"{index + 1}/{STRETCHES}", justify="right", no_wrap=True)
     for column in ("mean", "p90", "of plain"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     plain = {row["prefill"]: row["mean"] for row in rows if row["correction"] == "none"}
     previous = None
     for row in rows:
