@@ -37,3 +37,16 @@ def test_tradeoff_tries_every_correction():
     small = ("--context", "500", "--following", "16", "--texts", "types", "--budget", "64")
     out = run("summaries_tradeoff.py", *small)
     assert all(name in out for name in ("plain eviction", "one, compact", "12, rank 2", "24, rank 4"))
+
+
+# Of kvpress_peers.py only what needs no environment is run: it installs kvpress and an older transformers from a
+# package index, and measures for many minutes.
+def test_kvpress_peers_shows_its_help():
+    assert "--budgets" in run("kvpress_peers.py", "--help")
+
+
+@pytest.mark.parametrize("budget", ["0", "4096"])
+def test_kvpress_peers_refuses_a_budget_that_compresses_nothing_or_all(budget):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run("kvpress_peers.py", "--budgets", budget)
+    assert f"budget is {budget}" in error.value.stderr
