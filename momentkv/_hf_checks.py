@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["NAME", "check_implementation", "check_lengths", "check_sharing", "refuse_architecture", "refuse_arguments"]
+__all__ = [
+    "NAME",
+    "check_implementation",
+    "check_lengths",
+    "check_new_tokens",
+    "check_sharing",
+    "refuse_architecture",
+    "refuse_arguments",
+]
 
 NAME = "momentkv"
 
@@ -31,6 +39,17 @@ def check_lengths(lengths: list[int]) -> None:
         raise RuntimeError(
             f"the last forward pass failed half-way: some layers have seen {max(lengths)} tokens, others "
             f"{min(lengths)}; call cache.reset() and read the tokens again"
+        )
+
+
+def check_new_tokens(position_ids: Any, new: int, seen: int) -> None:
+    """Raise if the tokens of a pass, ``new`` to ``seen``, have positions of tokens before: ``generate`` may do that."""
+    if not 0 < new < seen - 1 or position_ids is None or position_ids.dim() != 2:
+        return  # nothing before, or a single token: that must not wait for the device
+    if bool((position_ids[:, -1] < new).any()):
+        raise ValueError(
+            f"{seen - new} tokens arrive at positions of the {new} tokens that the cache has read: generate() reads "
+            "its whole input once more when the cache has read all of it; give it at least one new token"
         )
 
 

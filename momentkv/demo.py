@@ -113,7 +113,8 @@ def judge(
     nbytes = cache.nbytes if isinstance(cache, MomentCache) else sum(x.keys.nbytes + x.values.nbytes for x in layers)
     with torch.inference_mode():
         logits = model(ids[:, context:-1], past_key_values=copy.deepcopy(cache)).logits[0]
-    continued, seconds = generate(model, tokenizer, copy.deepcopy(cache), ids[:, :context], options.new_tokens)
+    # One token more than the cache has read: generate() would read its whole input again if there were nothing new.
+    continued, seconds = generate(model, tokenizer, copy.deepcopy(cache), ids[:, : context + 1], options.new_tokens)
     asked = torch.cat([ids[:, :context], question], dim=1)
     answered, _ = generate(model, tokenizer, copy.deepcopy(cache), asked, options.new_tokens)
     return Reading(

@@ -31,6 +31,7 @@ from momentkv._hf_checks import (
     NAME,
     check_implementation,
     check_lengths,
+    check_new_tokens,
     check_sharing,
     refuse_architecture,
     refuse_arguments,
@@ -121,9 +122,12 @@ class MomentLayer(CacheLayerMixin):
         before, self.before = self.before, None
         try:
             refuse_arguments(attention_mask, dropout, kwargs)
-            valid = None
-            if attention_mask is not None:
-                valid = attention_mask[:, None, self.core.seen - query.shape[2] : self.core.seen]
+            new, seen = self.core.seen - query.shape[2], self.core.seen
+            if attention_mask is None:  # padding has positions of its own, and a mask whose length is checked
+                check_new_tokens(kwargs.get("position_ids"), new, seen)
+                valid = None
+            else:
+                valid = attention_mask[:, None, new:seen]
             self.core.scale = scaling
             out = self.core.attend(query, valid=valid)
             self.evict()

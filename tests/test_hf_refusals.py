@@ -134,6 +134,14 @@ def generation(**settings: Any) -> Callable[[Any, MomentCache], None]:
     return run
 
 
+def read_again(model: Any, cache: MomentCache, padding: int = 0) -> None:
+    """Generate from what the cache has read, with nothing new: transformers then reads all of it once more."""
+    ids = prompt(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4)
+
+
 def forward(**settings: Any) -> Callable[[Any, MomentCache], None]:
     return lambda model, cache: model(prompt(2, 1), past_key_values=cache, **settings)
 
@@ -174,6 +182,12 @@ USES: dict[str, tuple[Callable[[Any, MomentCache], None], type[Exception], list[
         forward(attention_mask=torch.ones(2, 1, dtype=torch.long)),
         ValueError,
         ["attention_mask has length 1", "41 tokens"],
+    ),
+    "nothing new": (read_again, ValueError, ["40 tokens arrive", "the 40 tokens", "at least one new token"]),
+    "nothing new, padded": (
+        lambda model, cache: read_again(model, cache, padding=3),
+        ValueError,
+        ["attention_mask has length 40", "80 tokens"],
     ),
     "softcap": (bare(softcap=30.0), ValueError, ["softcap was passed", "Gemma 2"]),
     "sinks": (bare(s_aux=torch.zeros(4)), ValueError, ["s_aux was passed", "gpt-oss"]),
