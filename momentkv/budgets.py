@@ -7,11 +7,13 @@ import heapq
 import itertools
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device
 from momentkv.backends import get_backend
 from momentkv.cache import LayerCache
 from momentkv.corrections import AnchoredSummaries
+from momentkv.policies import Policy, Tokens
 
 __all__ = ["SharedBudget", "budget_grid", "error_curve", "share_budget"]
 
@@ -19,7 +21,16 @@ __all__ = ["SharedBudget", "budget_grid", "error_curve", "share_budget"]
 MULTIPLES = (0.4, 1.0, 2.5, 6.25)
 STEPS = 4
 # What stands in for several summaries while errors are measured: it ranks budgets as well, and needs no grouping.
-STAND_IN = AnchoredSummaries(summaries=1, rank=0)
+STAND_IN = AnchoredSummaries(summaries=1, rank=0, calibrated=False)
+
+
+class Ranked(Policy):
+    """Importances that were computed before, in place of scores."""
+
+    accumulates: ClassVar[bool] = True
+
+    def importance(self, tokens: Tokens) -> Array:
+        return tokens.score
 
 
 def budget_grid(average: int, least: int) -> list[int]:
@@ -37,7 +48,8 @@ def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
     """Error that eviction to each budget would cause for the newest queries, correction included.
 
     Mean over heads and queries of the squared relative error of the output, against what the cache gives before the
-    eviction (exact attention if nothing has been evicted yet). At a first eviction one summary stands in for several.
+    eviction (exact attention if nothing has been evicted yet). Tokens are ranked once for all budgets, as they are now; at a
+    first eviction one summary stands in for several.
 
     Parameters
     ----------
@@ -76,18 +88,20 @@ def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
 
     exact = output(cache)
     norm = xp.sum(exact * exact, axis=-1)
+    # Ranked once, then cut from the largest budget to the smallest: each cut folds only what it removes.
+    trial = copy.copy(cache)
+    trial.score, trial.policy, trial.block = cache.importance(), Ranked(), 1
+    if isinstance(cache.correction, AnchoredSummaries) and not cache.has_evicted:
+        trial.correction = STAND_IN
+        trial.moments = STAND_IN.empty(cache.keys, cache.values, order=0)
     errors = []
-    for budget in grid:
-        trial = copy.copy(cache)
-        trial.budget, trial.block = budget, 1
-        if isinstance(cache.correction, AnchoredSummaries) and not cache.has_evicted:
-            trial.correction = STAND_IN
-            trial.moments = STAND_IN.empty(cache.keys, cache.values, order=0)
+    for budget in reversed(grid):
+        trial.budget = budget
         trial.evict()
         off = output(trial) - exact
         square = xp.sum(off * off, axis=-1)
         errors.append(float(xp.mean(square / xp.where(norm > 0, norm, xp.ones_like(norm)))))
-    return errors
+    return errors[::-1]
 
 
 def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list[float]]:

@@ -277,13 +277,9 @@ class LayerCache:
         one_block = counts - limits <= self.block
         positions, moments = self.positions, self.moments
         score = self.score
-        if score is None:
-            score = xp.zeros(positions.shape, dtype=moments.weight.dtype, device=device(positions))
         for done in range(1, rounds + 1):
-            known = moments.pooled() if isinstance(moments, Summaries) else moments
-            tokens = Tokens(self.keys, self.values, positions, score, known, self.attention_scale)
             selection = retain(
-                self.policy.importance(tokens),
+                self.importance(positions, score, moments),
                 positions,
                 budget=xp.where(one_block, limits, between(counts, limits, done / rounds)),
                 sinks=self.sinks,
@@ -313,6 +309,17 @@ class LayerCache:
         self.keys = xp.take_along_axis(self.keys, indices[..., None], axis=-2)
         self.values = xp.take_along_axis(self.values, indices[..., None], axis=-2)
         self.moments = moments
+
+    def importance(self, positions: Array = None, score: Array = None, moments: Any = None) -> Array:
+        """The policy's ranking of stored tokens, shape (batch..., kv_head, n); of the state's own unless given others."""
+        positions = self.positions if positions is None else positions
+        score = self.score if score is None else score
+        moments = self.moments if moments is None else moments
+        known = moments.pooled() if isinstance(moments, Summaries) else moments
+        if score is None:
+            xp = array_namespace(positions)
+            score = xp.zeros(positions.shape, dtype=known.weight.dtype, device=device(positions))
+        return self.policy.importance(Tokens(self.keys, self.values, positions, score, known, self.attention_scale))
 
     @property
     def attention_scale(self) -> float:

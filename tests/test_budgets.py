@@ -72,7 +72,7 @@ def test_grids_rise_and_leave_room_for_sinks_and_window():
     assert budget_grid(40, 40) == [40, 100, 250]
 
 
-ONE = AnchoredSummaries(summaries=1, rank=0)
+ONE = AnchoredSummaries(summaries=1, rank=0, calibrated=False)
 
 
 @pytest.mark.parametrize("options", [{"order": None}, {"order": 1}, {"order": 0, "correction": ONE}])
