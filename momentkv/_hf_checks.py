@@ -88,10 +88,10 @@ def refuse_arguments(attention_mask: Any, dropout: float, kwargs: dict[str, Any]
 
 def check_sharing(sharing: str, budget: Any) -> None:
     """Raise unless the way of sharing is known and fits the budget."""
-    if sharing not in ("uniform", "measured"):
-        raise ValueError(f'sharing is {sharing!r}; use "uniform" or "measured"')
-    if sharing == "measured" and not isinstance(budget, int):
+    if sharing not in ("uniform", "layers", "heads"):
+        raise ValueError(f'sharing is {sharing!r}; use "uniform", "layers" or "heads"')
+    if sharing != "uniform" and not isinstance(budget, int):
         raise ValueError(
-            "sharing='measured' decides the budget of each layer, but budget lists one for each; pass one number, "
+            f"sharing={sharing!r} decides the budget of each layer, but budget lists one for each; pass one number, "
             "their average"
         )

@@ -1,4 +1,4 @@
-"""Sharing one total of retained tokens among layers, by the error that each budget would cause in each."""
+"""Sharing one total of retained tokens among layers or heads, by the error that each budget would cause in each."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
     """Error that eviction to each budget would cause for the newest queries, correction included.
 
     Mean over heads and queries of the squared relative error of the output, against what the cache gives before the
-    eviction (exact attention if nothing has been evicted yet). Tokens are ranked once for all budgets, as they are now; at a
-    first eviction one summary stands in for several.
+    eviction (exact attention if nothing has been evicted yet). Tokens are ranked once for all budgets, as they are now;
+    at a first eviction one summary stands in for several.
 
     Parameters
     ----------
@@ -188,12 +188,13 @@ def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: 
 
 
 class SharedBudget:
-    """Evicts the layers of a model together after a prefill, each to its share of one total.
+    """Evicts the layers (or KV heads) of a model together after a prefill, each to its share of one total.
 
     Parameters
     ----------
     caches : sequence of LayerCache
-        Made with ``keep_queries=True`` and one budget, the average.
+        Made with ``keep_queries=True`` and one budget, the average. A cache may be a layer, or one KV head of it
+        (`momentkv.ragged.RaggedCache`), all alike: a token costs the same in each.
 
     Notes
     -----

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, device, nbytes
-from momentkv.attention import check_keys, check_values, default_scale, group_queries
+from momentkv._step import CacheStep
+from momentkv.attention import check_values, default_scale, group_queries
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.array_api import causal_mask
 from momentkv.corrections import Correction, get_correction
@@ -22,7 +23,7 @@ OWN_ARRAYS = ("keys", "values", "positions", "score", "query_mean", "query_squar
 RECENT_QUERIES = 32
 
 
-class LayerCache:
+class LayerCache(CacheStep):
     """Keys and values of one attention layer within a budget, and the moments of what did not fit.
 
     Parameters
@@ -123,54 +124,6 @@ class LayerCache:
         self.seen = 0
         self.padded = False
         self.has_evicted = False
-
-    def step(self, q: Array, k: Array, v: Array, *, valid: Array | None = None) -> Array:
-        """Append tokens, attend from their queries, then evict down to the budget if the block is full.
-
-        Parameters
-        ----------
-        q : array, shape (batch..., kv_head * group, m, d)
-        k, v : array, shape (batch..., kv_head, m, d) and (batch..., kv_head, m, dv)
-        valid : bool array, broadcastable to (batch..., kv_head, m), optional
-            False for padding, which is never attended to, retained or folded.
-
-        Returns
-        -------
-        array, shape (batch..., kv_head * group, m, dv)
-            In the dtype of ``q``.
-
-        Raises
-        ------
-        ValueError
-            If shapes do not fit; the cache is then unchanged.
-        """
-        check_keys(q, k)
-        if q.shape[-2] != k.shape[-2]:
-            raise ValueError(f"q has {q.shape[-2]} tokens but k has {k.shape[-2]}; a step needs one query a token")
-        if q.shape[:-3] != k.shape[:-3] or q.shape[-3] % k.shape[-3]:
-            raise ValueError(
-                f"q has {q.shape[-3]} heads in shape {tuple(q.shape)}, k has {k.shape[-3]} in {tuple(k.shape)}; batch "
-                "axes must be equal, and the number of query heads a multiple of the number of KV heads"
-            )
-        if valid is not None:
-            check_broadcast("valid", valid, k.shape[:-1])
-        before = self.snapshot()
-        try:
-            self.append(k, v)
-            out = self.attend(q, valid=valid)
-            self.evict()
-        except BaseException:
-            self.restore(before)
-            raise
-        return out
-
-    def snapshot(self) -> dict[str, Any]:
-        """The whole state, to go back to with `restore`. Nothing is copied: no array is ever changed in place."""
-        return dict(self.__dict__)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state that `snapshot` gave."""
-        self.__dict__.update(state)
 
     def append(self, k: Array, v: Array) -> None:
         """Store new tokens (first part of `step`)."""
@@ -311,7 +264,7 @@ class LayerCache:
         self.moments = moments
 
     def importance(self, positions: Array = None, score: Array = None, moments: Any = None) -> Array:
-        """The policy's ranking of stored tokens, shape (batch..., kv_head, n); of the state's own unless given others."""
+        """The policy's ranking of the stored tokens, shape (batch..., kv_head, n), by the state's own or other data."""
         positions = self.positions if positions is None else positions
         score = self.score if score is None else score
         moments = self.moments if moments is None else moments
@@ -325,6 +278,16 @@ class LayerCache:
     def attention_scale(self) -> float:
         """Factor on ``q . k``."""
         return default_scale(self.keys.shape[-1]) if self.scale is None else self.scale
+
+    @property
+    def stored(self) -> int:
+        """Tokens stored now, by each KV head."""
+        return 0 if self.keys is None else int(self.keys.shape[-2])
+
+    @property
+    def parts(self) -> tuple[LayerCache, ...]:
+        """The caches it consists of, in order of KV heads: itself; a `momentkv.ragged.RaggedCache` has several."""
+        return (self,)
 
     @property
     def nbytes(self) -> int:

@@ -82,9 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--corrections",
         nargs="+",
         default=["none", "order-1", "summaries"],
-        choices=["none", "order-0", "order-1", "summaries", "none-shared", "summaries-shared"],
+        choices=[
+            *("none", "order-0", "order-1", "summaries"),
+            *("none-layers", "summaries-layers", "none-heads", "summaries-heads"),
+        ],
         metavar="C",
-        help="none, order-0 and order-1 (the paper's), summaries, and -shared: budgets by measured error",
+        help="none, order-0 and order-1 (the paper's), summaries, and -layers, -heads: budgets by measured error",
     )
     fidelity.add_argument("--output", default="results/fidelity.json", help="results; the plot goes beside it")
     fidelity.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")

@@ -108,9 +108,12 @@ def judge(
 ) -> Reading:
     """Compare with the full cache, continue the text, and answer the question, each from a copy of the cache."""
     context = options.context
-    layers = cache.moment_layers.values() if isinstance(cache, MomentCache) else cache.layers
-    tokens = max(layer.keys.shape[2] for layer in layers)
-    nbytes = cache.nbytes if isinstance(cache, MomentCache) else sum(x.keys.nbytes + x.values.nbytes for x in layers)
+    if isinstance(cache, MomentCache):
+        counts = [part.stored for core in cache.moment_layers.values() for part in core.parts]
+        tokens, nbytes = round(sum(counts) / len(counts)), cache.nbytes
+    else:
+        tokens = cache.layers[0].keys.shape[2]
+        nbytes = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     with torch.inference_mode():
         logits = model(ids[:, context:-1], past_key_values=copy.deepcopy(cache)).logits[0]
     # One token more than the cache has read: generate() would read its whole input again if there were nothing new.

@@ -41,6 +41,7 @@ from momentkv.budgets import SharedBudget
 from momentkv.cache import LayerCache
 from momentkv.corrections import Correction
 from momentkv.policies import Policy
+from momentkv.ragged import RaggedCache
 
 __all__ = ["LINK", "NAME", "MomentCache", "MomentLayer", "momentkv_attention", "momentkv_mask"]
 
@@ -52,8 +53,9 @@ class MomentLayer(CacheLayerMixin):
 
     Parameters
     ----------
-    core : LayerCache
-        Its keys and values have shape ``(batch, kv_head, n, d)``.
+    core : LayerCache or RaggedCache
+        Its keys and values have shape ``(batch, kv_head, n, d)``; where heads retain different numbers of tokens, it is
+        a `RaggedCache`, and they are lists, an entry a head.
     """
 
     is_sliding = False
@@ -61,30 +63,29 @@ class MomentLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, core: LayerCache) -> None:
+    def __init__(self, core: LayerCache | RaggedCache) -> None:
         # CacheLayerMixin.__init__ would set `keys` and `values`, which are the core's here.
         self.core = core
         self.sharing: SharedBudget | None = None
         self.before: dict[str, Any] | None = None
 
     @property
-    def keys(self) -> torch.Tensor | None:
-        """Retained keys, shape (batch, kv_head, n, d)."""
+    def keys(self) -> Any:
+        """Retained keys, shape (batch, kv_head, n, d), or a list of one such array for each head."""
         return self.core.keys
 
     @property
-    def values(self) -> torch.Tensor | None:
-        """Retained values, shape (batch, kv_head, n, dv)."""
+    def values(self) -> Any:
+        """Retained values, shape (batch, kv_head, n, dv), or a list of one such array for each head."""
         return self.core.values
 
     @property
     def is_initialized(self) -> bool:
         """Whether any token has arrived."""
-        return self.core.keys is not None
+        return self.core.seen > 0
 
     def __repr__(self) -> str:
-        stored = self.core.keys.shape[-2] if self.is_initialized else 0
-        return f"MomentLayer(budget={self.core.budget}, stored={stored}, seen={self.core.seen})"
+        return f"MomentLayer(budget={self.core.budget}, stored={self.core.stored}, seen={self.core.seen})"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to allocate: the first `update` does it."""
@@ -102,9 +103,12 @@ class MomentLayer(CacheLayerMixin):
         before = self.core.snapshot()
         self.core.append(key_states, value_states)
         self.before = before
-        linked = self.core.keys.view_as(self.core.keys)  # an alias, so that the stored keys hold no link to themselves
+        keys, values = key_states, value_states  # attention takes what it needs from the core, by the link
+        if isinstance(self.core, LayerCache):
+            keys, values = self.core.keys, self.core.values
+        linked = keys.view_as(keys)  # an alias, so that the stored keys hold no link to themselves
         setattr(linked, LINK, self)
-        return linked, self.core.values
+        return linked, values
 
     def attend(
         self,
@@ -139,11 +143,12 @@ class MomentLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def evict(self) -> None:
-        """Evict down to the budget, or together with the other layers where the budget is shared."""
+        """Evict down to the budget, or together with the other layers and heads where the budget is shared."""
         if self.sharing is None:
             self.core.evict()
         else:
-            self.sharing.evict(self.core)
+            for part in self.core.parts:
+                self.sharing.evict(part)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and evicted ones included: positions and masks count from here."""
@@ -206,9 +211,9 @@ class MomentCache(Cache):
         A decoder-only model with ``attn_implementation="momentkv"``.
     budget : int or sequence of int
         Tokens retained per KV head, sinks and window included; one number, or one for each layer.
-    sharing : {"uniform", "measured"}
-        With one number: the same for each layer, or the average, shared among layers after every prefill by the error
-        that each budget would cause (`momentkv.budgets`).
+    sharing : {"uniform", "layers", "heads"}
+        With one number: the same for all, or the average, shared among layers or among all heads of all layers after
+        every prefill by the error that each budget would cause (`momentkv.budgets`).
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
@@ -262,17 +267,21 @@ class MomentCache(Cache):
             if kind in SLIDING_TYPES:
                 layers.append(DynamicSlidingWindowLayer(**kwargs))
             elif kind == "full_attention":
-                core = LayerCache(
-                    budgets[index],
-                    policy=policy,
-                    order=order,
-                    correction=correction,
-                    sinks=sinks,
-                    window=window,
-                    block=block,
-                    backend=backend,
-                    keep_queries=sharing == "measured",
-                )
+                settings: dict[str, Any] = {
+                    "policy": policy,
+                    "order": order,
+                    "correction": correction,
+                    "sinks": sinks,
+                    "window": window,
+                    "block": block,
+                    "backend": backend,
+                    "keep_queries": sharing != "uniform",
+                }
+                core: LayerCache | RaggedCache
+                if sharing == "heads":
+                    core = RaggedCache([budgets[index]] * kv_heads(config), **settings)
+                else:
+                    core = LayerCache(budgets[index], **settings)
                 layers.append(MomentLayer(core))
             else:
                 raise ValueError(
@@ -282,8 +291,8 @@ class MomentCache(Cache):
         super().__init__(layers=layers)
         self.config = config
         self.sharing = None
-        if sharing == "measured":
-            self.sharing = SharedBudget(list(self.moment_layers.values()))
+        if sharing != "uniform":
+            self.sharing = SharedBudget([part for core in self.moment_layers.values() for part in core.parts])
             for layer in layers:
                 if isinstance(layer, MomentLayer):
                     layer.sharing = self.sharing
@@ -314,7 +323,7 @@ class MomentCache(Cache):
             self.sharing.reset()
 
     @property
-    def moment_layers(self) -> dict[int, LayerCache]:
+    def moment_layers(self) -> dict[int, LayerCache | RaggedCache]:
         """The compressed layers' caches, by layer index."""
         return {index: layer.core for index, layer in enumerate(self.layers) if isinstance(layer, MomentLayer)}
 
@@ -328,6 +337,11 @@ class MomentCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def kv_heads(config: Any) -> int:
+    """KV heads of a layer."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:

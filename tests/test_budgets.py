@@ -135,7 +135,7 @@ def test_curves_without_queries_are_refused():
 @given(seed=st.integers(0, 100))
 def test_shared_caches_keep_to_the_total_at_every_step(seed: int):
     model, ids = tiny("llama"), prompt(1, 300, seed=seed)
-    cache = MomentCache(model, budget=60, sharing="measured", correction="summaries", window=8, block=8)
+    cache = MomentCache(model, budget=60, sharing="layers", correction="summaries", window=8, block=8)
     cores = cache.moment_layers.values()
     model(ids[:, :280], past_key_values=cache)
     assert sum(core.budget for core in cores) <= 60 * len(cores)
@@ -147,7 +147,7 @@ def test_shared_caches_keep_to_the_total_at_every_step(seed: int):
 
 def test_shared_caches_forget_their_shares_on_reset():
     model = tiny("llama")
-    cache = MomentCache(model, budget=60, sharing="measured", window=8)
+    cache = MomentCache(model, budget=60, sharing="layers", window=8)
     model(prompt(1, 280), past_key_values=cache)
     cache.reset()
     assert {core.budget for core in cache.moment_layers.values()} == {60}
@@ -155,7 +155,7 @@ def test_shared_caches_forget_their_shares_on_reset():
 
 def test_chunks_share_anew_and_stay_bounded():
     model = tiny("llama")
-    cache = MomentCache(model, budget=60, sharing="measured", correction="summaries", window=8)
+    cache = MomentCache(model, budget=60, sharing="layers", correction="summaries", window=8)
     model.generate(prompt(1, 300), past_key_values=cache, prefill_chunk_size=64, max_new_tokens=4, do_sample=False)
     cores = cache.moment_layers.values()
     assert sum(core.budget for core in cores) <= 60 * len(cores)
@@ -164,14 +164,14 @@ def test_chunks_share_anew_and_stay_bounded():
 
 def test_contexts_within_the_budget_are_not_touched():
     model = tiny("llama")
-    cache = MomentCache(model, budget=300, sharing="measured", window=8)
+    cache = MomentCache(model, budget=300, sharing="layers", window=8)
     model(prompt(1, 200), past_key_values=cache)
     assert {core.keys.shape[2] for core in cache.moment_layers.values()} == {200}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"sharing": "even"}, "sharing is 'even'"), ({"sharing": "measured", "budget": [60, 60]}, "their average")],
+    [({"sharing": "even"}, "sharing is 'even'"), ({"sharing": "layers", "budget": [60, 60]}, "their average")],
 )
 def test_wrong_sharing_is_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):

@@ -124,14 +124,15 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         raise ValueError("replay needs a model with full attention in every layer; prefill the cache with the model")
     for index, core in cache.moment_layers.items():
         layer = captured.capture_layers[index]
-        observes, length = core.policy.observes, layer.keys.shape[2]
-        anchored = core.order is not None and core.correction.anchored
-        if observes is not None and (anchored or core.keep_queries):
+        settings = core.parts[0]
+        observes, length = settings.policy.observes, layer.keys.shape[2]
+        anchored = settings.order is not None and settings.correction.anchored
+        if observes is not None and (anchored or settings.keep_queries):
             observes = max(observes, RECENT_QUERIES)
         kept = 0 if layer.queries is None else layer.queries.shape[2]
         if kept < min(length, length if observes is None else observes):
             raise ValueError(
-                f"{kept} queries were captured, but policy {core.policy.name!r} observes "
+                f"{kept} queries were captured, but policy {settings.policy.name!r} observes "
                 f"{'all' if observes is None else observes}; capture with keep={observes}"
             )
         core.scale = layer.scaling

@@ -31,21 +31,26 @@ def head_errors(attended: dict[int, Attended], cache: MomentCache, context: int,
     errors = []
     for index, core in cache.moment_layers.items():
         layer = attended[index]
-        length = layer.keys.shape[2]
+        length, parts, first = layer.keys.shape[2], [], 0
         tokens = torch.arange(length, device=layer.keys.device)
         queries = tokens[context::every]
-        # Retained are the stored positions of each head and every token after the context.
-        retained = (tokens >= context).expand(1, layer.keys.shape[1], -1).clone()
-        retained.scatter_(2, core.positions.long(), True)
-        error = eviction_error(
-            layer.queries[:, :, -(length - context) :][:, :, ::every],
-            layer.keys,
-            layer.values,
-            retained,
-            moments=core.moments,
-            order=core.order or 0,
-            scale=layer.scaling,
-            mask=tokens[None, :] <= queries[:, None],
-        )
-        errors.append([x[0].cpu().numpy() for x in error])
+        group = layer.queries.shape[1] // layer.keys.shape[1]
+        for part in core.parts:
+            heads = slice(first, first + part.keys.shape[1])
+            first = heads.stop
+            # Retained are the stored positions of each head and every token after the context.
+            retained = (tokens >= context).expand(1, part.keys.shape[1], -1).clone()
+            retained.scatter_(2, part.positions.long(), True)
+            error = eviction_error(
+                layer.queries[:, group * heads.start : group * heads.stop, -(length - context) :][:, :, ::every],
+                layer.keys[:, heads],
+                layer.values[:, heads],
+                retained,
+                moments=part.moments,
+                order=part.order or 0,
+                scale=layer.scaling,
+                mask=tokens[None, :] <= queries[:, None],
+            )
+            parts.append([x[0].cpu().numpy() for x in error])
+        errors.append([np.concatenate(x) for x in zip(*parts, strict=True)])
     return EvictionError(*(np.stack(parts) for parts in zip(*errors, strict=True)))

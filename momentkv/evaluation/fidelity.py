@@ -20,14 +20,16 @@ from momentkv.policies import Policy, get_policy
 
 __all__ = ["CHOICES", "Fidelity", "Setting", "compare", "measure", "moment_tokens", "settings_grid"]
 
-# Corrections by the names that the command line has for them: (order, kind, sharing of the budget among layers).
+# Corrections by the names that the command line has for them: (order, kind, sharing of the budget).
 CHOICES: dict[str, tuple[Any, ...]] = {
     "none": (None, "moments"),
     "order-0": (0, "moments"),
     "order-1": (1, "moments"),
     "summaries": (1, "summaries"),
-    "none-shared": (None, "moments", "measured"),
-    "summaries-shared": (1, "summaries", "measured"),
+    "none-layers": (None, "moments", "layers"),
+    "summaries-layers": (1, "summaries", "layers"),
+    "none-heads": (None, "moments", "heads"),
+    "summaries-heads": (1, "summaries", "heads"),
 }
 
 
@@ -55,7 +57,7 @@ class Setting:
             name = f"order {self.order}"
         if self.order is None:
             name = "none"
-        return name if self.sharing == "uniform" else f"{name}, shared"
+        return name if self.sharing == "uniform" else f"{name}, by {self.sharing}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,159 @@
+"""One layer's cache whose KV heads retain different numbers of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from momentkv._array import Array, array_namespace
+from momentkv._step import CacheStep
+from momentkv.cache import LayerCache
+from momentkv.moments import check_broadcast
+
+__all__ = ["RaggedCache"]
+
+
+class RaggedCache(CacheStep):
+    """A `LayerCache` for every KV head, each with a budget of its own, behind the interface of one.
+
+    A head stores what it retains and nothing else: no head is padded to the length of another.
+
+    Parameters
+    ----------
+    budgets : sequence of int
+        Tokens retained by each KV head, sinks and window included.
+    **settings
+        As `LayerCache` takes them, the same for all heads.
+
+    Attributes
+    ----------
+    parts : tuple of LayerCache
+        One for each KV head, with an axis of length 1 for it.
+
+    Notes
+    -----
+    Heads are attended one after the other: as much arithmetic as together, in as many calls as there are KV heads.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> cache = RaggedCache([20, 60], window=16)
+    >>> q, k, v = (rng.normal(size=(1, heads, 300, 8)) for heads in (4, 2, 2))
+    >>> cache.step(q, k, v).shape, [part.keys.shape[-2] for part in cache.parts]
+    ((1, 4, 300, 8), [20, 60])
+    """
+
+    def __init__(self, budgets: Sequence[int], **settings: Any) -> None:
+        if len(budgets) == 0:
+            raise ValueError("budgets is empty; give the budget of every KV head")
+        self.parts = tuple(LayerCache(budget, **settings) for budget in budgets)
+
+    @property
+    def seen(self) -> int:
+        """Length of the sequence so far, padding and evicted tokens included."""
+        return self.parts[0].seen
+
+    @property
+    def budget(self) -> list[int]:
+        """Budget of each KV head."""
+        return [part.budget for part in self.parts]
+
+    @property
+    def stored(self) -> list[int]:
+        """Tokens stored now by each KV head."""
+        return [part.stored for part in self.parts]
+
+    @property
+    def keys(self) -> list[Array]:
+        """Retained keys of each KV head, shape (batch..., 1, n, d)."""
+        return [part.keys for part in self.parts]
+
+    @property
+    def values(self) -> list[Array]:
+        """Retained values of each KV head, shape (batch..., 1, n, dv)."""
+        return [part.values for part in self.parts]
+
+    @property
+    def scale(self) -> float | None:
+        """Factor on ``q . k``, or None for the usual one."""
+        return self.parts[0].scale
+
+    @scale.setter
+    def scale(self, scale: float | None) -> None:
+        for part in self.parts:
+            part.scale = scale
+
+    def append(self, k: Array, v: Array) -> None:
+        """Store new tokens (first part of `step`)."""
+        if k.ndim < 3 or k.shape[-3] != len(self.parts):
+            raise ValueError(
+                f"k has shape {tuple(k.shape)}, but budgets were given for {len(self.parts)} KV heads; its third axis "
+                "from the end must have that length"
+            )
+        if k.shape[:-1] != v.shape[:-1]:
+            raise ValueError(f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}; they must agree up to the last axis")
+        self._all(lambda head, part: part.append(k[..., head : head + 1, :, :], v[..., head : head + 1, :, :]))
+
+    def attend(self, q: Array, *, valid: Array | None = None) -> Array:
+        """Attend from the queries of the tokens appended last, corrected by the moments (second part of `step`)."""
+        if valid is not None:
+            check_broadcast("valid", valid, (*q.shape[:-3], len(self.parts), q.shape[-2]))
+
+        def attend(head: int, part: LayerCache) -> Array:
+            own = valid
+            if valid is not None and valid.ndim > 1 and valid.shape[-2] > 1:
+                own = valid[..., head : head + 1, :]
+            return part.attend(self._queries(q, head), valid=own)
+
+        xp = array_namespace(q)
+        return xp.concat(self._all(attend), axis=-3)
+
+    def observe(self, q: Array) -> None:
+        """Show policy and correction the queries of the newest tokens; see `LayerCache.observe`."""
+        self._all(lambda head, part: part.observe(self._queries(q, head)))
+
+    def evict(self) -> None:
+        """Evict each head down to its budget (last part of `step`)."""
+        self._all(lambda head, part: part.evict())
+
+    def reset(self) -> None:
+        """Forget everything; settings stay."""
+        for part in self.parts:
+            part.reset()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole state, to go back to with `restore`. Nothing is copied: no array is ever changed in place."""
+        return {"parts": [part.snapshot() for part in self.parts]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state that `snapshot` gave."""
+        for part, before in zip(self.parts, state["parts"], strict=True):
+            part.restore(before)
+
+    def map(self, function: Callable[[Array], Array]) -> None:
+        """Apply a function to every array of the state: to select, repeat or reorder rows, or to move devices."""
+        self._all(lambda head, part: part.map(function))
+
+    def arrays(self) -> dict[str, Array]:
+        """Every array of the state, by name: ``heads.0.keys`` and so on."""
+        return {f"heads.{head}.{name}": x for head, part in enumerate(self.parts) for name, x in part.arrays().items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored now."""
+        return sum(part.nbytes for part in self.parts)
+
+    def _queries(self, q: Array, head: int) -> Array:
+        """The queries of one KV head's group."""
+        group = q.shape[-3] // len(self.parts)
+        return q[..., head * group : (head + 1) * group, :, :]
+
+    def _all(self, function: Callable[[int, LayerCache], Any]) -> list[Any]:
+        """Do something with every head; on an error none has changed."""
+        before = self.snapshot()
+        try:
+            return [function(head, part) for head, part in enumerate(self.parts)]
+        except BaseException:
+            self.restore(before)
+            raise
