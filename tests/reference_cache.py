@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import oracle
+import peer_formulas
 
 
 @dataclasses.dataclass
@@ -119,6 +120,8 @@ class ReferenceRow:
                 return oracle.momentkv(score, k, v, sums, rules.scale)
             case "balanced":
                 return oracle.balanced(score, k, v)
+            case "caote":
+                return peer_formulas.caote(score, v)
             case "h2o" | "tova":
                 return score
         raise AssertionError(rules.policy)

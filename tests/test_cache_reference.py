@@ -32,7 +32,7 @@ def observing(name: str) -> Policy:
     """The policy with a window that these short sequences can fill, and more than one round."""
     if name == "momentkv":
         return MomentKV(observes=4, rounds=3)
-    return POLICIES[name](observes=4) if name in ("balanced", "h2o", "snapkv") else get_policy(name)
+    return POLICIES[name](observes=4) if name in ("balanced", "caote", "h2o", "snapkv") else get_policy(name)
 
 
 def rules_of(policy: Policy, order: int | None, budget: int = 8) -> Rules:

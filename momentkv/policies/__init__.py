@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from momentkv.policies.base import Policy, Tokens
+from momentkv.policies.caote import CAOTE
 from momentkv.policies.h2o import H2O
 from momentkv.policies.keydiff import KeyDiff
 from momentkv.policies.knorm import Knorm
@@ -15,6 +16,7 @@ from momentkv.policies.streaming import Streaming
 from momentkv.policies.tova import TOVA
 
 __all__ = [
+    "CAOTE",
     "H2O",
     "POLICIES",
     "TOVA",
@@ -34,7 +36,19 @@ __all__ = [
 ]
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Streaming, H2O, TOVA, SnapKV, KeyDiff, Knorm, Random, MomentKV, Balanced)
+    policy.name: policy
+    for policy in (
+        Streaming,
+        H2O,
+        TOVA,
+        SnapKV,
+        KeyDiff,
+        Knorm,
+        Random,
+        MomentKV,
+        Balanced,
+        CAOTE,
+    )
 }
 
 

@@ -1,0 +1,33 @@
+"""Importances of policies from other papers, for one head in plain float64 loops, straight from their formulas.
+
+Shares no code with the library. ``keys`` (n, d), ``values`` (n, dv), ``score`` (n,): real tokens in order of position.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from oracle import f64
+
+
+def places(x: list[float] | np.ndarray) -> list[int]:
+    """1 for the largest, then 2; earlier ones first among equals."""
+    order = sorted(range(len(x)), key=lambda j: (-x[j], j))
+    return [order.index(j) + 1 for j in range(len(x))]
+
+
+def caote(score: np.ndarray, values: np.ndarray, fast: bool = False) -> np.ndarray:
+    """``a / (1 - a) ||o - v||``; where one token has all attention, only that one counts, by the norm of its value."""
+    score, values = f64(score), f64(values)
+    n, total = len(score), score.sum()
+    a = score / total if total > 0 else score
+    center = values.mean(axis=0) if fast else sum(a[i] * values[i] for i in range(n))
+    importance = []
+    for j in range(n):
+        rest = sum(a[i] for i in range(n) if i != j)
+        if fast:
+            importance.append(a[j] * np.linalg.norm(center - values[j]) / max(rest, 2.0**-52))
+        elif rest == 0:
+            importance.append(a[j] * np.linalg.norm(values[j]))
+        else:
+            importance.append(a[j] / rest * np.linalg.norm(center - (a[j] + rest) * values[j]))
+    return np.array(importance)

@@ -1,0 +1,158 @@
+"""Policies of other papers, each against its formula in plain float64 loops, and laws that they share."""
+
+from __future__ import annotations
+
+import numpy as np
+import peer_formulas
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from libraries import LIBRARIES, Library
+from rounding import assert_within, unit
+from strategies import Case, cases
+
+from momentkv import LayerCache, Moments, Policy, Tokens
+from momentkv.policies import CAOTE
+
+NUMPY = LIBRARIES["numpy"]
+PEERS = [CAOTE(), CAOTE(fast=True)]
+# What a policy is shown of a head as a whole.
+OF_HEAD: tuple[str, ...] = ()
+REFUSED = [
+    (CAOTE, {"observes": 0}, "observes is 0; use a window of at least 1"),
+    (CAOTE, {"observes": None}, "observes is None; use"),
+]
+few_or_many = st.one_of(st.integers(1, 12), st.integers(13, 40))
+
+
+def numbers_of(case: Case) -> dict[str, np.ndarray]:
+    """What a policy is shown; about a fifth of the slots are empty, and hold NaN."""
+    k, v = case.tokens()
+    rng = case.rng(30)
+    empty = rng.random((*case.lead, case.n)) < 0.2
+    positions = np.where(empty, -1, np.cumsum(rng.integers(1, 4, empty.shape), axis=-1)).astype(np.int32)
+    score = case.rounded(case.rng(31).random(empty.shape) ** 4)
+    k[empty], v[empty], score[empty] = np.nan, np.nan, 0.0
+    return {"keys": k, "values": v, "positions": positions, "score": score}
+
+
+def importance(backend: Library, policy: Policy, numbers: dict[str, np.ndarray], scale: float = 0.6) -> np.ndarray:
+    arrays = {name: backend.asarray(x) for name, x in numbers.items()}
+    moments = Moments.empty(arrays["keys"], arrays["values"])
+    return backend.numpy(policy.importance(Tokens(**arrays, moments=moments, scale=scale)))
+
+
+def heads(numbers: dict[str, np.ndarray], of_head: tuple[str, ...] = ()) -> list[tuple[tuple, np.ndarray, dict]]:
+    """Index, real slots and real tokens of each head that has some; fields of a head as a whole stay whole."""
+    positions = numbers["positions"]
+    found = []
+    for head in np.ndindex(positions.shape[:-1]):
+        real = positions[head] >= 0
+        if real.any():
+            own = {name: x[head] if name in of_head else x[head][real] for name, x in numbers.items()}
+            found.append((head, real, own))
+    return found
+
+
+def apart(x: np.ndarray, error: np.ndarray | float) -> bool:
+    """Whether no two numbers are so near that rounding could exchange them."""
+    order = np.argsort(x)
+    gaps = np.diff(x[order])
+    error = np.broadcast_to(error, x.shape)[order]
+    return bool((gaps > error[1:] + error[:-1]).all())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@given(case=cases(n=few_or_many))
+def test_caote_is_the_distance_that_the_output_moves(backend: Library, case: Case, fast: bool):
+    numbers, u = numbers_of(case), unit(case.dtype)
+    got = importance(backend, CAOTE(fast=fast), numbers)
+    for head, real, own in heads(numbers):
+        exact = peer_formulas.caote(own["score"], own["values"], fast)
+        score, values = own["score"].astype(float), own["values"].astype(float)
+        a = score / (score.sum() or 1.0)
+        rest = a.sum() - a if len(a) > 1 else 1 + 0 * a
+        # Sums of n terms, then some ten operations on each component; the fast one is divided by what others have.
+        size = 3 * np.abs(values).max() * np.sqrt(case.dv)
+        error = u * (4 * case.n + case.dv + 20) * a * size / (np.maximum(rest, 2.0**-52) if fast else 1.0)
+        error = error + (2.0**-52 * 4 * case.n * size * a / np.maximum(rest, 2.0**-52))  # of the plain formula
+        some = rest > 1e-3
+        assert_within(got[head][real][some], exact[some], error[some])
+
+
+def test_caote_is_what_eviction_does_to_the_output():
+    """Attention of one query: the output with and without each token."""
+    rng = np.random.default_rng(0)
+    powers, values = np.exp(2 * rng.standard_normal(9)), rng.standard_normal((9, 4))
+    numbers = {"keys": values[None], "values": values[None], "positions": np.arange(9)[None], "score": powers[None]}
+    whole = powers @ values / powers.sum()
+    moved = [
+        np.linalg.norm(whole - np.delete(powers, j) @ np.delete(values, j, 0) / np.delete(powers, j).sum())
+        for j in range(9)
+    ]
+    np.testing.assert_allclose(importance(NUMPY, CAOTE(), numbers)[0], moved, rtol=1e-12)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("other", [0.0, 1e-30])
+def test_caote_keeps_a_token_with_all_attention(backend: Library, fast: bool, other: float):
+    values = np.array([[[1.0], [2.0], [6.0]]], dtype=np.float32)
+    score = np.array([[other, 1.0, other]], dtype=np.float32)
+    numbers = {"keys": values, "values": values, "positions": np.arange(3)[None], "score": score}
+    got = importance(backend, CAOTE(fast=fast), numbers)
+    assert np.isfinite(got).all()
+    assert got[0].argmax() == 1
+    assert (got[0, [0, 2]] <= 1e-20).all()
+
+
+# Laws of all of them.
+
+
+@pytest.mark.parametrize("policy", PEERS, ids=repr)
+@given(case=cases(n=few_or_many, laws=("gaussian",), dtypes=("float64",)))
+def test_padding_equals_removal(backend: Library, policy: Policy, case: Case):
+    numbers = numbers_of(case)
+    got = importance(backend, policy, numbers)
+    assert got.shape == numbers["positions"].shape
+    assert np.isfinite(got).all()
+    for head, real, own in heads(numbers, OF_HEAD):
+        alone = importance(backend, policy, {name: x[None] for name, x in own.items()})[0]
+        # Sums over more slots round otherwise, which a matrix of condition up to some thousands makes larger.
+        np.testing.assert_allclose(got[head][real], alone, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("policy", [x for x in PEERS if x.name != "lagkv"], ids=repr)
+def test_order_of_tokens_changes_nothing(backend: Library, policy: Policy):
+    """Where neither runs nor neighbours are looked at (`CriticalKV` with a kernel of 1)."""
+    numbers = numbers_of(Case((2,), 3, 1, 1, 20, 5, 4, "gaussian", "none", "float64", 9))
+    order = np.random.default_rng(0).permutation(20)
+    moved = {name: x if name in OF_HEAD else x[:, :, order] for name, x in numbers.items()}
+    real = moved["positions"] >= 0
+    got, expected = importance(backend, policy, moved), importance(backend, policy, numbers)[:, :, order]
+    np.testing.assert_allclose(got[real], expected[real], rtol=1e-10)
+
+
+@pytest.mark.parametrize("policy", PEERS, ids=repr)
+def test_one_token_is_finite(backend: Library, policy: Policy):
+    x = np.ones((2, 1, 3))
+    numbers = {"keys": x, "values": x, "positions": np.zeros((2, 1), dtype=np.int32), "score": x[..., 0]}
+    numbers |= {name: np.ones((2, 3)) for name in OF_HEAD}
+    assert np.isfinite(importance(backend, policy, numbers)).all()
+
+
+@pytest.mark.parametrize("policy", PEERS, ids=repr)
+@pytest.mark.parametrize("correction", ["moments", "summaries"])
+def test_usable_with_any_correction(backend: Library, policy: Policy, correction: str):
+    rng = np.random.default_rng(0)
+    q, k, v = (backend.asarray(rng.standard_normal((2, heads, 70, 6)).astype(np.float32)) for heads in (4, 2, 2))
+    cache = LayerCache(20, policy=policy, correction=correction, window=4, block=4)
+    for part in (slice(0, 60), *(slice(t, t + 1) for t in range(60, 70))):
+        out = backend.numpy(cache.step(*(x[..., part, :] for x in (q, k, v))))
+        assert np.isfinite(out).all()
+    assert cache.stored < 24
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), REFUSED)
+def test_wrong_parameters_are_refused(kind: type[Policy], options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
