@@ -6,7 +6,7 @@ Shares no code with the library. ``keys`` (n, d), ``values`` (n, dv), ``score`` 
 from __future__ import annotations
 
 import numpy as np
-from oracle import f64
+from oracle import f64, snapkv
 
 
 def places(x: list[float] | np.ndarray) -> list[int]:
@@ -31,3 +31,19 @@ def caote(score: np.ndarray, values: np.ndarray, fast: bool = False) -> np.ndarr
         else:
             importance.append(a[j] / rest * np.linalg.norm(center - (a[j] + rest) * values[j]))
     return np.array(importance)
+
+
+def criticalkv(
+    score: np.ndarray,
+    positions: np.ndarray,
+    values: np.ndarray,
+    first: float = 0.5,
+    epsilon: float = 1e-4,
+    kernel: int = 5,
+) -> np.ndarray:
+    """Minus the turn of each token, or the one ranking that takes all turns."""
+    a = snapkv(f64(score) / (f64(score).sum() or 1.0), positions, kernel)
+    b = np.array([(a[j] + epsilon) * sum(abs(x) for x in f64(values[j])) for j in range(len(a))])
+    if first in (0, 1):
+        return a if first else b
+    return np.array([-min(i / first, j / (1 - first)) for i, j in zip(places(a), places(b), strict=True)])

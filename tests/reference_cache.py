@@ -122,6 +122,8 @@ class ReferenceRow:
                 return oracle.balanced(score, k, v)
             case "caote":
                 return peer_formulas.caote(score, v)
+            case "criticalkv":
+                return peer_formulas.criticalkv(score, positions, v, kernel=rules.kernel)
             case "h2o" | "tova":
                 return score
         raise AssertionError(rules.policy)

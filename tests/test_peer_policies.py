@@ -8,19 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import assert_within, unit
+from rounding import assert_same, assert_within, unit
 from strategies import Case, cases
 
 from momentkv import LayerCache, Moments, Policy, Tokens
-from momentkv.policies import CAOTE
+from momentkv.policies import CAOTE, CriticalKV
 
 NUMPY = LIBRARIES["numpy"]
-PEERS = [CAOTE(), CAOTE(fast=True)]
+PEERS = [CAOTE(), CAOTE(fast=True), CriticalKV(kernel=1)]
 # What a policy is shown of a head as a whole.
 OF_HEAD: tuple[str, ...] = ()
 REFUSED = [
     (CAOTE, {"observes": 0}, "observes is 0; use a window of at least 1"),
     (CAOTE, {"observes": None}, "observes is None; use"),
+    (CriticalKV, {"observes": 0}, "observes is 0; use"),
+    (CriticalKV, {"first": 1.5}, "first is 1.5; use a share"),
+    (CriticalKV, {"first": -0.1}, "first is -0.1; use"),
+    (CriticalKV, {"epsilon": -1.0}, "epsilon is -1.0; use"),
+    (CriticalKV, {"epsilon": float("nan")}, "epsilon is nan; use"),
+    (CriticalKV, {"kernel": 4}, "kernel is 4; use an odd"),
 ]
 few_or_many = st.one_of(st.integers(1, 12), st.integers(13, 40))
 
@@ -103,6 +109,44 @@ def test_caote_keeps_a_token_with_all_attention(backend: Library, fast: bool, ot
     assert np.isfinite(got).all()
     assert got[0].argmax() == 1
     assert (got[0, [0, 2]] <= 1e-20).all()
+
+
+@given(case=cases(n=few_or_many), kernel=st.sampled_from([1, 5]), first=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_criticalkv_takes_two_rankings_in_turn(backend: Library, case: Case, kernel: int, first: float):
+    numbers, u = numbers_of(case), unit(case.dtype)
+    policy = CriticalKV(first=first, kernel=kernel)
+    got = importance(backend, policy, numbers)
+    for head, real, own in heads(numbers):
+        arguments = own["score"], own["positions"], own["values"]
+        attention, both = (peer_formulas.criticalkv(*arguments, first=x, kernel=kernel) for x in (1, 0))
+        errors = [u * (case.n + kernel + case.dv + 8) * 2 * np.abs(x) for x in (attention, both)]
+        if first in (0.0, 1.0):
+            assert_within(got[head][real], *((attention, errors[0]) if first else (both, errors[1])))
+        elif apart(attention, errors[0]) and apart(both, errors[1]):
+            exact = peer_formulas.criticalkv(*arguments, first=first, kernel=kernel)
+            assert_within(got[head][real], exact, 4 * u * np.abs(exact))
+
+
+@pytest.mark.parametrize(("first", "budget"), [(0.5, 10), (0.25, 8), (0.75, 20)])
+def test_criticalkv_keeps_the_share_of_each_stage(first: float, budget: int):
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((1, 40, 6))
+    numbers = {"keys": values, "values": values, "positions": np.arange(40)[None], "score": rng.random((1, 40))}
+    mixed, attention, both = (
+        np.argsort(-importance(NUMPY, CriticalKV(first=x, kernel=1), numbers)[0]) for x in (first, 1.0, 0.0)
+    )
+    kept = set(mixed[:budget])
+    assert set(attention[: int(first * budget)]) <= kept
+    assert set(both[: int((1 - first) * budget)]) <= kept
+
+
+def test_criticalkv_does_not_depend_on_how_many_queries_were_observed():
+    numbers = numbers_of(Case((2,), 2, 1, 1, 30, 4, 4, "gaussian", "none", "float64", 3))
+    more = {**numbers, "score": 8 * numbers["score"]}
+    for first in (0.0, 0.5, 1.0):
+        policy = CriticalKV(first=first)
+        real = numbers["positions"] >= 0
+        assert_same(importance(NUMPY, policy, more)[real], importance(NUMPY, policy, numbers)[real])
 
 
 # Laws of all of them.

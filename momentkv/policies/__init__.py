@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.caote import CAOTE
+from momentkv.policies.critical import CriticalKV
 from momentkv.policies.h2o import H2O
 from momentkv.policies.keydiff import KeyDiff
 from momentkv.policies.knorm import Knorm
@@ -21,6 +22,7 @@ __all__ = [
     "POLICIES",
     "TOVA",
     "Balanced",
+    "CriticalKV",
     "KeyDiff",
     "Knorm",
     "MomentKV",
@@ -48,6 +50,7 @@ POLICIES: dict[str, type[Policy]] = {
         MomentKV,
         Balanced,
         CAOTE,
+        CriticalKV,
     )
 }
 
