@@ -5,6 +5,8 @@ Shares no code with the library. ``keys`` (n, d), ``values`` (n, dv), ``score`` 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from oracle import f64, snapkv
 
@@ -47,3 +49,25 @@ def criticalkv(
     if first in (0, 1):
         return a if first else b
     return np.array([-min(i / first, j / (1 - first)) for i, j in zip(places(a), places(b), strict=True)])
+
+
+def lagkv(keys: np.ndarray, values: np.ndarray, lag: int = 32) -> np.ndarray:
+    """Run by run from the end; the last one by recency."""
+    n = len(keys)
+    bounds = [*range(n, 0, -lag), 0][::-1]  # of runs, in order
+    importance = np.zeros(n)
+    importance[bounds[-2] :] = np.arange(1, n - bounds[-2] + 1)
+    for start, stop, end in zip(bounds, bounds[1:], bounds[2:], strict=False):
+        score = np.zeros(stop - start)
+        for x in (f64(keys), f64(values)):
+            low, high = x[stop:end].min(axis=0), x[stop:end].max(axis=0)
+            spread = []
+            for j in range(start, stop):
+                scaled = [
+                    (x[j, c] - low[c]) / (high[c] - low[c]) if high[c] > low[c] else 0.0 for c in range(x.shape[1])
+                ]
+                spread.append(np.std(scaled))
+            powers = [math.exp(s - max(spread)) for s in spread]
+            score = score + np.array(powers) / sum(powers)
+        importance[start:stop] = [-(place - 0.5) / (stop - start) for place in places(score)]
+    return importance

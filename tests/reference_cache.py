@@ -26,6 +26,7 @@ class Rules:
     scale: float = 0.5
     observes: int | None = 0
     kernel: int = 5
+    lag: int = 32
     rounds: int = 1
 
 
@@ -124,6 +125,8 @@ class ReferenceRow:
                 return peer_formulas.caote(score, v)
             case "criticalkv":
                 return peer_formulas.criticalkv(score, positions, v, kernel=rules.kernel)
+            case "lagkv":
+                return peer_formulas.lagkv(k, v, rules.lag)
             case "h2o" | "tova":
                 return score
         raise AssertionError(rules.policy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import peer_formulas
 import pytest
@@ -12,10 +14,10 @@ from rounding import assert_same, assert_within, unit
 from strategies import Case, cases
 
 from momentkv import LayerCache, Moments, Policy, Tokens
-from momentkv.policies import CAOTE, CriticalKV
+from momentkv.policies import CAOTE, CriticalKV, LagKV
 
 NUMPY = LIBRARIES["numpy"]
-PEERS = [CAOTE(), CAOTE(fast=True), CriticalKV(kernel=1)]
+PEERS = [CAOTE(), CAOTE(fast=True), CriticalKV(kernel=1), LagKV(lag=4)]
 # What a policy is shown of a head as a whole.
 OF_HEAD: tuple[str, ...] = ()
 REFUSED = [
@@ -27,6 +29,7 @@ REFUSED = [
     (CriticalKV, {"epsilon": -1.0}, "epsilon is -1.0; use"),
     (CriticalKV, {"epsilon": float("nan")}, "epsilon is nan; use"),
     (CriticalKV, {"kernel": 4}, "kernel is 4; use an odd"),
+    (LagKV, {"lag": 1}, "lag is 1; use runs of at least 2"),
 ]
 few_or_many = st.one_of(st.integers(1, 12), st.integers(13, 40))
 
@@ -147,6 +150,40 @@ def test_criticalkv_does_not_depend_on_how_many_queries_were_observed():
         policy = CriticalKV(first=first)
         real = numbers["positions"] >= 0
         assert_same(importance(NUMPY, policy, more)[real], importance(NUMPY, policy, numbers)[real])
+
+
+@given(case=cases(n=few_or_many), lag=st.sampled_from([2, 3, 8, 32]))
+def test_lagkv_compares_with_the_run_that_follows(backend: Library, case: Case, lag: int):
+    case = dataclasses.replace(case, dtype="float64")
+    numbers = numbers_of(case)
+    got = importance(backend, LagKV(lag=lag), numbers)
+    for head, real, own in heads(numbers):
+        exact, rounded = (peer_formulas.lagkv(own["keys"], own["values"] * (1 + x), lag) for x in (0.0, 2.0**-40))
+        if case.law in ("ties", "heavy") or (exact != rounded).any():
+            # Equal scores, or softmax of next to nothing: which goes first is left to rounding.
+            assert sorted(got[head][real]) == sorted(exact)
+        else:
+            assert_same(got[head][real], exact)
+
+
+def test_lagkv_serves_all_runs_alike():
+    numbers = numbers_of(Case((), 1, 1, 1, 40, 4, 3, "gaussian", "none", "float64", 0))
+    numbers["positions"] = np.arange(40, dtype=np.int32)[None]
+    rng = np.random.default_rng(0)
+    numbers["keys"], numbers["values"] = rng.standard_normal((2, 1, 40, 4))
+    order = np.argsort(-importance(NUMPY, LagKV(lag=8), numbers)[0], kind="stable")
+    assert order[:8].tolist() == list(range(39, 31, -1))  # the last run, latest first
+    for kept in (8 + 4, 8 + 8, 8 + 20):
+        assert np.bincount(order[8:kept] // 8, minlength=4).tolist() == [(kept - 8) // 4] * 4
+
+
+def test_lagkv_keeps_an_outlier():
+    rng = np.random.default_rng(1)
+    k, v = rng.standard_normal((2, 1, 100, 8))
+    k[0, 41], v[0, 41] = 9 * rng.standard_normal((2, 8))
+    cache = LayerCache(24, policy=LagKV(lag=8), window=8, block=1)
+    cache.step(rng.standard_normal((1, 100, 8)), k, v)
+    assert 41 in cache.positions[0]
 
 
 # Laws of all of them.

@@ -8,6 +8,7 @@ from momentkv.policies.critical import CriticalKV
 from momentkv.policies.h2o import H2O
 from momentkv.policies.keydiff import KeyDiff
 from momentkv.policies.knorm import Knorm
+from momentkv.policies.lagkv import LagKV
 from momentkv.policies.momentkv import MomentKV
 from momentkv.policies.novelty import Balanced
 from momentkv.policies.random import Random
@@ -25,6 +26,7 @@ __all__ = [
     "CriticalKV",
     "KeyDiff",
     "Knorm",
+    "LagKV",
     "MomentKV",
     "Policy",
     "Random",
@@ -51,6 +53,7 @@ POLICIES: dict[str, type[Policy]] = {
         Balanced,
         CAOTE,
         CriticalKV,
+        LagKV,
     )
 }
 
