@@ -71,3 +71,15 @@ def lagkv(keys: np.ndarray, values: np.ndarray, lag: int = 32) -> np.ndarray:
             score = score + np.array(powers) / sum(powers)
         importance[start:stop] = [-(place - 0.5) / (stop - start) for place in places(score)]
     return importance
+
+
+def leverage(keys: np.ndarray, values: np.ndarray, by_values: bool = False, centred: bool = False) -> np.ndarray:
+    """``k' (K'K + ridge)^-1 k``, times that of values if asked for."""
+
+    def of(x: np.ndarray) -> np.ndarray:
+        x = f64(x) - (f64(x).mean(axis=0) if centred else 0.0)
+        gram = sum(np.outer(row, row) for row in x)
+        ridge = 1e-3 * np.trace(gram) / x.shape[1] * np.eye(x.shape[1])
+        return np.array([row @ np.linalg.solve(gram + ridge, row) if row.any() else 0.0 for row in x])
+
+    return of(keys) * of(values) if by_values else of(keys)

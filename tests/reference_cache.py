@@ -127,6 +127,8 @@ class ReferenceRow:
                 return peer_formulas.criticalkv(score, positions, v, kernel=rules.kernel)
             case "lagkv":
                 return peer_formulas.lagkv(k, v, rules.lag)
+            case "leverage":
+                return peer_formulas.leverage(k, v)
             case "h2o" | "tova":
                 return score
         raise AssertionError(rules.policy)

@@ -14,10 +14,10 @@ from rounding import assert_same, assert_within, unit
 from strategies import Case, cases
 
 from momentkv import LayerCache, Moments, Policy, Tokens
-from momentkv.policies import CAOTE, CriticalKV, LagKV
+from momentkv.policies import CAOTE, Balanced, CriticalKV, LagKV, Leverage
 
 NUMPY = LIBRARIES["numpy"]
-PEERS = [CAOTE(), CAOTE(fast=True), CriticalKV(kernel=1), LagKV(lag=4)]
+PEERS = [CAOTE(), CAOTE(fast=True), CriticalKV(kernel=1), LagKV(lag=4), Leverage(), Leverage(values=True)]
 # What a policy is shown of a head as a whole.
 OF_HEAD: tuple[str, ...] = ()
 REFUSED = [
@@ -184,6 +184,53 @@ def test_lagkv_keeps_an_outlier():
     cache = LayerCache(24, policy=LagKV(lag=8), window=8, block=1)
     cache.step(rng.standard_normal((1, 100, 8)), k, v)
     assert 41 in cache.positions[0]
+
+
+@given(case=cases(n=few_or_many), by_values=st.booleans(), centred=st.booleans())
+def test_leverage_is_a_quadratic_form_of_the_inverse_gram_matrix(
+    backend: Library, case: Case, by_values: bool, centred: bool
+):
+    numbers, u = numbers_of(case), unit(case.dtype)
+    got = importance(backend, Leverage(values=by_values, centred=centred), numbers)
+    for head, real, own in heads(numbers):
+        exact = peer_formulas.leverage(own["keys"], own["values"], by_values, centred)
+        # With its ridge the matrix has a condition below 1000 d + 1, and leverage is at most 1. Less a mean far from
+        # zero, vectors have lost digits: as many as the mean is larger than what is left.
+        lost = 1.0
+        if centred:
+            for x in (own["keys"].astype(float), own["values"].astype(float)):
+                left = np.abs(x - x.mean(axis=0)).max()
+                if left < 1e-9 * np.abs(x).max():
+                    lost = np.inf  # equal tokens: nothing but rounding is left
+                elif left > 0:
+                    lost = max(lost, np.abs(x).max() / left)
+        error = 4 * u * (1000 * max(case.d, case.dv) + 1) * (case.n + 4 * max(case.d, case.dv) + 8) * lost
+        assert_within(got[head][real], exact, error)
+
+
+def test_leverages_add_up_to_the_dimension():
+    rng = np.random.default_rng(0)
+    k = rng.standard_normal((1, 500, 4))
+    numbers = {"keys": k, "values": k, "positions": np.arange(500)[None], "score": np.zeros((1, 500))}
+    got = importance(NUMPY, Leverage(), numbers)
+    assert ((got > 0) & (got <= 1)).all()
+    # trace(G (G + ridge)^-1) is d less the ridge's share, at most 0.1 % each here.
+    assert got.sum() == pytest.approx(4, rel=2e-3)
+
+
+def test_leverage_with_values_and_centred_ranks_as_novelty():
+    numbers = numbers_of(Case((2,), 2, 1, 1, 30, 4, 4, "gaussian", "none", "float64", 5))
+    got, novel = (importance(NUMPY, x, numbers) for x in (Leverage(values=True, centred=True), Balanced(novelty=1.0)))
+    for head, real, _ in heads(numbers):
+        assert_same(np.argsort(got[head][real]), np.argsort(novel[head][real]))
+
+
+def test_a_key_that_repeats_others_has_little_leverage():
+    k = np.repeat(np.eye(4)[None], 10, axis=1)[:, :-9]  # ten of each direction, but one of the last
+    numbers = {"keys": k, "values": k, "positions": np.arange(31)[None], "score": np.zeros((1, 31))}
+    got = importance(NUMPY, Leverage(), numbers)[0]
+    assert got[-1] > 0.98
+    assert (got[:-1] < 0.11).all()
 
 
 # Laws of all of them.

@@ -9,6 +9,7 @@ from momentkv.policies.h2o import H2O
 from momentkv.policies.keydiff import KeyDiff
 from momentkv.policies.knorm import Knorm
 from momentkv.policies.lagkv import LagKV
+from momentkv.policies.leverage import Leverage
 from momentkv.policies.momentkv import MomentKV
 from momentkv.policies.novelty import Balanced
 from momentkv.policies.random import Random
@@ -27,6 +28,7 @@ __all__ = [
     "KeyDiff",
     "Knorm",
     "LagKV",
+    "Leverage",
     "MomentKV",
     "Policy",
     "Random",
@@ -54,6 +56,7 @@ POLICIES: dict[str, type[Policy]] = {
         CAOTE,
         CriticalKV,
         LagKV,
+        Leverage,
     )
 }
 
