@@ -156,8 +156,13 @@ def momentkv(score: np.ndarray, keys: np.ndarray, values: np.ndarray, sums: Sums
     return importance
 
 
-def balanced(score: np.ndarray, keys: np.ndarray, values: np.ndarray, novelty: float = 0.25) -> np.ndarray:
-    """Minus the turn of each token of one head: the first place that ``p ||v - mean||`` or novelty gives it."""
+def value_aware(score: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``p ||v - mean||`` of each token of one head."""
+    return score * np.linalg.norm(f64(values) - f64(values).mean(axis=0), axis=-1)
+
+
+def novelty(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Squared Mahalanobis distance of each token of one head, in keys times in values, with a ridge."""
 
     def distance(x: np.ndarray) -> np.ndarray:
         off = f64(x) - f64(x).mean(axis=0)
@@ -165,13 +170,18 @@ def balanced(score: np.ndarray, keys: np.ndarray, values: np.ndarray, novelty: f
         ridge = np.trace(covariance) / x.shape[-1] / 1000
         return np.einsum("ni,ni->n", off, np.linalg.solve(covariance + ridge * np.eye(x.shape[-1]), off.T).T)
 
+    return distance(keys) * distance(values)
+
+
+def balanced(score: np.ndarray, keys: np.ndarray, values: np.ndarray, share: float = 0.25) -> np.ndarray:
+    """Minus the turn of each token of one head: the first place that `value_aware` or `novelty` gives it."""
+
     def places(x: np.ndarray) -> np.ndarray:
         place = np.empty(len(x))
         place[np.argsort(-x, kind="stable")] = np.arange(1, len(x) + 1)
         return place
 
-    attention = score * np.linalg.norm(f64(values) - f64(values).mean(axis=0), axis=-1)
-    return -np.minimum(places(attention) / (1 - novelty), places(distance(keys) * distance(values)) / novelty)
+    return -np.minimum(places(value_aware(score, values)) / (1 - share), places(novelty(keys, values)) / share)
 
 
 def retained_slots(

@@ -119,6 +119,10 @@ class ReferenceRow:
                 elif rules.order == 0:
                     sums = sums._replace(value_key=0 * sums.value_key)
                 return oracle.momentkv(score, k, v, sums, rules.scale)
+            case "attention":
+                return oracle.value_aware(score, v)
+            case "novelty":
+                return oracle.novelty(k, v)
             case "balanced":
                 return oracle.balanced(score, k, v)
             case "caote":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from momentkv import LayerCache, Moments, Tokens
-from momentkv.policies import Balanced
+from momentkv.policies import Attention, Balanced, Novelty
 from momentkv.policies.novelty import mahalanobis
 
 N, D = 40, 6
@@ -32,8 +32,9 @@ def distance(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("empty", [0, 3])
 def test_halves_are_attention_to_values_that_stand_out_and_novelty(empty: int):
     shown = tokens(0, empty)
-    attention = Balanced(novelty=0.0).importance(shown)[:, empty:]
-    novelty = Balanced(novelty=1.0).importance(shown)[:, empty:]
+    attention, novelty = (policy.importance(shown)[:, empty:] for policy in (Attention(), Novelty()))
+    for share, half in ((0.0, attention), (1.0, novelty)):
+        assert np.array_equal(Balanced(novelty=share).importance(shown)[:, empty:], half)
     for head in range(2):
         k, v, score = (x[head, empty:] for x in (shown.keys, shown.values, shown.score))
         # Solutions with a covariance of condition up to some hundreds: a few hundred roundings.

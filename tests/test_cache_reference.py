@@ -36,7 +36,9 @@ def observing(name: str) -> Policy:
         return LagKV(lag=4)
     if name == "criticalkv":
         return CriticalKV(observes=4, kernel=1)  # sums over the same neighbours tie, but for rounding
-    return POLICIES[name](observes=4) if name in ("balanced", "caote", "h2o", "snapkv") else get_policy(name)
+    return (
+        POLICIES[name](observes=4) if name in ("attention", "balanced", "caote", "h2o", "snapkv") else get_policy(name)
+    )
 
 
 def rules_of(policy: Policy, order: int | None, budget: int = 8) -> Rules:

@@ -142,12 +142,13 @@ def test_speed_measures_every_cache(saved: str, tmp_path: Path, monkeypatch: pyt
     small = ["--context", "300", "--budget", "64", "--steps", "4"]
     assert main(["evaluate", "speed", "--model", saved, *small, "--output", str(path)]) == 0
     rows = read_json(path)["rows"]
-    assert [row["cache"] for row in rows] == ["full cache", "plain eviction", "MomentKV"]
+    assert [row["cache"] for row in rows] == list(speed.KINDS)
     head = 2 * 2  # layers and KV heads
     token = 2 * 16 * 4  # keys and values of float32
     assert rows[0]["cache_bytes"] == head * 304 * token
     assert rows[1]["cache_bytes"] == head * 68 * (token + 4 + 4)  # position and score
     assert rows[2]["cache_bytes"] - rows[1]["cache_bytes"] == head * 4 * (1 + 2 * 16 + 16 * 16)
+    assert rows[3]["cache_bytes"] == rows[5]["cache_bytes"]  # heads hold their own, nothing twice
     for row in rows:
         assert row["seconds_per_step"]["min"] <= 1 / row["tokens_per_second"] <= row["seconds_per_step"]["max"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from momentkv.policies.attention import Attention
+from momentkv.policies.balanced import Balanced
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.caote import CAOTE
 from momentkv.policies.critical import CriticalKV
@@ -11,7 +13,7 @@ from momentkv.policies.knorm import Knorm
 from momentkv.policies.lagkv import LagKV
 from momentkv.policies.leverage import Leverage
 from momentkv.policies.momentkv import MomentKV
-from momentkv.policies.novelty import Balanced
+from momentkv.policies.novelty import Novelty
 from momentkv.policies.random import Random
 from momentkv.policies.select import Selection, check_budget, retain
 from momentkv.policies.snapkv import SnapKV
@@ -23,6 +25,7 @@ __all__ = [
     "H2O",
     "POLICIES",
     "TOVA",
+    "Attention",
     "Balanced",
     "CriticalKV",
     "KeyDiff",
@@ -30,6 +33,7 @@ __all__ = [
     "LagKV",
     "Leverage",
     "MomentKV",
+    "Novelty",
     "Policy",
     "Random",
     "Selection",
@@ -52,6 +56,8 @@ POLICIES: dict[str, type[Policy]] = {
         Knorm,
         Random,
         MomentKV,
+        Attention,
+        Novelty,
         Balanced,
         CAOTE,
         CriticalKV,

@@ -1,4 +1,4 @@
-"""Keep what recent queries attend to, and what the moments of all tokens do not explain."""
+"""Keep what the means and covariances of all tokens do not explain."""
 
 from __future__ import annotations
 
@@ -8,65 +8,36 @@ from typing import ClassVar
 from momentkv._array import Array, accumulate, array_namespace, device
 from momentkv.moments import positive
 from momentkv.policies.base import Policy, Tokens
-from momentkv.policies.snapkv import pool_neighbours
 
-__all__ = ["Balanced", "mahalanobis"]
+__all__ = ["Novelty", "centred", "mahalanobis", "ranks"]
 
 # Part of the mean variance that is added in every direction: few tokens, or equal ones, leave some without any.
 RIDGE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Balanced(Policy):
-    r"""Two rankings taken in turn: attention to values that stand out, and novelty.
+class Novelty(Policy):
+    r"""Squared Mahalanobis distance of a token from the others, in keys times in values.
 
-    .. math:: a_j = p_j\, \lVert v_j - \bar v \rVert, \qquad
-              n_j = (k_j - \bar k)^\top C_{kk}^{-1} (k_j - \bar k) \; (v_j - \bar v)^\top C_{vv}^{-1} (v_j - \bar v)
+    .. math:: n_j = (k_j - \bar k)^\top C_{kk}^{-1} (k_j - \bar k) \; (v_j - \bar v)^\top C_{vv}^{-1} (v_j - \bar v)
 
-    with means and covariances over the tokens at hand. Of every ``1 / novelty`` tokens retained, one is the most novel
-    of those left, the others are those with the largest ``a_j``. A token that attention has not met yet may be what a
-    later question asks for; what moments explain well is better evicted, for the correction brings it back.
-
-    Parameters
-    ----------
-    novelty : float
-        Share of the budget for novelty, from 0 (attention alone) to 1.
-    kernel : int
-        Odd width of an average of ``a_j`` over neighbouring positions, as in `SnapKV`; 1 for none.
+    with means and covariances over the tokens at hand. A token that attention has not met yet may be what a later
+    question asks for; what moments explain well is better evicted, for the correction brings it back.
 
     Notes
     -----
-    ``p_j`` is the attention of the observation window, as in `SnapKV`. Covariances are full matrices with a ridge of
-    a thousandth of their mean eigenvalue; they are computed at each eviction and not stored.
+    Observes no attention. Covariances are full matrices with a ridge of a thousandth of their mean eigenvalue; they
+    are computed at each eviction from the tokens at hand and not stored: after a prefill in one piece these are all
+    tokens, in chunks and while decoding those retained and the new ones.
     """
 
-    name: ClassVar[str] = "balanced"
-    observes: int | None = 32
-    novelty: float = 0.25
-    kernel: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.novelty <= 1:
-            raise ValueError(f"novelty is {self.novelty}; use a share of the budget from 0 to 1")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}; use an odd width of at least 1")
+    name: ClassVar[str] = "novelty"
 
     def importance(self, tokens: Tokens) -> Array:
         xp = array_namespace(tokens.keys, tokens.values)
         keys, values = accumulate(xp, tokens.keys, tokens.values)
         real = tokens.positions >= 0
-        off = centred(values, real)
-        attention = tokens.score * xp.linalg.vector_norm(off, axis=-1)
-        if self.kernel > 1:
-            attention = pool_neighbours(attention, tokens.positions, self.kernel)
-        if self.novelty == 0:
-            return attention
-        novelty = mahalanobis(centred(keys, real), real) * mahalanobis(off, real)
-        if self.novelty == 1:
-            return novelty
-        # A token's turn comes at the place that either ranking gives it, whichever is first.
-        turn = xp.minimum(ranks(attention, real) / (1 - self.novelty), ranks(novelty, real) / self.novelty)
-        return -turn
+        return mahalanobis(centred(keys, real), real) * mahalanobis(centred(values, real), real)
 
 
 def centred(x: Array, real: Array) -> Array:

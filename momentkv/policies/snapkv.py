@@ -8,7 +8,7 @@ from typing import ClassVar
 from momentkv._array import Array, array_namespace
 from momentkv.policies.base import Policy, Tokens
 
-__all__ = ["SnapKV", "pool_neighbours"]
+__all__ = ["SnapKV", "check_kernel", "pool_neighbours"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,16 @@ class SnapKV(Policy):
     kernel: int = 5
 
     def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}; use an odd width of at least 1")
+        check_kernel(self.kernel)
 
     def importance(self, tokens: Tokens) -> Array:
         return pool_neighbours(tokens.score, tokens.positions, self.kernel)
+
+
+def check_kernel(kernel: int) -> None:
+    """Raise unless a width over positions is odd and positive."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel is {kernel}; use an odd width of at least 1")
 
 
 def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:
