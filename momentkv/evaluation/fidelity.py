@@ -18,7 +18,7 @@ from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
 from momentkv.policies import Policy, get_policy
 
-__all__ = ["CHOICES", "Fidelity", "Setting", "compare", "measure", "moment_tokens", "settings_grid"]
+__all__ = ["CHOICES", "Fidelity", "Setting", "compare", "empty_cache", "measure", "moment_tokens", "settings_grid"]
 
 # Corrections by the names that the command line has for them: (order, kind, sharing of the budget).
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -147,6 +147,21 @@ def settings_grid(
     return grid
 
 
+def empty_cache(model: Any, setting: Setting, *, sinks: int = 1, window: int = 32) -> MomentCache:
+    """A cache of a setting that has read nothing."""
+    return MomentCache(
+        model,
+        setting.budget,
+        policy=setting.policy,
+        order=setting.order,
+        correction=setting.kind,
+        sharing=setting.sharing,
+        sinks=sinks,
+        window=window,
+        block=1,
+    )
+
+
 @torch.inference_mode()
 def measure(
     model: Any,
@@ -200,18 +215,7 @@ def measure(
         layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
         layer.queries = queries[index]
     for setting in settings:
-        empty = MomentCache(
-            model,
-            setting.budget,
-            policy=setting.policy,
-            order=setting.order,
-            correction=setting.kind,
-            sharing=setting.sharing,
-            sinks=sinks,
-            window=window,
-            block=1,
-        )
-        cache = replay(captured, empty)
+        cache = replay(captured, empty_cache(model, setting, sinks=sinks, window=window))
         nbytes = cache.nbytes
         percentiles = {}
         if errors_every:
