@@ -64,7 +64,8 @@ class LayerCache(CacheStep):
     moments : Moments or Summaries
         Of the tokens evicted so far; empty when ``order`` is None.
     query_mean, query_square : array, shape (batch..., kv_head, d), or None
-        First and second moment of the scaled recent queries, where the correction is anchored at them.
+        First and second moment of the scaled recent queries, where the correction is anchored at them or the policy
+        needs them.
     seen : int
         Length of the sequence so far, padding and evicted tokens included.
 
@@ -272,7 +273,15 @@ class LayerCache(CacheStep):
         if score is None:
             xp = array_namespace(positions)
             score = xp.zeros(positions.shape, dtype=known.weight.dtype, device=device(positions))
-        return self.policy.importance(Tokens(self.keys, self.values, positions, score, known, self.attention_scale))
+        queries = self._query_window() or (None, None)
+        return self.policy.importance(
+            Tokens(self.keys, self.values, positions, score, known, self.attention_scale, *queries)
+        )
+
+    @property
+    def remembers_queries(self) -> bool:
+        """Whether it keeps mean and variance of recent queries: for the correction, the policy or both."""
+        return self.policy.needs_queries or (self.order is not None and self.correction.anchored)
 
     @property
     def attention_scale(self) -> float:
@@ -318,10 +327,9 @@ class LayerCache(CacheStep):
     def _remember(self, q: Array) -> None:
         """Keep first and second moment of recent queries, and the newest queries until the eviction that follows."""
         recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
-        anchored = self.order is not None and self.correction.anchored
-        if recent.shape[-2] == RECENT_QUERIES and (anchored or self.keep_queries):
+        if recent.shape[-2] == RECENT_QUERIES and (self.remembers_queries or self.keep_queries):
             self.newest_queries = recent
-        if not anchored:
+        if not self.remembers_queries:
             return
         xp = array_namespace(q)
         kv_heads, count = self.keys.shape[-3], recent.shape[-2]

@@ -134,7 +134,7 @@ class Plan:
     bookkeeping_bytes : int
         Of the stored tokens' positions and scores.
     state_bytes, query_bytes : int
-        Of what stands for evicted tokens, and of the statistics of recent queries that it is anchored by.
+        Of what stands for evicted tokens, and of the statistics of recent queries that it, or the policy, needs.
     sliding_bytes : int
         Of layers with a window of their own, which are left as they are.
     equivalent_tokens : float
@@ -248,7 +248,8 @@ def plan(
     bounded = (
         batch * shape.kv_heads * (shape.layers - shape.full_layers) * min(context, max(shape.sliding_window - 1, 0))
     )
-    queries = 2 * d * 4 if order is not None and kind.anchored else 0
+    anchor = 2 * d * 4 if order is not None and kind.anchored else 0
+    queries = 2 * d * 4 if get_policy(policy).needs_queries else anchor
     equivalent = token_equivalents(kind, order=order, d=d, itemsize=itemsize)
     return Plan(
         shape=shape,
@@ -263,7 +264,7 @@ def plan(
         retained_bytes=heads * retained * token,
         waiting_bytes=heads * waiting * token,
         bookkeeping_bytes=heads * (retained + waiting) * (POSITION_BYTES + score),
-        state_bytes=heads * (state_bytes(kind, order=order, d=d) - queries),
+        state_bytes=heads * (state_bytes(kind, order=order, d=d) - anchor),
         query_bytes=heads * queries,
         sliding_bytes=bounded * token,
         equivalent_tokens=retained + equivalent,

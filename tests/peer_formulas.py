@@ -83,3 +83,15 @@ def leverage(keys: np.ndarray, values: np.ndarray, by_values: bool = False, cent
         return np.array([row @ np.linalg.solve(gram + ridge, row) if row.any() else 0.0 for row in x])
 
     return of(keys) * of(values) if by_values else of(keys)
+
+
+def expected_attention(
+    keys: np.ndarray, values: np.ndarray, mean: np.ndarray, variance: np.ndarray, by_values: bool = True
+) -> np.ndarray:
+    """Logarithm of the expectation of ``exp(q . k)`` under independent Gaussian coordinates, times ``||v||``."""
+    importance = []
+    for k, v in zip(f64(keys), f64(values), strict=True):
+        logit = sum(m * c + s * c * c / 2 for m, s, c in zip(f64(mean), f64(variance), k, strict=True))
+        norm = math.sqrt(sum(c * c for c in v)) if by_values else 1.0
+        importance.append(logit + math.log(norm) if norm > 0 else -math.inf)
+    return np.array(importance)

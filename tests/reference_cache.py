@@ -39,6 +39,8 @@ class ReferenceRow:
         self.values: list[np.ndarray] = []
         self.retained: list[list[int]] = [[] for _ in range(kv_heads)]
         self.score: list[dict[int, float]] = [{} for _ in range(kv_heads)]
+        self.mean: np.ndarray | None = None  # of recent queries, (kv_head, d)
+        self.square: np.ndarray | None = None
 
     def tokens(self, head: int, positions: list[int]) -> tuple[np.ndarray, np.ndarray]:
         k, v = np.stack(self.keys), np.stack(self.values)
@@ -76,9 +78,19 @@ class ReferenceRow:
                     sums = oracle.Sums(*(x[None] for x in gone[head]))
                     state = oracle.merge(state, oracle.estimate(queries, sums, rules.order, rules.scale))
                 out[head * group : (head + 1) * group, i] = state.out[:, 0]
+        self.remember(rules.scale * q[:, -32:])
         self.observe(attention)
         self.evict()
         return out
+
+    def remember(self, queries: np.ndarray) -> None:
+        """Mean and variance of the last 32 queries of a step; what a shorter one finds fades, a sixteenth a query."""
+        share = min(queries.shape[1] / 16, 1.0) if self.mean is not None else 1.0
+        grouped = queries.reshape(self.kv_heads, -1, queries.shape[-1])
+        mean, square = grouped.mean(axis=1), (grouped**2).mean(axis=1)
+        self.mean = mean if share == 1 else (1 - share) * self.mean + share * mean
+        self.square = square if share == 1 else (1 - share) * self.square + share * square
+        self.queries = list(zip(self.mean, self.square - self.mean**2, strict=True))
 
     def observe(self, attention: list[list[dict[int, float]]]) -> None:
         """A prefill shows its last queries, a decode step its one; a whole window of them replaces what came before."""
@@ -133,6 +145,8 @@ class ReferenceRow:
                 return peer_formulas.lagkv(k, v, rules.lag)
             case "leverage":
                 return peer_formulas.leverage(k, v)
+            case "expected-attention":
+                return peer_formulas.expected_attention(k, v, *self.queries[head])
             case "h2o" | "tova":
                 return score
         raise AssertionError(rules.policy)

@@ -181,7 +181,8 @@ def test_plain_eviction_keeps_no_moments(backend: Library, run: Run):
         advance(backend, run, cache, part)
     for x in cache.moments.arrays().values():
         assert (backend.numpy(x) == 0).all()
-    sizes = (cache.keys, cache.values, cache.positions, *(() if cache.score is None else (cache.score,)))
+    optional = (x for x in (cache.score, cache.query_mean, cache.query_square) if x is not None)
+    sizes = (cache.keys, cache.values, cache.positions, *optional)
     assert cache.nbytes == sum(backend.numpy(x).size * (4 if x is cache.positions else bytes_of(run)) for x in sizes)
 
 

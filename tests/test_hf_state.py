@@ -119,7 +119,8 @@ def test_nbytes_is_the_sum_of_all_tensors_held(policy: str, order: int | None):
     token = 2 * 16 * 4
     moments = {None: 0, 0: 4 * (1 + 2 * 16), 1: 4 * (1 + 2 * 16 + 16 * 16)}[order]
     score = 0 if POLICIES[policy]().observes == 0 else 4
-    assert cache.nbytes == 3 * 2 * 2 * (14 * (token + 4 + score) + moments + 15 * token)
+    queries = 2 * 16 * 4 if POLICIES[policy].needs_queries else 0
+    assert cache.nbytes == 3 * 2 * 2 * (14 * (token + 4 + score) + moments + queries + 15 * token)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -14,12 +14,20 @@ from rounding import assert_same, assert_within, unit
 from strategies import Case, cases
 
 from momentkv import LayerCache, Moments, Policy, Tokens
-from momentkv.policies import CAOTE, Balanced, CriticalKV, LagKV, Leverage
+from momentkv.policies import CAOTE, Balanced, CriticalKV, ExpectedAttention, LagKV, Leverage
 
 NUMPY = LIBRARIES["numpy"]
-PEERS = [CAOTE(), CAOTE(fast=True), CriticalKV(kernel=1), LagKV(lag=4), Leverage(), Leverage(values=True)]
+PEERS = [
+    CAOTE(),
+    CAOTE(fast=True),
+    CriticalKV(kernel=1),
+    LagKV(lag=4),
+    Leverage(),
+    Leverage(values=True),
+    ExpectedAttention(),
+]
 # What a policy is shown of a head as a whole.
-OF_HEAD: tuple[str, ...] = ()
+OF_HEAD = ("query_mean", "query_variance")
 REFUSED = [
     (CAOTE, {"observes": 0}, "observes is 0; use a window of at least 1"),
     (CAOTE, {"observes": None}, "observes is None; use"),
@@ -42,7 +50,10 @@ def numbers_of(case: Case) -> dict[str, np.ndarray]:
     positions = np.where(empty, -1, np.cumsum(rng.integers(1, 4, empty.shape), axis=-1)).astype(np.int32)
     score = case.rounded(case.rng(31).random(empty.shape) ** 4)
     k[empty], v[empty], score[empty] = np.nan, np.nan, 0.0
-    return {"keys": k, "values": v, "positions": positions, "score": score}
+    mean = case.rounded(case.rng(32).standard_normal((*case.lead, case.d)))
+    variance = case.rounded(case.rng(33).random((*case.lead, case.d)))
+    shown = {"keys": k, "values": v, "positions": positions, "score": score}
+    return shown | {"query_mean": mean, "query_variance": variance}
 
 
 def importance(backend: Library, policy: Policy, numbers: dict[str, np.ndarray], scale: float = 0.6) -> np.ndarray:
@@ -51,14 +62,14 @@ def importance(backend: Library, policy: Policy, numbers: dict[str, np.ndarray],
     return backend.numpy(policy.importance(Tokens(**arrays, moments=moments, scale=scale)))
 
 
-def heads(numbers: dict[str, np.ndarray], of_head: tuple[str, ...] = ()) -> list[tuple[tuple, np.ndarray, dict]]:
-    """Index, real slots and real tokens of each head that has some; fields of a head as a whole stay whole."""
+def heads(numbers: dict[str, np.ndarray]) -> list[tuple[tuple, np.ndarray, dict]]:
+    """Index, real slots and real tokens of each head that has some."""
     positions = numbers["positions"]
     found = []
     for head in np.ndindex(positions.shape[:-1]):
         real = positions[head] >= 0
         if real.any():
-            own = {name: x[head] if name in of_head else x[head][real] for name, x in numbers.items()}
+            own = {name: x[head] if name in OF_HEAD else x[head][real] for name, x in numbers.items()}
             found.append((head, real, own))
     return found
 
@@ -233,6 +244,61 @@ def test_a_key_that_repeats_others_has_little_leverage():
     assert (got[:-1] < 0.11).all()
 
 
+@given(case=cases(n=few_or_many), by_values=st.booleans())
+def test_expected_attention_is_the_mean_of_the_exponential(backend: Library, case: Case, by_values: bool):
+    numbers, u = numbers_of(case), unit(case.dtype)
+    got = importance(backend, ExpectedAttention(values=by_values), numbers)
+    for head, real, own in heads(numbers):
+        k, v, mean, variance = (own[x].astype(float) for x in ("keys", "values", "query_mean", "query_variance"))
+        exact = peer_formulas.expected_attention(k, v, mean, variance, by_values)
+        # A logarithm and its argument, two sums of d products, and their own sum.
+        terms = np.abs(k) @ np.abs(mean) + (k * k) @ variance
+        finite = np.where(np.isfinite(exact), np.abs(exact), 0.0)
+        error = u * ((case.d + 8) * terms + case.dv + 8 + 8 * (finite + terms))
+        assert_within(got[head][real], exact, error)
+
+
+def test_expected_attention_is_that_of_gaussian_queries():
+    """A million of them."""
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 1, 5, 3))
+    mean, sd = rng.standard_normal((1, 3)), rng.random((1, 3))
+    q = mean + sd * rng.standard_normal((1_000_000, 3))
+    sampled = np.exp(q @ k[0].T).mean(axis=0) * np.linalg.norm(v[0], axis=-1)
+    numbers = {"keys": k, "values": v, "positions": np.arange(5)[None], "score": np.zeros((1, 5))}
+    numbers |= {"query_mean": mean, "query_variance": sd**2}
+    # The relative sd of an exponential with variance s is sqrt(exp(s) - 1), at most 20 here, over a thousand.
+    np.testing.assert_allclose(np.exp(importance(NUMPY, ExpectedAttention(), numbers)[0]), sampled, rtol=0.06)
+
+
+@pytest.mark.parametrize("order", [None, 0, 1])
+def test_expected_attention_is_of_the_last_queries_of_a_prefill(backend: Library, order: int | None):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, heads, 50, 4)) for heads in (6, 2, 2))
+    cache = LayerCache(60, policy=ExpectedAttention(), order=order)
+    cache.step(*(backend.asarray(x) for x in (q, k, v)))
+    got = backend.numpy(cache.importance())
+    recent = 0.5 * q[:, :, -32:].reshape(2, 2, 3 * 32, 4)
+    for head in np.ndindex(2, 2):
+        arguments = k[head], v[head], recent[head].mean(axis=0), recent[head].var(axis=0)
+        np.testing.assert_allclose(got[head], peer_formulas.expected_attention(*arguments), rtol=1e-12, atol=1e-13)
+
+
+def test_expected_attention_needs_queries():
+    x = np.ones((1, 3, 2))
+    tokens = Tokens(x, x, np.arange(3)[None], x[..., 0], Moments.empty(x, x), 1.0)
+    with pytest.raises(ValueError, match=r"query_mean or query_variance of the tokens is None.*pass both"):
+        ExpectedAttention().importance(tokens)
+
+
+@pytest.mark.parametrize("policy", [ExpectedAttention(), "knorm"])
+@pytest.mark.parametrize("order", [None, 1])
+def test_queries_are_remembered_only_where_they_are_needed(policy: str | Policy, order: int | None):
+    cache = LayerCache(20, policy=policy, order=order, window=4)
+    cache.step(*np.random.default_rng(0).standard_normal((3, 1, 2, 30, 4)))
+    assert (cache.query_mean is not None) == cache.remembers_queries == (policy != "knorm")
+
+
 # Laws of all of them.
 
 
@@ -242,8 +308,8 @@ def test_padding_equals_removal(backend: Library, policy: Policy, case: Case):
     numbers = numbers_of(case)
     got = importance(backend, policy, numbers)
     assert got.shape == numbers["positions"].shape
-    assert np.isfinite(got).all()
-    for head, real, own in heads(numbers, OF_HEAD):
+    assert not np.isnan(got).any()
+    for head, real, own in heads(numbers):
         alone = importance(backend, policy, {name: x[None] for name, x in own.items()})[0]
         # Sums over more slots round otherwise, which a matrix of condition up to some thousands makes larger.
         np.testing.assert_allclose(got[head][real], alone, rtol=1e-9, atol=1e-11)

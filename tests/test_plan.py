@@ -38,7 +38,7 @@ def filled(context: int, **options: object) -> LayerCache:
 
 @pytest.mark.parametrize("context", [20, 64, 80, 95, 300])
 @pytest.mark.parametrize("correction", CORRECTION_NAMES)
-@pytest.mark.parametrize("policy", ["momentkv", "knorm"])
+@pytest.mark.parametrize("policy", ["momentkv", "knorm", "expected-attention"])
 def test_planned_bytes_are_those_of_a_layer_between_steps(context: int, correction: str, policy: str):
     order, kind = CORRECTION_NAMES[correction]
     cache = filled(context, policy=policy, order=order, correction=kind)
@@ -47,7 +47,7 @@ def test_planned_bytes_are_those_of_a_layer_between_steps(context: int, correcti
     assert result.total == cache.nbytes
     assert result.retained + result.waiting == cache.keys.shape[-2]
     assert result.retained_bytes + result.waiting_bytes == cache.keys.nbytes + cache.values.nbytes
-    anchored = order is not None and kind == "summaries"
+    anchored = (order is not None and kind == "summaries") or policy == "expected-attention"
     assert result.query_bytes == (cache.query_mean.nbytes + cache.query_square.nbytes if anchored else 0)
     assert result.state_bytes == (0 if order is None else cache.moments.nbytes)
 

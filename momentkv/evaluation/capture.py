@@ -126,8 +126,7 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         layer = captured.capture_layers[index]
         settings = core.parts[0]
         observes, length = settings.policy.observes, layer.keys.shape[2]
-        anchored = settings.order is not None and settings.correction.anchored
-        if observes is not None and (anchored or settings.keep_queries):
+        if observes is not None and (settings.remembers_queries or settings.keep_queries):
             observes = max(observes, RECENT_QUERIES)
         kept = 0 if layer.queries is None else layer.queries.shape[2]
         if kept < min(length, length if observes is None else observes):

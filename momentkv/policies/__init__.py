@@ -7,6 +7,7 @@ from momentkv.policies.balanced import Balanced
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.caote import CAOTE
 from momentkv.policies.critical import CriticalKV
+from momentkv.policies.expected import ExpectedAttention
 from momentkv.policies.h2o import H2O
 from momentkv.policies.keydiff import KeyDiff
 from momentkv.policies.knorm import Knorm
@@ -28,6 +29,7 @@ __all__ = [
     "Attention",
     "Balanced",
     "CriticalKV",
+    "ExpectedAttention",
     "KeyDiff",
     "Knorm",
     "LagKV",
@@ -63,6 +65,7 @@ POLICIES: dict[str, type[Policy]] = {
         CriticalKV,
         LagKV,
         Leverage,
+        ExpectedAttention,
     )
 }
 

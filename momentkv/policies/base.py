@@ -28,6 +28,9 @@ class Tokens:
         Of the tokens evicted so far.
     scale : float
         Factor on ``q . k``.
+    query_mean, query_variance : array, shape (..., kv_head, d), or None
+        Mean, and variance of each coordinate, of the recent queries times ``scale``, over all heads of the group; None
+        unless the policy or the correction needs them.
     """
 
     keys: Array
@@ -36,6 +39,8 @@ class Tokens:
     score: Array
     moments: Moments
     scale: float
+    query_mean: Array | None = None
+    query_variance: Array | None = None
 
 
 class Policy(abc.ABC):
@@ -53,6 +58,8 @@ class Policy(abc.ABC):
     accumulates : bool
         Whether a token's score survives an eviction (True) or starts afresh (False), so that it covers the queries
         since the last eviction.
+    needs_queries : bool
+        Whether it wants mean and variance of the recent queries, which are then stored.
     rounds : int
         In how many rounds a long eviction is done. Each round sees the moments of the rounds before.
     """
@@ -60,6 +67,7 @@ class Policy(abc.ABC):
     name: ClassVar[str] = ""
     observes: int | None = 0
     accumulates: ClassVar[bool] = False
+    needs_queries: ClassVar[bool] = False
     rounds: int = 1
 
     def observe(self, score: Array, attention: Array) -> Array:

@@ -9,7 +9,7 @@ from momentkv._array import Array, accumulate, array_namespace
 from momentkv.moments import positive
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.novelty import ranks
-from momentkv.policies.snapkv import pool_neighbours
+from momentkv.policies.snapkv import check_kernel, pool_neighbours
 
 __all__ = ["CriticalKV"]
 
@@ -58,8 +58,7 @@ class CriticalKV(Policy):
             raise ValueError(f"first is {self.first}; use a share of the tokens from 0 to 1")
         if not self.epsilon >= 0:
             raise ValueError(f"epsilon is {self.epsilon}; use a share of attention of at least 0")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"kernel is {self.kernel}; use an odd width of at least 1")
+        check_kernel(self.kernel)
 
     def importance(self, tokens: Tokens) -> Array:
         xp = array_namespace(tokens.values, tokens.score)
