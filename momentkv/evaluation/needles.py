@@ -76,14 +76,14 @@ class Reader:
         model(self.ids[:, : self.context], past_key_values=self.captured, logits_to_keep=1)
         self.nbytes = self.captured.nbytes
         self.layers = list(self.captured.capture_layers.values())
-        before = [layer.queries for layer in self.layers]
+        before = [layer.queries for layer in self.captured.attended().values()]
         for layer in self.layers:
             layer.keep = None  # of the question
         self.full = self.score(self.context, self.captured)
         # One pass serves both kinds of question, for the shorter context is the beginning of the longer one.
         self.whole = [
-            (layer.keys, layer.values, torch.cat([x, layer.queries], dim=2))
-            for layer, x in zip(self.layers, before, strict=True)
+            (layer.keys, layer.values, torch.cat([queries, layer.queries], dim=2))
+            for layer, queries in zip(self.captured.attended().values(), before, strict=True)
         ]
 
     def score(self, read: int, cache: Any) -> Recall:
