@@ -23,6 +23,7 @@ from momentkv.evaluation.haystack import KEYS, Sample, make_sample, prose
 from momentkv.evaluation.needles import Reader, measure_sample, recall
 from momentkv.evaluation.needles_report import needles_table, plot_needles, summarize, wilson
 from momentkv.evaluation.report import read_json
+from momentkv.policies import H2O, Policy
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<end>{% endfor %}"
@@ -158,10 +159,10 @@ def test_a_budget_beyond_the_context_is_the_full_cache(correction: str, model: A
         assert result.nll == pytest.approx(full.nll, rel=1e-4)
 
 
-@pytest.mark.parametrize("policy", ["h2o", "balanced"])
+@pytest.mark.parametrize("policy", ["knorm", "h2o", H2O(observes=None), "balanced"], ids=str)
 @pytest.mark.parametrize("correction", ["none", "summaries", "summaries-layers"])
 def test_measurement_is_a_prefill_and_one_pass_over_what_was_not_compressed(
-    correction: str, policy: str, model: Any, sample: Sample
+    correction: str, policy: str | Policy, model: Any, sample: Sample
 ):
     setting = Setting(policy, 60, *CHOICES[correction])
     cells = [("unseen", setting), ("seen", setting)]

@@ -150,7 +150,7 @@ def measure_sample(
     """
     cells = list(cells)
     observed = [get_policy(setting.policy).observes for _, setting in cells]
-    reader = Reader(model, sample, None if None in observed else max(RECENT_QUERIES, *filter(None, observed)))
+    reader = Reader(model, sample, None if None in observed else max([RECENT_QUERIES, *filter(None, observed)]))
     result = reader.full
     if generate:
         result = dataclasses.replace(result, generated=reader.generates(reader.rewind(reader.context)))
