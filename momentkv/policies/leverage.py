@@ -32,10 +32,11 @@ class Leverage(Policy):
 
     Notes
     -----
-    Source: leverage scores choose the rows of a CUR decomposition (Drineas, Mahoney, Muthukrishnan, arXiv 0708.3696);
-    CurDKV (arXiv 2509.15038) evicts by those of keys times those of values. It approximates them by norms after a
-    random projection; here they are exact, but for the ridge of a thousandth of the mean eigenvalue, which few or
-    equal tokens need. It also fixes its own sinks; here sinks and window are the cache's.
+    Source: leverage scores choose the rows of a CUR decomposition (Drineas, Mahoney, Muthukrishnan, arXiv 0708.3696).
+    Compactor (arXiv 2507.08143) evicts by those of centred keys before RoPE, after a random projection, blended with
+    attention; CurDKV (arXiv 2509.15038) by those of keys times those of values, approximated by squared norms. Here
+    they are exact, of the keys that attention uses, but for the ridge of a thousandth of the mean eigenvalue, which few
+    or equal tokens need. Sinks and window are the cache's.
 
     Examples
     --------
