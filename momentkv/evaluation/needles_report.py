@@ -128,7 +128,7 @@ def plot_needles(rows: list[Row], path: str | Path, *, title: str) -> Path:
                         [max(0.0, x["interval"][1] - share) for share, (_, x) in zip(shares, points, strict=True)],
                     ],
                     color=f"C{policies.index(line[0])}",
-                    linestyle=("-", ":", "--", "-.")[corrections.index(line[1]) % 4],
+                    linestyle=(":", "-", "--", "-.")[corrections.index(line[1]) % 4],
                     marker="o",
                     markersize=3,
                     elinewidth=0.7,
