@@ -14,8 +14,9 @@ from momentkv.backends import get_backend
 from momentkv.cache import LayerCache
 from momentkv.corrections import AnchoredSummaries
 from momentkv.policies import Policy, Tokens
+from momentkv.ragged import RaggedCache
 
-__all__ = ["SharedBudget", "budget_grid", "error_curve", "share_budget"]
+__all__ = ["SharedBudget", "budget_grid", "error_curve", "error_curves", "share_budget"]
 
 # Budgets that errors are measured at, as multiples of the average, and steps between them that are interpolated.
 MULTIPLES = (0.4, 1.0, 2.5, 6.25)
@@ -44,12 +45,12 @@ def budget_grid(average: int, least: int) -> list[int]:
     return sorted({max(least, round(multiple * average)) for multiple in MULTIPLES})
 
 
-def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
-    """Error that eviction to each budget would cause for the newest queries, correction included.
+def error_curves(cache: LayerCache, grid: Sequence[int]) -> list[list[float]]:
+    """Error that eviction to each budget would cause in each KV head for the newest queries, correction included.
 
-    Mean over heads and queries of the squared relative error of the output, against what the cache gives before the
-    eviction (exact attention if nothing has been evicted yet). Tokens are ranked once for all budgets, as they are now;
-    at a first eviction one summary stands in for several.
+    Mean over the group and the queries (and the rows of a batch) of the squared relative error of the output, against
+    what the cache gives before the eviction (exact attention if nothing has been evicted yet). Tokens are ranked once
+    for all budgets, as they are now; at a first eviction one summary stands in for several.
 
     Parameters
     ----------
@@ -60,7 +61,8 @@ def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
 
     Returns
     -------
-    list of float
+    list of list of float
+        A curve for each KV head.
 
     Raises
     ------
@@ -70,7 +72,7 @@ def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
     q = cache.newest_queries
     if q is None:
         raise ValueError(
-            "the cache holds no newest queries to measure errors with: call error_curve between attend(q) of a whole "
+            "the cache holds no newest queries to measure errors with: call error_curves between attend(q) of a whole "
             "window of queries and evict(), on a cache made with keep_queries=True"
         )
     backend = cache.backend or get_backend(q)
@@ -94,14 +96,23 @@ def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
     if isinstance(cache.correction, AnchoredSummaries) and not cache.has_evicted:
         trial.correction = STAND_IN
         trial.moments = STAND_IN.empty(cache.keys, cache.values, order=0)
+    kv_heads = cache.keys.shape[-3]
     errors = []
     for budget in reversed(grid):
         trial.budget = budget
         trial.evict()
         off = output(trial) - exact
-        square = xp.sum(off * off, axis=-1)
-        errors.append(float(xp.mean(square / xp.where(norm > 0, norm, xp.ones_like(norm)))))
-    return errors[::-1]
+        relative = xp.sum(off * off, axis=-1) / xp.where(norm > 0, norm, xp.ones_like(norm))
+        by_head = xp.mean(
+            xp.reshape(relative, (-1, kv_heads, relative.shape[-2] // kv_heads, q.shape[-2])), axis=(0, 2, 3)
+        )
+        errors.append([float(x) for x in by_head])
+    return [list(curve) for curve in zip(*reversed(errors), strict=True)]
+
+
+def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
+    """`error_curves`, averaged over the KV heads: the curve of a layer."""
+    return [sum(errors) / len(errors) for errors in zip(*error_curves(cache, grid), strict=True)]
 
 
 def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -188,13 +199,13 @@ def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: 
 
 
 class SharedBudget:
-    """Evicts the layers (or KV heads) of a model together after a prefill, each to its share of one total.
+    """Evicts the layers of a model together after a prefill, each layer or each KV head to its share of one total.
 
     Parameters
     ----------
-    caches : sequence of LayerCache
-        Made with ``keep_queries=True`` and one budget, the average. A cache may be a layer, or one KV head of it
-        (`momentkv.ragged.RaggedCache`), all alike: a token costs the same in each.
+    caches : sequence of LayerCache or RaggedCache
+        Made with ``keep_queries=True`` and one budget, the average. A `LayerCache` has one share, a `RaggedCache` one
+        for each KV head.
 
     Notes
     -----
@@ -203,14 +214,15 @@ class SharedBudget:
     decoding, each layer keeps to its budget.
     """
 
-    def __init__(self, caches: Sequence[LayerCache]) -> None:
+    def __init__(self, caches: Sequence[LayerCache | RaggedCache]) -> None:
         self.caches = list(caches)
-        self.average = self.caches[0].budget
-        self.waiting: list[LayerCache] = []
+        self.average = self.caches[0].parts[0].budget
+        self.waiting: list[LayerCache | RaggedCache] = []
 
-    def evict(self, cache: LayerCache) -> None:
+    def evict(self, cache: LayerCache | RaggedCache) -> None:
         """Evict one layer, or, after a prefill, wait for the others and then evict them all."""
-        if cache.newest_queries is None:
+        first = cache.parts[0]
+        if first.newest_queries is None:
             cache.evict()
             return
         if any(cache is other for other in self.waiting):
@@ -219,23 +231,33 @@ class SharedBudget:
         if len(self.waiting) < len(self.caches):
             return
         waiting, self.waiting = self.waiting, []
-        if all(each.keys.shape[-2] < each.budget + each.block for each in waiting):
-            for each in waiting:
-                each.evict()  # nothing goes yet, but the queries are let go
+        parts = [part for each in waiting for part in each.parts]
+        if all(part.stored < part.budget + part.block for part in parts):
+            for part in parts:
+                part.evict()  # nothing goes yet, but the queries are let go
             return
-        least = cache.sinks + cache.window + 1
-        grid = budget_grid(self.average, least)
+        grid = budget_grid(self.average, first.sinks + first.window + 1)
         fine: list[int] = []
         curves = []
-        for each in waiting:
-            fine, curve = refine(grid, error_curve(each, grid))
-            curves.append(curve)
-        for each, budget in zip(waiting, share_budget(curves, fine, self.average * len(waiting)), strict=True):
-            each.budget = budget
-            each.evict()
+        for curve in (curve for each in waiting for curve in curves_of(each, grid)):
+            fine, refined = refine(grid, curve)
+            curves.append(refined)
+        for part, budget in zip(parts, share_budget(curves, fine, self.average * len(parts)), strict=True):
+            part.budget = budget
+            part.evict()
 
     def reset(self) -> None:
-        """Back to the average for every layer."""
+        """Back to the average for all."""
         self.waiting = []
-        for cache in self.caches:
-            cache.budget = self.average
+        for part in (part for cache in self.caches for part in cache.parts):
+            part.budget = self.average
+
+
+def curves_of(cache: LayerCache | RaggedCache, grid: Sequence[int]) -> list[list[float]]:
+    """One curve for each part of a cache."""
+    if isinstance(cache, LayerCache):
+        return [error_curve(cache, grid)]
+    together = cache.together()
+    if together is not None:
+        return error_curves(together, grid)
+    return [error_curve(part, grid) for part in cache.parts]

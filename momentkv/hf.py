@@ -147,8 +147,7 @@ class MomentLayer(CacheLayerMixin):
         if self.sharing is None:
             self.core.evict()
         else:
-            for part in self.core.parts:
-                self.sharing.evict(part)
+            self.sharing.evict(self.core)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and evicted ones included: positions and masks count from here."""
@@ -292,7 +291,7 @@ class MomentCache(Cache):
         self.config = config
         self.sharing = None
         if sharing != "uniform":
-            self.sharing = SharedBudget([part for core in self.moment_layers.values() for part in core.parts])
+            self.sharing = SharedBudget(list(self.moment_layers.values()))
             for layer in layers:
                 if isinstance(layer, MomentLayer):
                     layer.sharing = self.sharing

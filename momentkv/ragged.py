@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,17 @@ from momentkv.cache import LayerCache
 from momentkv.moments import check_broadcast
 
 __all__ = ["RaggedCache"]
+
+# Arrays of a `LayerCache` that is still complete, and their axis of heads.
+HEAD_AXES = {
+    "keys": -3,
+    "values": -3,
+    "positions": -2,
+    "score": -2,
+    "query_mean": -2,
+    "query_square": -2,
+    "newest_queries": -3,
+}
 
 
 class RaggedCache(CacheStep):
@@ -143,6 +155,19 @@ class RaggedCache(CacheStep):
     def nbytes(self) -> int:
         """Bytes of all that is stored now."""
         return sum(part.nbytes for part in self.parts)
+
+    def together(self) -> LayerCache | None:
+        """All heads in one `LayerCache` to measure with, or None once they differ in length or have evicted."""
+        if any(part.has_evicted for part in self.parts) or len(set(self.stored)) > 1 or not self.seen:
+            return None
+        one = copy.copy(self.parts[0])
+        xp = array_namespace(one.keys)
+        for name, axis in HEAD_AXES.items():
+            arrays = [getattr(part, name) for part in self.parts]
+            setattr(one, name, None if arrays[0] is None else xp.concat(arrays, axis=axis))
+        one.padded = any(part.padded for part in self.parts)
+        one.moments = one.correction.empty(one.keys, one.values, order=one.order or 0)
+        return one
 
     def _queries(self, q: Array, head: int) -> Array:
         """The queries of one KV head's group."""

@@ -371,9 +371,12 @@ class Summaries:
         xp = array_namespace(keys)
         share = shares(log_weight)
         deviation = xp.sqrt(xp.astype(window.variance, keys.dtype, copy=False))
-        features = xp.concat([keys * deviation[..., None, :], standardised(values, share)], axis=-1)
         groups = self.log_weight.shape[-1]
-        member = cluster(features, share**GROUPING_POWER, groups)
+        if groups == 1:
+            member = xp.ones_like(keys[..., :1])
+        else:
+            features = xp.concat([keys * deviation[..., None, :], standardised(values, share)], axis=-1)
+            member = cluster(features, share**GROUPING_POWER, groups)
         part, key_mean = centres(member, share, keys)
         _, value_mean = centres(member, share, values)
         off_keys, off_values = keys - xp.matmul(member, key_mean), values - xp.matmul(member, value_mean)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from models import prompt, tiny
 
 from momentkv import LayerCache
-from momentkv.budgets import budget_grid, error_curve, refine, share_budget
+from momentkv.budgets import budget_grid, error_curve, error_curves, refine, share_budget
 from momentkv.corrections import AnchoredSummaries
 from momentkv.hf import MomentCache
+from momentkv.ragged import RaggedCache
 
 GRID = [4, 6, 10]
 
@@ -116,6 +117,27 @@ def test_refined_curves_pass_through_what_was_measured_and_never_rise():
     assert budgets == sorted(set(budgets))
     assert errors == sorted(errors, reverse=True)
     assert errors[budgets.index(85)] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("correction", ["moments", "summaries"])
+def test_curves_of_heads_are_those_of_each_head_alone(correction: str):
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((1, heads, 200, 8)) for heads in (4, 2, 2))
+    options = {"correction": correction, "window": 8, "block": 1, "keep_queries": True}
+    layer, ragged = LayerCache(40, **options), RaggedCache([40, 40], **options)
+    for cache in (layer, ragged):
+        cache.append(k, v)
+        cache.attend(q)
+    curves = error_curves(layer, [20, 60])
+    alone = [error_curve(part, [20, 60]) for part in ragged.parts]
+    together = ragged.together()
+    assert together is not None
+    # The same sums in arrays of another shape.
+    np.testing.assert_allclose(curves, alone, rtol=1e-9)
+    np.testing.assert_allclose(error_curves(together, [20, 60]), alone, rtol=1e-9)
+    np.testing.assert_allclose(error_curve(layer, [20, 60]), np.mean(alone, axis=0), rtol=1e-9)
+    ragged.evict()
+    assert ragged.together() is None
 
 
 def test_curves_leave_the_cache_as_it_was():
