@@ -290,7 +290,7 @@ def test_table_counts_and_says_where_there_is_no_signal(tmp_path: Path):
         table = needles_table(made_rows(full), title="title")
         cells = {str(column.header): list(column.cells) for column in table.columns}
         assert cells["found"] == expected
-        assert cells["question"] == ["", "unseen", "", "seen", ""]
+        assert cells["question"] == ["100:", "unseen", "", "seen", ""]
         assert cells["bytes"] == ["", "64", "128", "64", "128"]
     assert is_image(plot_needles(made_rows(True), tmp_path / "new" / "needles.png", title="title"))
 

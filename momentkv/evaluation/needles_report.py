@@ -55,12 +55,12 @@ def summarize(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
 
 
 def needles_table(rows: list[Row], *, title: str) -> Table:
-    """One line a length, question, budget, policy and correction; the full cache of each length first."""
+    """One line a length, question, budget, policy and correction; the full cache heads each length."""
     summary = summarize(rows)
     generated = any(x["generated"] is not None for x in summary.values())
-    columns = ["length", "question", "bytes", "policy", "correction", "found", "95 %", "tokens", "NLL"]
+    columns = ["question", "bytes", "policy", "correction", "found", "95 %", "tokens", "NLL"]
     if generated:
-        columns.insert(7, "written")
+        columns.insert(6, "wrote")
     table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
     for column in columns:
         left = column in ("question", "policy", "correction")
@@ -73,23 +73,23 @@ def needles_table(rows: list[Row], *, title: str) -> Table:
             table.add_section()
         low, high = x["interval"]
         cells = [
-            str(length) if shown[0] != length else "",
-            question if shown[:2] != (length, question) else "",
+            "" if shown[:2] == (length, question) else question or f"{length}:",
             str(size or "") if shown != (length, question, size) else "",
             policy,
             correction,
             f"{x['found']}/{x['of']}" if x["signal"] else "no signal",
-            f"{low:.2f}-{high:.2f}" if x["signal"] else "",
+            f"{100 * low:.0f}-{100 * high:.0f}" if x["signal"] else "",
             f"{x['tokens']:.0%}",
             f"{x['nll']:.2f}",
         ]
         if generated:
-            cells.insert(7, "" if x["generated"] is None else f"{x['generated']}/{x['of']}")
+            cells.insert(6, "" if x["generated"] is None else f"{x['generated']}/{x['of']}")
         table.add_row(*cells)
         shown = length, question, size
     table.caption = (
-        "bytes: of so many tokens a KV head, correction included; found: every token of the answer, over all depths; "
-        + ("written: by generation; " if generated else "")
+        "on top: tokens of context; bytes: of so many tokens a KV head, correction included; "
+        "found: every token of the answer, over all depths; "
+        + ("wrote: by generation; " if generated else "")
         + "no signal: the full cache fails more often than not"
     )
     return table
