@@ -67,7 +67,14 @@ def demo(options: argparse.Namespace) -> int:
             progress.update(task, description=f"{name}, budget {setting.budget}")
             cache = replay(
                 captured,
-                MomentCache(model, setting.budget, policy=setting.policy, order=setting.order, correction=setting.kind),
+                MomentCache(
+                    model,
+                    setting.budget,
+                    policy=setting.policy,
+                    order=setting.order,
+                    correction=setting.kind,
+                    sharing=setting.sharing,
+                ),
             )
             readings.append(judge(model, tokenizer, cache, name, ids, question, full_logits, options))
             progress.advance(task)

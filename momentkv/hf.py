@@ -210,15 +210,16 @@ class MomentCache(Cache):
         A decoder-only model with ``attn_implementation="momentkv"``.
     budget : int or sequence of int
         Tokens retained per KV head, sinks and window included; one number, or one for each layer.
-    sharing : {"uniform", "layers", "heads"}
+    sharing : {"uniform", "layers", "heads"}, optional
         With one number: the same for all, or the average, shared among layers or among all heads of all layers after
-        every prefill by the error that each budget would cause (`momentkv.budgets`).
+        every prefill by the error that each budget would cause (`momentkv.budgets`). By default ``"heads"``, and
+        ``"uniform"`` where budget lists one for each layer.
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
         Order of the correction; None for plain eviction without moments.
     correction : str or Correction
-        ``"moments"``, the paper's, or ``"summaries"``, several and anchored at recent queries.
+        ``"summaries"``, several and anchored at recent queries, or ``"moments"``, the paper's.
     sinks, window, block : int
         First tokens and most recent tokens that are always retained, and tokens evicted at a time while decoding.
     backend : str or ArrayBackend, optional
@@ -232,6 +233,9 @@ class MomentCache(Cache):
 
     Notes
     -----
+    The defaults serve fidelity and later questions alike. The paper's method is
+    ``policy="momentkv", correction="moments", sharing="uniform"``.
+
     Full-attention layers are compressed; sliding-window and chunked layers are bounded already and stay exact.
     Greedy and sampled generation, left-padded batches, chunked prefill, decode-time eviction and multi-turn reuse are
     supported. Assisted decoding, ``crop``, offloading, ``torch.compile`` and custom 4-D masks raise.
@@ -242,10 +246,10 @@ class MomentCache(Cache):
         model: Any,
         budget: int | Sequence[int],
         *,
-        policy: str | Policy = "momentkv",
+        policy: str | Policy = "balanced",
         order: int | None = 1,
-        correction: str | Correction = "moments",
-        sharing: str = "uniform",
+        correction: str | Correction = "summaries",
+        sharing: str | None = None,
         sinks: int = 1,
         window: int = 32,
         block: int = 32,
@@ -260,6 +264,8 @@ class MomentCache(Cache):
             raise ValueError(
                 f"budget has {len(budgets)} entries but the model has {len(kinds)} layers; give one for each"
             )
+        if sharing is None:
+            sharing = "heads" if isinstance(budget, int) else "uniform"
         check_sharing(sharing, budget)
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(kinds):
@@ -290,7 +296,7 @@ class MomentCache(Cache):
         super().__init__(layers=layers)
         self.config = config
         self.sharing = None
-        if sharing != "uniform":
+        if sharing != "uniform" and self.moment_layers:
             self.sharing = SharedBudget(list(self.moment_layers.values()))
             for layer in layers:
                 if isinstance(layer, MomentLayer):

@@ -34,7 +34,7 @@ def test_halves_are_attention_to_values_that_stand_out_and_novelty(empty: int):
     shown = tokens(0, empty)
     attention, novelty = (policy.importance(shown)[:, empty:] for policy in (Attention(), Novelty()))
     for share, half in ((0.0, attention), (1.0, novelty)):
-        assert np.array_equal(Balanced(novelty=share).importance(shown)[:, empty:], half)
+        assert np.array_equal(Balanced(novelty=share, kernel=1).importance(shown)[:, empty:], half)
     for head in range(2):
         k, v, score = (x[head, empty:] for x in (shown.keys, shown.values, shown.score))
         # Solutions with a covariance of condition up to some hundreds: a few hundred roundings.
@@ -88,11 +88,11 @@ def test_an_outlier_that_nothing_attends_to_is_kept():
     q = rng.standard_normal((1, 300, 8))
     q[..., -40:, :] = -k[0, 100]  # the window looks away from it
     kept = {}
-    for policy in (Balanced(novelty=0.0), Balanced()):
+    for policy in (Balanced(novelty=0.0, kernel=1), Balanced()):
         cache = LayerCache(40, policy=policy, window=8, block=1)
         cache.step(q, k, v)
         kept[policy.novelty] = 100 in cache.positions[0]
-    assert kept == {0.0: False, 0.25: True}
+    assert kept == {0.0: False, 0.5: True}
 
 
 @pytest.mark.parametrize(("options", "message"), [({"novelty": 1.5}, "novelty is 1.5"), ({"kernel": 2}, "kernel is 2")])

@@ -169,7 +169,7 @@ def test_shared_caches_keep_to_the_total_at_every_step(seed: int):
 
 def test_shared_caches_forget_their_shares_on_reset():
     model = tiny("llama")
-    cache = MomentCache(model, budget=60, sharing="layers", window=8)
+    cache = MomentCache(model, budget=60, sharing="layers", policy="momentkv", correction="moments", window=8)
     model(prompt(1, 280), past_key_values=cache)
     cache.reset()
     assert {core.budget for core in cache.moment_layers.values()} == {60}
@@ -186,7 +186,7 @@ def test_chunks_share_anew_and_stay_bounded():
 
 def test_contexts_within_the_budget_are_not_touched():
     model = tiny("llama")
-    cache = MomentCache(model, budget=300, sharing="layers", window=8)
+    cache = MomentCache(model, budget=300, sharing="layers", policy="momentkv", correction="moments", window=8)
     model(prompt(1, 200), past_key_values=cache)
     assert {core.keys.shape[2] for core in cache.moment_layers.values()} == {200}
 

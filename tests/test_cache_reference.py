@@ -15,7 +15,7 @@ from reference_cache import ReferenceRow, Rules
 from rounding import assert_within, corrected_error, unit
 
 from momentkv import POLICIES, LayerCache, get_policy
-from momentkv.policies import H2O, CriticalKV, LagKV, MomentKV, Policy, SnapKV
+from momentkv.policies import H2O, Balanced, CriticalKV, LagKV, MomentKV, Policy, SnapKV
 
 D, DV, KV_HEADS, GROUP = 5, 4, 2, 2
 ALL = sorted(set(POLICIES) - {"random"})
@@ -32,13 +32,13 @@ def observing(name: str) -> Policy:
     """The policy with a window that these short sequences can fill, and more than one round."""
     if name == "momentkv":
         return MomentKV(observes=4, rounds=3)
+    if name == "balanced":
+        return Balanced(observes=4, novelty=0.25, kernel=1)
     if name == "lagkv":
         return LagKV(lag=4)
     if name == "criticalkv":
         return CriticalKV(observes=4, kernel=1)  # sums over the same neighbours tie, but for rounding
-    return (
-        POLICIES[name](observes=4) if name in ("attention", "balanced", "caote", "h2o", "snapkv") else get_policy(name)
-    )
+    return POLICIES[name](observes=4) if name in ("attention", "caote", "h2o", "snapkv") else get_policy(name)
 
 
 def rules_of(policy: Policy, order: int | None, budget: int = 8) -> Rules:

@@ -26,6 +26,7 @@ from momentkv.hf import MomentCache
 from momentkv.policies import H2O, Policy, SnapKV, get_policy
 
 SMALL = {"sinks": 1, "window": 8}
+UNIFORM = SMALL | {"sharing": "uniform"}
 CONTEXT = 60
 # As in test_hf: of the largest element, the roundings of a few layers in float32.
 TOLERANCE = 2e-5
@@ -49,7 +50,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("correction", ["moments", "summaries"])
 def test_replay_is_a_prefill(correction: str, policy: str | Policy, family: str):
     model, ids = tiny(family), prompt(1, CONTEXT)
-    prefilled, replayed = (MomentCache(model, 20, policy=policy, correction=correction, **SMALL) for _ in range(2))
+    prefilled, replayed = (MomentCache(model, 20, policy=policy, correction=correction, **UNIFORM) for _ in range(2))
     with torch.no_grad():
         model(ids, past_key_values=prefilled)
     observes = get_policy(policy).observes
@@ -82,15 +83,15 @@ def test_replay_needs_the_queries_that_the_policy_observes():
     model, ids = tiny("llama"), prompt(1, CONTEXT)
     for policy, keep, message in ((SnapKV(), 31, "keep=32"), (H2O(observes=None), 59, "keep=None")):
         with pytest.raises(ValueError, match=rf"{keep} queries were captured, but policy '{policy.name}' .*{message}"):
-            replay(capture("llama", ids, keep), MomentCache(model, 20, policy=policy, **SMALL))
+            replay(capture("llama", ids, keep), MomentCache(model, 20, policy=policy, **UNIFORM))
     short = capture("llama", ids[:, :10], 32)  # shorter than the observation window: all there are
-    assert replay(short, MomentCache(model, 20, policy="snapkv", **SMALL)).get_seq_length() == 10
+    assert replay(short, MomentCache(model, 20, policy="snapkv", **UNIFORM)).get_seq_length() == 10
 
 
 def test_replay_refuses_sliding_layers():
     model = tiny("gemma3")
     with pytest.raises(ValueError, match="full attention in every layer"):
-        replay(capture("gemma3", prompt(1, CONTEXT), 32), MomentCache(model, 20, **SMALL))
+        replay(capture("gemma3", prompt(1, CONTEXT), 32), MomentCache(model, 20, **UNIFORM))
 
 
 def test_comparison_is_as_defined():
@@ -130,7 +131,7 @@ def test_measurement_is_a_prefill_and_one_pass_over_what_follows(order: int | No
     with torch.no_grad():
         full = full_model(ids[:, :-1], past_key_values=DynamicCache(config=full_model.config)).logits[0, CONTEXT:]
     for setting, fidelity, nbytes in measure(model, ids, CONTEXT, settings, **SMALL):
-        cache = MomentCache(model, budget, policy=setting.policy, order=order, block=1, **SMALL)
+        cache = MomentCache(model, budget, policy=setting.policy, order=order, correction="moments", block=1, **UNIFORM)
         with torch.no_grad():
             model(ids[:, :CONTEXT], past_key_values=cache)
             assert nbytes == cache.nbytes
@@ -158,7 +159,13 @@ def test_grid_compares_at_equal_bytes():
         budget = budgets[index // 10]
         assert setting.budget == budget - moment_tokens(model, setting)
         cache = MomentCache(
-            model, setting.budget, policy=setting.policy, order=setting.order, correction=setting.kind, block=1, **SMALL
+            model,
+            setting.budget,
+            policy=setting.policy,
+            order=setting.order,
+            correction=setting.kind,
+            block=1,
+            **UNIFORM,
         )
         replay(capture("llama", ids, 32), cache)
         besides = sum(x.nbytes for core in cache.moment_layers.values() for x in (core.positions, core.score)
@@ -207,7 +214,7 @@ def test_gap_is_the_eviction_error_of_every_layer(order: int | None, family: str
     count = model.config.num_hidden_layers
     assert gap.layers == list(range(count))
     scale = getattr(model.config, "query_pre_attn_scalar", 16) ** -0.5  # the head dimension is 16
-    cache = MomentCache(model, 20, order=0 if order == 0 else 1, **SMALL)
+    cache = MomentCache(model, 20, policy="momentkv", order=0 if order == 0 else 1, correction="moments", **UNIFORM)
     with torch.no_grad():
         model(ids[:, :CONTEXT], past_key_values=cache)
     whole = capture(family, ids, following)

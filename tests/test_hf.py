@@ -19,6 +19,7 @@ ROOM = 400  # more than any sequence here
 # Of the largest logit: a few hundred float32 roundings (6e-8 each), carried through four layers.
 TOLERANCE = 2e-5
 SMALL = {"sinks": 1, "window": 8, "block": 4}
+UNIFORM = SMALL | {"correction": "moments", "sharing": "uniform"}  # every head alike, as the references are
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"do_sample": True, "temperature": 1.5},
@@ -110,7 +111,7 @@ def test_without_any_cache_momentkv_equals_sdpa():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stored_tokens_never_exceed_the_budget_and_a_block(family: str, mode: str):
     model, seen = tiny(family), []
-    cache = MomentCache(model, 14, **SMALL)
+    cache = MomentCache(model, 14, **UNIFORM)
 
     def check(*_: Any) -> None:
         seen.append(cache.get_seq_length())
@@ -139,10 +140,10 @@ def test_stored_tokens_never_exceed_the_budget_and_a_block(family: str, mode: st
 def test_left_padded_row_equals_the_row_alone(family: str, evicts: bool):
     rows, ids, mask = ragged()
     budget = 16 if evicts else ROOM
-    batch = MomentCache(tiny(family), budget, **SMALL)
+    batch = MomentCache(tiny(family), budget, policy="momentkv", **UNIFORM)
     tokens, logits = generate(tiny(family), batch, ids, mask, new=12)
     for index, row in enumerate(rows):
-        alone = MomentCache(tiny(family), budget, **SMALL)
+        alone = MomentCache(tiny(family), budget, policy="momentkv", **UNIFORM)
         own, expected = generate(tiny(family), alone, row, new=12)
         assert torch.equal(tokens[index, ids.shape[1] :], own[0, row.shape[1] :])
         assert_close(logits[index], expected[0])
@@ -156,7 +157,7 @@ def test_left_padded_row_equals_the_row_alone(family: str, evicts: bool):
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_token_is_stored_or_folded_under_every_policy_and_order(policy: str, order: int | None):
     model = tiny("llama")
-    cache = MomentCache(model, 14, policy=policy, order=order, **SMALL)
+    cache = MomentCache(model, 14, policy=policy, order=order, **UNIFORM)
     _, logits = generate(model, cache, prompt(2, 40), new=16)
     assert logits.isfinite().all()
     for core in cache.moment_layers.values():
@@ -169,14 +170,14 @@ def test_every_token_is_stored_or_folded_under_every_policy_and_order(policy: st
 def test_orders_differ_once_something_is_evicted():
     outs = []
     for order in (None, 0, 1):
-        cache = MomentCache(tiny("llama"), 14, policy="streaming", order=order, **SMALL)
+        cache = MomentCache(tiny("llama"), 14, policy="streaming", order=order, **UNIFORM)
         tiny("llama")(prompt(1, 40), past_key_values=cache)
         outs.append(tiny("llama")(prompt(1, 1, seed=5), past_key_values=cache).logits)
     assert all((a - b).abs().max() > 0.01 for a, b in ((outs[0], outs[1]), (outs[1], outs[2])))
 
 
 def test_each_layer_has_its_own_budget():
-    cache = MomentCache(tiny("gemma3"), [20, 14, 20, 25], **SMALL)
+    cache = MomentCache(tiny("gemma3"), [20, 14, 20, 25], **UNIFORM)
     tiny("gemma3")(prompt(1, 40), past_key_values=cache)
     assert {index: core.keys.shape[2] for index, core in cache.moment_layers.items()} == {1: 14, 3: 25}
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "MomentLayer"] * 2
@@ -184,7 +185,7 @@ def test_each_layer_has_its_own_budget():
 
 def test_bfloat16_model_has_float32_moments():
     model = tiny("qwen3", "momentkv", "bfloat16")
-    cache = MomentCache(model, 14, **SMALL)
+    cache = MomentCache(model, 14, **UNIFORM)
     _, logits = generate(model, cache, prompt(2, 40), new=10)
     assert logits.isfinite().all()
     for core in cache.moment_layers.values():
@@ -196,7 +197,7 @@ def test_bfloat16_model_has_float32_moments():
 def test_two_runs_are_the_same_to_the_last_bit():
     runs = []
     for _ in range(2):
-        cache = MomentCache(tiny("gemma3"), 14, policy="random", **SMALL)
+        cache = MomentCache(tiny("gemma3"), 14, policy="random", **UNIFORM)
         tokens, logits = generate(tiny("gemma3"), cache, prompt(2, 40), new=12)
         runs.append([tokens, logits, *(x for core in cache.moment_layers.values() for x in core.arrays().values())])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -222,14 +223,14 @@ def test_layer_in_a_model_equals_a_layer_cache_driven_by_hand(family: str, monke
 
     monkeypatch.setattr(MomentLayer, "update", spy_update)
     monkeypatch.setattr(MomentLayer, "attend", spy_attend)
-    cache = MomentCache(model, 14, **SMALL)
+    cache = MomentCache(model, 14, **UNIFORM)
     index, core = list(cache.moment_layers.items())[-1]
     watched.append(cache.layers[index])
     with torch.no_grad():
         generate(model, cache, prompt(2, 40), new=10)
     config = model.config
     scale = getattr(config, "query_pre_attn_scalar", 16) ** -0.5  # the head dimension is 16
-    by_hand = LayerCache(14, scale=scale, **SMALL)
+    by_hand = LayerCache(14, scale=scale, policy="balanced", **SMALL)
     for k, v, q, out in steps:
         assert torch.equal(by_hand.step(q, k, v).transpose(1, 2), out)
     assert len(steps) == 10

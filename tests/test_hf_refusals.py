@@ -20,7 +20,7 @@ from momentkv import Tokens
 from momentkv.hf import MomentCache, momentkv_attention, momentkv_mask
 from momentkv.policies import Streaming
 
-SMALL = {"sinks": 1, "window": 8, "block": 4}
+SMALL = {"sinks": 1, "window": 8, "block": 4, "correction": "moments", "sharing": "uniform"}
 
 
 def config(kind: str, **settings: Any) -> PreTrainedConfig:

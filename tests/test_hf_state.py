@@ -14,6 +14,7 @@ from momentkv import POLICIES
 from momentkv.hf import MomentCache
 
 SMALL = {"sinks": 1, "window": 8, "block": 4}
+UNIFORM = SMALL | {"correction": "moments", "sharing": "uniform"}  # every head alike, as the references are
 # As in test_hf: of the largest element, the roundings of a few layers in float32.
 TOLERANCE = 2e-5
 ROWS: dict[str, tuple[Callable[[Any], None], list[int]]] = {
@@ -30,7 +31,7 @@ def conversation(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 def read(family: str, ids: torch.Tensor, mask: torch.Tensor, policy: str = "momentkv") -> MomentCache:
     """A cache after a prefill that evicts, and two steps that do not."""
-    cache = MomentCache(tiny(family), 14, policy=policy, **SMALL)
+    cache = MomentCache(tiny(family), 14, policy=policy, **UNIFORM)
     for start, stop in ((0, 38), (38, 39), (39, 40)):
         proceed(family, cache, ids[:, start:stop], mask[:, :stop])
     return cache
@@ -85,7 +86,7 @@ def test_rows_move_with_their_whole_state(operation: str, family: str, policy: s
 
 @pytest.mark.parametrize("operation", ROWS)
 def test_moving_the_rows_of_an_empty_cache_does_nothing(operation: str):
-    cache = MomentCache(tiny("llama"), 14, **SMALL)
+    cache = MomentCache(tiny("llama"), 14, **UNIFORM)
     ROWS[operation][0](cache)
     assert cache.get_seq_length() == cache.nbytes == 0
 
@@ -98,7 +99,7 @@ def test_reset_gives_a_fresh_cache(family: str):
     assert cache.get_seq_length() == cache.nbytes == 0
     assert all(core.arrays() == {} for core in cache.moment_layers.values())
     other = ids[:2].flip(0)
-    again, fresh = cache, MomentCache(tiny(family), 14, **SMALL)
+    again, fresh = cache, MomentCache(tiny(family), 14, policy="momentkv", **UNIFORM)
     outs = [proceed(family, x, other, torch.ones_like(other)) for x in (again, fresh)]
     assert torch.equal(*outs)
     assert_same(state(again), state(fresh))
@@ -108,7 +109,7 @@ def test_reset_gives_a_fresh_cache(family: str):
 @pytest.mark.parametrize("order", [None, 0, 1])
 def test_nbytes_is_the_sum_of_all_tensors_held(policy: str, order: int | None):
     model = tiny("gemma3")
-    cache = MomentCache(model, 14, policy=policy, order=order, **SMALL)
+    cache = MomentCache(model, 14, policy=policy, order=order, **UNIFORM)
     assert cache.nbytes == 0
     proceed("gemma3", cache, *conversation())
     sizes = {name: x.numel() * x.element_size() for name, x in state(cache).items()}
@@ -141,7 +142,7 @@ def test_deep_copies_are_independent(family: str):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_empty_cache_says_so(family: str):
-    cache = MomentCache(tiny(family), 14, **SMALL)
+    cache = MomentCache(tiny(family), 14, **UNIFORM)
     assert cache.get_seq_length() == cache.nbytes == 0
     for layer in cache.layers:
         assert not layer.is_initialized

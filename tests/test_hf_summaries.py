@@ -15,7 +15,7 @@ from momentkv.corrections import AnchoredSummaries
 from momentkv.hf import MomentCache
 from momentkv.summaries import Summaries
 
-SETTINGS: dict[str, Any] = {**SMALL, "correction": AnchoredSummaries(summaries=4, rank=2)}
+SETTINGS: dict[str, Any] = {**SMALL, "correction": AnchoredSummaries(summaries=4, rank=2), "sharing": "uniform"}
 # Of the largest element: roundings of two layers in float32, as in test_hf, and of regrouping summaries.
 TOLERANCE = 1e-4
 

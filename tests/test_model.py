@@ -69,7 +69,7 @@ def test_correction_comes_closer_to_the_full_cache_than_plain_eviction(loaded: t
     ids, kl = text(tokenizer, 664), {}
     log_p = torch.log_softmax(predictions(model, ids, DynamicCache(config=model.config)).double(), -1)
     for order in (None, 1):
-        cache = MomentCache(model, 64, order=order)
+        cache = MomentCache(model, 64, order=order, policy="momentkv", correction="moments", sharing="uniform")
         log_q = torch.log_softmax(predictions(model, ids, cache).double(), -1)
         kl[order] = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
         assert max(core.keys.shape[2] for core in cache.moment_layers.values()) < 64 + 32

@@ -74,7 +74,7 @@ def test_planned_bytes_are_those_of_a_model(family: str, dtype: str, correction:
     shape = find_shape(str(tmp_path))
     assert shape.layers == model.config.num_hidden_layers
     order, kind = CORRECTION_NAMES[correction]
-    cache = momentkv.hf.MomentCache(model, 64, order=order, correction=kind)
+    cache = momentkv.hf.MomentCache(model, 64, order=order, correction=kind, sharing="uniform")
     ids = prompt(2, 211)
     model(ids[:, :180], past_key_values=cache)
     for t in range(180, 211):

@@ -86,6 +86,7 @@ def measure_gap(
             policy=policy,
             order=order,
             correction=setting.kind,
+            sharing=setting.sharing,
             sinks=sinks,
             window=window,
             block=1,

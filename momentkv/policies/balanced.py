@@ -26,13 +26,13 @@ class Balanced(Policy):
     novelty : float
         Share of the budget for novelty, from 0 (attention alone) to 1.
     kernel, observes : int
-        As in `Attention`.
+        As in `Attention`; here wide by default, so that a span that a question points at stays whole.
     """
 
     name: ClassVar[str] = "balanced"
     observes: int | None = 32
-    novelty: float = 0.25
-    kernel: int = 1
+    novelty: float = 0.5
+    kernel: int = 13
 
     def __post_init__(self) -> None:
         if not 0 <= self.novelty <= 1:
