@@ -76,7 +76,7 @@ def test_recent_queries_are_remembered_and_padding_is_not(backend: Library, run:
     cache = cache_of(run)
     for part in run.steps():
         advance(backend, run, cache, part)
-    if run.order is None:
+    if run.order is None and not cache.policy.needs_queries:
         assert cache.query_mean is cache.query_square is None
         return
     largest = np.abs(run.arrays()[0].astype(np.float64)).max()
