@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
 from momentkv.evaluation.capture import CaptureCache, replay
-from momentkv.evaluation.fidelity import CHOICES, Fidelity, compare, settings_grid
+from momentkv.evaluation.fidelity import CHOICES, Fidelity, compare, empty_cache, settings_grid
 from momentkv.evaluation.report import progress_bar
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.hf import MomentCache
@@ -67,14 +67,7 @@ def demo(options: argparse.Namespace) -> int:
             progress.update(task, description=f"{name}, budget {setting.budget}")
             cache = replay(
                 captured,
-                MomentCache(
-                    model,
-                    setting.budget,
-                    policy=setting.policy,
-                    order=setting.order,
-                    correction=setting.kind,
-                    sharing=setting.sharing,
-                ),
+                empty_cache(model, setting, block=32),
             )
             readings.append(judge(model, tokenizer, cache, name, ids, question, full_logits, options))
             progress.advance(task)

@@ -40,7 +40,7 @@ from momentkv.backends import ArrayBackend
 from momentkv.budgets import SharedBudget
 from momentkv.cache import LayerCache
 from momentkv.corrections import Correction
-from momentkv.policies import Policy
+from momentkv.policies import Policy, get_policy
 from momentkv.ragged import RaggedCache
 
 __all__ = ["LINK", "NAME", "MomentCache", "MomentLayer", "momentkv_attention", "momentkv_mask"]
@@ -212,8 +212,9 @@ class MomentCache(Cache):
         Tokens retained per KV head, sinks and window included; one number, or one for each layer.
     sharing : {"uniform", "layers", "heads"}, optional
         With one number: the same for all, or the average, shared among layers or among all heads of all layers after
-        every prefill by the error that each budget would cause (`momentkv.budgets`). By default ``"heads"``, and
-        ``"uniform"`` where budget lists one for each layer.
+        every prefill by the error that each budget would cause (`momentkv.budgets`). By default ``"heads"``
+        (``"layers"`` for a policy that looks across heads, `Policy.couples_heads`), and ``"uniform"`` where budget
+        lists one for each layer.
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
@@ -265,7 +266,8 @@ class MomentCache(Cache):
                 f"budget has {len(budgets)} entries but the model has {len(kinds)} layers; give one for each"
             )
         if sharing is None:
-            sharing = "heads" if isinstance(budget, int) else "uniform"
+            shared = "layers" if get_policy(policy).couples_heads else "heads"
+            sharing = shared if isinstance(budget, int) else "uniform"
         check_sharing(sharing, budget)
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(kinds):

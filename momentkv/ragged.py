@@ -37,6 +37,11 @@ class RaggedCache(CacheStep):
     **settings
         As `LayerCache` takes them, the same for all heads.
 
+    Raises
+    ------
+    ValueError
+        If there are no budgets, one is too small, or the policy looks across heads (`Policy.couples_heads`).
+
     Attributes
     ----------
     parts : tuple of LayerCache
@@ -60,6 +65,12 @@ class RaggedCache(CacheStep):
         if len(budgets) == 0:
             raise ValueError("budgets is empty; give the budget of every KV head")
         self.parts = tuple(LayerCache(budget, **settings) for budget in budgets)
+        policy = self.parts[0].policy
+        if policy.couples_heads:
+            raise ValueError(
+                f"policy is {policy.name!r}, which looks across the KV heads of a layer, so that none can have a "
+                'budget of its own; use a LayerCache, in MomentCache sharing="layers" or "uniform"'
+            )
 
     @property
     def seen(self) -> int:

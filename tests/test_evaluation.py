@@ -173,6 +173,14 @@ def test_grid_compares_at_equal_bytes():
         assert 0 <= budget * token - (cache.nbytes - besides) / (2 * 2) < token
 
 
+def test_grid_leaves_out_heads_where_a_policy_looks_across_them():
+    heads, layers = (None, "moments", "heads"), (None, "moments", "layers")
+    grid = settings_grid(tiny("llama"), ["tova", "knorm"], [64], [heads, layers])
+    assert [(x.policy, x.sharing) for x in grid] == [("tova", "layers"), ("knorm", "heads"), ("knorm", "layers")]
+    with pytest.raises(ValueError, match="policy is 'tova', which looks across heads"):
+        settings_grid(tiny("llama"), ["tova"], [64], [heads])
+
+
 def test_grid_leaves_out_what_would_retain_too_few_and_is_never_empty():
     corrections = [(None, "moments"), (1, "moments"), (1, "summaries")]
     grid = settings_grid(tiny("llama"), ["knorm"], [44, 34, 33], corrections)

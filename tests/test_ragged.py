@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import left_padded, prompt, tiny
 
-from momentkv import LayerCache
+from momentkv import POLICIES, LayerCache, get_policy
 from momentkv.hf import MomentCache
 from momentkv.ragged import RaggedCache
 
@@ -151,3 +151,27 @@ def test_rows_of_a_shared_cache_can_be_reordered():
         cache.batch_select_indices(torch.tensor([1]))
         a = model(ids[1:, -1:], past_key_values=cache).logits
     assert a.shape[0] == 1
+
+
+def test_defaults_share_among_heads_where_that_is_possible():
+    model = tiny("llama")
+    parts = [part for core in MomentCache(model, 60).moment_layers.values() for part in core.parts]
+    assert len(parts) == 2 * 2
+    assert {(part.policy.name, part.order, part.correction.name) for part in parts} == {("balanced", 1, "summaries")}
+    for budget, policy, sharing in ((60, "tova", True), ([60, 50], "balanced", False), ([60, 50], "tova", False)):
+        cache = MomentCache(model, budget, policy=policy)
+        assert all(isinstance(core, LayerCache) for core in cache.moment_layers.values())
+        assert (cache.sharing is not None) == sharing
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_policies_say_whether_they_look_across_heads(name: str):
+    """What one head keeps changes with the other head, or its place, exactly where a policy says so."""
+    q, k, v = tokens(90, batch=1)
+    together, alone = (LayerCache(20, policy=name, **OPTIONS) for _ in range(2))
+    together.step(q, k, v)
+    alone.step(*heads_of(q, k, v, 1))
+    assert np.array_equal(together.positions[:, 1:], alone.positions) != get_policy(name).couples_heads
+    if get_policy(name).couples_heads:
+        with pytest.raises(ValueError, match=f"policy is '{name}', which looks across"):
+            MomentCache(tiny("llama"), 60, policy=name, sharing="heads")

@@ -124,21 +124,29 @@ def settings_grid(
 
     A correction is what `Setting` takes after the budget: order, kind and, optionally, sharing. A budget ``B`` means
     the bytes of ``B`` tokens per KV head (on average, where it is shared); what a correction costs is taken from the
-    tokens that it retains. Combinations that would retain fewer than ``least`` tokens are left out.
+    tokens that it retains. Combinations that would retain fewer than ``least`` tokens are left out, and so are budgets
+    by heads for policies that look across heads.
 
     Raises
     ------
     ValueError
         If that leaves none.
     """
-    grid, budgets = [], list(budgets)
+    grid, budgets, coupled = [], list(budgets), ""
     for budget in budgets:
         for policy in policies:
             for correction in corrections:
                 setting = Setting(policy, budget, *correction)
                 tokens = budget - moment_tokens(model, setting)
-                if tokens >= least:
+                if tokens >= least and setting.sharing == "heads" and get_policy(policy).couples_heads:
+                    coupled = get_policy(policy).name
+                elif tokens >= least:
                     grid.append(dataclasses.replace(setting, budget=tokens))
+    if not grid and coupled:
+        raise ValueError(
+            f"policy is {coupled!r}, which looks across heads, so that they cannot have budgets of their own; share "
+            "the budget among layers, or not at all"
+        )
     if not grid:
         raise ValueError(
             f"budget is {max(budgets)}, but at least {least} tokens must be retained beside what a correction costs; "
@@ -147,7 +155,7 @@ def settings_grid(
     return grid
 
 
-def empty_cache(model: Any, setting: Setting, *, sinks: int = 1, window: int = 32) -> MomentCache:
+def empty_cache(model: Any, setting: Setting, *, sinks: int = 1, window: int = 32, block: int = 1) -> MomentCache:
     """A cache of a setting that has read nothing."""
     return MomentCache(
         model,
@@ -158,7 +166,7 @@ def empty_cache(model: Any, setting: Setting, *, sinks: int = 1, window: int = 3
         sharing=setting.sharing,
         sinks=sinks,
         window=window,
-        block=1,
+        block=block,
     )
 
 

@@ -13,8 +13,7 @@ from momentkv.cache import RECENT_QUERIES
 from momentkv.diagnostics import EvictionError
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors
-from momentkv.evaluation.fidelity import Setting
-from momentkv.hf import MomentCache
+from momentkv.evaluation.fidelity import Setting, empty_cache
 from momentkv.policies import get_policy
 
 __all__ = ["Gap", "measure_gap", "plot_gap"]
@@ -80,17 +79,7 @@ def measure_gap(
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
     cache = replay(
         captured,
-        MomentCache(
-            model,
-            setting.budget,
-            policy=policy,
-            order=order,
-            correction=setting.kind,
-            sharing=setting.sharing,
-            sinks=sinks,
-            window=window,
-            block=1,
-        ),
+        empty_cache(model, dataclasses.replace(setting, order=order), sinks=sinks, window=window),
     )
     for layer in captured.capture_layers.values():
         layer.keep = None

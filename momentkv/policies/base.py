@@ -60,6 +60,9 @@ class Policy(abc.ABC):
         since the last eviction.
     needs_queries : bool
         Whether it wants mean and variance of the recent queries, which are then stored.
+    couples_heads : bool
+        Whether the importance of a token in one KV head depends on the others. Such a policy cannot give each head a
+        budget of its own (`momentkv.ragged.RaggedCache`).
     rounds : int
         In how many rounds a long eviction is done. Each round sees the moments of the rounds before.
     """
@@ -67,6 +70,7 @@ class Policy(abc.ABC):
     name: ClassVar[str] = ""
     observes: int | None = 0
     accumulates: ClassVar[bool] = False
+    couples_heads: ClassVar[bool] = False
     needs_queries: ClassVar[bool] = False
     rounds: int = 1
 

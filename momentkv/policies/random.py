@@ -22,6 +22,7 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
+    couples_heads: ClassVar[bool] = True  # by their numbers, so that they draw differently
     seed: int = 0
 
     def __post_init__(self) -> None:

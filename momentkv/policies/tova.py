@@ -22,6 +22,7 @@ class TOVA(Policy):
     """
 
     name: ClassVar[str] = "tova"
+    couples_heads: ClassVar[bool] = True
     observes: int | None = 1
 
     def observe(self, score: Array, attention: Array) -> Array:
