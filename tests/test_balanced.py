@@ -42,6 +42,15 @@ def test_halves_are_attention_to_values_that_stand_out_and_novelty(empty: int):
         np.testing.assert_allclose(novelty[head], distance(k) * distance(v), rtol=1e-10)
 
 
+def test_attention_is_averaged_over_neighbouring_positions():
+    shown, kernel = tokens(5, empty=2), 5
+    plain, pooled = (Attention(kernel=width).importance(shown) for width in (1, kernel))
+    for head in range(2):
+        for j in range(2, N):
+            near = [plain[head, i] for i in range(j - kernel // 2, j + kernel // 2 + 1) if 2 <= i < N]
+            assert pooled[head, j] == pytest.approx(sum(near) / kernel, rel=1e-12), (head, j)
+
+
 @pytest.mark.parametrize(("novelty", "budget"), [(0.25, 8), (0.5, 10), (0.75, 20)])
 def test_shares_are_kept_at_every_budget(novelty: float, budget: int):
     shown = tokens(1)

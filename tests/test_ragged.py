@@ -83,6 +83,53 @@ def test_a_step_that_fails_in_a_later_head_changes_none():
     assert all(np.array_equal(before[name], x) for name, x in cache.arrays().items())
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda cache, x: cache.append(*x[1:]),
+        lambda cache, x: cache.observe(x[0]),
+        lambda cache, x: cache.evict(),
+        lambda cache, x: cache.map(lambda a: a[1:]),
+    ],
+    ids=["append", "observe", "evict", "map"],
+)
+def test_a_part_of_a_step_that_fails_in_a_later_head_changes_none(act, monkeypatch: pytest.MonkeyPatch):
+    cache = RaggedCache([20, 20], **OPTIONS)
+    cache.append(*tokens(40)[1:])
+    before = {name: x.copy() for name, x in cache.arrays().items()}
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    for name in ("append", "observe", "evict", "map"):
+        monkeypatch.setattr(cache.parts[1], name, fail)
+    with pytest.raises(MemoryError):
+        act(cache, tokens(40, seed=1))
+    assert before.keys() == cache.arrays().keys()
+    assert all(np.array_equal(before[name], x) for name, x in cache.arrays().items())
+
+
+def test_heads_put_together_are_the_layer_that_they_are_parts_of():
+    settings = {"keep_queries": True, "correction": "summaries", **OPTIONS}
+    ragged, one = RaggedCache([20, 20], **settings), LayerCache(20, **settings)
+    q, k, v = tokens(60)
+    valid = np.ones((2, 2, 60), dtype=bool)
+    valid[0, 1, :3] = False  # padding in one head alone
+    for cache in (ragged, one):
+        cache.append(k, v)
+        cache.attend(q, valid=valid)
+    together = ragged.together()
+    assert together.padded
+    assert together.arrays().keys() == one.arrays().keys()
+    for name, x in one.arrays().items():
+        np.testing.assert_allclose(together.arrays()[name], x, rtol=1e-12, atol=1e-14, err_msg=name)
+    together.observe(q)
+    one.observe(q)
+    np.testing.assert_allclose(together.importance(), one.importance(), rtol=1e-12, atol=1e-14)
+    ragged.evict()
+    assert ragged.together() is None
+
+
 def test_rows_can_be_selected_and_all_forgotten():
     cache, row = RaggedCache([20, 24], **OPTIONS), RaggedCache([20, 24], **OPTIONS)
     q, k, v = tokens(40)
