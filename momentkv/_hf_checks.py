@@ -6,6 +6,8 @@ from typing import Any
 
 __all__ = [
     "NAME",
+    "SHARING",
+    "SHARING_BY_HEADS",
     "check_implementation",
     "check_lengths",
     "check_new_tokens",
@@ -15,6 +17,8 @@ __all__ = [
 ]
 
 NAME = "momentkv"
+SHARING_BY_HEADS = ("heads", "layer-heads", "ada-kv")
+SHARING = ("uniform", "layers", *SHARING_BY_HEADS, "pyramid")
 
 # Arguments that change what attention computes, each of which some architecture passes.
 UNSUPPORTED_ARGUMENTS = {
@@ -88,8 +92,8 @@ def refuse_arguments(attention_mask: Any, dropout: float, kwargs: dict[str, Any]
 
 def check_sharing(sharing: str, budget: Any) -> None:
     """Raise unless the way of sharing is known and fits the budget."""
-    if sharing not in ("uniform", "layers", "heads"):
-        raise ValueError(f'sharing is {sharing!r}; use "uniform", "layers" or "heads"')
+    if sharing not in SHARING:
+        raise ValueError(f"sharing is {sharing!r}; use one of {', '.join(map(repr, SHARING))}")
     if sharing != "uniform" and not isinstance(budget, int):
         raise ValueError(
             f"sharing={sharing!r} decides the budget of each layer, but budget lists one for each; pass one number, "

@@ -1,4 +1,4 @@
-"""Sharing one total of retained tokens among layers or heads, by the error that each budget would cause in each."""
+"""The error that each budget would cause in a layer or head, and the best parts of one total by these errors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from momentkv.backends import get_backend
 from momentkv.cache import LayerCache
 from momentkv.corrections import AnchoredSummaries
 from momentkv.policies import Policy, Tokens
-from momentkv.ragged import RaggedCache
 
-__all__ = ["SharedBudget", "budget_grid", "error_curve", "error_curves", "share_budget"]
+__all__ = ["budget_grid", "error_curve", "error_curves", "refine", "share_budget"]
 
 # Budgets that errors are measured at, as multiples of the average, and steps between them that are interpolated.
 MULTIPLES = (0.4, 1.0, 2.5, 6.25)
@@ -196,68 +195,3 @@ def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: 
         level[layer] = there
         offer(layer)
     return budgets
-
-
-class SharedBudget:
-    """Evicts the layers of a model together after a prefill, each layer or each KV head to its share of one total.
-
-    Parameters
-    ----------
-    caches : sequence of LayerCache or RaggedCache
-        Made with ``keep_queries=True`` and one budget, the average. A `LayerCache` has one share, a `RaggedCache` one
-        for each KV head.
-
-    Notes
-    -----
-    Until the last layer has attended, every layer holds all its tokens: a prefill in one piece needs as much memory
-    as the full cache while it lasts, one in chunks as much as the budget and a chunk. Each chunk shares anew. While
-    decoding, each layer keeps to its budget.
-    """
-
-    def __init__(self, caches: Sequence[LayerCache | RaggedCache]) -> None:
-        self.caches = list(caches)
-        self.average = self.caches[0].parts[0].budget
-        self.waiting: list[LayerCache | RaggedCache] = []
-
-    def evict(self, cache: LayerCache | RaggedCache) -> None:
-        """Evict one layer, or, after a prefill, wait for the others and then evict them all."""
-        first = cache.parts[0]
-        if first.newest_queries is None:
-            cache.evict()
-            return
-        if any(cache is other for other in self.waiting):
-            self.waiting = []  # left by a pass that failed
-        self.waiting.append(cache)
-        if len(self.waiting) < len(self.caches):
-            return
-        waiting, self.waiting = self.waiting, []
-        parts = [part for each in waiting for part in each.parts]
-        if all(part.stored < part.budget + part.block for part in parts):
-            for part in parts:
-                part.evict()  # nothing goes yet, but the queries are let go
-            return
-        grid = budget_grid(self.average, first.sinks + first.window + 1)
-        fine: list[int] = []
-        curves = []
-        for curve in (curve for each in waiting for curve in curves_of(each, grid)):
-            fine, refined = refine(grid, curve)
-            curves.append(refined)
-        for part, budget in zip(parts, share_budget(curves, fine, self.average * len(parts)), strict=True):
-            part.budget = budget
-            part.evict()
-
-    def reset(self) -> None:
-        """Back to the average for all."""
-        self.waiting = []
-        for part in (part for cache in self.caches for part in cache.parts):
-            part.budget = self.average
-
-
-def curves_of(cache: LayerCache | RaggedCache, grid: Sequence[int]) -> list[list[float]]:
-    """One curve for each part of a cache."""
-    if isinstance(cache, LayerCache):
-        return [error_curve(cache, grid)]
-    together = cache.together()
-    if together is not None:
-        return error_curves(together, grid)
-    return [error_curve(part, grid) for part in cache.parts]

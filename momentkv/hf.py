@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from momentkv._hf_attention import LINK, momentkv_attention, momentkv_mask
 from momentkv._hf_checks import (
     NAME,
+    SHARING_BY_HEADS,
     check_implementation,
     check_lengths,
     check_new_tokens,
@@ -37,11 +38,11 @@ from momentkv._hf_checks import (
     refuse_arguments,
 )
 from momentkv.backends import ArrayBackend
-from momentkv.budgets import SharedBudget
 from momentkv.cache import LayerCache
 from momentkv.corrections import Correction
 from momentkv.policies import Policy, get_policy
 from momentkv.ragged import RaggedCache
+from momentkv.sharing import SharedBudget, by_error, by_importance, pyramid_budgets
 
 __all__ = ["LINK", "NAME", "MomentCache", "MomentLayer", "momentkv_attention", "momentkv_mask"]
 
@@ -210,11 +211,12 @@ class MomentCache(Cache):
         A decoder-only model with ``attn_implementation="momentkv"``.
     budget : int or sequence of int
         Tokens retained per KV head, sinks and window included; one number, or one for each layer.
-    sharing : {"uniform", "layers", "heads"}, optional
-        With one number: the same for all, or the average, shared among layers or among all heads of all layers after
-        every prefill by the error that each budget would cause (`momentkv.budgets`). By default ``"heads"``
-        (``"layers"`` for a policy that looks across heads, `Policy.couples_heads`), and ``"uniform"`` where budget
-        lists one for each layer.
+    sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "pyramid"}, optional
+        With one number: the same for all, or the average, shared after every prefill by the error that each budget
+        would cause (`momentkv.budgets`) among layers, among all heads of all layers, or among the heads of each layer.
+        For comparison, ``"ada-kv"`` and ``"pyramid"`` are the rules of those papers (`momentkv.sharing`). By default
+        ``"heads"`` (``"layers"`` for a policy that looks across heads, `Policy.couples_heads`), and ``"uniform"`` where
+        budget lists one for each layer.
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
@@ -269,6 +271,9 @@ class MomentCache(Cache):
             shared = "layers" if get_policy(policy).couples_heads else "heads"
             sharing = shared if isinstance(budget, int) else "uniform"
         check_sharing(sharing, budget)
+        if sharing == "pyramid":
+            budgets = pyramid_budgets(budgets[0], len(kinds), sinks=sinks, window=window)
+        keeps_queries = sharing not in ("uniform", "pyramid")
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(kinds):
             if kind in SLIDING_TYPES:
@@ -282,10 +287,10 @@ class MomentCache(Cache):
                     "window": window,
                     "block": block,
                     "backend": backend,
-                    "keep_queries": sharing != "uniform",
+                    "keep_queries": keeps_queries,
                 }
                 core: LayerCache | RaggedCache
-                if sharing == "heads":
+                if sharing in SHARING_BY_HEADS:
                     core = RaggedCache([budgets[index]] * kv_heads(config), **settings)
                 else:
                     core = LayerCache(budgets[index], **settings)
@@ -297,12 +302,15 @@ class MomentCache(Cache):
                 )
         super().__init__(layers=layers)
         self.config = config
-        self.sharing = None
-        if sharing != "uniform" and self.moment_layers:
-            self.sharing = SharedBudget(list(self.moment_layers.values()))
-            for layer in layers:
-                if isinstance(layer, MomentLayer):
-                    layer.sharing = self.sharing
+        self.sharing = sharing
+        compressed = [layer for layer in layers if isinstance(layer, MomentLayer)]
+        groups = [compressed] if sharing in ("layers", "heads") else [[layer] for layer in compressed]
+        self.shared_budgets: list[SharedBudget] = []
+        for group in groups if keeps_queries and compressed else []:
+            rule = by_importance if sharing == "ada-kv" else by_error
+            self.shared_budgets.append(SharedBudget([layer.core for layer in group], rule))
+            for layer in group:
+                layer.sharing = self.shared_budgets[-1]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -326,8 +334,8 @@ class MomentCache(Cache):
     def reset(self) -> None:
         """Forget all tokens and moments, and what each layer's share of the budget was."""
         super().reset()
-        if self.sharing is not None:
-            self.sharing.reset()
+        for shared in self.shared_budgets:
+            shared.reset()
 
     @property
     def moment_layers(self) -> dict[int, LayerCache | RaggedCache]:

@@ -208,7 +208,7 @@ def test_defaults_share_among_heads_where_that_is_possible():
     for budget, policy, sharing in ((60, "tova", True), ([60, 50], "balanced", False), ([60, 50], "tova", False)):
         cache = MomentCache(model, budget, policy=policy)
         assert all(isinstance(core, LayerCache) for core in cache.moment_layers.values())
-        assert (cache.sharing is not None) == sharing
+        assert bool(cache.shared_budgets) == sharing
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from momentkv._hf_checks import SHARING, SHARING_BY_HEADS
 from momentkv.accounting import token_equivalents
 from momentkv.cache import RECENT_QUERIES
 from momentkv.corrections import Correction
@@ -26,10 +27,11 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "order-0": (0, "moments"),
     "order-1": (1, "moments"),
     "summaries": (1, "summaries"),
-    "none-layers": (None, "moments", "layers"),
-    "summaries-layers": (1, "summaries", "layers"),
-    "none-heads": (None, "moments", "heads"),
-    "summaries-heads": (1, "summaries", "heads"),
+} | {
+    f"{name}-{sharing}": (order, kind, sharing)
+    for sharing in SHARING
+    for name, order, kind in (("none", None, "moments"), ("summaries", 1, "summaries"))
+    if sharing != "uniform"
 }
 
 
@@ -138,7 +140,7 @@ def settings_grid(
             for correction in corrections:
                 setting = Setting(policy, budget, *correction)
                 tokens = budget - moment_tokens(model, setting)
-                if tokens >= least and setting.sharing == "heads" and get_policy(policy).couples_heads:
+                if tokens >= least and setting.sharing in SHARING_BY_HEADS and get_policy(policy).couples_heads:
                     coupled = get_policy(policy).name
                 elif tokens >= least:
                     grid.append(dataclasses.replace(setting, budget=tokens))

@@ -61,12 +61,11 @@ def retain(
     xp = array_namespace(importance, positions)
     valid = positions >= 0
     n = positions.shape[-1]
-    order = xp.cumulative_sum(xp.astype(valid, xp.int64), axis=-1)
-    protected = valid & ((order <= sinks) | (positions >= seen - window))
+    always = protected(positions, sinks=sinks, window=window, seen=seen)
     # rank[j]: how many slots go before j; stable, so equal importances fall to the earlier token. Protected tokens are
     # moved before all others and empty slots behind them as ranks: as importances they could tie with infinite ones.
     rank = xp.argsort(xp.argsort(importance, axis=-1, descending=True, stable=True), axis=-1, stable=True)
-    rank = xp.where(protected, rank - n, xp.where(valid, rank, rank + n))
+    rank = xp.where(always, rank - n, xp.where(valid, rank, rank + n))
     rank = xp.argsort(xp.argsort(rank, axis=-1, stable=True), axis=-1, stable=True)
     limit = budget if isinstance(budget, int) else xp.astype(budget, rank.dtype)[..., None]
     retained = valid & (rank < limit)
@@ -77,6 +76,21 @@ def retain(
     indices = xp.argsort(xp.where(retained, slots, slots + n), axis=-1, stable=True)[..., :width]
     filled = xp.arange(width, dtype=xp.int64, device=device(counts)) < counts[..., None]
     return Selection(indices, filled, valid & ~retained)
+
+
+def protected(positions: Array, *, sinks: int, window: int, seen: int) -> Array:
+    """Which slots are retained whatever their importance: the first tokens of each row and the most recent positions.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> protected(np.array([-1, 0, 1, 2, 3]), sinks=1, window=1, seen=4).tolist()
+    [False, True, False, False, True]
+    """
+    xp = array_namespace(positions)
+    valid = positions >= 0
+    order = xp.cumulative_sum(xp.astype(valid, xp.int64), axis=-1)
+    return valid & ((order <= sinks) | (positions >= seen - window))
 
 
 def check_budget(budget: int, sinks: int, window: int) -> None:
