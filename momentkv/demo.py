@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
+from momentkv.cache import RECENT_QUERIES
 from momentkv.evaluation.capture import CaptureCache, replay
-from momentkv.evaluation.fidelity import CHOICES, Fidelity, compare, empty_cache, settings_grid
+from momentkv.evaluation.fidelity import CHOICES, Fidelity, Setting, compare, empty_cache, settings_grid
 from momentkv.evaluation.report import progress_bar
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.hf import MomentCache
@@ -24,8 +25,19 @@ from momentkv.policies import get_policy
 
 __all__ = ["demo"]
 
-# The corrections that are shown, at equal bytes, and how they are called.
-NAMES = {"none": "plain eviction", "order-1": "paper's moments", "summaries": "summaries"}
+# What is shown at equal bytes: name, policy and correction.
+ROWS = (
+    ("plain eviction", "momentkv", "none"),
+    ("paper's moments", "momentkv", "order-1"),
+    ("summaries", "momentkv", "summaries"),
+    ("the default", "balanced", "summaries-heads"),
+)
+# A fact that the text does not ask for, hidden a third of the way in.
+SECRET = "4831207"
+NEEDLE = f"The secret number of the lighthouse is {SECRET}."
+NEEDLE_QUESTION = "What is the secret number of the lighthouse? Answer with the number only."
+NEEDLE_PRIME = "The secret number of the lighthouse is"
+NEEDLE_DEPTH = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +51,7 @@ class Reading:
     tokens_per_second: float
     continuation: str
     answer: str
+    secret: str
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -48,11 +61,19 @@ def demo(options: argparse.Namespace) -> int:
         raise ValueError(f"--new-tokens is {options.new_tokens}; use at least 2, the first of which is not timed")
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
+    count = options.context + options.following + 1
     text = load_text(options.text)[options.skip :]
-    ids = tokenize(tokenizer, text, options.context + options.following + 1, name=options.text).to(model.device)
+    text = hide(tokenizer, text, options.context)
+    ids = tokenize(tokenizer, text, count, name=options.text).to(model.device)
     question = question_ids(tokenizer, options.question).to(model.device)
-    kinds = [CHOICES[choice] for choice in NAMES]
-    settings = settings_grid(model, ["momentkv"], sorted(options.budgets), kinds)
+    settings = [
+        (name, setting)
+        for budget in sorted(options.budgets)
+        for name, policy, correction in ROWS
+        for setting in fitting(model, policy, budget, correction)
+    ]
+    if not settings:
+        settings_grid(model, [ROWS[0][1]], options.budgets, [CHOICES[ROWS[0][2]]])  # says what is too small
     with progress_bar(console) as progress:
         task = progress.add_task(f"reading {options.context} tokens", total=len(settings) + 2)
         captured, full_logits = read(model, ids, options.context)
@@ -62,13 +83,9 @@ def demo(options: argparse.Namespace) -> int:
             judge(model, tokenizer, full_cache(model, captured), "full cache", ids, question, full_logits, options)
         ]
         progress.advance(task)
-        for setting in settings:
-            name = NAMES[setting.correction.replace(" ", "-")]
+        for name, setting in settings:
             progress.update(task, description=f"{name}, budget {setting.budget}")
-            cache = replay(
-                captured,
-                empty_cache(model, setting, block=32),
-            )
+            cache = replay(captured, empty_cache(model, setting, block=32))
             readings.append(judge(model, tokenizer, cache, name, ids, question, full_logits, options))
             progress.advance(task)
     title = f"{options.model or BUILTIN_MODEL} reads {options.context} tokens of {Path(options.text).name!r}"
@@ -78,10 +95,28 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def fitting(model: Any, policy: str, budget: int, correction: str) -> list[Setting]:
+    """The setting of a budget in bytes, or none if the correction leaves too few tokens."""
+    try:
+        return settings_grid(model, [policy], [budget], [CHOICES[correction]])
+    except ValueError:
+        return []
+
+
+def hide(tokenizer: Any, text: str, context: int) -> str:
+    """The text with the needle as a paragraph of its own, a third of the context in."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: int(NEEDLE_DEPTH * context)]
+    at = text.find("\n\n", len(tokenizer.decode(ids)))
+    if at < 0:
+        at = len(text)
+    return f"{text[:at]}\n\n{NEEDLE}{text[at:]}"
+
+
 @torch.inference_mode()
 def read(model: Any, ids: torch.Tensor, context: int) -> tuple[CaptureCache, torch.Tensor]:
     """Prefill once and predict the following tokens; every cache below starts from this one exact prefill."""
-    captured = CaptureCache(model, get_policy("momentkv").observes)
+    observed = [get_policy(policy).observes or 0 for _, policy, _ in ROWS]
+    captured = CaptureCache(model, max(RECENT_QUERIES, *observed))
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
     full = full_cache(model, captured)
     logits: torch.Tensor = model(ids[:, context:-1], past_key_values=full).logits[0]
@@ -120,6 +155,9 @@ def judge(
     continued, seconds = generate(model, tokenizer, copy.deepcopy(cache), ids[:, : context + 1], options.new_tokens)
     asked = torch.cat([ids[:, :context], question], dim=1)
     answered, _ = generate(model, tokenizer, copy.deepcopy(cache), asked, options.new_tokens)
+    needle = question_ids(tokenizer, NEEDLE_QUESTION, NEEDLE_PRIME).to(ids.device)
+    asked = torch.cat([ids[:, :context], needle], dim=1)
+    secret, _ = generate(model, tokenizer, copy.deepcopy(cache), asked, len(SECRET) + 2)
     return Reading(
         name=name,
         tokens=tokens,
@@ -128,6 +166,7 @@ def judge(
         tokens_per_second=(options.new_tokens - 1) / seconds,
         continuation=continued,
         answer=answered,
+        secret=secret,
     )
 
 
@@ -159,14 +198,15 @@ def generate(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, count: i
     return " ".join(text.split()), clock.times[-1] - clock.times[0]
 
 
-def question_ids(tokenizer: Any, question: str) -> torch.Tensor:
-    """The question as a turn of the model's chat template, or plainly where it has none."""
+def question_ids(tokenizer: Any, question: str, prime: str = "") -> torch.Tensor:
+    """The question as a turn of the model's chat template, or plainly where it has none, and how the answer begins."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
     else:
-        text = f"\n\nQuestion: {question}\nAnswer:"
+        text = f"\n\nQuestion: {question}\nAnswer:{' ' if prime else ''}"
+    text += prime
     ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     return ids
 
@@ -174,10 +214,10 @@ def question_ids(tokenizer: Any, question: str) -> torch.Tensor:
 def table_of(readings: list[Reading], title: str) -> Table:
     """Numbers side by side."""
     table = Table(title=title, title_style="bold", header_style="bold")
-    for column in ("cache", "tokens/head", "MiB", "of full", "KL to full", "same top-1", "tokens/s"):
+    for column in ("cache", "tokens/head", "MiB", "of full", "KL to full", "same top-1", "tokens/s", "secret"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     full = readings[0]
-    order = list(NAMES.values())
+    order = [name for name, _, _ in ROWS]
     for index, x in enumerate(readings):
         # A new section for the full cache's end and for each budget, some of whose corrections may not have fitted.
         if index and (index == 1 or order.index(x.name) <= order.index(readings[index - 1].name)):
@@ -191,10 +231,19 @@ def table_of(readings: list[Reading], title: str) -> Table:
             "0" if exact else f"{x.fidelity.kl:.3f}",
             "100%" if exact else f"{x.fidelity.top1:.0%}",
             f"{x.tokens_per_second:.1f}",
-            style="bold green" if x.name == NAMES["summaries"] else "",
+            "found" if found(x.secret) else "lost",
+            style="bold green" if x.name == ROWS[-1][0] else "",
         )
-    table.caption = "moments are counted in MiB; KL in nats, over the text's own next tokens"
+    table.caption = (
+        "moments are counted in MiB; KL in nats, over the text's own next tokens;\n"
+        f"secret: {NEEDLE!r} is hidden in the text, and asked for after compression"
+    )
     return table
+
+
+def found(secret: str) -> bool:
+    """Whether the number is in what was written."""
+    return SECRET in "".join(secret.split())
 
 
 def texts_of(readings: list[Reading], question: str) -> Table:
@@ -203,8 +252,9 @@ def texts_of(readings: list[Reading], question: str) -> Table:
     table.add_column("cache", no_wrap=True)
     table.add_column("continuation of the text", ratio=1)
     table.add_column("answer", ratio=1)
+    table.add_column("secret number", ratio=1)
     for x in readings:
-        table.add_row(f"{x.name}\n{x.tokens} tokens/head", x.continuation, x.answer)
+        table.add_row(f"{x.name}\n{x.tokens} tokens/head", x.continuation, x.answer, x.secret)
     return table
 
 
@@ -213,7 +263,7 @@ def plot(readings: list[Reading], path: str | Path, title: str) -> Path:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     full = readings[0]
-    for name, colour in zip(NAMES.values(), ("C3", "C0", "C2"), strict=True):
+    for (name, _, _), colour in zip(ROWS, ("C3", "C0", "C2", "C1"), strict=True):
         chosen = [x for x in readings if x.name == name]
         sizes = [x.nbytes / 2**20 for x in chosen]
         left.plot(sizes, [x.fidelity.kl for x in chosen], "o-", color=colour, label=name)

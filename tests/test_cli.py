@@ -70,13 +70,13 @@ def test_demo_shows_and_draws_every_cache(
     assert main(["demo", "--model", saved, *SOURCE, *budgets, "--output", str(plot)]) == 0
     out = capsys.readouterr().out
     assert is_image(plot)
-    table = [line.split("│")[1:-1] for line in out.splitlines() if line.count("│") == 8]
+    table = [line.split("│")[1:-1] for line in out.splitlines() if line.count("│") == 9]
     found = [(row[0].strip(), int(row[1])) for row in table]
     # Equal bytes: the paper's moments cost ten tokens of dimension 16, summaries seventeen.
-    sizes = [60, 50, 43, 64, 54, 47]
-    names = ["plain eviction", "paper's moments", "summaries"] * 2
+    sizes = [60, 50, 43, 43, 64, 54, 47, 47]
+    names = ["plain eviction", "paper's moments", "summaries", "the default"] * 2
     assert found == [("full cache", 200), *zip(names, sizes, strict=True)]
-    assert [row[4].strip() == "0" for row in table] == [True, *[False] * 6]
+    assert [row[4].strip() == "0" for row in table] == [True, *[False] * 8]
     assert all(float(row[4]) >= 0 and float(row[6]) > 0 for row in table)
     assert "Asked: What is it?" in out
 

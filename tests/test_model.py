@@ -92,13 +92,20 @@ def test_demo_reads_a_text_and_answers(
     assert main(["demo", *small, "--output", str(plot)]) == 0
     out = capsys.readouterr().out
     assert is_image(plot)
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.count("│") == 8]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.count("│") == 9]
     # Equal bytes: summaries cost 17 tokens of dimension 64, the paper's moments 33, which leaves them too few.
-    assert [row[:2] for row in rows] == [["full cache", "600"], ["plain eviction", "64"], ["summaries", "47"]]
+    assert [row[:2] for row in rows] == [
+        ["full cache", "600"],
+        ["plain eviction", "64"],
+        *(["summaries", "47"], ["the default", "47"]),
+    ]
     assert rows[0][3] == "100.0%"
     # 64 of 600 tokens are 10.7 %; positions and scores add 1.6 % to a token.
-    plain, summaries = (float(row[3].rstrip("%")) for row in rows[1:])
+    plain, summaries, default = (float(row[3].rstrip("%")) for row in rows[1:])
     assert 10 < summaries <= plain < 11.5
+    assert 10 < default <= plain
+    assert rows[0][7] == "found"
+    assert {row[7] for row in rows} <= {"found", "lost"}
     assert all(float(row[6]) > 0 for row in rows)
 
 
