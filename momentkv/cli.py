@@ -159,6 +159,12 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--steps", type=int, default=96, help="tokens decoded with each cache")
     speed.add_argument("--output", default="results/speed.json")
     speed.set_defaults(run=run_speed)
+
+    tradeoff = kinds.add_parser("tradeoff", help="KL against needles found, from the results of both")
+    tradeoff.add_argument("fidelity", metavar="FIDELITY", help="JSON that `momentkv evaluate fidelity` wrote")
+    tradeoff.add_argument("needles", metavar="NEEDLES", help="JSON that `momentkv evaluate needles` wrote")
+    tradeoff.add_argument("--output", default="results/tradeoff.png", help="the plot")
+    tradeoff.set_defaults(run=run_tradeoff)
     return parser
 
 
@@ -232,6 +238,13 @@ def run_speed(options: argparse.Namespace) -> int:
     from momentkv.evaluation.speed import speed
 
     return speed(options)
+
+
+def run_tradeoff(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate tradeoff``."""
+    from momentkv.evaluation.tradeoff import tradeoff
+
+    return tradeoff(options)
 
 
 if __name__ == "__main__":
