@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import heapq
 import itertools
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
 from momentkv._array import Array, array_namespace, device
+from momentkv.attention import AttentionState, merge
 from momentkv.backends import get_backend
 from momentkv.cache import LayerCache
 from momentkv.corrections import AnchoredSummaries
-from momentkv.policies import Policy, Tokens
+from momentkv.policies.select import ranking
 
 __all__ = ["budget_grid", "error_curve", "error_curves", "refine", "share_budget"]
 
@@ -22,15 +22,6 @@ MULTIPLES = (0.4, 1.0, 2.5, 6.25)
 STEPS = 4
 # What stands in for several summaries while errors are measured: it ranks budgets as well, and needs no grouping.
 STAND_IN = AnchoredSummaries(summaries=1, rank=0, calibrated=False)
-
-
-class Ranked(Policy):
-    """Importances that were computed before, in place of scores."""
-
-    accumulates: ClassVar[bool] = True
-
-    def importance(self, tokens: Tokens) -> Array:
-        return tokens.score
 
 
 def budget_grid(average: int, least: int) -> list[int]:
@@ -44,7 +35,7 @@ def budget_grid(average: int, least: int) -> list[int]:
     return sorted({max(least, round(multiple * average)) for multiple in MULTIPLES})
 
 
-def error_curves(cache: LayerCache, grid: Sequence[int]) -> list[list[float]]:
+def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | None = None) -> list[list[float]]:
     """Error that eviction to each budget would cause in each KV head for the newest queries, correction included.
 
     Mean over the group and the queries (and the rows of a batch) of the squared relative error of the output, against
@@ -57,6 +48,8 @@ def error_curves(cache: LayerCache, grid: Sequence[int]) -> list[list[float]]:
         After `LayerCache.attend` of at least a window of queries, before `LayerCache.evict`; it is not changed.
     grid : sequence of int
         Budgets, rising.
+    importance : array, shape (..., kv_head, n), optional
+        `LayerCache.importance`, where it is known.
 
     Returns
     -------
@@ -67,6 +60,12 @@ def error_curves(cache: LayerCache, grid: Sequence[int]) -> list[list[float]]:
     ------
     ValueError
         If the cache holds no newest queries.
+
+    Notes
+    -----
+    One pass over the tokens, whatever the number of budgets: what a larger budget retains beyond a smaller one is a
+    segment of the ranking; attention over a budget is the merge of its segments, and what it evicts is folded segment
+    by segment from the far end.
     """
     q = cache.newest_queries
     if q is None:
@@ -76,31 +75,43 @@ def error_curves(cache: LayerCache, grid: Sequence[int]) -> list[list[float]]:
         )
     backend = cache.backend or get_backend(q)
     xp = array_namespace(q)
+    scale, n = cache.attention_scale, cache.stored
+    order = ranking(
+        cache.importance() if importance is None else importance,
+        cache.positions,
+        sinks=cache.sinks,
+        window=cache.window,
+        seen=cache.seen,
+    )
+    cuts = [0, *(min(budget, n) for budget in grid), n]
+    segments = [ranked(cache, order[..., start:stop]) for start, stop in itertools.pairwise(cuts)]
     places = xp.arange(cache.seen - q.shape[-2], cache.seen, dtype=cache.positions.dtype, device=device(q))
+    states = []
+    for k, v, positions in segments:
+        visible = (positions[..., None, :] <= places[:, None]) & (positions >= 0)[..., None, :]
+        states.append(backend.attend(q, k, v, scale=scale, mask=visible[..., None, :, :])[0])
+    # states[i] becomes attention over what the i-th budget retains.
+    states = list(itertools.accumulate(states, merge))
+    moments, correction = cache.moments, cache.correction
+    if isinstance(correction, AnchoredSummaries) and not cache.has_evicted:
+        correction = STAND_IN
+        moments = STAND_IN.empty(cache.keys, cache.values, order=0)
 
-    def output(state: LayerCache) -> Array:
-        visible = state.positions[..., None, :] <= places[:, None]
-        visible = (visible & (state.positions >= 0)[..., None, :])[..., None, :, :]
-        scale = state.attention_scale
-        attended, _ = backend.attend(q, state.keys, state.values, scale=scale, mask=visible)
-        if state.order is None or not state.has_evicted:
-            return attended.out
-        return backend.correct(attended, q, state.moments, order=state.order, scale=scale)
+    def output(state: AttentionState, moments: Any, evicted: bool) -> Array:
+        if cache.order is None or not evicted:
+            return state.out
+        return backend.correct(state, q, moments, order=cache.order, scale=scale)
 
-    exact = output(cache)
+    exact = output(states[-1], moments, cache.has_evicted)
     norm = xp.sum(exact * exact, axis=-1)
-    # Ranked once, then cut from the largest budget to the smallest: each cut folds only what it removes.
-    trial = copy.copy(cache)
-    trial.score, trial.policy, trial.block = cache.importance(), Ranked(), 1
-    if isinstance(cache.correction, AnchoredSummaries) and not cache.has_evicted:
-        trial.correction = STAND_IN
-        trial.moments = STAND_IN.empty(cache.keys, cache.values, order=0)
     kv_heads = cache.keys.shape[-3]
     errors = []
-    for budget in reversed(grid):
-        trial.budget = budget
-        trial.evict()
-        off = output(trial) - exact
+    for budget, state, (k, v, positions) in zip(
+        reversed(grid), reversed(states[:-1]), reversed(segments[1:]), strict=True
+    ):
+        if cache.order is not None and budget < n:
+            moments = correction.fold(moments, k, v, mask=positions >= 0, window=cache.query_window)
+        off = output(state, moments, cache.has_evicted or budget < n) - exact
         relative = xp.sum(off * off, axis=-1) / xp.where(norm > 0, norm, xp.ones_like(norm))
         by_head = xp.mean(
             xp.reshape(relative, (-1, kv_heads, relative.shape[-2] // kv_heads, q.shape[-2])), axis=(0, 2, 3)
@@ -109,9 +120,16 @@ def error_curves(cache: LayerCache, grid: Sequence[int]) -> list[list[float]]:
     return [list(curve) for curve in zip(*reversed(errors), strict=True)]
 
 
-def error_curve(cache: LayerCache, grid: Sequence[int]) -> list[float]:
+def ranked(cache: LayerCache, slots: Array) -> tuple[Array, Array, Array]:
+    """Keys, values and positions of some slots of each head."""
+    xp = array_namespace(slots)
+    k, v = (xp.take_along_axis(x, slots[..., None], axis=-2) for x in (cache.keys, cache.values))
+    return k, v, xp.take_along_axis(cache.positions, slots, axis=-1)
+
+
+def error_curve(cache: LayerCache, grid: Sequence[int], importance: Array | None = None) -> list[float]:
     """`error_curves`, averaged over the KV heads: the curve of a layer."""
-    return [sum(errors) / len(errors) for errors in zip(*error_curves(cache, grid), strict=True)]
+    return [sum(errors) / len(errors) for errors in zip(*error_curves(cache, grid, importance), strict=True)]
 
 
 def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list[float]]:

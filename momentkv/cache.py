@@ -217,8 +217,11 @@ class LayerCache(CacheStep):
             score = xp.concat([observed, score[..., visible:]], axis=-1)
         self.score = score
 
-    def evict(self) -> None:
-        """Evict down to the budget where a row has filled its block, and fold in what goes (last part of `step`)."""
+    def evict(self, importance: Array | None = None) -> None:
+        """Evict down to the budget where a row has filled its block, and fold in what goes (last part of `step`).
+
+        The policy's `importance` of the tokens as they are now may be given, where it is known already.
+        """
         n = self.keys.shape[-2]
         newest, self.newest_queries = self.newest_queries, None
         if n < self.budget + self.block:
@@ -233,7 +236,7 @@ class LayerCache(CacheStep):
         score = self.score
         for done in range(1, rounds + 1):
             selection = retain(
-                self.importance(positions, score, moments),
+                self.importance(positions, score, moments) if importance is None or done > 1 else importance,
                 positions,
                 budget=xp.where(one_block, limits, between(counts, limits, done / rounds)),
                 sinks=self.sinks,
@@ -242,7 +245,7 @@ class LayerCache(CacheStep):
             )
             if self.order is not None:
                 moments = self.correction.fold(
-                    moments, self.keys, self.values, mask=selection.evicted, window=self._query_window()
+                    moments, self.keys, self.values, mask=selection.evicted, window=self.query_window
                 )
             positions = xp.where(selection.evicted, xp.full_like(positions, -1), positions)
         if newest is not None and self.order is not None:
@@ -273,7 +276,7 @@ class LayerCache(CacheStep):
         if score is None:
             xp = array_namespace(positions)
             score = xp.zeros(positions.shape, dtype=known.weight.dtype, device=device(positions))
-        queries = self._query_window() or (None, None)
+        queries = self.query_window or (None, None)
         return self.policy.importance(
             Tokens(self.keys, self.values, positions, score, known, self.attention_scale, *queries)
         )
@@ -350,7 +353,8 @@ class LayerCache(CacheStep):
             square = self.query_square + share * (square - self.query_square)
         self.query_mean, self.query_square = mean, square
 
-    def _query_window(self) -> QueryWindow | None:
+    @property
+    def query_window(self) -> QueryWindow | None:
         """The recent queries as the correction takes them."""
         if self.query_mean is None:
             return None

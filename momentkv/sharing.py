@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,7 @@ SAFEGUARD = 0.2
 STEEPNESS = 20
 
 Cache = LayerCache | RaggedCache
+Rule = Callable[[Sequence[Cache], Sequence[list[Array]], int], list[int]]
 
 
 class SharedBudget:
@@ -30,7 +32,8 @@ class SharedBudget:
         Made with ``keep_queries=True`` and one budget, the average. A `LayerCache` has one share, a `RaggedCache` one
         for each KV head.
     rule : callable
-        `by_error` or `by_importance`: from the caches that are full and the average to a budget for each share.
+        `by_error` or `by_importance`: from the caches that are full, the importances of their tokens and the average to
+        a budget for each share.
 
     Notes
     -----
@@ -39,7 +42,7 @@ class SharedBudget:
     a chunk. Each chunk shares anew. While decoding, each keeps to its budget.
     """
 
-    def __init__(self, caches: Sequence[Cache], rule: Callable[[Sequence[Cache], int], list[int]]) -> None:
+    def __init__(self, caches: Sequence[Cache], rule: Rule) -> None:
         self.caches = list(caches)
         self.rule = rule
         self.average = self.caches[0].parts[0].budget
@@ -62,9 +65,11 @@ class SharedBudget:
             for part in parts:
                 part.evict()  # nothing goes yet, but the queries are let go
             return
-        for part, budget in zip(parts, self.rule(waiting, self.average), strict=True):
+        importances = [importances_of(each) for each in waiting]
+        budgets = self.rule(waiting, importances, self.average)
+        for part, importance, budget in zip(parts, itertools.chain(*importances), budgets, strict=True):
             part.budget = budget
-            part.evict()
+            part.evict(importance)
 
     def reset(self) -> None:
         """Back to the average for all."""
@@ -73,13 +78,15 @@ class SharedBudget:
             part.budget = self.average
 
 
-def by_error(caches: Sequence[Cache], average: int) -> list[int]:
+def by_error(caches: Sequence[Cache], importances: Sequence[list[Array]], average: int) -> list[int]:
     """Shares that make the sum of the measured errors small; see `momentkv.budgets`.
 
     Parameters
     ----------
     caches : sequence of LayerCache or RaggedCache
         After the attention of a prefill, before its eviction.
+    importances : sequence of list of array
+        Of each cache, the importances of the tokens of its `parts`.
     average : int
         Tokens for each share on average.
 
@@ -92,13 +99,14 @@ def by_error(caches: Sequence[Cache], average: int) -> list[int]:
     grid = budget_grid(average, first.sinks + first.window + 1)
     fine: list[int] = []
     curves = []
-    for curve in (curve for each in caches for curve in curves_of(each, grid)):
-        fine, refined = refine(grid, curve)
-        curves.append(refined)
+    for cache, importance in zip(caches, importances, strict=True):
+        for curve in curves_of(cache, grid, importance):
+            fine, refined = refine(grid, curve)
+            curves.append(refined)
     return share_budget(curves, fine, average * len(curves))
 
 
-def by_importance(caches: Sequence[Cache], average: int) -> list[int]:
+def by_importance(caches: Sequence[Cache], importances: Sequence[list[Array]], average: int) -> list[int]:
     r"""Ada-KV: heads of a layer compete for one total by the importance of their tokens.
 
     With free budget :math:`b` (the average less sinks and window) and :math:`H` heads, head :math:`h` gets
@@ -113,6 +121,8 @@ def by_importance(caches: Sequence[Cache], average: int) -> list[int]:
     caches : sequence of RaggedCache
         After the attention of a prefill, before its eviction. Each layer is shared by itself, and has a part for each
         head.
+    importances : sequence of list of array
+        Of each cache, the importances of the tokens of its `parts`.
     average : int
         Tokens for each head on average.
 
@@ -128,20 +138,19 @@ def by_importance(caches: Sequence[Cache], average: int) -> list[int]:
     Source: Ada-KV (Feng et al., 2024, arXiv 2407.11550), algorithm 1 and its safeguard.
     """
     budgets = []
-    for cache in caches:
+    for cache, ranked in zip(caches, importances, strict=True):
         first = cache.parts[0]
         fixed = first.sinks + first.window
         free = average - fixed
-        rows = [candidates(part) for part in cache.parts]
+        rows = [candidates(part, importance) for part, importance in zip(cache.parts, ranked, strict=True)]
         won = wins(rows, free * len(rows))
         shares = [SAFEGUARD * free + (1 - SAFEGUARD) * count for count in won]
         budgets += [fixed + max(1, math.floor(share + 1e-9)) for share in shares]
     return budgets
 
 
-def candidates(head: LayerCache) -> Array:
+def candidates(head: LayerCache, importance: Array) -> Array:
     """Importance of every token of a head that may be evicted, shape (row, n); ``-inf`` for all other slots."""
-    importance = head.importance()
     xp = array_namespace(importance)
     always = protected(head.positions, sinks=head.sinks, window=head.window, seen=head.seen)
     competing = xp.where((head.positions >= 0) & ~always, importance, -xp.inf * xp.ones_like(importance))
@@ -213,11 +222,19 @@ def pyramid_budgets(average: int, layers: int, *, sinks: int = 1, window: int = 
     return [sinks + window + max(1, math.floor(share + 1e-9)) for share in shares]
 
 
-def curves_of(cache: Cache, grid: Sequence[int]) -> list[list[float]]:
+def importances_of(cache: Cache) -> list[Array]:
+    """Importance of the tokens of each part of a cache, of all heads at once where that can be."""
+    together = cache.together() if isinstance(cache, RaggedCache) else None
+    if together is None:
+        return [part.importance() for part in cache.parts]
+    whole = together.importance()
+    return [whole[..., head : head + 1, :] for head in range(len(cache.parts))]
+
+
+def curves_of(cache: Cache, grid: Sequence[int], importances: list[Array]) -> list[list[float]]:
     """One curve for each part of a cache."""
-    if isinstance(cache, LayerCache):
-        return [error_curve(cache, grid)]
-    together = cache.together()
+    together = cache.together() if isinstance(cache, RaggedCache) else None
     if together is not None:
-        return error_curves(together, grid)
-    return [error_curve(part, grid) for part in cache.parts]
+        xp = array_namespace(importances[0])
+        return error_curves(together, grid, xp.concat(importances, axis=-2))
+    return [error_curve(part, grid, importance) for part, importance in zip(cache.parts, importances, strict=True)]

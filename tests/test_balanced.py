@@ -34,7 +34,8 @@ def test_halves_are_attention_to_values_that_stand_out_and_novelty(empty: int):
     shown = tokens(0, empty)
     attention, novelty = (policy.importance(shown)[:, empty:] for policy in (Attention(), Novelty()))
     for share, half in ((0.0, attention), (1.0, novelty)):
-        assert np.array_equal(Balanced(novelty=share, kernel=1).importance(shown)[:, empty:], half)
+        policy = Balanced(novelty=share, kernel=1, novelty_kernel=1)
+        assert np.array_equal(policy.importance(shown)[:, empty:], half)
     for head in range(2):
         k, v, score = (x[head, empty:] for x in (shown.keys, shown.values, shown.score))
         # Solutions with a covariance of condition up to some hundreds: a few hundred roundings.
@@ -42,9 +43,10 @@ def test_halves_are_attention_to_values_that_stand_out_and_novelty(empty: int):
         np.testing.assert_allclose(novelty[head], distance(k) * distance(v), rtol=1e-10)
 
 
-def test_attention_is_averaged_over_neighbouring_positions():
+@pytest.mark.parametrize("half", [Attention, Novelty])
+def test_halves_are_averaged_over_neighbouring_positions(half: type):
     shown, kernel = tokens(5, empty=2), 5
-    plain, pooled = (Attention(kernel=width).importance(shown) for width in (1, kernel))
+    plain, pooled = (half(kernel=width).importance(shown) for width in (1, kernel))
     for head in range(2):
         for j in range(2, N):
             near = [plain[head, i] for i in range(j - kernel // 2, j + kernel // 2 + 1) if 2 <= i < N]
@@ -104,7 +106,14 @@ def test_an_outlier_that_nothing_attends_to_is_kept():
     assert kept == {0.0: False, 0.5: True}
 
 
-@pytest.mark.parametrize(("options", "message"), [({"novelty": 1.5}, "novelty is 1.5"), ({"kernel": 2}, "kernel is 2")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"novelty": 1.5}, "novelty is 1.5"),
+        ({"kernel": 2}, "kernel is 2"),
+        ({"novelty_kernel": 4}, "novelty_kernel is 4"),
+    ],
+)
 def test_wrong_parameters_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         Balanced(**options)

@@ -198,3 +198,35 @@ def test_contexts_within_the_budget_are_not_touched():
 def test_wrong_sharing_is_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         MomentCache(tiny("llama"), **({"budget": 60} | options))
+
+
+@pytest.mark.parametrize("correction", ["moments", "summaries"])
+def test_curves_of_a_padded_batch_are_the_mean_of_its_rows(correction: str):
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((2, heads, 200, 8)) for heads in (4, 2, 2))
+    valid = np.ones((2, 1, 200), dtype=bool)
+    valid[0, :, :30] = False
+    options = {"window": 8, "block": 1, "keep_queries": True, "correction": correction, "policy": "attention"}
+
+    def curves(row: slice, start: int) -> list[list[float]]:
+        cache = LayerCache(40, **options)
+        cache.append(k[row, :, start:], v[row, :, start:])
+        cache.attend(q[row, :, start:], valid=valid[row, :, start:])
+        return error_curves(cache, [20, 60, 180, 300])
+
+    together = curves(slice(0, 2), 0)
+    alone = (curves(slice(0, 1), 30), curves(slice(1, 2), 0))
+    # 180 tokens are all that the shorter row has, 300 more than either has.
+    np.testing.assert_allclose(together, np.mean(alone, axis=0), rtol=1e-9, atol=1e-20)
+
+
+def test_a_known_importance_changes_nothing():
+    one, other = waiting(correction="summaries"), waiting(correction="summaries")
+    importance = one.importance()
+    assert error_curves(one, [20, 60], importance) == error_curves(one, [20, 60])
+    one.evict(importance)
+    other.evict()
+    assert all(np.array_equal(x, other.arrays()[name]) for name, x in one.arrays().items())
+    backwards = waiting(correction="summaries")
+    backwards.evict(-importance)
+    assert not np.array_equal(backwards.positions, one.positions)

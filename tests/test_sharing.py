@@ -10,7 +10,7 @@ from models import left_padded, prompt, tiny
 
 from momentkv.hf import MomentCache
 from momentkv.ragged import RaggedCache
-from momentkv.sharing import SharedBudget, by_error, by_importance, pyramid_budgets
+from momentkv.sharing import SharedBudget, by_error, by_importance, importances_of, pyramid_budgets
 
 SINKS, WINDOW, AVERAGE = 1, 8, 40
 
@@ -41,7 +41,7 @@ def test_ada_kv_counts_the_tokens_of_a_head_among_the_most_important_of_all(seed
         for _, head, _ in sorted(pairs)[: 2 * free]:
             won[head] += 1 / batch
     expected = [SINKS + WINDOW + int(0.2 * free + 0.8 * count + 1e-9) for count in won]
-    assert by_importance([cache], AVERAGE) == expected
+    assert by_importance([cache], [importances_of(cache)], AVERAGE) == expected
     assert sum(expected) <= 2 * AVERAGE
 
 
@@ -52,7 +52,7 @@ def test_ada_kv_gives_more_to_the_head_whose_attention_is_spread():
     q[:, 2:], k[:, 1, 50] = 1.0, 10.0  # all queries of the second head want one token
     cache.append(k, v)
     cache.attend(q)
-    spread, sharp = by_importance([cache], AVERAGE)
+    spread, sharp = by_importance([cache], [importances_of(cache)], AVERAGE)
     assert spread > AVERAGE > sharp
 
 
@@ -64,7 +64,7 @@ def test_heads_of_different_lengths_compete_too():
     q, k, v = (rng.standard_normal((1, heads, 64, 8)) for heads in (4, 2, 2))
     cache.append(k, v)
     cache.attend(q)
-    again = by_importance([cache], AVERAGE)
+    again = by_importance([cache], [importances_of(cache)], AVERAGE)
     assert sum(again) <= 2 * AVERAGE
     assert min(again) > SINKS + WINDOW
 

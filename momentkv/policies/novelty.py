@@ -8,6 +8,7 @@ from typing import ClassVar
 from momentkv._array import Array, accumulate, array_namespace, device
 from momentkv.moments import positive
 from momentkv.policies.base import Policy, Tokens
+from momentkv.policies.snapkv import check_kernel, pool_neighbours
 
 __all__ = ["Novelty", "centred", "mahalanobis", "ranks"]
 
@@ -24,6 +25,12 @@ class Novelty(Policy):
     with means and covariances over the tokens at hand. A token that attention has not met yet may be what a later
     question asks for; what moments explain well is better evicted, for the correction brings it back.
 
+    Parameters
+    ----------
+    kernel : int
+        Odd width of an average of :math:`n_j` over neighbouring positions, as in `SnapKV`; 1 for none. A fact is a few
+        tokens long, and of use only whole.
+
     Notes
     -----
     Observes no attention. Covariances are full matrices with a ridge of a thousandth of their mean eigenvalue; they
@@ -32,12 +39,17 @@ class Novelty(Policy):
     """
 
     name: ClassVar[str] = "novelty"
+    kernel: int = 1
+
+    def __post_init__(self) -> None:
+        check_kernel(self.kernel)
 
     def importance(self, tokens: Tokens) -> Array:
         xp = array_namespace(tokens.keys, tokens.values)
         keys, values = accumulate(xp, tokens.keys, tokens.values)
         real = tokens.positions >= 0
-        return mahalanobis(centred(keys, real), real) * mahalanobis(centred(values, real), real)
+        novelty = mahalanobis(centred(keys, real), real) * mahalanobis(centred(values, real), real)
+        return pool_neighbours(novelty, tokens.positions, self.kernel) if self.kernel > 1 else novelty
 
 
 def centred(x: Array, real: Array) -> Array:

@@ -61,12 +61,8 @@ def retain(
     xp = array_namespace(importance, positions)
     valid = positions >= 0
     n = positions.shape[-1]
-    always = protected(positions, sinks=sinks, window=window, seen=seen)
-    # rank[j]: how many slots go before j; stable, so equal importances fall to the earlier token. Protected tokens are
-    # moved before all others and empty slots behind them as ranks: as importances they could tie with infinite ones.
-    rank = xp.argsort(xp.argsort(importance, axis=-1, descending=True, stable=True), axis=-1, stable=True)
-    rank = xp.where(always, rank - n, xp.where(valid, rank, rank + n))
-    rank = xp.argsort(xp.argsort(rank, axis=-1, stable=True), axis=-1, stable=True)
+    order = ranking(importance, positions, sinks=sinks, window=window, seen=seen)
+    rank = xp.argsort(order, axis=-1, stable=True)
     limit = budget if isinstance(budget, int) else xp.astype(budget, rank.dtype)[..., None]
     retained = valid & (rank < limit)
     counts = xp.sum(xp.astype(retained, xp.int64), axis=-1)
@@ -76,6 +72,24 @@ def retain(
     indices = xp.argsort(xp.where(retained, slots, slots + n), axis=-1, stable=True)[..., :width]
     filled = xp.arange(width, dtype=xp.int64, device=device(counts)) < counts[..., None]
     return Selection(indices, filled, valid & ~retained)
+
+
+def ranking(importance: Array, positions: Array, *, sinks: int, window: int, seen: int) -> Array:
+    """Slots in the order in which a growing budget retains them, shape (..., n); arguments as in `retain`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ranking(np.array([0.0, 1.0, 9.0, 2.0, 0.0]), np.arange(5), sinks=1, window=1, seen=5).tolist()
+    [0, 4, 2, 3, 1]
+    """
+    xp = array_namespace(importance, positions)
+    order = xp.argsort(importance, axis=-1, descending=True, stable=True)
+    # Then sorted by class, stably: as importances, protected and empty slots could tie with infinite ones.
+    always = protected(positions, sinks=sinks, window=window, seen=seen)
+    kinds = xp.astype(~always, xp.int64) + xp.astype(positions < 0, xp.int64)
+    by_kind = xp.argsort(xp.take_along_axis(kinds, order, axis=-1), axis=-1, stable=True)
+    return xp.take_along_axis(order, by_kind, axis=-1)
 
 
 def protected(positions: Array, *, sinks: int, window: int, seen: int) -> Array:
