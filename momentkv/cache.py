@@ -11,7 +11,7 @@ from momentkv.attention import check_values, default_scale, group_queries
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.array_api import causal_mask
 from momentkv.corrections import Correction, get_correction
-from momentkv.moments import check_broadcast, check_order
+from momentkv.moments import check_broadcast
 from momentkv.policies import Policy, Tokens, check_budget, get_policy, retain
 from momentkv.summaries import QueryWindow, Summaries
 
@@ -102,8 +102,8 @@ class LayerCache(CacheStep):
         keep_queries: bool = False,
     ) -> None:
         check_budget(budget, sinks, window)
-        if order is not None:
-            check_order(order)
+        if order not in (None, 0, 1):
+            raise ValueError(f"order is {order!r}; use None (plain eviction), 0 or 1")
         if block < 1:
             raise ValueError(f"block is {block}; evict at least one token at a time")
         self.budget, self.sinks, self.window, self.block = budget, sinks, window, block

@@ -1,0 +1,234 @@
+"""What moments with an extent say along given queries: every quantity of the theorems, widened by its rounding."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from momentkv._array import Array, array_namespace
+from momentkv.anchored import AnchoredMoments
+from momentkv.attention import default_scale, group_queries
+from momentkv.bounds.rounding import FUNCTION, state_error, unit
+from momentkv.bounds.theorems import (
+    Interval,
+    mass_from_variance,
+    norm,
+    range_from_anchor,
+    range_from_deviation,
+    slope_from_tail,
+)
+from momentkv.moments import Moments, positive
+
+__all__ = ["CompactSlope", "Reading", "compact_slope", "read"]
+
+
+class CompactSlope(NamedTuple):
+    """The value-key covariance as a product of low rank, and how much that leaves out.
+
+    Attributes
+    ----------
+    left, right : array, shape (..., dv, r) and (..., r, d)
+    tail : array, shape (...)
+        Spectral norm of what the product lacks, rounding included.
+    """
+
+    left: Array
+    right: Array
+    tail: Array
+
+
+def compact_slope(moments: Moments, rank: int) -> CompactSlope:
+    """Best approximation of ``value_key / weight`` of a rank, and the spectral norm of its tail.
+
+    Raises
+    ------
+    ValueError
+        If the moments are of order 0, or the rank is out of range.
+    """
+    if moments.value_key is None:
+        raise ValueError("moments are of order 0 and have no value-key co-moment; build them with order=1")
+    dv, d = moments.value_key.shape[-2:]
+    if not 0 <= rank <= min(dv, d):
+        raise ValueError(f"rank is {rank}; use 0 to {min(dv, d)}, the smaller dimension of keys and values")
+    xp = array_namespace(moments.value_key)
+    matrix = moments.value_key / positive(xp, moments.weight)[..., None, None]
+    u, values, vh = xp.linalg.svd(matrix, full_matrices=False)
+    largest = values[..., 0]
+    tail = values[..., rank] if rank < min(dv, d) else xp.zeros_like(largest)
+    # The decomposition is backward stable: a small multiple of u times the norm; the product rounds, too.
+    tail = tail + 64 * unit(matrix) * (dv + d) * largest
+    return CompactSlope(u[..., :, :rank], values[..., :rank, None] * vh[..., :rank, :], tail)
+
+
+class Reading(NamedTuple):
+    r"""Quantities of the theorems for each query of each KV head, shape (..., group * q_len) unless said.
+
+    Attributes
+    ----------
+    base, base_error : array
+        :math:`\log W + s\, q \cdot \mu_k`, ``-inf`` for the empty set, and its rounding.
+    length : array
+        Norm of the scaled query, from the anchor.
+    logits : Interval
+        Of the ``X``.
+    deviation : Interval
+        Of their standard deviation.
+    mass : Interval
+        Of :math:`\kappa`.
+    slope, value_mean : array, shape (..., group * q_len, dv)
+        :math:`g` and :math:`\mu_v`.
+    tail : array
+        How far the slope may be off.
+    radius, trace : array
+        :math:`R` and :math:`\operatorname{tr} C_{vv}`, or more.
+    value_error : array
+        Rounding that moves the exact value itself, to be added to any bound on it.
+    """
+
+    base: Array
+    base_error: Array
+    length: Array
+    logits: Interval
+    deviation: Interval
+    mass: Interval
+    slope: Array
+    value_mean: Array
+    tail: Array
+    radius: Array
+    trace: Array
+    value_error: Array
+
+
+def read(
+    q: Array, moments: Moments | AnchoredMoments, *, scale: float | None = None, slope: CompactSlope | None = None
+) -> Reading:
+    """Read moments along queries, shape (..., kv_head * group, q_len, d).
+
+    Parameters
+    ----------
+    q, moments, scale
+        As in `momentkv.correction.estimate`; the moments must have an extent.
+    slope : CompactSlope, optional
+        In place of the moments' own value-key co-moment.
+
+    Raises
+    ------
+    ValueError
+        If the moments have no extent.
+    """
+    xp = array_namespace(q, moments.weight)
+    state = moments.moments if isinstance(moments, AnchoredMoments) else moments
+    d = state.key_mean.shape[-1]
+    if q.ndim < 3 or q.shape[-1] != d:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (..., q_head, q_len, {d}), as the moments' keys")
+    queries = group_queries(xp.astype(q, state.key_mean.dtype, copy=False), state.weight.shape[-1])
+    return read_grouped(queries * (default_scale(d) if scale is None else scale), moments, slope)
+
+
+def read_grouped(queries: Array, moments: Moments | AnchoredMoments, slope: CompactSlope | None = None) -> Reading:
+    """`read` for scaled queries, shape (..., m, d), of moments with leading axes (...)."""
+    state = moments.moments if isinstance(moments, AnchoredMoments) else moments
+    extent = state.extent
+    if extent is None:
+        raise ValueError(
+            "the moments have no extent, without which nothing bounds the farthest token; build them with "
+            "Moments.from_tokens(..., extent=True)"
+        )
+    xp = array_namespace(queries, state.weight)
+    u = unit(state.weight)
+    d = state.key_mean.shape[-1]
+    error = state_error(extent)
+    weight = positive(xp, state.weight)
+    log_weight = xp.where(state.weight > 0, xp.log(weight), xp.full_like(weight, -math.inf))
+    magnitude = xp.abs(xp.log(weight))
+    if isinstance(moments, AnchoredMoments):
+        full = norm(queries)
+        queries = queries - moments.anchor[..., None, :]
+        log_weight = xp.where(state.weight > 0, log_weight + moments.log_scale, log_weight)
+        finite = xp.where(xp.isfinite(moments.log_scale), moments.log_scale, xp.zeros_like(weight))
+        magnitude = magnitude + xp.abs(finite)
+        # Weights err by those of their logits and of exp: a set whose weights are off by e^(+-tilt).
+        reach = norm(moments.anchor) * error.key_size
+        tilt = (u * (2 * d + 8) * reach + u * (2 * FUNCTION + 2 * extent.merges * FUNCTION))[..., None]
+        subtraction = u * (full + norm(queries)) * error.key_size[..., None]
+    else:
+        tilt = subtraction = xp.zeros_like(queries[..., 0])
+    length = (1 + (d + 8) * u) * norm(queries)
+
+    def per_query(x: Array) -> Array:
+        return x[..., None] + xp.zeros_like(length)
+
+    def along(x: Array) -> Array:
+        return xp.matmul(queries, x[..., None])[..., 0]
+
+    base = per_query(log_weight) + along(state.key_mean)
+    base_error = length * (error.key_mean + u * (d + 6) * error.key_size)[..., None] + subtraction
+    base_error = base_error + (error.weight + u * (FUNCTION + FUNCTION * magnitude))[..., None] + 2 * tilt
+    base_error = base_error + u * xp.where(base > -math.inf, xp.abs(base), xp.zeros_like(base))
+    off = length * (error.key_mean + u * (3 * d + 20) * error.key_size)[..., None] + subtraction
+    ball = range_from_anchor(along(extent.key_anchor - state.key_mean), length, per_query(extent.key_radius))
+    logits = Interval(ball.low - off, ball.high + off)
+    if state.key_key is None:
+        # Nothing is known of the variance but what the range says.
+        deviation = Interval(xp.zeros_like(length), xp.sqrt(-logits.low) * xp.sqrt(logits.high))
+    else:
+        spread = xp.matmul(queries, state.key_key / weight[..., None, None])
+        square = xp.sum(spread * queries, axis=-1)
+        rest = (
+            length
+            * length
+            * (error.key_key + (u * (2 * d + 8) + error.weight) * error.key_spread * error.key_spread)[..., None]
+        )
+        zero = xp.zeros_like(square)
+        deviation = Interval(xp.sqrt(xp.maximum(square - rest, zero)), xp.sqrt(xp.maximum(square + rest, zero)))
+        ratio = per_query(xp.where(extent.least_weight > 0, state.weight / positive(xp, extent.least_weight), math.inf))
+        samuelson = range_from_deviation(
+            deviation.high, ratio * (1 + error.weight + u * (8 + 2 * extent.merges))[..., None]
+        )
+        logits = logits.intersect(Interval(samuelson.low - off, samuelson.high + off))
+    mass = mass_from_variance(logits, deviation)
+    step = 64 * u * (mass.high + xp.where(logits.high > 29, logits.high, xp.zeros_like(logits.high)))
+    mass = Interval(xp.maximum(mass.low - step, xp.zeros_like(step)), mass.high + step)
+
+    trace = (1 + 8 * u) * extent.value_trace / weight + error.value_trace + error.weight * error.value_spread**2
+    radius = extent.value_radius * (1 + (state.value_mean.shape[-1] + 8) * u) + error.value_mean
+    radius = radius + norm(state.value_mean - extent.value_anchor) + 8 * u * error.value_size
+    surplus = xp.where(extent.least_weight > 0, state.weight / positive(xp, extent.least_weight), math.inf)
+    surplus = surplus * (1 + error.weight + u * (8 + 2 * extent.merges))
+    surplus = xp.maximum(surplus - 1, xp.zeros_like(surplus))
+    several = xp.where(trace > 0, xp.sqrt(trace) * xp.sqrt(surplus), xp.zeros_like(trace))
+    radius = xp.minimum(radius, several + error.value_mean)
+    occupied = state.weight > 0
+    radius = xp.where(occupied, radius, xp.zeros_like(radius))
+    value_mean = state.value_mean[..., None, :] + xp.zeros_like(length)[..., None]
+    if slope is not None:
+        g = xp.matmul(xp.matmul(queries, xp.matrix_transpose(slope.right)), xp.matrix_transpose(slope.left))
+        missing = slope_from_tail(length, slope.tail[..., None])
+    elif state.value_key is not None:
+        matrix = state.value_key / weight[..., None, None]
+        g = xp.matmul(queries, xp.matrix_transpose(matrix))
+        missing = xp.zeros_like(length)
+    else:
+        # Cauchy and Schwarz: |E[X V]| <= sigma sqrt(E |V|^2).
+        g = xp.zeros_like(value_mean)
+        missing = deviation.high * xp.sqrt(trace)[..., None] * (1 + 16 * u)
+    if slope is not None or state.value_key is not None:
+        per_spread = u * (2 * d + 16) + error.weight
+        missing = missing + length * (error.value_key + per_spread * error.value_spread * error.key_spread)[..., None]
+    value_error = per_query(error.value_mean) + 2 * per_query(radius) * xp.tanh(2 * tilt)
+    empty = ~occupied[..., None]
+    zero = xp.zeros_like(length)
+    return Reading(
+        base=base,
+        base_error=xp.where(empty, zero, base_error),
+        length=length,
+        logits=logits,
+        deviation=deviation,
+        mass=Interval(xp.where(empty, zero, mass.low), xp.where(empty, zero, mass.high)),
+        slope=xp.where(empty[..., None], xp.zeros_like(g), g),
+        value_mean=xp.where(empty[..., None], xp.zeros_like(value_mean), value_mean),
+        tail=xp.where(empty, zero, missing),
+        radius=per_query(radius),
+        trace=per_query(trace),
+        value_error=xp.where(empty, zero, value_error),
+    )

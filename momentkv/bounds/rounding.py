@@ -1,0 +1,119 @@
+r"""What rounding adds to the bounds, from the state alone: derived, not guessed.
+
+``u`` is the unit roundoff of the dtype that the moments are summed in. A sum of ``n`` terms errs by at most ``n u``
+times the sum of their magnitudes, in any order of addition; exp and log of vectorised libraries err by 4 ulp, 8 ``u``.
+Counts are rounded up, which covers the terms of second order in ``u``. Derivation: docs/derivations/bounds.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from momentkv._array import Array, array_namespace
+from momentkv.extent import Extent
+
+__all__ = ["StateError", "attention_error", "state_error", "unit"]
+
+FUNCTION = 8
+
+
+class StateError(NamedTuple):
+    """How far rounding may have moved moments, arrays of shape (...).
+
+    Attributes
+    ----------
+    weight : array
+        Relative.
+    key_mean, value_mean : array
+        Euclidean.
+    value_key, key_key, value_trace : array
+        Of the covariances (sums over weight), in spectral norm; of the trace.
+    key_size, value_size : array
+        Bounds of the norms of the tokens' keys and values.
+    key_spread, value_spread : array
+        Bounds of their distances from the means.
+    """
+
+    weight: Array
+    key_mean: Array
+    value_mean: Array
+    value_key: Array
+    key_key: Array
+    value_trace: Array
+    key_size: Array
+    value_size: Array
+    key_spread: Array
+    value_spread: Array
+
+
+def unit(x: Array) -> float:
+    """Unit roundoff of an array's dtype, half its machine epsilon."""
+    return float(array_namespace(x).finfo(x.dtype).eps) / 2
+
+
+def state_error(extent: Extent) -> StateError:
+    r"""Bound of what rounding did to moments that were gathered and merged as the extent counts.
+
+    With ``n, m, t`` the extent's `terms`, `merges` and `mixing`, :math:`M = \lVert c \rVert + \rho` and
+    :math:`D = 2 \rho + 2 e`: weights err by :math:`r = u (n + 2 m + 1)` of themselves, means by
+    :math:`e = u M (2 n + 6 + 12 m) + 4 t r M`, and covariances by
+    :math:`(u (n + 10 + 2 m) + r) D D' + e e' + t\,[(2 r + 8 u) D D' + 2 e D' + 2 e' D + 4 e e']`.
+    """
+    xp = array_namespace(extent.key_radius)
+    u = unit(extent.key_radius)
+    n, m, t = extent.terms, extent.merges, extent.mixing
+    r = u * (n + 2 * m + 1)
+
+    def sizes(anchor: Array, radius: Array) -> tuple[Array, Array, Array]:
+        width = anchor.shape[-1]
+        size = (1 + (width + 8) * u) * (xp.linalg.vector_norm(anchor, axis=-1) + radius)
+        error = size * (u * (2 * n + 6 + 12 * m) + 4 * t * r)
+        spread = 2 * (1 + (width + 8) * u) * radius + 2 * error + 4 * u * size
+        return size, error, spread
+
+    key_size, ek, dk = sizes(extent.key_anchor, extent.key_radius)
+    value_size, ev, dv = sizes(extent.value_anchor, extent.value_radius)
+
+    def covariance(ea: Array, da: Array, eb: Array, db: Array) -> Array:
+        own = (u * (n + 10 + 2 * m) + r) * da * db + ea * eb
+        return own + t * ((2 * r + 8 * u) * da * db + 2 * ea * db + 2 * eb * da + 4 * ea * eb)
+
+    width = extent.value_anchor.shape[-1]
+    return StateError(
+        weight=r,
+        key_mean=ek,
+        value_mean=ev,
+        value_key=covariance(ev, dv, ek, dk),
+        key_key=covariance(ek, dk, ek, dk),
+        value_trace=covariance(ev, dv, ev, dv) + u * width * dv * dv,
+        key_size=key_size,
+        value_size=value_size,
+        key_spread=dk,
+        value_spread=dv,
+    )
+
+
+def attention_error(
+    length: Array, key_size: Array, value_size: Array, lse: Array, *, n: int, d: int, u: float
+) -> tuple[Array, Array]:
+    r"""Rounding of exact attention over ``n`` tokens: of the output (Euclidean) and of the lse.
+
+    A logit errs by :math:`\eta = u (d + 4) s \lVert q \rVert \max \lVert k \rVert`, the lse by
+    :math:`\eta + u (n + 24 + 8 \log n + |\mathrm{lse}|)`, the output by
+    :math:`2 \max \lVert v \rVert (\tanh \eta + u (2 n + 20))`.
+
+    Parameters
+    ----------
+    length, key_size, value_size : array
+        :math:`s \lVert q \rVert` and the largest norms of keys and values.
+    lse : array
+    n, d : int
+    u : float
+        Unit roundoff of the arithmetic.
+    """
+    xp = array_namespace(length)
+    logit = u * (d + 4) * length * key_size
+    size = xp.where(xp.isfinite(lse), xp.abs(lse), xp.zeros_like(lse))
+    of_lse = logit + u * (n + 3 * FUNCTION + FUNCTION * math.log(max(n, 1)) + size)
+    return 2 * value_size * (xp.tanh(logit) + u * (2 * n + 20)), of_lse
