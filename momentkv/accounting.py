@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from momentkv.corrections import Correction, get_correction
+from momentkv.moments import Moments
 
 __all__ = ["state_bytes", "token_equivalents"]
 
 
-def state_bytes(correction: str | Correction, *, order: int | None = 1, d: int, dv: int | None = None) -> int:
+def state_bytes(
+    correction: str | Correction, *, order: int | None = 1, d: int, dv: int | None = None, certify: int | None = None
+) -> int:
     """Bytes of a correction's state per KV head, the query statistics that it is anchored by included.
 
     Parameters
@@ -19,6 +22,8 @@ def state_bytes(correction: str | Correction, *, order: int | None = 1, d: int, 
         None for plain eviction, which costs nothing.
     d, dv : int
         Dimension of keys and of values (``d`` by default).
+    certify : {0, 1, 2, None}
+        Order of the evidence that a cache keeps beside it.
 
     Notes
     -----
@@ -30,13 +35,16 @@ def state_bytes(correction: str | Correction, *, order: int | None = 1, d: int, 
     True
     >>> state_bytes("moments", order=None, d=64)
     0
+    >>> state_bytes("moments", order=None, d=64, certify=0) == 4 * (1 + 64 + 64 + 64 + 64 + 7)
+    True
     """
-    if order is None:
-        return 0
-    kind = get_correction(correction)
     k, v = (np.zeros((0, size), dtype=np.float32) for size in (d, dv or d))
+    evidence = 0 if certify is None else Moments.empty(k, v, order=certify, extent=True).nbytes
+    if order is None:
+        return evidence
+    kind = get_correction(correction)
     queries = 2 * d * k.itemsize if kind.anchored else 0
-    return int(kind.empty(k, v, order=order).nbytes) + queries
+    return int(kind.empty(k, v, order=order).nbytes) + queries + evidence
 
 
 def token_equivalents(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,14 @@ from momentkv.attention import check_values, default_scale, group_queries
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.array_api import causal_mask
 from momentkv.corrections import Correction, get_correction
-from momentkv.moments import check_broadcast
+from momentkv.moments import Moments, check_broadcast, check_order
 from momentkv.policies import Policy, Tokens, check_budget, get_policy, retain
 from momentkv.summaries import QueryWindow, Summaries
+from momentkv.trust import trust_of
 
 __all__ = ["LayerCache"]
 
-OWN_ARRAYS = ("keys", "values", "positions", "score", "query_mean", "query_square")
+OWN_ARRAYS = ("keys", "values", "positions", "score", "query_mean", "query_square", "recent_queries")
 # Queries that the correction is anchored at: the last of a prefill, and while decoding an average that fades at this
 # rate. RoPE turns queries, so that an average over many positions says little about the next ones.
 RECENT_QUERIES = 32
@@ -50,10 +52,16 @@ class LayerCache(CacheStep):
     keep_queries : bool
         Hold the newest queries of a prefill between `attend` and `evict`, for `momentkv.budgets.error_curve`.
 
+    certify : {0, 1, 2, None}
+        Keep evidence for `momentkv.trust.trust`: exact moments of this order, with extent, of all evicted tokens.
+    tolerance : float, optional
+        Refuse an eviction after which the certified error, relative to the output, of a recent query (one of the last
+        32 since the last eviction) would be larger. The budget then grows to what is stored; the first time it warns.
+
     Raises
     ------
     ValueError
-        If an argument is out of range, or ``budget < sinks + window + 1``.
+        If an argument is out of range, ``budget < sinks + window + 1``, or a tolerance is given without ``certify``.
 
     Attributes
     ----------
@@ -66,6 +74,10 @@ class LayerCache(CacheStep):
     query_mean, query_square : array, shape (batch..., kv_head, d), or None
         First and second moment of the scaled recent queries, where the correction is anchored at them or the policy
         needs them.
+    evidence : Moments or None
+        See ``certify``.
+    refused : int
+        Evictions refused for the tolerance.
     seen : int
         Length of the sequence so far, padding and evicted tokens included.
 
@@ -100,13 +112,22 @@ class LayerCache(CacheStep):
         scale: float | None = None,
         backend: str | ArrayBackend | None = None,
         keep_queries: bool = False,
+        certify: int | None = None,
+        tolerance: float | None = None,
     ) -> None:
         check_budget(budget, sinks, window)
+        if certify is not None:
+            check_order(certify)
+        if tolerance is not None and (certify is None or not tolerance >= 0):
+            raise ValueError(
+                f"tolerance is {tolerance} with certify={certify}; it must be at least 0 and needs certify=0, 1 or 2"
+            )
         if order not in (None, 0, 1):
             raise ValueError(f"order is {order!r}; use None (plain eviction), 0 or 1")
         if block < 1:
             raise ValueError(f"block is {block}; evict at least one token at a time")
         self.budget, self.sinks, self.window, self.block = budget, sinks, window, block
+        self.certify, self.tolerance = certify, tolerance
         self.policy, self.order, self.scale = get_policy(policy), order, scale
         self.correction, self.keep_queries = get_correction(correction), keep_queries
         self.backend = None if backend is None else get_backend(backend)
@@ -119,6 +140,9 @@ class LayerCache(CacheStep):
         self.positions: Array = None
         self.score: Array = None
         self.moments: Any = None
+        self.evidence: Moments | None = None
+        self.recent_queries: Array = None
+        self.refused = 0
         self.query_mean: Array = None
         self.query_square: Array = None
         self.newest_queries: Array = None
@@ -140,6 +164,8 @@ class LayerCache(CacheStep):
         if self.keys is None:
             self.keys, self.values, self.positions, self.score = k, v, new, zeros
             self.moments = self.correction.empty(k, v, order=self.order or 0)
+            if self.certify is not None:
+                self.evidence = Moments.empty(k, v, order=self.certify, extent=True)
         else:
             for name, old, fresh in (("k", self.keys, k), ("v", self.values, v)):
                 if old.shape[:-2] != fresh.shape[:-2] or old.shape[-1] != fresh.shape[-1]:
@@ -253,6 +279,12 @@ class LayerCache(CacheStep):
             fits = xp.all(self.positions[..., -RECENT_QUERIES:] >= 0, axis=-1) & (self.moments.weight == 0)
             gone = (self.positions >= 0) & (positions < 0) & fits[..., None]
             moments = self.correction.calibrate(moments, newest, self.keys, scale=self.attention_scale, mask=gone)
+        evidence = self.evidence
+        if evidence is not None:
+            gone = (self.positions >= 0) & (positions < 0)
+            evidence = evidence.update(self.keys, self.values, mask=gone)
+            if self._refuses(positions, moments, evidence):
+                return
         indices, filled = selection.indices, selection.filled
         kept = xp.take_along_axis(positions, indices, axis=-1)
         if self.score is not None:
@@ -265,7 +297,26 @@ class LayerCache(CacheStep):
         self.positions = xp.where(filled, kept, xp.full_like(kept, -1))
         self.keys = xp.take_along_axis(self.keys, indices[..., None], axis=-2)
         self.values = xp.take_along_axis(self.values, indices[..., None], axis=-2)
-        self.moments = moments
+        self.moments, self.evidence, self.recent_queries = moments, evidence, None
+
+    def _refuses(self, positions: Array, moments: Any, evidence: Moments) -> bool:
+        """Whether an eviction would pass the tolerance; if so the budget grows instead."""
+        if self.tolerance is None or self.recent_queries is None:
+            return False
+        xp = array_namespace(self.keys)
+        report = trust_of(self, self.recent_queries, self.keys, self.values, positions, moments, evidence)
+        worst = float(xp.max(report.certified))
+        if worst <= self.tolerance:
+            return False
+        if not self.refused:
+            warnings.warn(
+                f"an eviction was refused: the certified error would be {worst:.3g} of the output, the tolerance is "
+                f"{self.tolerance:g}; the budget of {self.budget} tokens grows (see LayerCache.refused)",
+                stacklevel=4,
+            )
+        self.refused += 1
+        self.budget = self.stored
+        return True
 
     def importance(self, positions: Array = None, score: Array = None, moments: Any = None) -> Array:
         """The policy's ranking of the stored tokens, shape (batch..., kv_head, n), by the state's own or other data."""
@@ -307,6 +358,7 @@ class LayerCache(CacheStep):
         arrays = self.arrays()
         if self.order is None:
             arrays = {name: x for name, x in arrays.items() if not name.startswith("moments.")}
+        # Evidence is counted: whoever certifies pays for it.
         return sum(nbytes(x) for x in arrays.values())
 
     def arrays(self) -> dict[str, Array]:
@@ -315,21 +367,28 @@ class LayerCache(CacheStep):
             return {}
         own = {name: getattr(self, name) for name in OWN_ARRAYS}
         own |= {f"moments.{name}": x for name, x in self.moments.arrays().items()}
+        if self.evidence is not None:
+            own |= {f"evidence.{name}": x for name, x in self.evidence.arrays().items()}
         return {name: x for name, x in own.items() if x is not None}
 
     def map(self, function: Callable[[Array], Array]) -> None:
         """Apply a function to every array of the state: to select, repeat or reorder rows, or to move devices."""
         if self.keys is None:
             return
-        changed = {name: function(x) for name, x in self.arrays().items() if not name.startswith("moments.")}
+        changed = {name: function(x) for name, x in self.arrays().items() if name in OWN_ARRAYS}
         moments = self.moments.map(function)
+        evidence = None if self.evidence is None else self.evidence.map(function)
         for name, x in changed.items():
             setattr(self, name, x)
-        self.moments = moments
+        self.moments, self.evidence = moments, evidence
 
     def _remember(self, q: Array) -> None:
         """Keep first and second moment of recent queries, and the newest queries until the eviction that follows."""
         recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
+        if self.tolerance is not None:
+            held = recent if self.recent_queries is None else array_namespace(q).concat(
+                [self.recent_queries, recent], axis=-2)  # fmt: skip
+            self.recent_queries = held[..., max(held.shape[-2] - RECENT_QUERIES, 0) :, :]
         if recent.shape[-2] == RECENT_QUERIES and (self.remembers_queries or self.keep_queries):
             self.newest_queries = recent
         if not self.remembers_queries:

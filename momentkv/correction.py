@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple, overload
 
 from momentkv._array import Array, array_namespace
 from momentkv.anchored import AnchoredMoments
 from momentkv.attention import AttentionState, default_scale, group_queries, merge, ungroup_queries
+from momentkv.bounds import output_error
 from momentkv.moments import Moments, check_order, positive
 
-__all__ = ["correct", "estimate"]
+__all__ = ["Certified", "correct", "estimate"]
+
+
+class Certified(NamedTuple):
+    """A corrected state and how far its output is at most from exact attention.
+
+    Attributes
+    ----------
+    state : AttentionState
+    bound : array, shape (..., q_head, q_len)
+        Of the Euclidean error of ``state.out``: proved, and rounding of moments and bound is included.
+    """
+
+    state: AttentionState
+    bound: Array
 
 
 def estimate(
@@ -106,9 +122,42 @@ def estimate(
     return AttentionState(ungroup_queries(out, q_heads, q_len), ungroup_queries(lse[..., None], q_heads, q_len)[..., 0])
 
 
+@overload
 def correct(
-    retained: AttentionState, q: Array, moments: Moments, *, order: int = 1, scale: float | None = None
-) -> AttentionState:
+    retained: AttentionState,
+    q: Array,
+    moments: Moments | AnchoredMoments,
+    *,
+    order: int = 1,
+    scale: float | None = None,
+    strength: float = 1.0,
+    certify: Literal[False] = False,
+) -> AttentionState: ...
+
+
+@overload
+def correct(
+    retained: AttentionState,
+    q: Array,
+    moments: Moments | AnchoredMoments,
+    *,
+    order: int = 1,
+    scale: float | None = None,
+    strength: float = 1.0,
+    certify: Literal[True],
+) -> Certified: ...
+
+
+def correct(
+    retained: AttentionState,
+    q: Array,
+    moments: Moments | AnchoredMoments,
+    *,
+    order: int = 1,
+    scale: float | None = None,
+    strength: float = 1.0,
+    certify: bool = False,
+) -> AttentionState | Certified:
     """Attention over retained tokens, corrected by the estimate of the evicted ones.
 
     ``merge(retained, estimate(q, moments))``: the exact rule for joining two sets, with one of them estimated.
@@ -117,13 +166,20 @@ def correct(
     ----------
     retained : AttentionState
         Exact attention of ``q`` over the retained tokens.
-    q, moments, order, scale
+    q, moments, order, scale, strength
         As in `estimate`.
+    certify : bool
+        Whether to return a bound of the error, too; the moments must have an extent.
 
     Returns
     -------
-    AttentionState
+    AttentionState or Certified
         Equal to ``retained``, bit for bit, where nothing was evicted.
+
+    Raises
+    ------
+    ValueError
+        As `estimate`, or if a bound is wanted and the moments have no extent.
 
     Notes
     -----
@@ -140,4 +196,7 @@ def correct(
     >>> float(np.linalg.norm(corrected - exact)) < 0.1 * float(np.linalg.norm(retained.out - exact))
     True
     """
-    return merge(retained, estimate(q, moments, order=order, scale=scale))
+    state = merge(retained, estimate(q, moments, order=order, scale=scale, strength=strength))
+    if not certify:
+        return state
+    return Certified(state, output_error(retained, q, moments, state.out, scale=scale))

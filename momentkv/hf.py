@@ -227,6 +227,8 @@ class MomentCache(Cache):
         First tokens and most recent tokens that are always retained, and tokens evicted at a time while decoding.
     backend : str or ArrayBackend, optional
         ``"torch"`` by default.
+    certify, tolerance
+        As `LayerCache` takes them: evidence for `momentkv.trust.trust`, and refusal to evict past a certified error.
 
     Raises
     ------
@@ -257,6 +259,8 @@ class MomentCache(Cache):
         window: int = 32,
         block: int = 32,
         backend: str | ArrayBackend | None = None,
+        certify: int | None = None,
+        tolerance: float | None = None,
     ) -> None:
         config = getattr(model, "config", model).get_text_config(decoder=True)
         check_implementation(config)
@@ -288,6 +292,8 @@ class MomentCache(Cache):
                     "block": block,
                     "backend": backend,
                     "keep_queries": keeps_queries,
+                    "certify": certify,
+                    "tolerance": tolerance,
                 }
                 core: LayerCache | RaggedCache
                 if sharing in SHARING_BY_HEADS:

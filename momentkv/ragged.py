@@ -177,6 +177,8 @@ class RaggedCache(CacheStep):
             arrays = [getattr(part, name) for part in self.parts]
             setattr(one, name, None if arrays[0] is None else xp.concat(arrays, axis=axis))
         one.padded = any(part.padded for part in self.parts)
+        # To measure with; evidence and refusals stay with the parts.
+        one.certify = one.tolerance = one.evidence = one.recent_queries = None
         one.moments = one.correction.empty(one.keys, one.values, order=one.order or 0)
         return one
 

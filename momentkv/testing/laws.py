@@ -387,18 +387,19 @@ def check_state(t: Truth, batch: Batch, rng: np.random.Generator) -> Outcome:
 
 def check_merge(t: Truth, batch: Batch, rng: np.random.Generator) -> Outcome:
     """Law A: attention over two parts of a set merges into attention over the set."""
-    cut, n, d = int(rng.integers(0, batch.k.shape[-2] + 1)), *batch.k.shape[-2:]
+    n, d = batch.k.shape[-2:]
+    cut = int(rng.integers(0, n + 1))
     if not batch.unit_weights:
         return Outcome(np.zeros(0, bool), np.zeros(0))
     parts = [attention.attend(batch.q, batch.k[:, s], batch.v[:, s], scale=batch.scale) for s in (
         slice(0, cut), slice(cut, n))]  # fmt: skip
     whole = attention.merge(*parts)
     u = rounding.unit(batch.q)
-    sizes = [norm(x.astype(LONG)).max(axis=-1) for x in (batch.k, batch.v)]
-    of_out, of_lse = rounding.attention_error(norm(t.query), *sizes, t.lse, n=n, d=d + 4, u=u)
+    longest_k, longest_v = (norm(x.astype(LONG)).max(axis=-1) for x in (batch.k, batch.v))
+    of_out, of_lse = rounding.attention_error(norm(t.query), longest_k, longest_v, t.lse, n=n, d=d + 4, u=u)
     steps = 40 * u
     failed = above(np.abs(whole.lse[:, 0] - t.lse), 2 * of_lse + steps * (1 + np.abs(t.lse)), t.mass_slack()).violated
-    moved = 2 * sizes[1] * (np.tanh(2 * of_lse) + steps)
+    moved = 2 * longest_v * (np.tanh(2 * of_lse) + steps)
     failed |= above(norm(whole.out[:, 0] - t.value), 2 * of_out + moved, t.value_error).violated
     return Outcome(failed, np.zeros(0))
 
