@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import oracle
-from rounding import StateError, attention_error, estimate_error, merge_error, moments_error, unit
-from strategies import Case
+
+from momentkv.testing import oracle
+from momentkv.testing.rounding import StateError, attention_error, estimate_error, merge_error, moments_error, unit
+from momentkv.testing.strategies import Case
 
 
 class Correction(NamedTuple):

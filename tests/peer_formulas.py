@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from oracle import f64, snapkv
+
+from momentkv.testing.oracle import f64, snapkv
 
 
 def places(x: list[float] | np.ndarray) -> list[int]:

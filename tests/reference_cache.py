@@ -9,8 +9,9 @@ import dataclasses
 import math
 
 import numpy as np
-import oracle
 import peer_formulas
+
+from momentkv.testing import oracle
 
 
 @dataclasses.dataclass

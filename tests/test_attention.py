@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import MERGE, assert_same, assert_within, attention_error, merge_error, unit
-from strategies import MASKS, Case, cases, some_tokens
 
 from momentkv import AttentionState, attend, merge
+from momentkv.testing import oracle
+from momentkv.testing.rounding import MERGE, assert_same, assert_within, attention_error, merge_error, unit
+from momentkv.testing.strategies import MASKS, Case, cases, some_tokens
 
 masked_cases = cases(masks=MASKS)
 whole_floats = st.sampled_from(["float64", "float32"])

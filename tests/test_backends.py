@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 from corrections import correction
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import UNIT_BFLOAT16, assert_same, assert_within, attention_error, unit
-from strategies import MASKS, Case, cases, some_tokens
 
 from momentkv import Moments, attend
 from momentkv.backends import BACKENDS, ArrayBackend, get_backend
+from momentkv.testing import oracle
+from momentkv.testing.rounding import UNIT_BFLOAT16, assert_same, assert_within, attention_error, unit
+from momentkv.testing.strategies import MASKS, Case, cases, some_tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import (
+
+from momentkv import POLICIES, LayerCache, Moments
+from momentkv.testing import oracle
+from momentkv.testing.rounding import (
     UNIT_BFLOAT16,
     assert_same,
     assert_within,
@@ -19,9 +21,7 @@ from rounding import (
     moments_error,
     unit,
 )
-from strategies import numbers
-
-from momentkv import POLICIES, LayerCache, Moments
+from momentkv.testing.strategies import numbers
 
 names = st.sampled_from(sorted(POLICIES))
 

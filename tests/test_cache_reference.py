@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from libraries import LIBRARIES, Library
 from reference_cache import ReferenceRow, Rules
-from rounding import assert_within, corrected_error, unit
 
 from momentkv import POLICIES, LayerCache, get_policy
 from momentkv.policies import H2O, Balanced, CriticalKV, LagKV, MomentKV, Policy, SnapKV
+from momentkv.testing.rounding import assert_within, corrected_error, unit
 
 D, DV, KV_HEADS, GROUP = 5, 4, 2, 2
 ALL = sorted(set(POLICIES) - {"random"})

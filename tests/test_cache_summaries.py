@@ -6,12 +6,10 @@ import dataclasses
 import math
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import assert_same, assert_within, unit
 from test_cache import Run, advance, runs, stored
 
 from momentkv import LayerCache, Moments
@@ -19,6 +17,8 @@ from momentkv.accounting import state_bytes, token_equivalents
 from momentkv.corrections import AnchoredSummaries
 from momentkv.diagnostics import eviction_error
 from momentkv.summaries import Summaries
+from momentkv.testing import oracle
+from momentkv.testing.rounding import assert_same, assert_within, unit
 
 FEW = AnchoredSummaries(summaries=3, rank=2)
 

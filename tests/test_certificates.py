@@ -6,19 +6,19 @@ import dataclasses
 import math
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import assert_same, attention_error, moments_error, unit
-from strategies import Case, cases, some_tokens
 
 from momentkv import LayerCache, Moments, attend, bounds, correct, estimate
 from momentkv.accounting import state_bytes
 from momentkv.anchored import AnchoredMoments
 from momentkv.bounds.rounding import state_error
 from momentkv.ragged import RaggedCache
+from momentkv.testing import oracle
+from momentkv.testing.rounding import assert_same, attention_error, moments_error, unit
+from momentkv.testing.strategies import Case, cases, some_tokens
 from momentkv.trust import trust
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import Library
-from rounding import assert_same, assert_within, unit
-from strategies import Case, cases, some_tokens
 
 from momentkv.clustering import SUBSPACE_STEPS, cluster, low_rank
+from momentkv.testing.rounding import assert_same, assert_within, unit
+from momentkv.testing.strategies import Case, cases, some_tokens
 
 
 def labels(backend: Library, x: np.ndarray, weight: np.ndarray, groups: int) -> np.ndarray:

@@ -6,13 +6,15 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import oracle
 import pytest
 from corrections import correction
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import (
+
+from momentkv import AttentionState, Moments, attend, correct, estimate
+from momentkv.testing import oracle
+from momentkv.testing.rounding import (
     StateError,
     assert_same,
     assert_within,
@@ -22,9 +24,7 @@ from rounding import (
     moments_error,
     unit,
 )
-from strategies import MASKS, Case, cases, some_tokens
-
-from momentkv import AttentionState, Moments, attend, correct, estimate
+from momentkv.testing.strategies import MASKS, Case, cases, some_tokens
 
 orders = st.sampled_from([0, 1])
 

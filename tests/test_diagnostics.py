@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 from libraries import Library
-from rounding import assert_same, assert_within
 
 from momentkv import Moments
 from momentkv.diagnostics import EvictionError, eviction_error
+from momentkv.testing import oracle
+from momentkv.testing.rounding import assert_same, assert_within
 
 # Numbers are of order one and sums of at most 40 of them: under 4500 roundings of float64.
 TOLERANCE = 1e-12

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from libraries import Library
-from rounding import assert_same
 
 from momentkv import LayerCache, Moments, Policy, Tokens, attend, correct, estimate, get_policy
 from momentkv.backends import get_backend
 from momentkv.corrections import get_correction
 from momentkv.policies import MomentKV, Random, SnapKV
 from momentkv.summaries import QueryWindow, Summaries, estimate_summaries
+from momentkv.testing.rounding import assert_same
 
 Maker = Callable[..., object]
 

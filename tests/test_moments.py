@@ -6,15 +6,15 @@ import dataclasses
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import assert_same, assert_within, moments_error, unit
-from strategies import MASKS, Case, cases, some_tokens
 
 from momentkv import Moments
+from momentkv.testing import oracle
+from momentkv.testing.rounding import assert_same, assert_within, moments_error, unit
+from momentkv.testing.strategies import MASKS, Case, cases, some_tokens
 
 FIELDS = ("weight", "key_mean", "value_mean", "value_key")
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import assert_same, assert_within, unit
-from strategies import Case, cases
 
 from momentkv import LayerCache, Moments, Policy, Tokens
 from momentkv.policies import CAOTE, Balanced, CriticalKV, ExpectedAttention, LagKV, Leverage
+from momentkv.testing.rounding import assert_same, assert_within, unit
+from momentkv.testing.strategies import Case, cases
 
 NUMPY = LIBRARIES["numpy"]
 PEERS = [

@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from rounding import FUNCTION, assert_same, assert_within, attention_error, estimate_error, moments_error, unit
-from strategies import Case, cases, some_tokens
 
 from momentkv import POLICIES, LayerCache, Moments, Policy, Tokens, get_policy
 from momentkv.policies import H2O, TOVA, KeyDiff, Knorm, MomentKV, Random, SnapKV, Streaming
+from momentkv.testing import oracle
+from momentkv.testing.rounding import (
+    FUNCTION,
+    assert_same,
+    assert_within,
+    attention_error,
+    estimate_error,
+    moments_error,
+    unit,
+)
+from momentkv.testing.strategies import Case, cases, some_tokens
 
 SCALE = 0.6
 

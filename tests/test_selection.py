@@ -6,13 +6,13 @@ import dataclasses
 import math
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from libraries import Library
 
 from momentkv.policies import Selection, retain
+from momentkv.testing import oracle
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,18 +6,18 @@ import dataclasses
 import math
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import Library
-from rounding import assert_same, assert_within, attention_error, estimate_error, moments_error, unit
-from strategies import MASKS, Case, cases, numbers, some_tokens
 from totals import Points, assert_totals, formula, formula_error, window_of
 
 from momentkv import Moments, attend, estimate
 from momentkv.backends import get_backend
 from momentkv.summaries import CAP, QueryWindow, Summaries, estimate_summaries
+from momentkv.testing import oracle
+from momentkv.testing.rounding import assert_same, assert_within, attention_error, estimate_error, moments_error, unit
+from momentkv.testing.strategies import MASKS, Case, cases, numbers, some_tokens
 
 # Queries and keys of size 1e4 make differences of logits that float64 cannot exponentiate: tokens without weight.
 MILD = ("gaussian", "ties", "heavy", "huge keys")

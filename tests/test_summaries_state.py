@@ -6,20 +6,20 @@ import dataclasses
 import math
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
-from oracle import f64
-from rounding import assert_same, assert_within, attention_error, merge_error, unit
-from strategies import Case, cases, some_tokens
 from test_summaries import gathered
 from totals import Points, assert_totals, formula, formula_error, window_of
 
 from momentkv import Moments, attend
 from momentkv.backends import get_backend
 from momentkv.summaries import QueryWindow, Summaries, estimate_summaries
+from momentkv.testing import oracle
+from momentkv.testing.oracle import f64
+from momentkv.testing.rounding import assert_same, assert_within, attention_error, merge_error, unit
+from momentkv.testing.strategies import Case, cases, some_tokens
 
 sizes = st.integers(1, 4)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import oracle
 from libraries import Library
-from oracle import f64
-from rounding import FUNCTION, StateError, assert_within, default_scale, largest
-from strategies import Case
 
 from momentkv.summaries import QueryWindow, Summaries
+from momentkv.testing import oracle
+from momentkv.testing.oracle import f64
+from momentkv.testing.rounding import FUNCTION, StateError, assert_within, default_scale, largest
+from momentkv.testing.strategies import Case
 
 
 class Totals(NamedTuple):

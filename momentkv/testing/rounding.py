@@ -8,10 +8,12 @@ by counting every first-order one up. The float64 oracle rounds too, so `unit` a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from oracle import Sums, f64, to_query_heads
+from numpy.typing import NDArray
+
+from momentkv.testing.oracle import Sums, f64, to_query_heads
 
 FUNCTION = 8  # exp or log, in units of u
 # Merge of two states: two exponentials of a rounded difference, sum, quotient, product and sum; the log of the total.
@@ -26,7 +28,7 @@ def unit(dtype: str = "float64") -> float:
 UNIT_BFLOAT16 = 2.0**-9  # of storage; arithmetic is float32
 
 
-def assert_within(actual: np.ndarray, exact: np.ndarray, error: np.ndarray | float) -> None:
+def assert_within(actual: NDArray[Any], exact: NDArray[Any], error: NDArray[Any] | float) -> None:
     """Assert ``|actual - exact| <= error`` elementwise; infinities must be equal, NaN never passes."""
     actual, exact = f64(actual), f64(exact)
     assert actual.shape == exact.shape
@@ -36,34 +38,34 @@ def assert_within(actual: np.ndarray, exact: np.ndarray, error: np.ndarray | flo
     assert (off <= error).all(), f"error {np.max(off)} where rounding explains {error[off > error][:1]}"
 
 
-def assert_same(actual: np.ndarray, exact: np.ndarray) -> None:
+def assert_same(actual: NDArray[Any], exact: NDArray[Any]) -> None:
     """Assert equality to the last bit (0 and -0 are equal)."""
     assert actual.shape == exact.shape
     assert actual.dtype == exact.dtype
     assert (actual == exact).all()
 
 
-def default_scale(q: np.ndarray, scale: float | None) -> float:
+def default_scale(q: NDArray[Any], scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else abs(scale)
 
 
-def largest(x: np.ndarray) -> np.ndarray:
+def largest(x: NDArray[Any]) -> NDArray[Any]:
     """Largest magnitude over tokens and components, one number a head."""
     return np.max(np.abs(f64(x)), axis=(-2, -1), initial=0.0)
 
 
-def longest(v: np.ndarray) -> np.ndarray:
+def longest(v: NDArray[Any]) -> NDArray[Any]:
     """Largest norm over tokens, one number a head."""
     return np.max(np.linalg.norm(f64(v), axis=-1), axis=-1, initial=0.0)
 
 
 class StateError(NamedTuple):
-    out: np.ndarray
-    lse: np.ndarray
+    out: NDArray[Any]
+    lse: NDArray[Any]
 
 
 def attention_error(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, lse: np.ndarray, u: float, scale: float | None = None
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], lse: NDArray[Any], u: float, scale: float | None = None
 ) -> StateError:
     """Error of ``out`` (per component) and ``lse``.
 
@@ -80,14 +82,14 @@ def attention_error(
     return StateError(2 * size * (np.tanh(eta)[..., None] + u * (2 * n + 2 * FUNCTION + 4)), eta + u * (sums + finite))
 
 
-def merge_error(a: StateError, b: StateError, size: np.ndarray | float, lse: np.ndarray, u: float) -> StateError:
+def merge_error(a: StateError, b: StateError, size: NDArray[Any] | float, lse: NDArray[Any], u: float) -> StateError:
     """Error of a merge: those of its parts, shares moved by the errors of their lse, and `MERGE` roundings."""
     magnitude = np.where(np.isfinite(lse), np.abs(lse), 0.0)
     of_lse = a.lse + b.lse + u * (MERGE + magnitude)
     return StateError(a.out + b.out + 2 * size * (np.tanh(of_lse)[..., None] + u * MERGE), of_lse)
 
 
-def moments_error(k: np.ndarray, v: np.ndarray, u: float, w: np.ndarray | None = None, merges: int = 0) -> Sums:
+def moments_error(k: NDArray[Any], v: NDArray[Any], u: float, w: NDArray[Any] | None = None, merges: int = 0) -> Sums:
     """Errors of weight, means and co-moment of tokens that arrive in up to ``merges + 1`` parts, one number a head.
 
     A mean errs by e = u (2 n + 6 + 6 merges) max |k|. Shifting both means of a *centred* sum changes it by W e_k e_v
@@ -109,7 +111,7 @@ def moments_error(k: np.ndarray, v: np.ndarray, u: float, w: np.ndarray | None =
 
 
 def estimate_error(
-    q: np.ndarray, sums: Sums, errors: Sums, lse: np.ndarray, u: float, scale: float | None = None
+    q: NDArray[Any], sums: Sums, errors: Sums, lse: NDArray[Any], u: float, scale: float | None = None
 ) -> StateError:
     """Error of an estimate: of its two products, u (d + 4) each, and of the moments it is made from."""
     q = np.abs(f64(q))
@@ -132,8 +134,8 @@ def estimate_error(
 
 
 def corrected_error(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, u: float, scale: float | None = None, merges: int = 0
-) -> np.ndarray:
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], u: float, scale: float | None = None, merges: int = 0
+) -> NDArray[Any]:
     """Error of a corrected output, whichever of the tokens are retained and whichever are folded.
 
     A part of the tokens has means within those of single tokens, deviations at most twice those of all, and an lse of
@@ -144,8 +146,8 @@ def corrected_error(
     whole = moments_error(k, v, u, merges=merges)
     errors = Sums(np.full(k.shape[:-2], u * (n + merges)), whole.key_mean, whole.value_mean, 4 * whole.value_key / n)
     dk, dv = (np.abs(x - x.mean(axis=-2, keepdims=True)).max(axis=-2) for x in (k, v))
-    means = (np.abs(x).max(axis=-2) for x in (k, v))
-    sums = Sums(np.ones(k.shape[:-2]), *means, 4 * dv[..., :, None] * dk[..., None, :])
+    mean_k, mean_v = (np.abs(x).max(axis=-2) for x in (k, v))
+    sums = Sums(np.ones(k.shape[:-2]), mean_k, mean_v, 4 * dv[..., :, None] * dk[..., None, :])
     s = default_scale(q, scale)
     products = np.einsum("...hid,...hjd->...hij", np.abs(f64(q)), to_query_heads(np.abs(k), q_heads, -3))
     reach = s * products.max(axis=-1) + math.log(n)

@@ -6,35 +6,38 @@ Shares no code with the library. Arrays have its shapes: ``q`` (..., q_head, q_l
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 INF = math.inf
 
 
 class State(NamedTuple):
-    out: np.ndarray
-    lse: np.ndarray
+    out: NDArray[Any]
+    lse: NDArray[Any]
 
 
 class Sums(NamedTuple):
-    weight: np.ndarray
-    key_mean: np.ndarray
-    value_mean: np.ndarray
-    value_key: np.ndarray
+    weight: NDArray[Any]
+    key_mean: NDArray[Any]
+    value_mean: NDArray[Any]
+    value_key: NDArray[Any]
 
 
-def f64(x: np.ndarray) -> np.ndarray:
+def f64(x: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(x, dtype=np.float64)
 
 
-def to_query_heads(x: np.ndarray, q_heads: int, axis: int) -> np.ndarray:
+def to_query_heads(x: NDArray[Any], q_heads: int, axis: int) -> NDArray[Any]:
     """Repeat what each KV head holds for the query heads of its group."""
     return np.repeat(x, q_heads // x.shape[axis], axis=axis)
 
 
-def logits(q: np.ndarray, k: np.ndarray, scale: float | None = None, mask: np.ndarray | None = None) -> np.ndarray:
+def logits(
+    q: NDArray[Any], k: NDArray[Any], scale: float | None = None, mask: NDArray[Any] | None = None
+) -> NDArray[Any]:
     """Shape (..., q_head, q_len, n); ``mask`` as the library takes it, (..., kv_head, group, q_len, n)."""
     q, k = f64(q), f64(k)
     scale = 1 / math.sqrt(k.shape[-1]) if scale is None else scale
@@ -47,7 +50,7 @@ def logits(q: np.ndarray, k: np.ndarray, scale: float | None = None, mask: np.nd
     return np.where(seen, products, -INF)
 
 
-def softmax(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def softmax(products: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Weights and log-sum-exp over the last axis; zero and -inf where all logits are -inf."""
     top = np.max(products, axis=-1, keepdims=True, initial=-INF)
     shift = np.where(top == -INF, 0.0, top)
@@ -59,7 +62,7 @@ def softmax(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def attend(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, mask: np.ndarray | None = None
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scale: float | None = None, mask: NDArray[Any] | None = None
 ) -> State:
     weights, lse = softmax(logits(q, k, scale, mask))
     return State(np.einsum("...hij,...hjd->...hid", weights, to_query_heads(f64(v), q.shape[-3], -3)), lse)
@@ -72,7 +75,7 @@ def merge(*states: State) -> State:
     return State((outs * weights[..., None, :]).sum(axis=-1), lse)
 
 
-def moments(k: np.ndarray, v: np.ndarray, w: np.ndarray | None = None) -> Sums:
+def moments(k: NDArray[Any], v: NDArray[Any], w: NDArray[Any] | None = None) -> Sums:
     """Weight, means and centred co-moment, head by head and token by token."""
     k, v = f64(k), f64(v)
     w = np.ones(k.shape[:-1]) if w is None else np.broadcast_to(f64(w), k.shape[:-1])
@@ -95,7 +98,7 @@ def moments(k: np.ndarray, v: np.ndarray, w: np.ndarray | None = None) -> Sums:
     return Sums(weight, key_mean, value_mean, value_key)
 
 
-def estimate(q: np.ndarray, sums: Sums, order: int = 1, scale: float | None = None) -> State:
+def estimate(q: NDArray[Any], sums: Sums, order: int = 1, scale: float | None = None) -> State:
     """Paper, eq. 9: ``mu_v + (s / W) S_vk q`` and ``log W + s q . mu_k``."""
     q = f64(q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -111,17 +114,17 @@ def estimate(q: np.ndarray, sums: Sums, order: int = 1, scale: float | None = No
     return State(np.where(some[..., None, None], out, 0.0), lse)
 
 
-def causal_weights(q: np.ndarray, k: np.ndarray, scale: float | None = None) -> np.ndarray:
+def causal_weights(q: NDArray[Any], k: NDArray[Any], scale: float | None = None) -> NDArray[Any]:
     """Attention matrix (..., q_head, q_len, n) where the queries are those of the last tokens."""
     q_len, n = q.shape[-2], k.shape[-2]
     return softmax(logits(q, k, scale, np.tril(np.ones((q_len, n), dtype=bool), n - q_len)))[0]
 
 
-def knorm(keys: np.ndarray) -> np.ndarray:
+def knorm(keys: NDArray[Any]) -> NDArray[Any]:
     return -np.sqrt((f64(keys) ** 2).sum(axis=-1))
 
 
-def keydiff(keys: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def keydiff(keys: NDArray[Any], valid: NDArray[Any]) -> NDArray[Any]:
     """Minus the cosine to the mean direction of the keys that are there."""
     importance = np.zeros(valid.shape)
     for head in np.ndindex(valid.shape[:-1]):
@@ -132,7 +135,7 @@ def keydiff(keys: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return importance
 
 
-def snapkv(score: np.ndarray, positions: np.ndarray, kernel: int) -> np.ndarray:
+def snapkv(score: NDArray[Any], positions: NDArray[Any], kernel: int) -> NDArray[Any]:
     """Sum over the tokens within ``kernel // 2`` positions, divided by ``kernel``; empty slots give nothing."""
     pooled = np.zeros(score.shape)
     for head in np.ndindex(score.shape[:-1]):
@@ -143,7 +146,7 @@ def snapkv(score: np.ndarray, positions: np.ndarray, kernel: int) -> np.ndarray:
     return pooled
 
 
-def momentkv(score: np.ndarray, keys: np.ndarray, values: np.ndarray, sums: Sums, scale: float) -> np.ndarray:
+def momentkv(score: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], sums: Sums, scale: float) -> NDArray[Any]:
     """``alpha_j ||v_j - mu_v - (s / n) S_vk k_j||``, and ``alpha_j ||v_j||`` while nothing is evicted."""
     importance = np.zeros(score.shape)
     for head in np.ndindex(score.shape[:-1]):
@@ -156,15 +159,15 @@ def momentkv(score: np.ndarray, keys: np.ndarray, values: np.ndarray, sums: Sums
     return importance
 
 
-def value_aware(score: np.ndarray, values: np.ndarray) -> np.ndarray:
+def value_aware(score: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
     """``p ||v - mean||`` of each token of one head."""
     return score * np.linalg.norm(f64(values) - f64(values).mean(axis=0), axis=-1)
 
 
-def novelty(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+def novelty(keys: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
     """Squared Mahalanobis distance of each token of one head, in keys times in values, with a ridge."""
 
-    def distance(x: np.ndarray) -> np.ndarray:
+    def distance(x: NDArray[Any]) -> NDArray[Any]:
         off = f64(x) - f64(x).mean(axis=0)
         covariance = off.T @ off / len(off)
         ridge = np.trace(covariance) / x.shape[-1] / 1000
@@ -173,10 +176,10 @@ def novelty(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     return distance(keys) * distance(values)
 
 
-def balanced(score: np.ndarray, keys: np.ndarray, values: np.ndarray, share: float = 0.25) -> np.ndarray:
+def balanced(score: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], share: float = 0.25) -> NDArray[Any]:
     """Minus the turn of each token of one head: the first place that `value_aware` or `novelty` gives it."""
 
-    def places(x: np.ndarray) -> np.ndarray:
+    def places(x: NDArray[Any]) -> NDArray[Any]:
         place = np.empty(len(x))
         place[np.argsort(-x, kind="stable")] = np.arange(1, len(x) + 1)
         return place
@@ -185,7 +188,7 @@ def balanced(score: np.ndarray, keys: np.ndarray, values: np.ndarray, share: flo
 
 
 def retained_slots(
-    importance: np.ndarray, positions: np.ndarray, budget: int, sinks: int, window: int, seen: int
+    importance: NDArray[Any], positions: NDArray[Any], budget: int, sinks: int, window: int, seen: int
 ) -> list[int]:
     """Slots that one head retains: sinks, window, then the most important, earlier ones first among equals."""
     held = [j for j, position in enumerate(positions) if position >= 0]

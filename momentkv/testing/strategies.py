@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 LAWS = ("gaussian", "ties", "huge", "huge keys", "offset", "heavy")
 MASKS = ("none", "random", "tokens", "rows", "all")
@@ -38,25 +40,25 @@ class Case:
     def rng(self, purpose: int = 0) -> np.random.Generator:
         return np.random.default_rng([self.seed, purpose])
 
-    def rounded(self, x: np.ndarray) -> np.ndarray:
+    def rounded(self, x: NDArray[Any]) -> NDArray[Any]:
         return x.astype(self.dtype)
 
-    def query(self) -> np.ndarray:
+    def query(self) -> NDArray[Any]:
         x = numbers(self.rng(1), (*self.batch, self.q_heads, self.q_len, self.d), self.law)
         # Far-off queries beside far-off keys would make every set of weights one-hot.
         return self.rounded(x - 1000.0 if self.law == "offset" else x / 1e4 if self.law == "huge keys" else x)
 
-    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+    def tokens(self) -> tuple[NDArray[Any], NDArray[Any]]:
         rng = self.rng(2)
         k, v = (numbers(rng, (*self.lead, self.n, size), self.law) for size in (self.d, self.dv))
         if self.law == "ties" and self.n > 1:
             k[..., -1, :], v[..., -1, :] = k[..., 0, :], v[..., 0, :]
         return self.rounded(k), self.rounded(v)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         return (self.query(), *self.tokens())
 
-    def mask(self) -> np.ndarray | None:
+    def mask(self) -> NDArray[Any] | None:
         """For attention: broadcastable to (..., kv_head, group, q_len, n)."""
         rng = self.rng(3)
         full = (*self.lead, self.group, self.q_len, self.n)
@@ -69,14 +71,14 @@ class Case:
         mask = rng.random(full) < 0.5
         return mask & (rng.random((self.q_len, 1)) < 0.5) if self.masked == "rows" else mask
 
-    def token_mask(self) -> np.ndarray | None:
+    def token_mask(self) -> NDArray[Any] | None:
         """For moments: broadcastable to (..., n); other tokens in each head."""
         if self.masked == "none":
             return None
         share = {"all": 0.0, "rows": 0.1}.get(self.masked, 0.5)
         return self.rng(4).random((*self.lead, self.n)) < share
 
-    def weights(self) -> np.ndarray:
+    def weights(self) -> NDArray[Any]:
         """Not negative, some zero, of very different sizes."""
         rng = self.rng(5)
         w = np.exp(3 * rng.standard_normal((*self.lead, self.n)))
@@ -86,7 +88,7 @@ class Case:
         return float(self.rng(6).uniform(0.05, 2.0))
 
 
-def numbers(rng: np.random.Generator, shape: tuple[int, ...], law: str) -> np.ndarray:
+def numbers(rng: np.random.Generator, shape: tuple[int, ...], law: str) -> NDArray[Any]:
     if law == "ties":
         return rng.integers(-1, 2, shape).astype(float)
     if law == "heavy":

@@ -1,0 +1,247 @@
+"""Conformance of a backend, an array library or a policy, by one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from momentkv import bounds, correction
+from momentkv.attention import AttentionState
+from momentkv.backends import ArrayBackend, get_backend
+from momentkv.bounds.rounding import attention_error
+from momentkv.cache import LayerCache
+from momentkv.moments import Moments
+from momentkv.policies import Policy, get_policy
+from momentkv.testing.adversaries import Batch, draw
+from momentkv.testing.laws import LONG, Truth
+
+__all__ = ["check_backend", "check_library", "check_policy"]
+
+Floats = NDArray[Any]
+HEADS = 40
+
+
+def norm(x: Floats) -> Floats:
+    """Euclidean length along the last axis."""
+    return np.sqrt((x * x).sum(axis=-1))
+
+
+def check_backend(
+    backend: str | ArrayBackend,
+    *,
+    asarray: Callable[[Floats], Any] = np.asarray,
+    asnumpy: Callable[[Any], Floats] = np.asarray,
+    dtypes: Sequence[str] = ("float64", "float32"),
+    batches: int = 40,
+    seed: int = 0,
+) -> int:
+    """Check a backend's primitives on adversarial cases against attention in extended precision.
+
+    Parameters
+    ----------
+    backend : str or ArrayBackend
+    asarray, asnumpy : callable
+        From NumPy to the arrays that the backend takes, and back.
+    dtypes : sequence of str
+        Of the inputs.
+    batches, seed : int
+
+    Returns
+    -------
+    int
+        Cases checked.
+
+    Raises
+    ------
+    AssertionError
+        Naming the primitive, the case's seed and by how much it errs beyond rounding.
+
+    Notes
+    -----
+    Tolerances are those of `momentkv.bounds.rounding`, twice for what fused kernels may add up in another way.
+
+    Examples
+    --------
+    >>> check_backend("numpy", batches=2)
+    80
+    """
+    subject = get_backend(backend)
+    for index in range(batches):
+        rng = np.random.default_rng([seed, index])
+        batch = draw(rng, HEADS, dtype=dtypes[index % len(dtypes)])
+        _check_attend(subject, batch, asarray, asnumpy, f"batch {index} of seed {seed}")
+        _check_correct(subject, batch, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
+    return batches * HEADS
+
+
+def _check_attend(
+    backend: ArrayBackend, batch: Batch, asarray: Callable[..., Any], asnumpy: Callable[..., Any], where: str
+) -> None:
+    unit_batch = Batch(batch.q, batch.k, batch.v, np.ones_like(batch.w), batch.scale, batch.dtype, True)
+    truth = Truth.of(unit_batch)
+    q, k, v = (asarray(x[None]) for x in (batch.q, batch.k, batch.v))
+    n, d = batch.k.shape[-2:]
+    u = float(np.finfo(batch.dtype).eps) / 2
+    longest_k, longest_v = (norm(x.astype(LONG)).max(axis=-1) for x in (batch.k, batch.v))
+    of_out, of_lse = attention_error(norm(truth.query), longest_k, longest_v, truth.lse, n=n, d=d, u=2 * u)
+    state, weights = backend.attend(q, k, v, scale=batch.scale)
+    causal = backend.attend_causal(q, k, v, scale=batch.scale)
+    prefill = backend.prefill(q, k, v, scale=batch.scale)
+    for name, out in (("attend", state.out), ("attend_causal", causal.out), ("prefill", prefill)):
+        _within(norm(asnumpy(out)[0, :, 0] - truth.value), of_out + truth.value_error, f"{name}: output, {where}")
+    for name, lse in (("attend", state.lse), ("attend_causal", causal.lse)):
+        _within(np.abs(asnumpy(lse)[0, :, 0] - truth.lse), of_lse + truth.mass_slack(), f"{name}: lse, {where}")
+    shares = truth.share * np.exp(truth.x - truth.kappa[:, None])
+    off = np.abs(asnumpy(weights)[0, :, 0, 0] - shares).max(axis=-1)
+    _within(off, 2 * np.tanh(of_lse) + 2 * u * (2 * n + 20) + truth.mass_slack(), f"attend: weights, {where}")
+
+
+def _check_correct(
+    backend: ArrayBackend,
+    batch: Batch,
+    rng: np.random.Generator,
+    asarray: Callable[..., Any],
+    asnumpy: Callable[..., Any],
+    where: str,
+) -> None:
+    """The backend's correction lies within the certificate that exact arithmetic gives it around its own formula."""
+    q, k, v = (asarray(x[None]) for x in (batch.q, batch.k, batch.v))
+    truth = Truth.of(batch)
+    moments = Moments.from_tokens(k, v, weights=asarray(batch.w[None]), extent=True)
+    out = (truth.value_mean + rng.standard_normal(truth.value.shape)).astype(batch.dtype)
+    lse = (truth.lse + rng.standard_normal(truth.lse.shape)).astype(batch.dtype)
+    retained = AttentionState(asarray(out[None, :, None]), asarray(lse[None, :, None]))
+    for order in (0, 1):
+        got = asnumpy(backend.correct(retained, q, moments, order=order, scale=batch.scale))[0, :, 0]
+        share = 1 / (1 + np.exp(np.clip(lse - truth.base, -1000, 1000)))[:, None]
+        exact = out + share * (truth.value_mean + order * truth.slope - out)
+        reading = bounds.read(q, moments, scale=batch.scale)
+        base, tail, mean = (asnumpy(x)[0, :, 0] for x in (reading.base_error, reading.tail, reading.value_error))
+        u = float(np.finfo(batch.dtype).eps) / 2
+        size = norm(out) + norm(truth.value_mean) + norm(truth.slope)
+        error = 2 * size * np.tanh(base / 2 + u * (32 + np.abs(lse))) + tail + mean + 64 * u * size + truth.value_error
+        _within(norm(got - exact), error + truth.tail, f"correct, order {order}, {where}")
+    empty = Moments.empty(k, v)
+    got = asnumpy(backend.correct(retained, q, empty, order=1, scale=batch.scale))[0, :, 0]
+    if not (got == out).all():
+        raise AssertionError(f"correct: changes the retained output where nothing was evicted, {where}")
+
+
+def _within(off: Floats, error: Floats, what: str) -> None:
+    if not bool((off <= error).all()):
+        worst = int(np.argmax(np.where(off <= error, 0, off / np.maximum(error, 1e-300))))
+        raise AssertionError(
+            f"{what}: head {worst} errs by {off[worst]:.3g} where rounding explains {error[worst]:.3g}"
+        )
+
+
+def check_library(
+    asarray: Callable[[Floats], Any],
+    asnumpy: Callable[[Any], Floats],
+    *,
+    dtypes: Sequence[str] = ("float64", "float32"),
+    batches: int = 20,
+    seed: int = 0,
+) -> int:
+    """Check moments, estimates and certificates on the arrays of a library; arguments as in `check_backend`.
+
+    Raises
+    ------
+    AssertionError
+        If a certificate is violated or not finite.
+
+    Examples
+    --------
+    >>> check_library(np.asarray, np.asarray, batches=2)
+    80
+    """
+    for index in range(batches):
+        rng = np.random.default_rng([seed, index])
+        batch = draw(rng, HEADS, dtype=dtypes[index % len(dtypes)])
+        truth, where = Truth.of(batch), f"batch {index} of seed {seed}"
+        q, k, v, w = (asarray(x[None]) for x in (batch.q, batch.k, batch.v, batch.w))
+        half = batch.k.shape[-2] // 2
+        moments = Moments.from_tokens(
+            k[..., :half, :], v[..., :half, :], weights=w[..., :half], order=2, extent=True
+        ).update(k[..., half:, :], v[..., half:, :], weights=w[..., half:])
+        low, high = (asnumpy(x)[0, :, 0] for x in bounds.lse_interval(q, moments, scale=batch.scale))
+        _within(truth.lse, high + truth.mass_slack(), f"lse_interval: upper end, {where}")
+        _within(low.astype(LONG), truth.lse + truth.mass_slack(), f"lse_interval: lower end, {where}")
+        guess = correction.estimate(q, moments, scale=batch.scale).out
+        bound = asnumpy(bounds.value_error(q, moments, guess, scale=batch.scale))[0, :, 0]
+        _within(norm(truth.value - asnumpy(guess)[0, :, 0]), bound + truth.value_error, f"value_error, {where}")
+        if not np.isfinite(bound).all():
+            raise AssertionError(f"value_error: not finite, {where}")
+    return batches * HEADS
+
+
+def check_policy(
+    policy: str | Policy,
+    *,
+    asarray: Callable[[Floats], Any] = np.asarray,
+    asnumpy: Callable[[Any], Floats] = np.asarray,
+) -> None:
+    """Check what every eviction policy must keep to, by running it in a cache.
+
+    The ranking has one finite number a stored token; it is the same when asked twice and changes nothing; what padding
+    holds does not matter; the budget holds, sinks and window stay, and no token is lost or counted twice; rows of a
+    batch do not feel each other.
+
+    Raises
+    ------
+    AssertionError
+        Naming the law that is broken.
+
+    Examples
+    --------
+    >>> check_policy("snapkv")
+    """
+    chosen = get_policy(policy)
+    rng = np.random.default_rng(0)
+    sizes: dict[str, Any] = {"budget": 24, "sinks": 2, "window": 8, "block": 4}
+    q, k, v = (rng.standard_normal((2, heads, 60, 8)) for heads in (4, 2, 2))
+    valid = np.ones((2, 1, 60), dtype=bool)
+    valid[1, :, :9] = False
+
+    def run(k: Floats, v: Floats, rows: slice, padding: Floats) -> LayerCache:
+        cache = LayerCache(policy=chosen, **sizes)
+        cache.step(*(asarray(x[rows]) for x in (q, k, v)), valid=asarray(padding[rows]))
+        for _ in range(9):
+            step = [asarray(x[rows, :, -1:]) for x in (q, k, v)]
+            cache.step(*step)
+        return cache
+
+    both = slice(0, 2)
+    cache = run(k, v, both, valid)
+    name = chosen.name or type(chosen).__name__
+    before = {key: asnumpy(x).copy() for key, x in cache.arrays().items()}
+    one, two = (asnumpy(cache.importance()) for _ in range(2))
+    positions = asnumpy(cache.positions)
+    held = positions >= 0
+    if one.shape != positions.shape or not np.isfinite(one[held]).all():
+        raise AssertionError(f"{name}: importance must be one finite number for every stored token")
+    if not (one[held] == two[held]).all():
+        raise AssertionError(f"{name}: importance differs when asked twice")
+    if any((asnumpy(x) != before[key]).any() for key, x in cache.arrays().items()):
+        raise AssertionError(f"{name}: importance changes the cache")
+    count = asnumpy(cache.moments.weight) + held.sum(axis=-1)
+    if not (count == np.asarray([[69.0], [60.0]])).all():
+        raise AssertionError(f"{name}: tokens are lost or counted twice: {count.tolist()}")
+    if (held.sum(axis=-1) >= sizes["budget"] + sizes["block"]).any():
+        raise AssertionError(f"{name}: more than the budget and a block is stored")
+    for row, start in enumerate((0, 9)):
+        for head in range(2):
+            slots = set(positions[row, head].tolist())
+            if not {start, start + 1, *range(61, 69)} <= slots:
+                raise AssertionError(f"{name}: sinks or window are gone in row {row}, head {head}")
+    bad_k, bad_v = (np.where(valid[..., None], x, 1e30) for x in (k, v))
+    other = run(bad_k, bad_v, both, valid)
+    if (asnumpy(other.positions) != positions).any():
+        raise AssertionError(f"{name}: what padding holds changes what is retained")
+    alone = run(k, v, slice(0, 1), valid)
+    mine = asnumpy(alone.positions)[0]
+    if [sorted(x[x >= 0].tolist()) for x in mine] != [sorted(x[x >= 0].tolist()) for x in positions[0]]:
+        raise AssertionError(f"{name}: a row's selection depends on the other rows of the batch")

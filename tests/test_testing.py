@@ -1,0 +1,122 @@
+"""One call verifies a backend, a library or a policy; and catches those that are broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from libraries import LIBRARIES
+
+from momentkv import POLICIES, Policy, get_policy
+from momentkv.attention import AttentionState
+from momentkv.backends import get_backend
+from momentkv.backends.array_api import ArrayBackend
+from momentkv.testing import check_backend, check_library, check_policy
+
+PAIRS = [("numpy", "numpy"), ("array-api", "array-api-strict"), ("array-api", "torch"), ("torch", "torch")]
+
+
+@pytest.mark.parametrize(("backend", "library"), PAIRS, ids=lambda x: x)
+def test_backends_conform(backend: str, library: str):
+    arrays = LIBRARIES[library]
+    assert check_backend(backend, asarray=arrays.asarray, asnumpy=arrays.numpy, batches=10) == 400
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries_conform(library: str):
+    arrays = LIBRARIES[library]
+    assert check_library(arrays.asarray, arrays.numpy, batches=10) == 400
+
+
+@pytest.mark.parametrize("name", ["jax", "cupy"])
+def test_other_array_libraries_conform_where_they_are_installed(name: str):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    xp = importlib.import_module("jax.numpy" if name == "jax" else "cupy")
+    asnumpy = np.asarray if name == "jax" else xp.asnumpy
+    for check in (check_library, lambda *a, **k: check_backend("array-api", asarray=a[0], asnumpy=a[1], **k)):
+        assert check(xp.asarray, asnumpy, dtypes=("float32",), batches=10) == 400
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_conform(name: str):
+    check_policy(name)
+
+
+class Leaky(ArrayBackend):
+    """Counts one token too many."""
+
+    def attend(self, q, k, v, *, scale, mask=None):
+        state, weights = super().attend(q, k, v, scale=scale, mask=mask)
+        return AttentionState(state.out, state.lse + 1e-6), weights
+
+
+class Blurred(ArrayBackend):
+    def correct(self, retained, q, moments, *, order, scale):
+        return super().correct(retained, q, moments, order=0, scale=scale)
+
+
+class Rounding(ArrayBackend):
+    def prefill(self, q, k, v, *, scale, valid=None):
+        return super().prefill(q, k, v, scale=scale, valid=valid).astype("float16").astype(v.dtype)
+
+
+@pytest.mark.parametrize(("broken", "where"), [(Leaky, "lse"), (Blurred, "correct"), (Rounding, "prefill")])
+def test_broken_backends_are_caught(broken, where: str):
+    with pytest.raises(AssertionError, match=where):
+        check_backend(broken(), batches=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fickle(Policy):
+    name = "fickle"
+    calls = [0]  # noqa: RUF012
+
+    def importance(self, tokens):
+        self.calls[0] += 1
+        return tokens.score + self.calls[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Undefined(Policy):
+    name = "undefined"
+
+    def importance(self, tokens):
+        return tokens.score + np.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Contagious(Policy):
+    """Ranks by how a token compares with the same slot of the other rows."""
+
+    name = "contagious"
+
+    def importance(self, tokens):
+        keys = tokens.keys[..., 0]
+        return np.where(tokens.positions >= 0, -np.abs(keys - keys.mean(axis=0)), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "law"), [(Fickle, "differs when asked"), (Undefined, "finite"), (Contagious, "padding|other rows")]
+)
+def test_broken_policies_are_caught(broken, law: str):
+    with pytest.raises((AssertionError, ValueError), match=law):
+        check_policy(broken())
+
+
+def test_the_core_imports_no_tests_and_the_checks_no_hypothesis():
+    code = (
+        "import sys, momentkv; assert 'momentkv.testing' not in sys.modules; import momentkv.testing; "
+        "print([m for m in ('hypothesis', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_names_and_objects_are_both_taken():
+    check_policy(get_policy("knorm"))
+    assert check_backend(get_backend("numpy"), batches=1) == 40
