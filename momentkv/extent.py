@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from momentkv._array import Array, array_namespace, nbytes
+from momentkv._array import Array, array_namespace, device, nbytes
 
 __all__ = ["Extent"]
 
@@ -194,8 +194,8 @@ class Extent:
         """
         xp = array_namespace(self.key_anchor, transposed)
         d = transposed.shape[-1]
-        eye = xp.eye(d, dtype=transposed.dtype)
-        off = xp.matmul(xp.matrix_transpose(transposed), transposed) - xp.asarray(eye)
+        eye = xp.eye(d, dtype=transposed.dtype, device=device(transposed))
+        off = xp.matmul(xp.matrix_transpose(transposed), transposed) - eye
         error = float(xp.max(xp.abs(off)))
         if not error <= 16 * d * xp.finfo(transposed.dtype).eps:
             raise ValueError(

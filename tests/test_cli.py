@@ -129,6 +129,18 @@ def test_gap_writes_means_by_layer_and_head(
     assert is_image(path.with_suffix(".png"))
 
 
+@pytest.mark.parametrize("correction", ["none", "order-0", "summaries"])
+def test_evaluate_trust_finds_no_error_above_its_certificate(saved: str, tmp_path: Path, correction: str):
+    path = tmp_path / "trust.json"
+    options = ["--budget", "40", "--correction", correction, "--output", str(path)]
+    assert main(["evaluate", "trust", "--model", saved, *SOURCE, *options]) == 0
+    content = read_json(path)
+    assert content["points"] > 0
+    assert content["violations"] == 0
+    assert -1 <= content["rank correlation, estimate"] <= 1
+    assert is_image(path.with_suffix(".png"))
+
+
 class Here(ThreadPoolExecutor):
     """In place of fresh processes, each of which would import torch again."""
 
