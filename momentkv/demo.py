@@ -63,6 +63,7 @@ def demo(options: argparse.Namespace) -> int:
         model, tokenizer = load_model(options.model)
     count = options.context + options.following + 1
     text = load_text(options.text)[options.skip :]
+    tokenize(tokenizer, text, count, name=options.text)  # long enough without what is hidden in it
     text = hide(tokenizer, text, options.context)
     ids = tokenize(tokenizer, text, count, name=options.text).to(model.device)
     question = question_ids(tokenizer, options.question).to(model.device)
