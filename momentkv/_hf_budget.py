@@ -106,7 +106,7 @@ class TotalBytes(BudgetRule):
             needed = sliding + heads * (state + token * (least + one.block))
             raise ValueError(
                 f"budget is {self.text!r}, too little for {batch} rows: sinks, window, a block and what stands for "
-                f"evicted tokens take {needed} bytes; use {-(-needed // 1024)}KiB or more, fewer rows or a smaller window"
+                f"evicted tokens take {needed} bytes; use {-(-needed // 1024)}KiB or more, or fewer rows"
             )
         return int(budget)
 
