@@ -137,6 +137,8 @@ class MomentCache(Cache):
         if rollback < 1:
             raise ValueError(f"rollback is {rollback}; use at least 1 token")
         kinds = layer_kinds(config)
+        # Tensor parallelism shards KV heads; each rank's cache holds, and shares budgets among, its own.
+        self.ranks = int(getattr(model, "_tp_size", None) or 1)
         self.least = sinks + window + 1
         asked = parse_budget(budget)
         self.rule = asked if isinstance(asked, BudgetRule) else None
@@ -150,7 +152,9 @@ class MomentCache(Cache):
             shared = "layers" if get_policy(policy).couples_heads else "heads"
             sharing = shared if isinstance(given, int) else "uniform"
         check_sharing(sharing, given)
-        if sharing == "pyramid" and self.rule is None:
+        if sharing == "pyramid":
+            if self.rule is not None:
+                raise ValueError(f'budget is {budget!r}, but sharing="pyramid" needs one in tokens')
             budgets = pyramid_budgets(budgets[0], len(kinds), sinks=sinks, window=window)
         keeps_queries = sharing not in ("uniform", "pyramid")
         settings: dict[str, Any] = {
@@ -170,7 +174,7 @@ class MomentCache(Cache):
             elif kind == "full_attention":
                 core: LayerCache | RaggedCache
                 if sharing in SHARING_BY_HEADS:
-                    core = RaggedCache([budgets[index]] * kv_heads(config), **settings)
+                    core = RaggedCache([budgets[index]] * (kv_heads(config) // self.ranks), **settings)
                 else:
                     core = LayerCache(budgets[index], **settings)
                 layers.append(MomentLayer(core, rollback))
@@ -422,13 +426,8 @@ class MomentCache(Cache):
             shared.average = tokens
         if self.shared_budgets and seen:
             return  # each has its share, until the eviction that is to come shares anew
-        budgets = [tokens] * len(self.layers)
-        if self.sharing == "pyramid":
-            one = layers[0].core.parts[0]
-            budgets = pyramid_budgets(tokens, len(self.layers), sinks=one.sinks, window=one.window)
-        for index, core in self.moment_layers.items():
-            for part in core.parts:
-                part.budget = budgets[index]
+        for part in (part for layer in layers for part in layer.core.parts):
+            part.budget = tokens
 
 
 def kv_heads(config: Any) -> int:
