@@ -23,6 +23,8 @@ from momentkv.evaluation.sources import load_model
 from momentkv.hf import FinishedRows, MomentCache
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 8, "block": 4}
+# Every head alike, and nothing that roundings of a padded batch could tip over.
+PAPER = SMALL | {"sharing": "uniform", "policy": "momentkv", "correction": "moments"}
 
 
 def generate(
@@ -52,20 +54,17 @@ def test_rows_that_have_ended_are_not_polluted():
     """Each row holds what it would hold alone, up to its end token and no pad after it."""
     model = tiny("llama")
     ids = prompt(2, 50)
-    alone = [
-        generate(model, MomentCache(model, 20, sharing="uniform", **SMALL), ids[row : row + 1], new=24)
-        for row in range(2)
-    ]
+    alone = [generate(model, MomentCache(model, 20, **PAPER), ids[row : row + 1], new=24) for row in range(2)]
     # A token that the first row reaches early and the second does not.
     answer = [x[0, 50:].tolist() for x in alone]
     end = next(token for token in answer[0][2:8] if token not in answer[1])
     place = answer[0].index(end)
     settings = {"eos_token_id": end, "pad_token_id": 0, "new": 24}
-    caches = [MomentCache(model, 20, sharing="uniform", **SMALL) for _ in range(2)]
+    caches = [MomentCache(model, 20, **PAPER) for _ in range(2)]
     watched = StoppingCriteriaList([FinishedRows(caches[0], end)])
     out = generate(model, caches[0], ids, stopping_criteria=watched, **settings)
     generate(model, caches[1], ids, **settings)
-    single = MomentCache(model, 20, sharing="uniform", **SMALL)
+    single = MomentCache(model, 20, **PAPER)
     with torch.no_grad():  # the row alone, which also reads its end token
         model(ids[:1], past_key_values=single)
         for index in range(50, 50 + place + 1):
@@ -199,10 +198,9 @@ def test_left_padded_beams_equal_the_row_alone_after_eviction():
     model = tiny("llama")
     rows = [prompt(1, 60, seed=1), prompt(1, 44, seed=2)]
     ids, mask = left_padded(rows)
-    settings = {**SMALL, "sharing": "uniform", "correction": "moments", "policy": "momentkv"}
-    out = generate(model, MomentCache(model, 20, **settings), ids, mask, new=10, num_beams=3)
+    out = generate(model, MomentCache(model, 20, **PAPER), ids, mask, new=10, num_beams=3)
     for index, row in enumerate(rows):
-        own = generate(model, MomentCache(model, 20, **settings), row, new=10, num_beams=3)
+        own = generate(model, MomentCache(model, 20, **PAPER), row, new=10, num_beams=3)
         assert torch.equal(out[index, 60:], own[0, row.shape[1] :])
 
 

@@ -29,6 +29,8 @@ PAGES = {
     "derivations/correction": ("The correction", "derivation-correction"),
     "derivations/summaries": ("Anchored summaries", "derivation-summaries"),
     "evaluation": ("Evaluation", "page-evaluation"),
+    "distributed": ("More than one device", "page-distributed"),
+    "transformers": ("In transformers", "page-transformers"),
 }
 
 
