@@ -34,7 +34,7 @@ def test_generate_stays_within_its_budget():
 
 @pytest.mark.model
 def test_document_is_compressed_once_and_asked_often():
-    small = ("--tokens", "300", "--budget", "64", "--new-tokens", "2")
+    small = ("--tokens", "300", "--budget", "64", "--new-tokens", "1")
     out = run("document.py", *small, "--question", "What is a loop?", "What is a class?")
     assert out.count("  full  :") == out.count("  moment:") == 2
     full, used = (float(x) for x in re.search(r"cache, MiB +([\d.]+) +([\d.]+)", out).groups())

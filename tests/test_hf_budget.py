@@ -17,6 +17,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "layers": {"sharing": "layers", "policy": "tova"},
     "paper": {"sharing": "uniform", "policy": "momentkv", "correction": "moments"},
     "plain": {"sharing": "uniform", "order": None, "policy": H2O()},
+    "ada-kv": {"sharing": "ada-kv", "policy": "snapkv"},
     "queries without correction": {"order": None, "policy": "expected-attention"},
 }
 
@@ -133,6 +134,11 @@ def test_a_share_is_of_the_tokens_read_at_each_prefill(sharing: str):
 def test_budgets_that_mean_nothing_are_refused(budget: Any, message: str):
     with pytest.raises(ValueError, match=message):
         MomentCache(tiny("llama"), budget)
+
+
+def test_pyramids_are_of_tokens():
+    with pytest.raises(ValueError, match=r"budget is 0.5, but sharing=.pyramid. needs one in tokens"):
+        MomentCache(tiny("llama"), 0.5, sharing="pyramid")
 
 
 def test_rules_take_no_rollback_below_one():

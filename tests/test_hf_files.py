@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {"sharing": "uniform", "order": None, "policy": H2O(observes=16)},
     "order 0": {"order": 0, "correction": AnchoredSummaries(summaries=3, rank=1, strength=0.5)},
     "share": {"budget": 0.4},
+    "ada-kv": {"sharing": "ada-kv", "policy": "snapkv"},
+    "pyramid": {"sharing": "pyramid"},
     "bytes": {"budget": "80KiB"},
 }
 
