@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from models import FAMILIES, SIZES, build, left_padded, prompt, tiny
+from models import FAMILIES, SIZES, VOCABULARY, build, left_padded, prompt, tiny
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     StoppingCriteriaList,
     TextStreamer,
     pipeline,
 )
 
-from momentkv.evaluation.sources import load_model
 from momentkv.hf import FinishedRows, MomentCache
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 8, "block": 4}
@@ -102,26 +103,46 @@ def test_after_an_ended_row_the_next_turn_goes_on():
         assert torch.equal(after[row, -4:], expected[0, -4:])
 
 
-@pytest.mark.model
-def test_chat_template_streaming_and_pipeline_with_a_real_model(capsys: pytest.CaptureFixture[str]):
-    model, tokenizer = load_model()
-    chat = [{"role": "user", "content": "What is the capital of France? " + "Answer briefly. " * 10}]
-    cache = MomentCache(model, 48, sharing="uniform")
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for question in ("And of Italy?", None):
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer for the tiny models, with a chat template."""
+    vocabulary = {"<pad>": 0, "<unk>": 1} | {f"w{index}": index for index in range(2, VOCABULARY)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}w2 {{ message['role'] == 'user' and 'w3' or 'w4' }} {{ message['content'] }} w5 "
+        "{% endfor %}{% if add_generation_prompt %}w2 w4 {% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("budget", [20, 400])
+def test_a_chat_with_its_template_streams_what_it_generates(budget: int, capsys: pytest.CaptureFixture[str]):
+    model, tokenizer = tiny("llama"), words()
+    cache = MomentCache(model, budget, **SMALL)
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    chat = [{"role": "user", "content": " ".join(f"w{index}" for index in range(10, 60))}]
+    for turn in range(3):
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = generate(model, cache, inputs["input_ids"], inputs["attention_mask"], new=6, streamer=streamer)
-        answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert answer.strip() in capsys.readouterr().out
-        assert cache.get_seq_length() <= out.shape[1]
-        if question is not None:
-            assert "Paris" in answer
-            chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    fresh = MomentCache(model, 48, sharing="uniform")
-    text = generator("The capital of France is", past_key_values=fresh, max_new_tokens=2, do_sample=False)
-    assert "Paris" in text[0]["generated_text"]
-    assert fresh.get_seq_length() > 5
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        out = generate(model, cache, ids, mask, streamer=streamer)
+        answer = tokenizer.decode(out[0, ids.shape[1] :])
+        assert capsys.readouterr().out.split() == answer.split()
+        assert cache.get_seq_length() == out.shape[1] - 1
+        if budget == 400:
+            assert torch.equal(out, generate(tiny("llama", "sdpa"), None, ids, mask))
+        chat += [{"role": "assistant", "content": answer}, {"role": "user", "content": f"w{20 + turn} w7 w8"}]
+
+
+def test_a_text_generation_pipeline_takes_the_cache():
+    model, tokenizer = tiny("llama"), words()
+    text = " ".join(f"w{index}" for index in range(10, 60))
+    cache = MomentCache(model, 400, **SMALL)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    out = pipeline("text-generation", model=model, tokenizer=tokenizer)(text, past_key_values=cache, **settings)
+    expected = pipeline("text-generation", model=tiny("llama", "sdpa"), tokenizer=tokenizer)(text, **settings)
+    assert out == expected
+    assert cache.get_seq_length() == 55
 
 
 def saved_model(folder: Path) -> Path:
