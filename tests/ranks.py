@@ -92,7 +92,7 @@ def tensor_parallel(folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, settings in {
         "moments": {"sharing": "uniform", "policy": "momentkv", "correction": "moments"},
-        "summaries": {"sharing": "uniform"},
+        "summaries": {"sharing": "uniform", "policy": "momentkv"},
         "heads": {},
         "layers": {"sharing": "layers"},
     }.items():
