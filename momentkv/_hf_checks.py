@@ -12,6 +12,7 @@ __all__ = [
     "check_lengths",
     "check_new_tokens",
     "check_sharing",
+    "check_sliding",
     "refuse_architecture",
     "refuse_arguments",
 ]
@@ -55,6 +56,20 @@ def check_new_tokens(position_ids: Any, new: int, seen: int) -> None:
             f"{seen - new} tokens arrive at positions of the {new} tokens that the cache has read: generate() reads "
             "its whole input once more when the cache has read all of it; give it at least one new token"
         )
+
+
+def check_sliding(layers: Any, tokens: int) -> None:
+    """Raise unless the last tokens can be taken back from stock sliding-window layers: what they drop is gone."""
+    for layer in layers:
+        if not tokens or not layer.is_initialized or layer.cumulative_length < layer.sliding_window:
+            continue
+        stored = layer.keys.shape[2]
+        needed = tokens + min(layer.sliding_window - 1, layer.cumulative_length - tokens)
+        if not layer.record_past or stored < needed:
+            raise RuntimeError(
+                f"crop(-{tokens}): a layer with a sliding window of {layer.sliding_window} has dropped tokens that it "
+                "would need again; call activate_past_recording() before reading tokens that may have to go"
+            )
 
 
 def refuse_architecture(config: Any) -> None:

@@ -211,11 +211,14 @@ class LayerCache(CacheStep):
             self._remember(q)
         return xp.astype(out, q.dtype, copy=False)
 
-    def observe(self, q: Array) -> None:
+    def observe(self, q: Array, *, valid: Array | None = None) -> None:
         """Show policy and correction the queries ``q`` of the newest tokens, or as many of them as they want.
 
-        `attend` does so itself; call it on its own to replay an eviction from stored keys, values and queries.
+        `attend` does so itself; call it on its own to replay a step from stored keys, values and queries. ``valid`` is
+        that of the step; it may cover more tokens than there are queries.
         """
+        if valid is not None:
+            self._mark_padding(valid, valid.shape[-1])
         self._remember(q)
         if self.policy.observes == 0:
             return

@@ -13,7 +13,9 @@ layer, and `momentkv_attention` follows it. Keys without the link (another cache
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 try:
@@ -24,182 +26,45 @@ except ModuleNotFoundError as error:
         f"momentkv.hf needs torch and transformers 5, and {error.name} is missing; run pip install 'momentkv[hf]'",
         name=error.name,
     ) from error
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
 from momentkv._hf_attention import LINK, momentkv_attention, momentkv_mask
+from momentkv._hf_budget import BudgetRule, Share, TotalBytes, parse_budget
 from momentkv._hf_checks import (
     NAME,
     SHARING_BY_HEADS,
     check_implementation,
     check_lengths,
-    check_new_tokens,
     check_sharing,
+    check_sliding,
     refuse_architecture,
-    refuse_arguments,
 )
+from momentkv._hf_files import CacheFileError, fingerprint, load, save
+from momentkv._hf_finished import FinishedRows
+from momentkv._hf_layer import MomentLayer, tokens_to_take_back
+from momentkv._hf_rollback import check_crop, crop, settle
+from momentkv._hf_summary import CacheSummary, LayerSummary, summarise
 from momentkv.backends import ArrayBackend
-from momentkv.cache import LayerCache
+from momentkv.cache import RECENT_QUERIES, LayerCache
 from momentkv.corrections import Correction
 from momentkv.policies import Policy, get_policy
 from momentkv.ragged import RaggedCache
 from momentkv.sharing import SharedBudget, by_error, by_importance, pyramid_budgets
 
-__all__ = ["LINK", "NAME", "MomentCache", "MomentLayer", "momentkv_attention", "momentkv_mask"]
+__all__ = [
+    "LINK",
+    "NAME",
+    "CacheFileError",
+    "CacheSummary",
+    "FinishedRows",
+    "LayerSummary",
+    "MomentCache",
+    "MomentLayer",
+    "momentkv_attention",
+    "momentkv_mask",
+]
 
 SLIDING_TYPES = ("sliding_attention", "chunked_attention")
-
-
-class MomentLayer(CacheLayerMixin):
-    """One full-attention layer of a `MomentCache`: a `LayerCache` behind the interface of transformers.
-
-    Parameters
-    ----------
-    core : LayerCache or RaggedCache
-        Its keys and values have shape ``(batch, kv_head, n, d)``; where heads retain different numbers of tokens, it is
-        a `RaggedCache`, and they are lists, an entry a head.
-    """
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, core: LayerCache | RaggedCache) -> None:
-        # CacheLayerMixin.__init__ would set `keys` and `values`, which are the core's here.
-        self.core = core
-        self.sharing: SharedBudget | None = None
-        self.before: dict[str, Any] | None = None
-
-    @property
-    def keys(self) -> Any:
-        """Retained keys, shape (batch, kv_head, n, d), or a list of one such array for each head."""
-        return self.core.keys
-
-    @property
-    def values(self) -> Any:
-        """Retained values, shape (batch, kv_head, n, dv), or a list of one such array for each head."""
-        return self.core.values
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether any token has arrived."""
-        return self.core.seen > 0
-
-    def __repr__(self) -> str:
-        return f"MomentLayer(budget={self.core.budget}, stored={self.core.stored}, seen={self.core.seen})"
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to allocate: the first `update` does it."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new tokens; the returned keys carry the link that `momentkv_attention` follows."""
-        if self.before is not None:
-            raise RuntimeError(
-                "the last forward pass updated this cache layer but its attention never reached momentkv: either the "
-                "pass failed (call cache.reset()), or this architecture changes the keys after updating its cache "
-                "(multi-head latent attention does) and is not supported; use a DynamicCache for it"
-            )
-        before = self.core.snapshot()
-        self.core.append(key_states, value_states)
-        self.before = before
-        keys, values = key_states, value_states  # attention takes what it needs from the core, by the link
-        if isinstance(self.core, LayerCache):
-            keys, values = self.core.keys, self.core.values
-        linked = keys.view_as(keys)  # an alias, so that the stored keys hold no link to themselves
-        setattr(linked, LINK, self)
-        return linked, values
-
-    def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        scaling: float | None,
-        dropout: float,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Attend and evict; called by `momentkv_attention`. On an error the layer is as before `update`."""
-        before, self.before = self.before, None
-        try:
-            refuse_arguments(attention_mask, dropout, kwargs)
-            new, seen = self.core.seen - query.shape[2], self.core.seen
-            if attention_mask is None:  # padding has positions of its own, and a mask whose length is checked
-                check_new_tokens(kwargs.get("position_ids"), new, seen)
-                valid = None
-            else:
-                valid = attention_mask[:, None, new:seen]
-            self.core.scale = scaling
-            out = self.core.attend(query, valid=valid)
-            self.evict()
-        except BaseException:
-            if before is not None:
-                self.core.restore(before)
-            raise
-        return out.transpose(1, 2).contiguous(), None
-
-    @torch.no_grad()
-    def evict(self) -> None:
-        """Evict down to the budget, or together with the other layers and heads where the budget is shared."""
-        if self.sharing is None:
-            self.core.evict()
-        else:
-            self.sharing.evict(self.core)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding and evicted ones included: positions and masks count from here."""
-        return self.core.seen
-
-    def get_max_length(self) -> int:
-        """No limit (-1): the sequence may grow forever."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Mask sizes as if nothing were evicted, so that one mask serves every layer."""
-        return self.core.seen + query_length, 0
-
-    def reset(self) -> None:
-        """Forget all tokens and moments."""
-        self.core.reset()
-        self.before = None
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Select rows for beam search; moments and scores follow."""
-        self.core.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.core.map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
-        self.core.map(lambda x: x[indices])
-
-    def activate_past_recording(self) -> None:
-        """Refused: assisted decoding rolls tokens back, and evicted tokens cannot come back."""
-        raise RuntimeError(
-            "MomentCache does not support assisted or prompt-lookup decoding yet: they roll tokens back, and those may "
-            "have been folded into moments; generate without assistant_model and prompt_lookup_num_tokens, or use a "
-            "DynamicCache"
-        )
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused unless nothing is to be removed."""
-        if tokens_to_remove != 0:
-            raise RuntimeError(
-                f"crop({tokens_to_remove}): MomentCache cannot roll tokens back yet, since they may have been folded "
-                "into moments; build a new cache from the tokens that should stay"
-            )
-
-    def offload(self) -> None:
-        """Refused: layers stay on the device of their model."""
-        raise RuntimeError("MomentCache does not offload its layers yet; its size is bounded by the budget instead")
-
-    prefetch = offload
 
 
 class MomentCache(Cache):
@@ -209,10 +74,12 @@ class MomentCache(Cache):
     ----------
     model : PreTrainedModel or PretrainedConfig
         A decoder-only model with ``attn_implementation="momentkv"``.
-    budget : int or sequence of int
-        Tokens retained per KV head, sinks and window included; one number, or one for each layer.
+    budget : int, float, str or sequence of int
+        Tokens retained per KV head, sinks and window included: one number, or one for each layer. A float in (0, 1] is
+        that share of the tokens read, counted at every prefill (each chunk of one). A string like ``"64MiB"`` is the
+        size of the whole cache, everything counted.
     sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "pyramid"}, optional
-        With one number: the same for all, or the average, shared after every prefill by the error that each budget
+        With one budget: the same for all, or the average, shared after every prefill by the error that each budget
         would cause (`momentkv.budgets`) among layers, among all heads of all layers, or among the heads of each layer.
         For comparison, ``"ada-kv"`` and ``"pyramid"`` are the rules of those papers (`momentkv.sharing`). By default
         ``"heads"`` (``"layers"`` for a policy that looks across heads, `Policy.couples_heads`), and ``"uniform"`` where
@@ -225,6 +92,9 @@ class MomentCache(Cache):
         ``"summaries"``, several and anchored at recent queries, or ``"moments"``, the paper's.
     sinks, window, block : int
         First tokens and most recent tokens that are always retained, and tokens evicted at a time while decoding.
+    rollback : int
+        Tokens that can be taken back while past states are recorded (assisted and prompt-lookup decoding): as many
+        are stored beyond ``budget + block`` until `crop` says which stay.
     backend : str or ArrayBackend, optional
         ``"torch"`` by default.
     certify, tolerance
@@ -242,14 +112,16 @@ class MomentCache(Cache):
     ``policy="momentkv", correction="moments", sharing="uniform"``.
 
     Full-attention layers are compressed; sliding-window and chunked layers are bounded already and stay exact.
-    Greedy and sampled generation, left-padded batches, chunked prefill, decode-time eviction and multi-turn reuse are
-    supported. Assisted decoding, ``crop``, offloading, ``torch.compile`` and custom 4-D masks raise.
+    Supported modes of ``generate``, and what raises: docs/transformers.md.
+
+    A total in bytes holds between passes, up to the rows of the first one; a prefill needs room for what it reads, and
+    recorded passes that wait for `crop` come on top.
     """
 
     def __init__(
         self,
         model: Any,
-        budget: int | Sequence[int],
+        budget: int | float | str | Sequence[int] = 512,
         *,
         policy: str | Policy = "balanced",
         order: int | None = 1,
@@ -258,6 +130,7 @@ class MomentCache(Cache):
         sinks: int = 1,
         window: int = 32,
         block: int = 32,
+        rollback: int = 64,
         backend: str | ArrayBackend | None = None,
         certify: int | None = None,
         tolerance: float | None = None,
@@ -265,51 +138,62 @@ class MomentCache(Cache):
         config = getattr(model, "config", model).get_text_config(decoder=True)
         check_implementation(config)
         refuse_architecture(config)
+        if rollback < 1:
+            raise ValueError(f"rollback is {rollback}; use at least 1 token")
         kinds = layer_kinds(config)
-        budgets = [budget] * len(kinds) if isinstance(budget, int) else list(budget)
+        # Tensor parallelism shards KV heads; each rank's cache holds, and shares budgets among, its own.
+        self.ranks = int(getattr(model, "_tp_size", None) or 1)
+        self.least = sinks + window + 1
+        asked = parse_budget(budget)
+        self.rule = asked if isinstance(asked, BudgetRule) else None
+        given = self.least if isinstance(asked, BudgetRule) else asked  # a rule tells when the first tokens arrive
+        budgets = [given] * len(kinds) if isinstance(given, int) else given
         if len(budgets) != len(kinds):
             raise ValueError(
                 f"budget has {len(budgets)} entries but the model has {len(kinds)} layers; give one for each"
             )
         if sharing is None:
             shared = "layers" if get_policy(policy).couples_heads else "heads"
-            sharing = shared if isinstance(budget, int) else "uniform"
-        check_sharing(sharing, budget)
+            sharing = shared if isinstance(given, int) else "uniform"
+        check_sharing(sharing, given)
         if sharing == "pyramid":
+            if self.rule is not None:
+                raise ValueError(f'budget is {budget!r}, but sharing="pyramid" needs one in tokens')
             budgets = pyramid_budgets(budgets[0], len(kinds), sinks=sinks, window=window)
         keeps_queries = sharing not in ("uniform", "pyramid")
+        settings: dict[str, Any] = {
+            "policy": policy,
+            "order": order,
+            "correction": correction,
+            "sinks": sinks,
+            "window": window,
+            "block": block,
+            "backend": backend,
+            "keep_queries": keeps_queries,
+            "certify": certify,
+            "tolerance": tolerance,
+        }
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(kinds):
             if kind in SLIDING_TYPES:
                 layers.append(DynamicSlidingWindowLayer(**kwargs))
             elif kind == "full_attention":
-                settings: dict[str, Any] = {
-                    "policy": policy,
-                    "order": order,
-                    "correction": correction,
-                    "sinks": sinks,
-                    "window": window,
-                    "block": block,
-                    "backend": backend,
-                    "keep_queries": keeps_queries,
-                    "certify": certify,
-                    "tolerance": tolerance,
-                }
                 core: LayerCache | RaggedCache
                 if sharing in SHARING_BY_HEADS:
-                    core = RaggedCache([budgets[index]] * kv_heads(config), **settings)
+                    core = RaggedCache([budgets[index]] * (kv_heads(config) // self.ranks), **settings)
                 else:
                     core = LayerCache(budgets[index], **settings)
-                layers.append(MomentLayer(core))
+                layers.append(MomentLayer(core, rollback))
             else:
                 raise ValueError(
                     f"layer {index} of this {config.model_type} model is of type {kind!r}; MomentCache supports "
                     f"full_attention, {', '.join(SLIDING_TYPES)}"
                 )
         super().__init__(layers=layers)
-        self.config = config
-        self.sharing = sharing
-        compressed = [layer for layer in layers if isinstance(layer, MomentLayer)]
+        self.config, self.rollback = config, rollback
+        self.budget, self.sharing = budget, sharing
+        self.fingerprint = fingerprint(model)
+        compressed = self._compressed
         groups = [compressed] if sharing in ("layers", "heads") else [[layer] for layer in compressed]
         self.shared_budgets: list[SharedBudget] = []
         for group in groups if keeps_queries and compressed else []:
@@ -327,21 +211,162 @@ class MomentCache(Cache):
             raise RuntimeError("MomentCache does not support torch.compile yet; run the model uncompiled")
         if layer_idx == 0:
             check_lengths([layer.get_seq_length() for layer in self.layers])
+            self._settle(key_states.shape[2])
+            if self.rule is not None:
+                self._apply(self.rule, key_states, value_states)
+        layer = self.layers[layer_idx]
+        if layer.is_initialized and isinstance(layer, DynamicSlidingWindowLayer):
+            layer.keys, layer.values = (x.to(key_states.device) for x in (layer.keys, layer.values))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
-        """Refused; see `MomentLayer.activate_past_recording`."""
-        MomentLayer.activate_past_recording(self)  # before any sliding layer starts recording
+        """From now on tokens can be taken back by `crop`: eviction waits for it (called by assisted decoding).
+
+        Until `crop`, the tokens of recorded passes are stored beside the budget: up to ``rollback`` of them, or those
+        of the last pass if they are more. Without `crop` the oldest are settled, so that a cache that goes on without
+        assistance stays bounded.
+        """
+        super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused unless nothing is to be removed; see `MomentLayer.crop`."""
-        MomentLayer.crop(self, tokens_to_remove)  # before any sliding layer is cropped
+        """Take the last ``-tokens_to_remove`` tokens back.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            Not positive, as in transformers. 0 settles recorded passes: their tokens stay, and eviction is made up for.
+
+        Raises
+        ------
+        RuntimeError
+            If some of the tokens have been evicted; the cache is then unchanged.
+
+        Notes
+        -----
+        Tokens of recorded passes (`activate_past_recording`) leave no trace. Others can be taken back while they are
+        stored, which the last ``window`` always are: attention is then as if they had not come, but they have had their
+        part in scores and query statistics, and so in what later evictions choose.
+        """
+        tokens = tokens_to_take_back(tokens_to_remove)
+        check_lengths([layer.get_seq_length() for layer in self.layers])
+        if tokens and tokens == self.get_seq_length():
+            self.reset()
+            return
+        check_crop(self._compressed, tokens)
+        sliding = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        check_sliding(sliding, tokens)
+        before = [copy.copy(shared.__dict__) for shared in self.shared_budgets]
+        states = [(layer, layer.passes, layer.base, layer.core.snapshot()) for layer in self._compressed]
+        try:
+            if self._compressed:
+                crop(self._compressed, tokens)
+        except BaseException:
+            for layer, passes, base, state in states:
+                layer.passes, layer.base = passes, base
+                layer.core.restore(state)
+            for shared, own in zip(self.shared_budgets, before, strict=True):
+                shared.__dict__.update(own)
+            raise
+        for layer in sliding:
+            if layer.is_initialized and (tokens or layer.record_past):
+                layer.crop(-tokens)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Select rows for beam search; recorded passes are settled first."""
+        self._before_rows_move()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row; recorded passes are settled first."""
+        if isinstance(self.rule, TotalBytes) and repeats > 1:
+            raise RuntimeError(
+                f"batch_repeat_interleave({repeats}): the budget of {self.rule.text} was divided among the rows that "
+                "were read; give it in tokens, or read with all rows at once"
+            )
+        self._before_rows_move()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows; recorded passes are settled first."""
+        self._before_rows_move()
+        super().batch_select_indices(indices)
+
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> None:
+        """Move one layer, or all, to the CPU; the next forward pass brings each back to the device of its model."""
+        for index in range(len(self.layers)) if layer_idx is None else [layer_idx]:
+            if isinstance(self.layers[index], MomentLayer) or not only_non_sliding:
+                self.layers[index].offload()
+
+    def prefetch(self, layer_idx: int = 0, only_non_sliding: bool = True) -> None:
+        """Nothing to do: each layer comes back with the keys of its next pass."""
 
     def reset(self) -> None:
         """Forget all tokens and moments, and what each layer's share of the budget was."""
         super().reset()
         for shared in self.shared_budgets:
             shared.reset()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a safetensors file that `load` reads, whole or not at all.
+
+        Raises
+        ------
+        RuntimeError
+            If recorded passes wait for `crop`.
+        """
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        *,
+        policy: Policy | None = None,
+        correction: Correction | None = None,
+    ) -> MomentCache:
+        """The cache that `save` wrote; it goes on to the last bit as the saved one does.
+
+        Parameters
+        ----------
+        path : path
+        model : PreTrainedModel or PretrainedConfig
+            The model it was made for.
+        policy, correction : Policy and Correction, optional
+            Objects of your own classes that the cache was made with; those of momentkv are in the file.
+
+        Raises
+        ------
+        CacheFileError
+            If the file is damaged, of another version, or of another model.
+        FileNotFoundError
+            If there is none.
+
+        Notes
+        -----
+        Nothing in the file is executed. A digest of everything in it tells accidents and careless edits; it is no
+        signature. Tensors are read to the CPU; each layer moves to its model's device with the first pass.
+        """
+        return load(cls, path, model, policy=policy, correction=correction)
+
+    def summary(self, trust: Callable[[LayerCache | RaggedCache], float] | None = None) -> CacheSummary:
+        """Budget, tokens retained and evicted, and bytes of each layer; print it for a table.
+
+        Parameters
+        ----------
+        trust : callable, optional
+            A measure of your own, from a layer's cache to a number; it becomes a column.
+        """
+        return summarise(self, trust)
+
+    def __repr__(self) -> str:
+        kinds = f"{len(self.moment_layers)} compressed"
+        if len(self.moment_layers) < len(self.layers):
+            kinds += f", {len(self.layers) - len(self.moment_layers)} sliding"
+        return (
+            f"MomentCache({self.config.model_type}, budget={self.budget!r}, sharing={self.sharing!r}, "
+            f"layers={kinds}, seen={self.get_seq_length()}, MiB={self.nbytes / 2**20:.2f})"
+        )
 
     @property
     def moment_layers(self) -> dict[int, LayerCache | RaggedCache]:
@@ -354,10 +379,61 @@ class MomentCache(Cache):
         total = 0
         for layer in self.layers:
             if isinstance(layer, MomentLayer):
-                total += layer.core.nbytes
+                total += layer.nbytes
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+    @property
+    def _compressed(self) -> list[MomentLayer]:
+        """The compressed layers."""
+        return [layer for layer in self.layers if isinstance(layer, MomentLayer)]
+
+    def _settle(self, new: int) -> None:
+        """Settle recorded passes so that with ``new`` tokens no more than ``rollback`` wait."""
+        layers = self._compressed
+        if layers and layers[0].passes:
+            recording = layers[0].record_past
+            if not recording or layers[0].recorded + new > self.rollback:
+                # Down to half, so that this is not done at every token.
+                settle(layers, max(0, min(self.rollback // 2, self.rollback - new)) if recording else 0)
+        for layer in self.layers:
+            # Stock layers that record keep everything until crop, which only assisted decoding calls.
+            if isinstance(layer, DynamicSlidingWindowLayer) and layer.record_past and layer.is_initialized:
+                kept = layer.sliding_window - 1 + self.rollback
+                if layer.keys.shape[2] > kept:
+                    layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+
+    def _before_rows_move(self) -> None:
+        """Recorded passes are of the rows as they were, and so is who has ended."""
+        if self._compressed:
+            settle(self._compressed, 0)
+        for layer in self._compressed:
+            layer.ended = None
+
+    def _apply(self, rule: BudgetRule, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Turn a budget that is not in tokens into tokens, now that tokens arrive."""
+        layers = self._compressed
+        if not layers:
+            return
+        seen = self.get_seq_length()
+        if isinstance(rule, TotalBytes):
+            if seen:
+                return
+            windows = [
+                layer.sliding_window - 1 for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)
+            ]
+            tokens = rule.tokens(layers[0].core.parts[0], len(layers), k, v, windows)
+        elif isinstance(rule, Share):
+            if seen and k.shape[2] < RECENT_QUERIES:
+                return  # decoding, or a few guessed tokens
+            tokens = rule.tokens(seen + k.shape[2], self.least)
+        for shared in self.shared_budgets:
+            shared.average = tokens
+        if self.shared_budgets and seen:
+            return  # each has its share, until the eviction that is to come shares anew
+        for part in (part for layer in layers for part in layer.core.parts):
+            part.budget = tokens
 
 
 def kv_heads(config: Any) -> int:

@@ -124,17 +124,14 @@ class RaggedCache(CacheStep):
             check_broadcast("valid", valid, (*q.shape[:-3], len(self.parts), q.shape[-2]))
 
         def attend(head: int, part: LayerCache) -> Array:
-            own = valid
-            if valid is not None and valid.ndim > 1 and valid.shape[-2] > 1:
-                own = valid[..., head : head + 1, :]
-            return part.attend(self._queries(q, head), valid=own)
+            return part.attend(self._queries(q, head), valid=of_head(valid, head))
 
         xp = array_namespace(q)
         return xp.concat(self._all(attend), axis=-3)
 
-    def observe(self, q: Array) -> None:
+    def observe(self, q: Array, *, valid: Array | None = None) -> None:
         """Show policy and correction the queries of the newest tokens; see `LayerCache.observe`."""
-        self._all(lambda head, part: part.observe(self._queries(q, head)))
+        self._all(lambda head, part: part.observe(self._queries(q, head), valid=of_head(valid, head)))
 
     def evict(self) -> None:
         """Evict each head down to its budget (last part of `step`)."""
@@ -195,3 +192,10 @@ class RaggedCache(CacheStep):
         except BaseException:
             self.restore(before)
             raise
+
+
+def of_head(valid: Array | None, head: int) -> Array | None:
+    """The padding of one head, where heads differ in it."""
+    if valid is None or valid.ndim < 2 or valid.shape[-2] == 1:
+        return valid
+    return valid[..., head : head + 1, :]

@@ -33,6 +33,18 @@ def test_generate_stays_within_its_budget():
 
 
 @pytest.mark.model
+def test_document_is_compressed_once_and_asked_often():
+    small = ("--tokens", "200", "--budget", "64", "--new-tokens", "1")
+    out = run("document.py", *small, "--question", "What is a loop?", "What is a class?")
+    assert out.count("  full  :") == out.count("  moment:") == 2
+    full, used = (float(x) for x in re.search(r"cache, MiB +([\d.]+) +([\d.]+)", out).groups())
+    # 200 tokens against 64, and summaries that cost as much as 16 of float32.
+    assert used < full * 90 / 200
+    held = float(re.search(r"file, MiB +([\d.]+)", out).group(1))
+    assert used <= held < used + 0.5
+
+
+@pytest.mark.model
 def test_tradeoff_tries_every_correction():
     small = ("--context", "500", "--following", "16", "--texts", "types", "--budget", "64")
     out = run("summaries_tradeoff.py", *small)

@@ -60,11 +60,11 @@ def ragged(length: int = 40) -> tuple[list[torch.Tensor], torch.Tensor, torch.Te
     return rows, *left_padded(rows)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_evicted_equals_sdpa(family: str, mode: str, padded: bool):
-    ids, mask = ragged()[1:] if padded else (prompt(2, 40), None)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_nothing_evicted_equals_sdpa_with_padding(family: str, mode: str):
+    """All families without it: test_hf_matrix."""
+    ids, mask = ragged()[1:]
     cache = MomentCache(tiny(family), ROOM)
     tokens, logits = generate(tiny(family), cache, ids, mask, **MODES[mode])
     expected = generate(*full(family), ids, mask, **MODES[mode])
@@ -108,7 +108,7 @@ def test_without_any_cache_momentkv_equals_sdpa():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_stored_tokens_never_exceed_the_budget_and_a_block(family: str, mode: str):
     model, seen = tiny(family), []
     cache = MomentCache(model, 14, **UNIFORM)

@@ -125,15 +125,6 @@ def compiled(model: Any, cache: MomentCache) -> None:
     torch.compile(lambda k: cache.update(k, k, 0), backend="eager", fullgraph=True)(keys)
 
 
-def generation(**settings: Any) -> Callable[[Any, MomentCache], None]:
-    def run(model: Any, cache: MomentCache) -> None:
-        more = torch.cat([prompt(1, 40)[:1], prompt(1, 3, seed=1)], dim=1)
-        alone = MomentCache(model, 14, **SMALL)
-        model.generate(more, attention_mask=torch.ones_like(more), past_key_values=alone, max_new_tokens=4, **settings)
-
-    return run
-
-
 def read_again(model: Any, cache: MomentCache, padding: int = 0) -> None:
     """Generate from what the cache has read, with nothing new: transformers then reads all of it once more."""
     ids = prompt(2, 40)
@@ -159,18 +150,14 @@ def bare(**settings: Any) -> Callable[[Any, MomentCache], None]:
 
 USES: dict[str, tuple[Callable[[Any, MomentCache], None], type[Exception], list[str]]] = {
     "another implementation later": (switched, ValueError, ["attn_implementation is 'sdpa'"]),
-    "assisted decoding": (
-        lambda model, cache: generation(assistant_model=tiny("llama", "sdpa"))(model, cache),
+    "crop to a length": (lambda model, cache: cache.crop(2), ValueError, ["crop(2)", "negative"]),
+    "crop of evicted tokens": (
+        lambda model, cache: cache.crop(-20),
         RuntimeError,
-        ["assisted or prompt-lookup", "DynamicCache"],
+        ["crop(-20)", "evicted", "window (8)"],
     ),
-    "prompt lookup": (generation(prompt_lookup_num_tokens=2), RuntimeError, ["assisted or prompt-lookup"]),
-    "past recording": (lambda model, cache: cache.activate_past_recording(), RuntimeError, ["assisted"]),
-    "layer's past recording": (lambda _, cache: cache.layers[0].activate_past_recording(), RuntimeError, ["assisted"]),
-    "crop": (lambda model, cache: cache.crop(2), RuntimeError, ["crop(2)", "new cache"]),
-    "layer's crop": (lambda model, cache: cache.layers[1].crop(-3), RuntimeError, ["crop(-3)"]),
-    "offload": (lambda model, cache: cache.offload(0), RuntimeError, ["does not offload", "budget"]),
-    "prefetch": (lambda model, cache: cache.layers[0].prefetch(), RuntimeError, ["does not offload"]),
+    "crop of too many": (lambda model, cache: cache.crop(-41), ValueError, ["crop(-41)", "40 tokens"]),
+    "a layer's crop of evicted tokens": (lambda _, cache: cache.layers[1].crop(-20), RuntimeError, ["crop(-20)"]),
     "weights": (forward(output_attentions=True), ValueError, ["output_attentions=True"]),
     "dropout": (training, ValueError, ["dropout is 0.1", "model.eval()"]),
     "4-D mask": (
@@ -212,16 +199,16 @@ def test_use_is_refused_by_name_and_the_cache_is_as_before(name: str):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["crop", "past recording"])
-def test_a_refused_rollback_leaves_sliding_layers_too(name: str):
+@pytest.mark.parametrize(("tokens", "message"), [(20, "evicted"), (3, "sliding window of 16 has dropped")])
+def test_a_refused_rollback_leaves_sliding_layers_too(tokens: int, message: str):
     cache = cached("gemma3")
     with torch.no_grad():
         tiny("gemma3")(prompt(1, 40), past_key_values=cache)
     before = [layer.keys.clone() for layer in cache.layers]
-    with pytest.raises(RuntimeError):
-        USES[name][0](None, cache)
+    with pytest.raises(RuntimeError, match=message):
+        cache.crop(-tokens)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
-    assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
+    assert cache.get_seq_length() == 40
 
 
 def test_crop_by_nothing_does_nothing():

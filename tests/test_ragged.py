@@ -98,7 +98,7 @@ def test_a_part_of_a_step_that_fails_in_a_later_head_changes_none(act, monkeypat
     cache.append(*tokens(40)[1:])
     before = {name: x.copy() for name, x in cache.arrays().items()}
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **named: object) -> None:
         raise MemoryError
 
     for name in ("append", "observe", "evict", "map"):

@@ -31,6 +31,8 @@ PAGES = {
     "derivations/bounds": ("Error bounds", "derivation-bounds"),
     "certificates": ("Certificates", "page-certificates"),
     "evaluation": ("Evaluation", "page-evaluation"),
+    "distributed": ("More than one device", "page-distributed"),
+    "transformers": ("In transformers", "page-transformers"),
 }
 
 

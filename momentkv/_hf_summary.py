@@ -1,0 +1,136 @@
+"""What a cache holds, layer by layer, for people to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = ["CacheSummary", "LayerSummary"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSummary:
+    """One layer of a cache.
+
+    Attributes
+    ----------
+    index : int
+    kind : str
+        "moment" for a compressed layer, "sliding" for a stock one.
+    budget, retained, evicted : float
+        Tokens a KV head, means over heads and rows; a sliding layer has no budget, and forgets what it drops.
+    nbytes : int
+    trust : float or None
+        What the caller's measure says of the layer, None without one.
+    """
+
+    index: int
+    kind: str
+    budget: float
+    retained: float
+    evicted: float
+    nbytes: int
+    trust: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSummary:
+    """All layers of a cache; as a string, a table.
+
+    Attributes
+    ----------
+    layers : tuple of LayerSummary
+    seen : int
+        Tokens read, padding included.
+    full_bytes : int
+        Keys and values of a cache that evicts nothing.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    seen: int
+    full_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        trusted = any(layer.trust is not None for layer in self.layers)
+        head = ["layer", "kind", "budget", "retained", "evicted", "KiB"] + ["trust"] * trusted
+        rows = [
+            [
+                str(layer.index),
+                layer.kind,
+                f"{layer.budget:.0f}" if layer.kind == "moment" else "",
+                f"{layer.retained:.0f}",
+                f"{layer.evicted:.0f}",
+                f"{layer.nbytes / 1024:.1f}",
+            ]
+            + (["" if layer.trust is None else f"{layer.trust:.3g}"] if trusted else [])
+            for layer in self.layers
+        ]
+        total = f"{self.seen} tokens read, {self.nbytes / 2**20:.2f} MiB of {self.full_bytes / 2**20:.2f} MiB"
+        return "\n".join([*table([head, *rows]), total])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines with aligned columns.
+
+    Examples
+    --------
+    >>> table([["a", "bb"], ["10", "2"]])
+    [' a  bb', '10   2']
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def summarise(cache: Any, trust: Callable[[Any], float] | None = None) -> CacheSummary:
+    """Summary of a `MomentCache`; see its method."""
+    layers, full = [], 0
+    cores = cache.moment_layers
+    for index, layer in enumerate(cache.layers):
+        if index in cores:
+            core = cores[index]
+            parts = core.parts
+            empty = not core.seen
+            retained = 0.0 if empty else mean([float((part.positions >= 0).sum(-1).float().mean()) for part in parts])
+            evicted = 0.0 if empty else mean([float(gone(part)) for part in parts])
+            for part in parts if not empty else ():
+                k, v = part.keys, part.values
+                pair = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
+                full += part.seen * math.prod(k.shape[:-2]) * pair
+            layers.append(
+                LayerSummary(
+                    index,
+                    "moment",
+                    mean([part.budget for part in parts]),
+                    retained,
+                    evicted,
+                    layer.nbytes,
+                    None if trust is None or empty else float(trust(core)),
+                )
+            )
+        else:
+            started = layer.is_initialized and layer.keys is not None
+            stored = int(layer.keys.shape[-2]) if started else 0
+            seen = int(layer.get_seq_length()) if started else 0
+            size = layer.keys.nbytes + layer.values.nbytes if started else 0
+            full += seen * size // max(stored, 1)
+            layers.append(LayerSummary(index, "sliding", 0.0, stored, seen - stored, size))
+    return CacheSummary(tuple(layers), cache.get_seq_length(), full)
+
+
+def mean(numbers: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(numbers) / len(numbers)
+
+
+def gone(part: Any) -> float:
+    """Tokens evicted, mean over rows; without moments nobody has counted them, and padding is counted with them."""
+    if part.order is None:
+        return float(part.seen - (part.positions >= 0).sum(-1).float().mean())
+    return float(part.moments.weight.float().mean())

@@ -1,0 +1,185 @@
+"""Families and modes: what is tested with what, as the page docs/support.md shows it.
+
+Write the page: python tests/matrix.py
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import FAMILIES, left_padded, prompt, tiny
+from transformers import DynamicCache
+
+from momentkv.hf import MomentCache
+
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+# Caches by name of the model's attention: (model, settings) to a cache.
+Make = Callable[[Any], Any]
+Result = tuple[torch.Tensor, torch.Tensor]
+
+
+def generate(model: Any, cache: Any, ids: torch.Tensor, mask: Any = None, new: int = 5, **settings: Any) -> Result:
+    """Token ids, and logits of the new ones, shape (row, new token, vocabulary)."""
+    torch.manual_seed(0)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        past_key_values=cache,
+        max_new_tokens=new,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{"do_sample": False, **settings},
+    )
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
+def simple(**settings: Any) -> Callable[[Any, Make], Result]:
+    return lambda model, make: generate(model, make(model), prompt(2, 40), **settings)
+
+
+def padded(**settings: Any) -> Callable[[Any, Make], Result]:
+    ids, mask = left_padded([prompt(1, 40, seed=1), prompt(1, 27, seed=2)])
+    return lambda model, make: generate(model, make(model), ids, mask, **settings)
+
+
+def guessed(**settings: Any) -> Callable[[Any, Make], Result]:
+    ids = torch.cat([prompt(1, 20), prompt(1, 20)], 1)  # something to look up
+    return lambda model, make: generate(model, make(model), ids, new=8, **settings)
+
+
+def assisted(model: Any, make: Make) -> Result:
+    return guessed(assistant_model=tiny("qwen2", "sdpa"), num_assistant_tokens=3)(model, make)
+
+
+def turns(model: Any, make: Make, between: Callable[[Any, Any], Any] = lambda model, cache: cache) -> Result:
+    """Two turns with one cache, and what happens to it between them."""
+    ids, mask = left_padded([prompt(1, 40, seed=1), prompt(1, 27, seed=2)])
+    cache = make(model)
+    ids, first = generate(model, cache, ids, mask)
+    ids = torch.cat([ids, prompt(2, 9, seed=3)], 1)
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    ids, second = generate(model, between(model, cache), ids, mask)
+    return ids, torch.cat([first, second], 1)
+
+
+def reread(model: Any, cache: Any) -> Any:
+    """Through a file, where the cache has one."""
+    if not isinstance(cache, MomentCache):
+        return copy.deepcopy(cache)
+    with tempfile.TemporaryDirectory() as folder:
+        cache.save(Path(folder) / "cache")
+        return MomentCache.load(Path(folder) / "cache", model)
+
+
+def moved(model: Any, make: Make) -> Result:
+    """Rows reordered, repeated and selected."""
+    ids, mask = left_padded([prompt(1, 40, seed=1), prompt(1, 27, seed=2)])
+    cache = make(model)
+    with torch.no_grad():
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        first = model(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits[:, -1:]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    ids, mask = (
+        torch.cat([ids, prompt(2, 5, seed=3)], 1),
+        torch.nn.functional.pad(mask.flip(0)[[1, 0]], (0, 5), value=1),
+    )
+    ids, logits = generate(model, cache, ids, mask)
+    return ids, torch.cat([first, logits], 1)
+
+
+def in_dtype(dtype: str) -> Callable[[Any, Make], Result]:
+    def run(model: Any, make: Make) -> Result:
+        model = copy.deepcopy(model).to(getattr(torch, dtype))
+        ids, logits = simple()(model, make)
+        # Half-precision roundings decide near ties: only what the same tokens led to is compared.
+        return ids[:, :41], logits[:, :1].float()
+
+    return run
+
+
+MODES: dict[str, Callable[[Any, Make], Result]] = {
+    "greedy": simple(),
+    "sampled": simple(do_sample=True, temperature=1.5),
+    "prefill in chunks": simple(prefill_chunk_size=7),
+    "padded batch": padded(),
+    "beams": simple(num_beams=3),
+    "padded beams": padded(num_beams=2),
+    "assisted": assisted,
+    "prompt lookup": guessed(prompt_lookup_num_tokens=3, max_matching_ngram_size=1),
+    "several turns": turns,
+    "copied between turns": lambda model, make: turns(model, make, lambda _, cache: copy.deepcopy(cache)),
+    "saved between turns": lambda model, make: turns(model, make, reread),
+    "rows moved": moved,
+    "bfloat16": in_dtype("bfloat16"),
+    "float16": in_dtype("float16"),
+}
+# Roundings that are not float32's, as shares of the largest logit.
+TOLERANCES = {"bfloat16": 2**-5, "float16": 2**-8}
+TITLES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "mistral sliding": "Mistral, sliding window",
+    "gemma3": "Gemma 3, hybrid",
+    "gemma3 full": "Gemma 3, full attention only",
+    "phi3": "Phi-3",
+}
+# Model types that are refused, and why; `tests/test_hf_refusals.py` makes one of each.
+REFUSED = {
+    "gemma2": "soft-capped logits",
+    "gpt_oss": "attention sinks as parameters",
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+    "gemma3n_text": "layers that share caches",
+    "t5": "encoder-decoder",
+}
+
+
+def stock(model: Any) -> DynamicCache:
+    """The cache that nothing is evicted from."""
+    return DynamicCache(config=model.config)
+
+
+def page() -> str:
+    """docs/support.md."""
+    head = "| family | " + " | ".join(MODES) + " |"
+    rows = [f"| {TITLES[family]} |" + " ✓ |" * len(MODES) for family in FAMILIES]
+    refused = [f"| `{kind}` | {reason} |" for kind, reason in REFUSED.items()]
+    return "\n".join(
+        [
+            "# Families and modes",
+            "",
+            "<!-- Written by tests/matrix.py. -->",
+            "",
+            "Each ✓ is tested with a tiny model of random weights, in `tests/test_hf_matrix.py`: with nothing evicted,",
+            "tokens and logits equal those of the stock cache under SDPA (to rounding; in half precision the first",
+            "logits);",
+            "with a small budget, every layer stays within budget and block, and every token is stored or folded once.",
+            "Two runs are the same to the last bit (tested with Llama).",
+            "",
+            head,
+            "|---|" + "---|" * len(MODES),
+            *rows,
+            "",
+            "Refused by name, each tested:",
+            "",
+            "| model type | why |",
+            "|---|---|",
+            *refused,
+            "",
+            "What else raises: [In transformers](transformers.md#raises).",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,90 @@
+"""More than one process: a context split over ranks, and heads split over ranks, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, build, prompt
+
+from momentkv.attention import attend
+from momentkv.distributed import merge_moments, merge_states, merge_summaries
+from momentkv.hf import MomentCache
+from momentkv.moments import Moments
+from momentkv.summaries import QueryWindow, Summaries
+
+HERE = Path(__file__).parent
+
+
+def torchrun(ranks: int, *arguments: str) -> dict[str, Any]:
+    """What rank 0 printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run(
+        [*command, str(HERE / "ranks.py"), *arguments], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_context_split_over_ranks_equals_one_process(ranks: int):
+    found = torchrun(ranks, "context")
+    assert len(found) == 19
+    for name, difference in found.items():
+        assert difference <= 1e-12, name  # a few hundred roundings of float64
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_heads_split_over_ranks_equal_one_process(ranks: int, tmp_path: Path):
+    config = FAMILIES["llama"](num_key_value_heads=4)
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    found = torchrun(ranks, "tensor parallel", str(tmp_path))
+    ids = prompt(2, 60)
+    # A policy whose ranking has no near ties that the sums of sharded layers could tip over.
+    for name, settings in {
+        "moments": {"sharing": "uniform", "policy": "momentkv", "correction": "moments"},
+        "summaries": {"sharing": "uniform", "policy": "momentkv"},
+    }.items():
+        cache = MomentCache(model, 20, sinks=1, window=8, block=4, **settings)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=12,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        logits = torch.stack(out.logits)
+        assert found[name]["tokens"] == out.sequences.tolist()
+        # As in test_hf_summaries: sums in another order, two layers, float32.
+        assert (torch.tensor(found[name]["logits"]) - logits).abs().max() <= 1e-4 * logits.abs().max()
+    for name, one in found.items():
+        assert one["heads"] == 2 * 4 // ranks, name
+        assert one["bounded"], name
+        assert one["counted"], name
+        assert one["budget"] <= 20
+        assert "one rank's heads" in one["save"]
+
+
+def test_without_a_process_group_the_error_says_so():
+    x = torch.zeros(1, 3, 4)
+    summaries = Summaries.empty(x, x, summaries=2)
+    for merge in (
+        lambda: merge_states(attend(x, x, x)),
+        lambda: merge_moments(Moments.empty(x, x)),
+        lambda: merge_summaries(summaries, QueryWindow.from_queries(x, 1)),
+    ):
+        with pytest.raises(RuntimeError, match=r"not initialised.*torchrun"):
+            merge()

@@ -1,0 +1,177 @@
+"""Budgets as tokens, shares and bytes; and what a cache says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import left_padded, prompt, tiny
+
+from momentkv.hf import CacheSummary, MomentCache
+from momentkv.policies import H2O
+
+SMALL: dict[str, Any] = {"sinks": 1, "window": 8, "block": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "layers": {"sharing": "layers", "policy": "tova"},
+    "paper": {"sharing": "uniform", "policy": "momentkv", "correction": "moments"},
+    "plain": {"sharing": "uniform", "order": None, "policy": H2O()},
+    "ada-kv": {"sharing": "ada-kv", "policy": "snapkv"},
+    "queries without correction": {"order": None, "policy": "expected-attention"},
+}
+
+
+def parts(cache: MomentCache) -> list[Any]:
+    return [part for core in cache.moment_layers.values() for part in core.parts]
+
+
+def generate(model: Any, cache: MomentCache, ids: torch.Tensor, mask: Any = None, **settings: Any) -> torch.Tensor:
+    mask = torch.ones_like(ids) if mask is None else mask
+    settings = {"max_new_tokens": 8, "do_sample": False} | settings
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+
+
+def test_a_model_is_all_that_is_needed():
+    cache = MomentCache(tiny("llama"))
+    assert {part.budget for part in parts(cache)} == {512}
+    assert generate(tiny("llama"), cache, prompt(1, 20)).shape == (1, 28)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_total_in_bytes_is_never_exceeded_and_well_used(family: str, kind: str, dtype: str):
+    model, total = tiny(family, "momentkv", dtype), 160 * 1024
+    cache, sizes = MomentCache(model, "160KiB", **(SMALL | KINDS[kind])), []
+    hook = model.register_forward_hook(lambda *_: sizes.append(cache.nbytes))
+    ids, mask = left_padded([prompt(1, 400, seed=1), prompt(1, 380, seed=2)])
+    try:
+        generate(model, cache, ids, mask, max_new_tokens=14)
+    finally:
+        hook.remove()
+    assert len(sizes) == 14
+    assert max(sizes) <= total
+    assert max(sizes) > 0.7 * total
+    assert all(part.has_evicted for part in parts(cache))
+
+
+def test_a_total_in_bytes_holds_for_every_turn_and_prefill_in_chunks():
+    model = tiny("llama")
+    cache = MomentCache(model, "40KiB", **SMALL)
+    ids = prompt(1, 200)
+    for turn in range(3):
+        out = generate(model, cache, ids, prefill_chunk_size=50)
+        assert cache.nbytes <= 40 * 1024
+        ids = torch.cat([out, prompt(1, 45, seed=turn)], 1)
+
+
+def test_a_total_that_is_too_small_is_refused_before_anything_changes():
+    model = tiny("llama")
+    cache = MomentCache(model, "20KiB", **SMALL)
+    with pytest.raises(ValueError, match=r"budget is '20KiB', too little for 2 rows.* use (\d+)KiB") as error:
+        generate(model, cache, prompt(2, 50))
+    assert cache.get_seq_length() == cache.nbytes == 0
+    needed = int(str(error.value).split("use ")[1].split("KiB")[0])
+    enough = MomentCache(model, f"{needed}KiB", **SMALL)
+    generate(model, enough, prompt(2, 50))
+    assert enough.nbytes <= needed * 1024
+    with pytest.raises(ValueError, match="too little"):
+        generate(model, MomentCache(model, f"{needed - 1}KiB", **SMALL), prompt(2, 50))
+
+
+def test_more_rows_do_not_fit_bytes_that_were_divided():
+    model = tiny("llama")
+    cache = MomentCache(model, "100KiB", **SMALL)
+    generate(model, cache, prompt(2, 100))
+    with pytest.raises(RuntimeError, match=r"batch_repeat_interleave\(2\): the budget of 100KiB"):
+        cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.nbytes <= 50 * 1024
+
+
+@pytest.mark.parametrize("sharing", ["uniform", "heads"])
+def test_a_share_is_of_the_tokens_read_at_each_prefill(sharing: str):
+    model = tiny("llama")
+    whole, chunks = (MomentCache(model, 0.25, sharing=sharing, **SMALL) for _ in range(2))
+    ids = prompt(1, 240)
+    with torch.no_grad():
+        model(ids, past_key_values=whole)
+        for start in range(0, 240, 60):
+            model(ids[:, start : start + 60], past_key_values=chunks)
+    for cache in (whole, chunks):
+        budgets = [part.budget for part in parts(cache)]
+        assert sum(budgets) / len(budgets) <= 60
+        assert sum(budgets) / len(budgets) > 55
+        assert all(part.stored < part.budget + part.block for part in parts(cache))
+    with torch.no_grad():
+        before = [part.budget for part in parts(whole)]
+        model(ids[:, :5], past_key_values=whole)  # a few tokens are no prefill
+        assert [part.budget for part in parts(whole)] == before
+        model(ids[:, :155], past_key_values=whole)
+    assert sum(part.budget for part in parts(whole)) / len(before) == pytest.approx(100, abs=4)
+    whole.reset()
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=whole)
+    assert {part.budget for part in parts(whole)} == {10}  # no less than sinks, window and one
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (1.5, r"budget is 1.5; a share is in \(0, 1\]"),
+        (0.0, "budget is 0.0"),
+        (-0.5, "budget is -0.5"),
+        ("64", r"budget is '64'; bytes are a number and a unit, like '64MiB'"),
+        ("64 potatoes", "budget is '64 potatoes'"),
+        ("-1MiB", "budget is '-1MiB'"),
+        (True, "budget is True"),
+        (None, "budget is None"),
+        ([0.5, 0.5], r"budget is \[0.5, 0.5\]"),
+        (1, "budget is 1, but sinks"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused(budget: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        MomentCache(tiny("llama"), budget)
+
+
+def test_pyramids_are_of_tokens():
+    with pytest.raises(ValueError, match=r"budget is 0.5, but sharing=.pyramid. needs one in tokens"):
+        MomentCache(tiny("llama"), 0.5, sharing="pyramid")
+
+
+def test_rules_take_no_rollback_below_one():
+    with pytest.raises(ValueError, match="rollback is 0"):
+        MomentCache(tiny("llama"), 64, rollback=0)
+
+
+def test_a_summary_says_what_each_layer_holds():
+    model = tiny("gemma3")
+    cache = MomentCache(model, 20, sharing="uniform", **SMALL)
+    assert "0 tokens read" in str(cache.summary())
+    generate(model, cache, prompt(2, 60), max_new_tokens=3)
+    summary = cache.summary()
+    assert isinstance(summary, CacheSummary)
+    assert summary.seen == 62
+    assert summary.nbytes == cache.nbytes
+    assert [layer.kind for layer in summary.layers] == ["sliding", "moment"] * 2
+    for layer in summary.layers:
+        assert layer.retained + layer.evicted == 62
+        assert layer.budget == (20 if layer.kind == "moment" else 0)
+        assert layer.trust is None
+    assert summary.full_bytes == 4 * 62 * 2 * 2 * 2 * 16 * 4  # layers, tokens, rows, heads, keys and values, d, bytes
+    assert str(summary).splitlines()[0].split() == ["layer", "kind", "budget", "retained", "evicted", "KiB"]
+    trusted = cache.summary(trust=lambda core: core.seen / 100)
+    assert [layer.trust for layer in trusted.layers] == [None, 0.62] * 2
+    assert str(trusted).splitlines()[0].endswith("trust")
+    plain = MomentCache(tiny("llama"), 20, order=None, **SMALL)
+    generate(tiny("llama"), plain, prompt(1, 60), max_new_tokens=2)
+    assert all(layer.retained + layer.evicted == 61 for layer in plain.summary().layers)
+
+
+def test_repr_is_one_line_that_says_what_it_is():
+    cache = MomentCache(tiny("gemma3"), "1MiB", **SMALL)
+    assert repr(cache) == (
+        "MomentCache(gemma3_text, budget='1MiB', sharing='heads', layers=2 compressed, 2 sliding, seen=0, MiB=0.00)"
+    )
