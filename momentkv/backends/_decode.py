@@ -45,14 +45,14 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype) -> DecodeBlock
     single = dtype in (torch.float32, torch.float64)
     tokens = 64 if largest <= 128 else 32
     if single:  # full float32 products are not done by tensor cores and hold their factors in registers
-        tokens = 32 if largest <= 128 else 16
+        tokens = 32 if largest <= 64 else 16
     return DecodeBlocks(
         BLOCK_M=16 if rows <= 16 or single else 32,
         BLOCK_N=tokens,
         BLOCK_D=wide[0],
         BLOCK_V=wide[1],
         BLOCK_C=16 if single or largest > 128 else 32,
-        num_warps=4 if largest <= 128 else 8,
+        num_warps=4 if largest <= (64 if single else 128) else 8,
         num_stages=2 if single else 3,
     )
 
