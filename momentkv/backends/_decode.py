@@ -42,17 +42,17 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype) -> DecodeBlock
     """Sizes for so many queries of a KV head; a tile of `tl.dot` has at least 16 in each direction."""
     wide = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     largest = max(wide)
-    single = dtype in (torch.float32, torch.float64)
-    tokens = 64 if largest <= 128 else 32
-    if single:  # full float32 products are not done by tensor cores and hold their factors in registers
-        tokens = 32 if largest <= 64 else 16
+    # Full float32 products are not done by tensor cores and hold their factors in registers.
+    single = dtype == torch.float32
+    # A group of more than 16 queries reads the cache once with a tile of 32, where registers allow.
+    queries = 32 if rows > 16 and not single and largest <= 128 else 16
     return DecodeBlocks(
-        BLOCK_M=16 if rows <= 16 or single else 32,
-        BLOCK_N=tokens,
+        BLOCK_M=queries,
+        BLOCK_N=(32 if largest <= 64 else 16) if single else (64 if largest <= 128 else 32),
         BLOCK_D=wide[0],
         BLOCK_V=wide[1],
         BLOCK_C=16 if single or largest > 128 else 32,
-        num_warps=4 if largest <= (64 if single else 128) else 8,
+        num_warps=8 if queries == 32 or (single and largest > 64) else 4,
         num_stages=2 if single else 3,
     )
 
@@ -177,7 +177,6 @@ def decode_triton(
         PACKED=packed,
         SCORED=scored,
         PRECISION=precision,
-        ESTIMATE_PRECISION="ieee" if q.dtype == torch.float32 else "tf32x3",
         **estimate_flags(expansion),
         **blocks._asdict(),
     )

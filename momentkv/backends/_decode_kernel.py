@@ -47,9 +47,11 @@ def initial_state(
     FULL_VARIANCE: tl.constexpr,
     DIAGONAL_VARIANCE: tl.constexpr,
     ANCHORED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Running maximum (base 2), sum and weighted values of the estimate: (lse, 1, out), or (-inf, 0, 0)."""
+    """Running maximum (base 2), sum and weighted values of the estimate: (lse, 1, out), or (-inf, 0, 0).
+
+    Products are full float32, for an lse has to be right to the third decimal; d x d matrices in their own dtype.
+    """
     dd = tl.arange(0, BLOCK_D)
     vv = tl.arange(0, BLOCK_V)
     dm = dd < D
@@ -69,7 +71,7 @@ def initial_state(
             KEY_MEAN + (head * SUMMARIES + ss[:, None]) * D + dd[None, :], mask=sm[:, None] & dm[None, :], other=0.0
         )
         log_weight = tl.load(LOG_WEIGHT + head * SUMMARIES + ss, mask=sm, other=float("-inf"))
-        products = tl.dot(x, tl.trans(mean), input_precision=PRECISION) + log_weight[None, :]
+        products = tl.dot(x, tl.trans(mean), input_precision="ieee") + log_weight[None, :]
         top = tl.max(products, 1)
         shift = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp(products - shift[:, None])
@@ -81,7 +83,7 @@ def initial_state(
             mask=sm[:, None] & vm[None, :],
             other=0.0,
         )
-        out = tl.dot(weights / safe[:, None], value, input_precision=PRECISION)
+        out = tl.dot(weights / safe[:, None], value, input_precision="ieee")
     for r in tl.static_range(RANK):
         right = tl.load(RIGHT + (head * RANK + r) * D + dd, mask=dm, other=0.0)
         left = tl.load(LEFT + (head * DV + vv) * RANK + r, mask=vm, other=0.0)
@@ -108,12 +110,12 @@ def initial_state(
                     mask=cm[:, None] & vm[None, :],
                     other=0.0,
                 )
-                out = tl.dot(part.to(slope.dtype), slope, out, input_precision=PRECISION)
+                out = tl.dot(part.to(slope.dtype), slope, out, input_precision="ieee")
             if FULL_VARIANCE:
                 matrix = tl.load(
                     VARIANCE + (head * D + cc[:, None]) * D + dd[None, :], mask=cm[:, None] & dm[None, :], other=0.0
                 )
-                square += tl.sum(tl.dot(part.to(matrix.dtype), matrix, input_precision=PRECISION) * x, 1)
+                square += tl.sum(tl.dot(part.to(matrix.dtype), matrix, input_precision="ieee") * x, 1)
         if FULL_VARIANCE:
             lse += tl.minimum(0.5 * tl.load(STRENGTH + head) * square, tl.load(CAP + head))
     some = lse > float("-inf")
@@ -182,7 +184,6 @@ def decode_kernel(
     PACKED: tl.constexpr,
     SCORED: tl.constexpr,
     PRECISION: tl.constexpr,
-    ESTIMATE_PRECISION: tl.constexpr,
 ):
     """Grid: (batch * kv_head, SPLITS, blocks of rows), where a row is a query of the KV head's group.
 
@@ -251,7 +252,6 @@ def decode_kernel(
                 FULL_VARIANCE,
                 DIAGONAL_VARIANCE,
                 ANCHORED,
-                ESTIMATE_PRECISION,
             )
     # With logits to write, every slot is visited, so that none is left as it was allocated.
     slots = count

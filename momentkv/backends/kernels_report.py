@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from triton.compiler import ASTSource
 
 from momentkv.backends._decode import decode_blocks
 from momentkv.backends._decode_kernel import combine_kernel, decode_kernel
+from momentkv.backends._fold import fold_options
+from momentkv.backends._fold_kernel import close_kernel, fold_kernel
 
 __all__ = ["Build", "Usage", "builds", "compile_build", "main"]
 
@@ -74,7 +77,6 @@ def decode_build(estimate: str, dtype: str, d: int, *, group: int = 4, splits: i
     """The decode kernel for one kind of estimate."""
     blocks = decode_blocks(group, d, d, DTYPES[dtype])._asdict()
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-    full = "fp32" if dtype == "fp32" else "ieee"
     constants = {
         "D": d,
         "DV": d,
@@ -91,8 +93,7 @@ def decode_build(estimate: str, dtype: str, d: int, *, group: int = 4, splits: i
         "COUNTED": True,
         "PACKED": False,
         "SCORED": scored,
-        "PRECISION": "ieee" if full == "fp32" else "tf32",
-        "ESTIMATE_PRECISION": "ieee" if full == "fp32" else "tf32x3",
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         **ESTIMATES[estimate],
         **blocks,
     }
@@ -106,7 +107,7 @@ def decode_build(estimate: str, dtype: str, d: int, *, group: int = 4, splits: i
         types |= {"SLOPE": f"*{dtype}"}
         if ESTIMATES[estimate].get("FULL_VARIANCE"):
             types |= {"VARIANCE": f"*{dtype}"}
-    name = f"decode, {estimate}{', scored' if scored else ''}, {dtype}, d {d}, {splits} splits"
+    name = f"decode, {estimate}{', scored' if scored else ''}, {dtype}, d {d}, group {group}, {splits} splits"
     return Build(name, decode_kernel, constants, types, options)
 
 
@@ -118,16 +119,31 @@ def combine_build(dtype: str, d: int, splits: int) -> Build:
     return Build(name, combine_kernel, constants, {"OUT": f"*{dtype}"}, {"num_warps": 4, "num_stages": 1})
 
 
+def fold_builds(dtype: str, d: int, block: int) -> Iterator[Build]:
+    """Both kernels that fold a block of tokens."""
+    of_fold, of_close = fold_options(d, d, block, DTYPES[dtype])
+    types = dict.fromkeys(("KEYS", "VALUES", "SLOPE"), f"*{dtype}")
+    types |= dict.fromkeys(("POSITIONS", "COUNTS", "EVICTED"), "*i32")
+    for name, kernel, all_options in (("fold", fold_kernel, of_fold), ("close", close_kernel, of_close)):
+        constants = dict(all_options)
+        options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+        yield Build(f"{name} {block}, {dtype}, d {d}", kernel, {"D": d, "DV": d, **constants}, types, options)
+
+
 def builds(*, few: bool = False) -> Iterator[Build]:
     """Every kind of estimate at every head dimension and dtype; ``few`` leaves out what differs little."""
     for dtype in DTYPES:
         for d in (64, 96, 128, 256):
             for estimate in ESTIMATES:
-                if few and not (d == 128 and dtype != "fp16") and not (d == 256 and estimate == "order 2"):
+                # Left out: what differs little, or takes less.
+                if few and (dtype == "fp16" or d not in (128, 256) or estimate not in ("order 2", "summaries")):
                     continue
                 yield decode_build(estimate, dtype, d, scored=estimate == "summaries")
     yield decode_build("summaries", "bf16", 128, splits=1)
+    yield decode_build("summaries", "bf16", 128, group=24, scored=True)
     yield combine_build("bf16", 256, 65)
+    for dtype, d, block in (("bf16", 128, 32), ("fp32", 256, 64)) if few else product(DTYPES, (64, 128, 256), (32, 64)):
+        yield from fold_builds(dtype, d, block)
 
 
 def compile_build(build: Build, target: int) -> Usage:
@@ -189,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wrong = usage.stack > 0 or usage.shared > SHARED_LIMIT[target]
             failed += wrong
             print(
-                f"sm_{target}  {build.name:<44} {build.options['num_warps']} warps  registers {usage.registers:3}  "
+                f"sm_{target}  {build.name:<60} {build.options['num_warps']} warps  registers {usage.registers:3}  "
                 f"shared {usage.shared / 1024:5.1f} KiB  stack {usage.stack} bytes{'  SPILLS' if wrong else ''}",
                 flush=True,
             )
