@@ -165,20 +165,26 @@ class LayerCache(CacheStep):
             self._mark_padding(valid, q_len)
         seen_by_all = self.positions >= 0 if self.padded else None
         scale = self.attention_scale
-        corrects = self.order is not None and self.has_evicted
-        if q_len > 1 and not corrects:
+        moments = self.moments if self.order is not None and self.has_evicted else None
+        if q_len == 1:
+            observed = self.policy.observes != 0
+            out, weights = backend.decode(
+                q,
+                self.keys,
+                self.values,
+                moments,
+                order=self.order or 0,
+                scale=scale,
+                valid=seen_by_all,
+                weights=observed,
+            )
+            if observed:
+                self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
+        elif moments is None:
             out = backend.prefill(q, self.keys, self.values, scale=scale, valid=seen_by_all)
         else:
-            if q_len > 1:
-                state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
-            else:
-                mask = None if seen_by_all is None else seen_by_all[..., None, None, :]
-                state, weights = backend.attend(q, self.keys, self.values, scale=scale, mask=mask)
-                if self.policy.observes != 0:
-                    self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
-            out = state.out
-            if corrects:
-                out = backend.correct(state, q, self.moments, order=self.order or 0, scale=scale)
+            state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
+            out = backend.correct(state, q, moments, order=self.order or 0, scale=scale)
         if q_len > 1:
             self.observe(q)
         else:

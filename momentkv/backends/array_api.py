@@ -83,6 +83,44 @@ class ArrayBackend:
             return merge(retained, estimate_summaries(q, moments, scale=scale)).out
         return correct(retained, q, moments, order=order, scale=scale).out
 
+    def decode(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        moments: Moments | Summaries | None,
+        *,
+        order: int,
+        scale: float,
+        valid: Array | None = None,
+        weights: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """Output of queries that see all tokens, corrected by moments: `attend`, then `correct`, or both in one.
+
+        Parameters
+        ----------
+        q, k, v, scale
+            As in `attend`.
+        moments : Moments or Summaries, or None
+            Of the evicted tokens; None for no correction.
+        order : {0, 1}
+            Of an estimate from `Moments`.
+        valid : bool array, shape (..., kv_head, n), optional
+            False for slots that hold no token.
+        weights : bool
+            Whether to return the attention weights, which a fused kernel never holds otherwise.
+
+        Returns
+        -------
+        out : array, shape (..., kv_head * group, q_len, dv)
+        weights : array, shape (..., kv_head, group, q_len, n), or None
+            Over the retained tokens alone.
+        """
+        mask = None if valid is None else valid[..., None, None, :]
+        state, attention = self.attend(q, k, v, scale=scale, mask=mask)
+        out = state.out if moments is None else self.correct(state, q, moments, order=order, scale=scale)
+        return out, attention if weights else None
+
 
 def causal_mask(k: Array, q_len: int, start: int, stop: int, valid: Array | None) -> Array:
     """What queries ``start`` to ``stop`` (of the last ``q_len`` tokens) may see of the tokens up to their last.
