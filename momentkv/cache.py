@@ -7,7 +7,7 @@ from typing import Any
 
 from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, device, nbytes
 from momentkv._step import CacheStep
-from momentkv.attention import check_values, default_scale, group_queries
+from momentkv.attention import AttentionState, check_values, default_scale, group_queries
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.array_api import causal_mask
 from momentkv.corrections import Correction, get_correction
@@ -191,6 +191,19 @@ class LayerCache(CacheStep):
             self._remember(q)
         return xp.astype(out, q.dtype, copy=False)
 
+    def attend_retained(self, q: Array) -> AttentionState:
+        """Attend from the query of the token appended last, by the retained tokens alone; the policy observes it.
+
+        What `attend` does besides, to correct and to remember the query, is left to the caller.
+        """
+        backend = self.backend or get_backend(q)
+        n = self.keys.shape[-2]
+        mask = (self.positions >= 0)[..., None, None, :] if self.padded else None
+        state, weights = backend.attend(q, self.keys, self.values, scale=self.attention_scale, mask=mask)
+        if self.policy.observes != 0:
+            self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
+        return state
+
     def observe(self, q: Array) -> None:
         """Show policy and correction the queries ``q`` of the newest tokens, or as many of them as they want.
 
@@ -340,24 +353,9 @@ class LayerCache(CacheStep):
             self.newest_queries = recent
         if not self.remembers_queries:
             return
-        xp = array_namespace(q)
-        kv_heads, count = self.keys.shape[-3], recent.shape[-2]
-        (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
-        grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * self.attention_scale
-        real = self.positions[..., -count:] >= 0
-        weight = xp.astype(real, grouped.dtype)[..., None, :, None]
-        # Several queries at once count alike; one by one, each fades what came before it.
-        number = xp.sum(weight, axis=(-3, -2))
-        safe = xp.where(number > 0, number, xp.ones_like(number))
-        mean = xp.sum(weight * xp.mean(grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
-        square = xp.sum(weight * xp.mean(grouped * grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
-        if self.query_mean is not None:
-            share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
-            # Where all before was padding there is nothing to fade.
-            share = xp.where(xp.sum(self.query_square, axis=-1, keepdims=True) > 0, share, xp.ones_like(share))
-            mean = self.query_mean + share * (mean - self.query_mean)
-            square = self.query_square + share * (square - self.query_square)
-        self.query_mean, self.query_square = mean, square
+        self.query_mean, self.query_square = remember(
+            recent, self.positions, self.attention_scale, self.query_mean, self.query_square
+        )
 
     @property
     def query_window(self) -> QueryWindow | None:
@@ -384,6 +382,32 @@ class LayerCache(CacheStep):
         xp = array_namespace(weights)
         real = self.positions[..., start:stop] >= 0
         return xp.where(real[..., None, :, None], weights, xp.zeros_like(weights))
+
+
+def remember(
+    recent: Array, positions: Array, scale: float, mean: Array | None, square: Array | None
+) -> tuple[Array, Array]:
+    """First and second moment of scaled recent queries, given those of the queries before them.
+
+    ``recent`` are queries (batch..., kv_head * group, q_len, d) of the newest ``q_len`` of the tokens at ``positions``.
+    """
+    xp = array_namespace(recent)
+    kv_heads, count = positions.shape[-2], recent.shape[-2]
+    (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
+    grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * scale
+    real = positions[..., -count:] >= 0
+    weight = xp.astype(real, grouped.dtype)[..., None, :, None]
+    # Several queries at once count alike; one by one, each fades what came before it.
+    number = xp.sum(weight, axis=(-3, -2))
+    safe = xp.where(number > 0, number, xp.ones_like(number))
+    new_mean = xp.sum(weight * xp.mean(grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
+    new_square = xp.sum(weight * xp.mean(grouped * grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
+    if mean is None or square is None:
+        return new_mean, new_square
+    share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
+    # Where all before was padding there is nothing to fade.
+    share = xp.where(xp.sum(square, axis=-1, keepdims=True) > 0, share, xp.ones_like(share))
+    return mean + share * (new_mean - mean), square + share * (new_square - square)
 
 
 def between(counts: Array, limits: Array, share: float) -> Array:

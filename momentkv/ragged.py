@@ -8,7 +8,9 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace
 from momentkv._step import CacheStep
-from momentkv.cache import LayerCache
+from momentkv.attention import AttentionState
+from momentkv.backends import get_backend
+from momentkv.cache import LayerCache, remember
 from momentkv.moments import check_broadcast
 
 __all__ = ["RaggedCache"]
@@ -23,6 +25,8 @@ HEAD_AXES = {
     "query_square": -2,
     "newest_queries": -3,
 }
+
+QUERY_ARRAYS = ("query_mean", "query_square")
 
 
 class RaggedCache(CacheStep):
@@ -49,7 +53,8 @@ class RaggedCache(CacheStep):
 
     Notes
     -----
-    Heads are attended one after the other: as much arithmetic as together, in as many calls as there are KV heads.
+    Heads are attended one after the other: as much arithmetic as together, in as many calls as there are KV heads. While
+    decoding, they are corrected together.
 
     Examples
     --------
@@ -65,6 +70,7 @@ class RaggedCache(CacheStep):
         if len(budgets) == 0:
             raise ValueError("budgets is empty; give the budget of every KV head")
         self.parts = tuple(LayerCache(budget, **settings) for budget in budgets)
+        self._joined: tuple[list[Any], Any] | None = None
         policy = self.parts[0].policy
         if policy.couples_heads:
             raise ValueError(
@@ -130,6 +136,13 @@ class RaggedCache(CacheStep):
             return part.attend(self._queries(q, head), valid=own)
 
         xp = array_namespace(q)
+        if q.shape[-2] == 1 and self.parts[0].keys is not None:
+            before = self.snapshot()
+            try:
+                return self._decode(q, valid)
+            except BaseException:
+                self.restore(before)
+                raise
         return xp.concat(self._all(attend), axis=-3)
 
     def observe(self, q: Array) -> None:
@@ -179,6 +192,55 @@ class RaggedCache(CacheStep):
         one.padded = any(part.padded for part in self.parts)
         one.moments = one.correction.empty(one.keys, one.values, order=one.order or 0)
         return one
+
+    def _decode(self, q: Array, valid: Array | None) -> Array:
+        """`attend` for one query a head: only attention to retained tokens, of which heads have different numbers, is
+        done one head after the other; the correction and the memory of queries are the same for all.
+        """
+        xp = array_namespace(q)
+        first = self.parts[0]
+        states = []
+        for head, part in enumerate(self.parts):
+            if valid is not None:
+                own = valid[..., head : head + 1, :] if valid.ndim > 1 and valid.shape[-2] > 1 else valid
+                part._mark_padding(own, 1)
+            states.append(part.attend_retained(self._queries(q, head)))
+        state = AttentionState(
+            xp.concat([each.out for each in states], axis=-3), xp.concat([each.lse for each in states], axis=-2)
+        )
+        out = state.out
+        if first.order is not None and any(part.has_evicted for part in self.parts):
+            backend = first.backend or get_backend(q)
+            out = backend.correct(state, q, self._moments(), order=first.order, scale=first.attention_scale)
+        if first.remembers_queries:
+            self._remember(q)
+        return xp.astype(out, q.dtype, copy=False)
+
+    def _moments(self) -> Any:
+        """Moments of all heads in one; joined anew only when those of a head have changed."""
+        parts = [part.moments for part in self.parts]
+        held = self._joined
+        if held is None or any(one is not other for one, other in zip(held[0], parts, strict=True)):
+            xp, axis = array_namespace(parts[0].weight), parts[0].weight.ndim - 1
+            arrays = [moments.arrays() for moments in parts]
+            one = type(parts[0])(**{name: xp.concat([each[name] for each in arrays], axis=axis) for name in arrays[0]})
+            for head, part in enumerate(self.parts):  # what a head holds is now a part of it: nothing is stored twice
+                own = (slice(None),) * axis + (slice(head, head + 1),)
+                part.moments = one.map(lambda x, own=own: x[own])
+            self._joined = held = ([part.moments for part in self.parts], one)
+        return held[1]
+
+    def _remember(self, q: Array) -> None:
+        """The memory of queries of all heads, brought up to date at once."""
+        xp = array_namespace(q)
+        before: list[Array | None] = [None, None]
+        if self.parts[0].query_mean is not None:
+            before = [xp.concat([getattr(part, name) for part in self.parts], axis=-2) for name in QUERY_ARRAYS]
+        newest = xp.concat([part.positions[..., -1:] for part in self.parts], axis=-2)
+        after = remember(q, newest, self.parts[0].attention_scale, *before)
+        for name, x in zip(QUERY_ARRAYS, after, strict=True):
+            for head, part in enumerate(self.parts):
+                setattr(part, name, x[..., head : head + 1, :])
 
     def _queries(self, q: Array, head: int) -> Array:
         """The queries of one KV head's group."""
