@@ -53,8 +53,8 @@ class RaggedCache(CacheStep):
 
     Notes
     -----
-    Heads are attended one after the other: as much arithmetic as together, in as many calls as there are KV heads. While
-    decoding, they are corrected together.
+    Heads are attended one after the other: as much arithmetic as together, in as many calls as there are KV heads.
+    While decoding, they are corrected together.
 
     Examples
     --------

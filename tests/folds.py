@@ -25,7 +25,9 @@ class Fold:
 
     def __str__(self) -> str:
         shown = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ",".join(f"{k}={v}" for k, v in shown.items() if v != getattr(Fold, k)).replace("torch.", "") or "default"
+        return (
+            ",".join(f"{k}={v}" for k, v in shown.items() if v != getattr(Fold, k)).replace("torch.", "") or "default"
+        )
 
 
 @dataclasses.dataclass
@@ -65,8 +67,9 @@ def make_fold(case: Fold) -> State:
         number = min(case.block - (sum(head) % 2), counts[head])
         evicted[head][rng.permutation(case.block)[:number]] = rng.permutation(counts[head])[:number]
     evicted[0, 1] = -1  # has tokens, evicts none
-    earlier = rng.standard_normal((*lead, 0 if case.first else 30, case.d)), rng.standard_normal(
-        (*lead, 0 if case.first else 30, case.dv)
+    earlier = (
+        rng.standard_normal((*lead, 0 if case.first else 30, case.d)),
+        rng.standard_normal((*lead, 0 if case.first else 30, case.dv)),
     )
     sums = oracle.moments(*earlier)
     single = [torch.from_numpy(np.array(x)).float() for x in sums]
@@ -90,7 +93,7 @@ def make_fold(case: Fold) -> State:
 
 
 def check_folded(case: Fold, before: State, after: State) -> None:
-    """Moments are those of all tokens that ever left; the others are all there, each with its own position and score."""
+    """Moments are those of all tokens that ever left; the others are all there, each with what is its own."""
     for head in np.ndindex(2, 3):
         gone = [slot for slot in before.evicted[head].tolist() if slot >= 0]
         tokens = [np.concatenate([x[head], f64(y[head])[gone]]) for x, y in zip(
@@ -110,7 +113,9 @@ def check_folded(case: Fold, before: State, after: State) -> None:
             assert_within(f64(after.key_value[head]), co_moment, of_co_moment)
             per_weight = co_moment / max(exact.weight, 1)
             unit = UNIT_OF[case.dtype] + 2.0**-23
-            assert_within(f64(after.slope[head]), per_weight, of_co_moment / max(exact.weight, 1) + unit * np.abs(per_weight))
+            assert_within(
+                f64(after.slope[head]), per_weight, of_co_moment / max(exact.weight, 1) + unit * np.abs(per_weight)
+            )
         left = int(before.counts[head]) - len(gone)
         assert int(after.counts[head]) == left
         kept = [slot for slot in range(int(before.counts[head])) if slot not in gone]
@@ -118,7 +123,9 @@ def check_folded(case: Fold, before: State, after: State) -> None:
         assert sorted(moved) == kept  # a token's position is the slot that it came from
         assert (after.positions[head][left:] == -1).all()
         for slot, origin in enumerate(moved):
-            for now, then in zip((after.keys, after.values, after.score), (before.keys, before.values, before.score), strict=True):
+            for now, then in zip(
+                (after.keys, after.values, after.score), (before.keys, before.values, before.score), strict=True
+            ):
                 assert_same(now[head][slot].numpy(), then[head][origin].numpy())
         # What stays in its place is not moved.
         assert all(origin == slot or origin >= left for slot, origin in enumerate(moved))

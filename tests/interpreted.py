@@ -19,7 +19,10 @@ from momentkv.backends._fold import fold_triton
 HALF = torch.float16
 CASES = [
     *(Decode(d=d, dtype=dtype) for d in (64, 96, 128, 256) for dtype in (torch.float32, HALF)),
-    *(Decode(d=64, dtype=HALF, estimate=kind, splits=2) for kind in ("order 0", "order 1", "order 2", "summaries x 12")),
+    *(
+        Decode(d=64, dtype=HALF, estimate=kind, splits=2)
+        for kind in ("order 0", "order 1", "order 2", "summaries x 12")
+    ),
     *(Decode(d=96, estimate=kind, scored=True) for kind in ("order 1", "order 2", "summaries x 1", "summaries x 20")),
     Decode(d=256, estimate="summaries x 12", group=1, kv_heads=1, splits=3),
     # Other dimensions than the padded ones, for keys and for values.
@@ -65,17 +68,26 @@ def test_decode_kernel_agrees_with_the_oracle(case: Decode):
     assert_within(f64(lse), exact.lse, error.lse)
     if case.scored:
         assert logits is not None
-        of_logits = 2.0**-24 * (case.d + 4) * case.scale * case.d * float(x.q.abs().max()) * np.nanmax(
-            f64(x.k.abs()), initial=0.0
+        of_logits = (
+            2.0**-24
+            * (case.d + 4)
+            * case.scale
+            * case.d
+            * float(x.q.abs().max())
+            * np.nanmax(f64(x.k.abs()), initial=0.0)
         )
         assert_within(f64(logits).reshape(exact_logits.shape), exact_logits, of_logits)
 
 
-@pytest.mark.parametrize("case", [Decode(d=128, estimate=e, splits=2) for e in ("none", "order 1", "summaries x 12")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Decode(d=128, estimate=e, splits=2) for e in ("none", "order 1", "summaries x 12")], ids=str
+)
 def test_float32_errs_by_less_than_the_target(case: Decode):
     """Relative error 2e-6 against float64, as docs/speed.md promises."""
     x = make(case)
-    out, lse, _ = decode_triton(x.q, x.k, x.v, None, None, None, case.capacity, x.expansion, case.scale, False, case.splits)
+    out, lse, _ = decode_triton(
+        x.q, x.k, x.v, None, None, None, case.capacity, x.expansion, case.scale, False, case.splits
+    )
     exact, _, _ = expected(case, x)
     assert np.linalg.norm(f64(out) - exact.out) <= 2e-6 * np.linalg.norm(exact.out)
     assert np.abs(f64(lse) - exact.lse).max() <= 1e-5

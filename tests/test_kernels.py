@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: right in Triton's interpreter, and compiled for two GPUs without spilling registers."""
+"""The Triton kernels without a GPU: right in Triton's interpreter, and compiled without spilling registers."""
 
 from __future__ import annotations
 

@@ -187,8 +187,8 @@ def decode_kernel(
 ):
     """Grid: (batch * kv_head, SPLITS, blocks of rows), where a row is a query of the KV head's group.
 
-    Q is (head, rows, D); OUT, LSE, LOGITS are (head, rows, ...); PART_OUT, PART_LSE are (head, SPLITS, rows, ...). K and
-    V have strides, or, PACKED, tokens one after the other, those of a head from STARTS on. Of a head's ``capacity``
+    Q is (head, rows, D); OUT, LSE, LOGITS are (head, rows, ...); PART_OUT, PART_LSE are (head, SPLITS, rows, ...).
+    K and V have strides, or, PACKED, tokens one after the other, those of a head from STARTS on. Of a head's ``capacity``
     slots, only the first COUNTS are in use, and of these the ones whose position is not negative. SPLITS - OWN_SPLIT
     parts of the sequence; the estimate starts the last split.
     """
@@ -217,7 +217,7 @@ def decode_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    if SUMMARIES > 0:
+    if SUMMARIES > 0:  # noqa: SIM102 (decided when compiling, the split when running)
         if split == SPLITS - 1:
             top, total, acc = initial_state(
                 q,
@@ -332,4 +332,6 @@ def combine_kernel(
     out = tl.load(PART_OUT + part[:, None] * DV + vv[None, :], mask=sm[:, None] & vm[None, :], other=0.0)
     out = tl.sum(out * weights[:, None], 0) / safe
     tl.store(OUT + (head * rows + row) * DV + vv, out.to(OUT.dtype.element_ty), mask=vm)
-    tl.store(LSE + head * rows + row, tl.where(total > 0.0, (shift + tl.log2(safe)) * 0.6931471805599453, -float("inf")))
+    tl.store(
+        LSE + head * rows + row, tl.where(total > 0.0, (shift + tl.log2(safe)) * 0.6931471805599453, -float("inf"))
+    )

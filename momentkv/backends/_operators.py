@@ -65,9 +65,7 @@ def decode_on_cpu(
     scored: bool,
     *parts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, logits = decode_plain(
-        q, k, v, positions, counts, starts, capacity, assemble(*parts), scale, scored
-    )
+    out, lse, logits = decode_plain(q, k, v, positions, counts, starts, capacity, assemble(*parts), scale, scored)
     return out, lse, lse.new_empty(0) if logits is None else logits
 
 
@@ -131,7 +129,7 @@ def fold_shapes(*arguments: Tensor | None) -> None:
     return None
 
 
-def assemble(*parts: Tensor | None) -> Expansion | None:
+def assemble(*parts: Any) -> Expansion | None:
     """The expansion whose parts an operator was given, or None."""
     return None if parts[0] is None else Expansion(*parts)
 
@@ -188,20 +186,21 @@ def decode(
 
     Notes
     -----
-    Sums are float32; probabilities are rounded to the dtype of ``v`` before they meet it. No gradient. On CUDA it may be
-    captured in a graph: its launches depend on shapes alone.
+    Sums are float32; probabilities are rounded to the dtype of ``v`` before they meet it. No gradient. On CUDA it may
+    be captured in a graph: its launches depend on shapes alone.
     """
     packed = starts is not None
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (batch, q_head, q_len, d)")
     if k.ndim != (2 if packed else 4) or k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}; both must be (batch, kv_head, capacity, ...), or (n, ...) "
-            "with starts"
+            f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}; both must be (batch, kv_head, capacity, ...), or "
+            "(n, ...) with starts"
         )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
-            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype, float32, bfloat16 or float16"
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype, float32, bfloat16 or "
+            "float16"
         )
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"q has head dimension {q.shape[-1]} but k has {k.shape[-1]}; they must be equal")
@@ -231,9 +230,7 @@ def decode(
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (positions, counts, starts)
     )
     parts: tuple[Any, ...] = (None,) * len(Expansion._fields) if expansion is None else tuple(expansion)
-    out, lse, logits = decode_operator(
-        q, k, v, positions, counts, starts, capacity, float(scale), scored, *parts
-    )
+    out, lse, logits = decode_operator(q, k, v, positions, counts, starts, capacity, float(scale), scored, *parts)
     return out, lse, logits if scored else None
 
 
@@ -241,7 +238,7 @@ def check_expansion(expansion: Expansion, lead: tuple[int, ...], d: int, dv: int
     """Raise unless every part has the shape that a kernel will read."""
     m = expansion.log_weight.shape[-1]
     r = 0 if expansion.slope_right is None else expansion.slope_right.shape[-2]
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "log_weight": [(m,)],
         "key_mean": [(m, d)],
         "value_mean": [(m, dv)],
@@ -334,8 +331,8 @@ def fold(
             continue
         if tuple(x.shape) != shape or (dtype is not None and x.dtype != dtype) or not x.is_contiguous():
             raise ValueError(
-                f"{name} is {x.dtype} of shape {tuple(x.shape)}{'' if x.is_contiguous() else ', not contiguous'}; it must "
-                f"be {'' if dtype is None else f'{dtype}, '}contiguous and of shape {shape}"
+                f"{name} is {x.dtype} of shape {tuple(x.shape)}{'' if x.is_contiguous() else ', not contiguous'}; it "
+                f"must be {'' if dtype is None else f'{dtype}, '}contiguous and of shape {shape}"
             )
     if (key_value is None) != (slope is None):
         raise ValueError("key_value and slope are two forms of one matrix; give both or neither")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from momentkv.attention import AttentionState
@@ -10,7 +12,7 @@ from momentkv.moments import Moments
 
 __all__ = ["decode_plain", "estimate_expansion", "flash", "flash_fits", "fold_plain", "join", "unpack"]
 
-FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def flash_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -72,7 +74,7 @@ def join(retained: AttentionState, evicted: AttentionState) -> AttentionState:
 def unpack(
     k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, capacity: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Packed tokens (n, d) as (batch, kv_head, capacity, d), and where each comes from; slots beyond repeat the last."""
+    """Packed tokens (n, d) as (batch, kv_head, capacity, d), and where each is; slots beyond repeat the last."""
     places = starts[..., None] + torch.arange(capacity, device=starts.device)
     places = places.clamp(max=max(k.shape[0] - 1, 0))
     if k.shape[0] == 0:
@@ -103,7 +105,7 @@ def decode_plain(
         used = torch.arange(capacity, device=k.device) < counts[..., None]
         valid = used if valid is None else used & valid
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    logits = None
+    logits: Any = None
     if not scored and valid is None and flash_fits(q, k, v):
         state = flash(q, k, v, scale=scale)
     else:
@@ -111,7 +113,9 @@ def decode_plain(
         k, v = k.to(dtype), v.to(dtype)
         if valid is not None:  # slots that hold no token may hold anything
             k, v = (x.masked_fill(~valid[..., None], 0.0) for x in (k, v))
-        logits = torch.matmul(q.to(dtype).reshape(batch, kv_heads, q.shape[1] // kv_heads * q.shape[2], d) * scale, k.mT)
+        logits = torch.matmul(
+            q.to(dtype).reshape(batch, kv_heads, q.shape[1] // kv_heads * q.shape[2], d) * scale, k.mT
+        )
         if valid is not None:
             logits = logits.masked_fill(~valid[..., None, :], -torch.inf)
         lse = torch.logsumexp(logits, dim=-1, keepdim=True)

@@ -1,6 +1,7 @@
-"""Registers, shared memory and spills of every kernel, compiled without a GPU: ``python -m momentkv.backends.kernels_report``.
+"""What every kernel takes, compiled without a GPU: ``python -m momentkv.backends.kernels_report``.
 
-A kernel that compiles for a GPU without spilling registers is not thereby fast, but one that spills is slow; this much can be checked on any machine.
+A kernel that compiles for a GPU without spilling registers is not thereby fast, but one that spills is slow; this much
+can be checked on any machine.
 """
 
 from __future__ import annotations
@@ -158,9 +159,7 @@ def compile_build(build: Build, target: int) -> Usage:
         raise RuntimeError("TRITON_INTERPRET is 1, and an interpreter compiles nothing; unset it")
     arguments = build.kernel.arg_names
     signature = {
-        name: "constexpr"
-        if name in build.constants
-        else build.types.get(name, "*fp32" if name.isupper() else "i32")
+        name: "constexpr" if name in build.constants else build.types.get(name, "*fp32" if name.isupper() else "i32")
         for name in arguments
     }
     # Allocations are aligned to 16 bytes, and strides are multiples of d.

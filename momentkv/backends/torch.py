@@ -154,8 +154,8 @@ def has_triton() -> bool:
     if importlib.util.find_spec("triton") is not None:
         return True
     warnings.warn(
-        "Triton is not installed: momentkv.backends.torch decodes on CUDA by plain PyTorch operators, which is slower and "
-        "reads more memory than its fused kernel; run pip install triton",
+        "Triton is not installed: momentkv.backends.torch decodes on CUDA by plain PyTorch operators, which is slower "
+        "and reads more memory than its fused kernel; run pip install triton",
         RuntimeWarning,
         stacklevel=4,
     )
