@@ -43,7 +43,7 @@ def test_bench_measures_everything_against_a_copy(
     assert rows[2]["bytes"] == stored
     assert rows[3]["bytes"] == stored * 128 // 40
     assert rows[5]["bytes"] == stored + 2 * 4 * (1 + 16 + 16 + 16 * 16)  # log-weight, means, slope
-    assert "of copy" in capsys.readouterr().out
+    assert "share of its" in capsys.readouterr().out
 
 
 def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]):

@@ -188,9 +188,9 @@ def decode_kernel(
     """Grid: (batch * kv_head, SPLITS, blocks of rows), where a row is a query of the KV head's group.
 
     Q is (head, rows, D); OUT, LSE, LOGITS are (head, rows, ...); PART_OUT, PART_LSE are (head, SPLITS, rows, ...).
-    K and V have strides, or, PACKED, tokens one after the other, those of a head from STARTS on. Of a head's ``capacity``
-    slots, only the first COUNTS are in use, and of these the ones whose position is not negative. SPLITS - OWN_SPLIT
-    parts of the sequence; the estimate starts the last split.
+    K and V have strides, or, PACKED, tokens one after the other, those of a head from STARTS on. Of a head's slots
+    (``capacity``), only the first COUNTS are in use, and of these the ones whose position is not negative. The sequence
+    is parted in SPLITS - OWN_SPLIT; the estimate starts the last split.
     """
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

@@ -307,7 +307,7 @@ def fold(
 
     Notes
     -----
-    Cost: the evicted tokens, as many that move, and the moments, whatever the capacity (on a CPU: the whole cache).
+    Cost: the evicted tokens, as many that move, and the moments, whatever the capacity.
     Slots are not kept in order of position; attention does not depend on it.
     """
     lead, capacity = tuple(keys.shape[:2]), keys.shape[2]

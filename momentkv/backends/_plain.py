@@ -158,21 +158,16 @@ def fold_plain(
         key_value.copy_(torch.where(some[..., None, None], whole, key_value))
         per_weight = whole / new.weight.masked_fill(new.weight == 0, 1.0)[..., None, None]
         slope.copy_(torch.where(some[..., None, None], per_weight.to(slope.dtype), slope))
-    # Evicted slots and those in use, as masks; a spare slot takes what is no slot at all.
-    gone = torch.zeros((*keys.shape[:2], capacity + 1), dtype=torch.bool, device=keys.device)
-    gone.scatter_(-1, torch.where(real, slots, capacity), True)
-    place = torch.arange(capacity, device=keys.device)
-    used = (place < counts[..., None]) & ~gone[..., :capacity]
-    left = used.sum(-1)
-    # Slots before `left` stay where they are; tokens behind it go to the gaps before it, in order.
-    inside = place < left[..., None]
-    source = place.expand_as(used)
-    moving = torch.argsort((used & ~inside).logical_not().to(torch.int8), dim=-1, stable=True)
-    gap = inside & ~used
-    rank = (gap.cumsum(-1) - 1).clamp(min=0)
-    source = torch.where(gap, torch.take_along_dim(moving, rank, dim=-1), source)
-    for x in (keys, values):
-        x.copy_(torch.take_along_dim(x, source[..., None], dim=-2))
-    score.copy_(torch.take_along_dim(score, source, dim=-1))
-    positions.copy_(torch.where(inside, torch.take_along_dim(positions, source, dim=-1), -1))
+    # As in the kernel: the last tokens that stay go to the gaps before them, in order of rank.
+    left = counts - real.sum(-1).to(counts.dtype)
+    tail = left[..., None] + torch.arange(evicted.shape[-1], device=keys.device)
+    stays = (tail < counts[..., None]) & ~(tail[..., :, None] == evicted[..., None, :]).any(-1)
+    gap = real & (slots < left[..., None])
+    moving = torch.take_along_dim(tail, torch.argsort(stays.logical_not().to(torch.int8), dim=-1, stable=True), dim=-1)
+    source = torch.take_along_dim(moving, (gap.cumsum(-1) - 1).clamp(min=0), dim=-1)
+    row, head, _ = gap.nonzero(as_tuple=True)
+    for x in (keys, values, positions, score):
+        x[row, head, slots[gap]] = x[row, head, source[gap].long()]
+    free = torch.arange(capacity, device=keys.device) >= left[..., None]
+    positions.masked_fill_(free, -1)
     counts.copy_(left)

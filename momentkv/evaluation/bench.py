@@ -202,7 +202,7 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
     yield row("decode", "SDPA", sdpa(held), stored)
     full = caches(context)
-    yield row("decode", f"SDPA, full context {context}", sdpa(full), stored * context // budget)
+    yield row("decode", f"SDPA, context {context}", sdpa(full), stored * context // budget)
     del full
     gone = normal(batch, kv_heads, 512).float(), normal(batch, kv_heads, 512).float()
     recent = QueryWindow.from_queries(normal(batch, kv_heads * group, 32), kv_heads, scale=scale)
@@ -228,14 +228,14 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
             )
     yield row(
         "decode",
-        "order 1, weights wanted",
+        "order 1, with weights",
         lambda i: backend.decode(q, *held[i % len(held)], moments, order=1, scale=scale, weights=True),
         stored + sum(x.nbytes for x in moments.arrays().values()),
     )
     yield from of_flush(shape, sizes, device, row)
     n = sizes.prefill
     wide, k, v = normal(1, kv_heads * group, n), normal(1, kv_heads, n), normal(1, kv_heads, n)
-    yield row("prefill", f"{n} tokens, batch 1", lambda _: backend.prefill(wide, k, v, scale=scale))
+    yield row("prefill", f"{n} tokens", lambda _: backend.prefill(wide, k, v, scale=scale))
 
 
 def of_flush(shape: Shape, sizes: Sizes, device: torch.device, row: Callable[..., Row]) -> Iterator[Row]:
@@ -278,7 +278,7 @@ def of_model(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     weights = sum(x.nbytes for x in model.parameters())
     for name, cache in (
         ("full cache", DynamicCache(config=config)),
-        (f"MomentCache, budget {sizes.model_budget}", MomentCache(model, sizes.model_budget)),
+        (f"budget {sizes.model_budget}", MomentCache(model, sizes.model_budget)),
     ):
         for chunk in ids.split(512, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
@@ -320,15 +320,15 @@ def measure(what: str, name: str, call: Call, sizes: Sizes, device: torch.device
 
 def table_of(rows: list[Row], title: str) -> Table:
     """A line a measurement."""
-    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "batch, heads, group, d, B", " ", "us", "quartiles", "MiB", "of copy"):
+    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
+    for column in ("", "shape", "of", "us", "least", "spread", "MiB", "copy"):
         table.add_column(
-            column, justify="right" if column in ("us", "quartiles", "MiB", "of copy") else "left", no_wrap=True
+            column, justify="right" if column in ("us", "least", "spread", "MiB", "copy") else "left", no_wrap=True
         )
     shown = None
     for row in rows:
         shape = row.get("shape")
-        here = ", ".join(str(x) for x in list(shape.values())[:5]) if shape else ""
+        here = ",".join(str(x) for x in list(shape.values())[:5]) if shape else ""
         if (here, row["what"]) != shown:
             table.add_section()
         times = row["seconds"]
@@ -336,13 +336,20 @@ def table_of(rows: list[Row], title: str) -> Table:
             row["what"] if (here, row["what"]) != shown else "",
             here if (here, row["what"]) != shown else "",
             row["name"],
-            f"{times['median'] * 1e6:.1f}",
-            f"{times['lower_quartile'] * 1e6:.1f} to {times['upper_quartile'] * 1e6:.1f}",
-            f"{row['bytes'] / 2**20:.1f}" if row["bytes"] else "",
+            digits(times["median"]),
+            digits(times["min"]),
+            f"{(times['upper_quartile'] - times['lower_quartile']) / times['median']:.0%}",
+            f"{row['bytes'] / 2**20:.4g}" if row["bytes"] else "",
             f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else "",
         )
         shown = here, row["what"]
+    table.caption = "shape: batch, KV heads, group, d, budget; spread: between quartiles; copy: share of its bandwidth"
     return table
+
+
+def digits(seconds: float) -> str:
+    """Microseconds, to no more digits than were measured."""
+    return f"{seconds * 1e6:.1f}" if seconds < 1e-3 else f"{seconds * 1e6:.0f}"
 
 
 def plot_of(rows: list[Row], bandwidth: float, path: Path, *, title: str) -> Path:
