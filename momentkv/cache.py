@@ -7,7 +7,7 @@ from typing import Any
 
 from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, device, nbytes
 from momentkv._step import CacheStep
-from momentkv.attention import AttentionState, check_values, default_scale, group_queries
+from momentkv.attention import check_values, default_scale, group_queries
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.array_api import causal_mask
 from momentkv.corrections import Correction, get_correction
@@ -160,7 +160,7 @@ class LayerCache(CacheStep):
             raise ValueError("attend was called on an empty cache; append the keys and values of its queries first")
         backend = self.backend or get_backend(q)
         xp = array_namespace(q, self.keys)
-        q_len, n = q.shape[-2], self.keys.shape[-2]
+        q_len = q.shape[-2]
         if valid is not None:
             self._mark_padding(valid, q_len)
         seen_by_all = self.positions >= 0 if self.padded else None
@@ -179,7 +179,7 @@ class LayerCache(CacheStep):
                 weights=observed,
             )
             if observed:
-                self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
+                self.observe_weights(weights)
         elif moments is None:
             out = backend.prefill(q, self.keys, self.values, scale=scale, valid=seen_by_all)
         else:
@@ -191,18 +191,10 @@ class LayerCache(CacheStep):
             self._remember(q)
         return xp.astype(out, q.dtype, copy=False)
 
-    def attend_retained(self, q: Array) -> AttentionState:
-        """Attend from the query of the token appended last, by the retained tokens alone; the policy observes it.
-
-        What `attend` does besides, to correct and to remember the query, is left to the caller.
-        """
-        backend = self.backend or get_backend(q)
+    def observe_weights(self, weights: Array) -> None:
+        """Show the policy the attention weights (batch..., kv_head, group, 1, n) of the token appended last."""
         n = self.keys.shape[-2]
-        mask = (self.positions >= 0)[..., None, None, :] if self.padded else None
-        state, weights = backend.attend(q, self.keys, self.values, scale=self.attention_scale, mask=mask)
-        if self.policy.observes != 0:
-            self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
-        return state
+        self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
 
     def observe(self, q: Array) -> None:
         """Show policy and correction the queries ``q`` of the newest tokens, or as many of them as they want.

@@ -8,7 +8,6 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace
 from momentkv._step import CacheStep
-from momentkv.attention import AttentionState
 from momentkv.backends import get_backend
 from momentkv.cache import LayerCache, remember
 from momentkv.moments import check_broadcast
@@ -54,7 +53,7 @@ class RaggedCache(CacheStep):
     Notes
     -----
     Heads are attended one after the other: as much arithmetic as together, in as many calls as there are KV heads.
-    While decoding, they are corrected together.
+    While decoding they are corrected together; on CUDA, a token costs one launch of the kernel for all heads.
 
     Examples
     --------
@@ -194,27 +193,30 @@ class RaggedCache(CacheStep):
         return one
 
     def _decode(self, q: Array, valid: Array | None) -> Array:
-        """`attend` for one query a head: only attention to retained tokens, of which heads have different numbers, is
-        done one head after the other; the correction and the memory of queries are the same for all.
-        """
-        xp = array_namespace(q)
+        """`attend` for one query a head: all heads in one call, as are the correction and the memory of queries."""
         first = self.parts[0]
-        states = []
-        for head, part in enumerate(self.parts):
-            if valid is not None:
+        if valid is not None:
+            for head, part in enumerate(self.parts):
                 own = valid[..., head : head + 1, :] if valid.ndim > 1 and valid.shape[-2] > 1 else valid
                 part._mark_padding(own, 1)
-            states.append(part.attend_retained(self._queries(q, head)))
-        state = AttentionState(
-            xp.concat([each.out for each in states], axis=-3), xp.concat([each.lse for each in states], axis=-2)
+        corrects = first.order is not None and any(part.has_evicted for part in self.parts)
+        observed = first.policy.observes != 0
+        out, weights = (first.backend or get_backend(q)).decode_ragged(
+            q,
+            self.keys,
+            self.values,
+            self._moments() if corrects else None,
+            order=first.order or 0,
+            scale=first.attention_scale,
+            valid=[part.positions >= 0 if part.padded else None for part in self.parts],
+            weights=observed,
         )
-        out = state.out
-        if first.order is not None and any(part.has_evicted for part in self.parts):
-            backend = first.backend or get_backend(q)
-            out = backend.correct(state, q, self._moments(), order=first.order, scale=first.attention_scale)
+        if weights is not None:
+            for part, seen in zip(self.parts, weights, strict=True):
+                part.observe_weights(seen)
         if first.remembers_queries:
             self._remember(q)
-        return xp.astype(out, q.dtype, copy=False)
+        return array_namespace(q).astype(out, q.dtype, copy=False)
 
     def _moments(self) -> Any:
         """Moments of all heads in one; joined anew only when those of a head have changed."""

@@ -73,10 +73,16 @@ def test_cuda_tensors_go_to_the_operator():
         q, k, v = (torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in (q, k, v))
         assert torch_backend.fuses(q, k, v) == torch_backend.has_triton()
         assert not torch_backend.fuses(q.double(), k.double(), v.double())
+        query = torch.empty(q.shape, dtype=q.dtype, device="cuda")
         assert not torch_backend.fuses(q.requires_grad_(), k, v)
         with torch.no_grad():
             out, weights = BACKEND.decode(q, k, v, None, order=1, scale=0.3, weights=True)
         assert out.dtype == torch.bfloat16 or not torch_backend.has_triton()
+        heads = [torch.empty(2, 1, n, 8, dtype=torch.bfloat16, device="cuda") for n in (20, 5)]
+        ragged = BACKEND.decode_ragged(
+            query, heads, heads, None, order=1, scale=0.3, valid=[None] * 2
+        )
+        assert (ragged[0].device.type, ragged[0].shape, ragged[1]) == ("cuda", (2, 6, 1, 8), None)
         assert weights is not None
         assert weights.shape == (2, 2, 3, 1, 20)
         assert (out.device.type, out.shape) == ("cuda", (2, 6, 1, 8))
@@ -97,6 +103,26 @@ def test_without_triton_it_says_so_once_and_decodes_plainly(monkeypatch: pytest.
                 BACKEND.decode(q, k, v, None, order=1, scale=0.3)
     finally:
         torch_backend.has_triton.cache_clear()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_heads_are_decoded_as_they_are_one_by_one(masked: bool):
+    """Heads of 5, 1 and 9 tokens; the operator on packed tokens against plain attention head by head."""
+    rng = np.random.default_rng(0)
+    q = torch.from_numpy(rng.standard_normal((2, 6, 1, 8))).float()
+    keys, values = ([torch.from_numpy(rng.standard_normal((2, 1, n, 8))).float() for n in (5, 1, 9)] for _ in range(2))
+    valid = [None, None, torch.from_numpy(rng.random((2, 1, 9)) < 0.5) if masked else None]
+    gone = (torch.from_numpy(rng.standard_normal((2, 3, 7, 8))).float() for _ in range(2))
+    moments = Moments.from_tokens(*gone)
+    plain = BACKEND.decode_ragged(q, keys, values, moments, order=1, scale=0.3, valid=valid, weights=True)
+    expansion = torch_backend.expand(moments, order=1)
+    packed = torch_backend.decode_packed(q, keys, values, expansion, scale=0.3, valid=valid, weights=True)
+    torch.testing.assert_close(packed[0], plain[0])
+    for one, other in zip(packed[1], plain[1], strict=True):
+        torch.testing.assert_close(one, other)
+    without, none = torch_backend.decode_packed(q, keys, values, expansion, scale=0.3, valid=valid, weights=False)
+    torch.testing.assert_close(without, plain[0])
+    assert none is None
 
 
 def test_every_backend_decodes_alike():

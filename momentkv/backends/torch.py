@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from momentkv._array import Array
 from momentkv.attention import AttentionState
-from momentkv.backends._expansion import expand
+from momentkv.backends._expansion import Expansion, expand
 from momentkv.backends._operators import DTYPES, decode
 from momentkv.backends._plain import flash, flash_fits
 from momentkv.backends.array_api import ArrayBackend, causal_mask
@@ -77,6 +78,23 @@ class TorchBackend(ArrayBackend):
             return (state.out if moments is None else self.correct(state, q, moments, order=order, scale=scale)), None
         return super().decode(q, k, v, moments, order=order, scale=scale, valid=valid, weights=weights)
 
+    def decode_ragged(
+        self,
+        q: Array,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        moments: Moments | Summaries | None,
+        *,
+        order: int,
+        scale: float,
+        valid: Sequence[Array | None],
+        weights: bool = False,
+    ) -> tuple[Array, list[Array] | None]:
+        if fuses(q, keys[0], values[0]):
+            expansion = None if moments is None else expand(moments, order=order)
+            return decode_packed(q, keys, values, expansion, scale=scale, valid=valid, weights=weights)
+        return super().decode_ragged(q, keys, values, moments, order=order, scale=scale, valid=valid, weights=weights)
+
     def correct(
         self, retained: AttentionState, q: Array, moments: Moments | Summaries, *, order: int, scale: float
     ) -> Array:
@@ -139,6 +157,45 @@ class TorchBackend(ArrayBackend):
             # Kernels differ in what a query that sees nothing returns (NaN, zero, the mean value); here it is zero.
             blocks.append(block if valid is None else block.masked_fill(~mask.any(-1, keepdim=True), 0.0))
         return torch.cat(blocks, dim=-2)
+
+
+def decode_packed(
+    q: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    expansion: Expansion | None,
+    *,
+    scale: float,
+    valid: Sequence[torch.Tensor | None],
+    weights: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """`TorchBackend.decode_ragged` by one call of the operator, for which the tokens of all heads are packed."""
+    numbers = [k.shape[-2] for k in keys]
+    batch, capacity = q.shape[0], max(numbers)
+    before = [batch * sum(numbers[:head]) for head in range(len(numbers))]
+    starts = [[first + row * n for first, n in zip(before, numbers, strict=True)] for row in range(batch)]
+    positions = None
+    if any(seen is not None for seen in valid):
+        every = (
+            torch.ones_like(k[..., 0], dtype=torch.bool) if x is None else x for k, x in zip(keys, valid, strict=True)
+        )
+        positions = torch.cat([seen.reshape(-1) for seen in every]).to(torch.int32) - 1
+    out, _, logits = decode(
+        q,
+        torch.cat([k.reshape(-1, k.shape[-1]) for k in keys]),
+        torch.cat([v.reshape(-1, v.shape[-1]) for v in values]),
+        expansion,
+        scale=scale,
+        positions=positions,
+        counts=torch.tensor([numbers] * batch, dtype=torch.int32, device=q.device),
+        starts=torch.tensor(starts, dtype=torch.int64, device=q.device),
+        capacity=capacity,
+        scored=weights,
+    )
+    if logits is None:
+        return out, None
+    each = [logits[:, head : head + 1, ..., :n] for head, n in enumerate(numbers)]
+    return out, [torch.softmax(x, dim=-1).nan_to_num(nan=0.0) for x in each]
 
 
 def fuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
