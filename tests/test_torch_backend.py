@@ -79,9 +79,7 @@ def test_cuda_tensors_go_to_the_operator():
             out, weights = BACKEND.decode(q, k, v, None, order=1, scale=0.3, weights=True)
         assert out.dtype == torch.bfloat16 or not torch_backend.has_triton()
         heads = [torch.empty(2, 1, n, 8, dtype=torch.bfloat16, device="cuda") for n in (20, 5)]
-        ragged = BACKEND.decode_ragged(
-            query, heads, heads, None, order=1, scale=0.3, valid=[None] * 2
-        )
+        ragged = BACKEND.decode_ragged(query, heads, heads, None, order=1, scale=0.3, valid=[None] * 2)
         assert (ragged[0].device.type, ragged[0].shape, ragged[1]) == ("cuda", (2, 6, 1, 8), None)
         assert weights is not None
         assert weights.shape == (2, 2, 3, 1, 20)

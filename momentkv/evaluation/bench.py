@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import DynamicCache
 
 from momentkv.backends import get_backend
-from momentkv.backends._expansion import expand
+from momentkv.backends._expansion import Expansion, expand
 from momentkv.backends._operators import decode, fold
 from momentkv.evaluation.report import environment, progress_bar, write_json
 from momentkv.hf import MomentCache
@@ -200,6 +200,11 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
         folded = q.reshape(batch, kv_heads, group, d)
         return lambda i: scaled_dot_product_attention(folded, *kept[i % len(kept)], scale=scale)
 
+    def corrected(kind: Moments | Summaries | None, expansion: Expansion | None) -> Call:
+        if device.type == "cuda":
+            return lambda i: decode(q, *held[i % len(held)], expansion, scale=scale)
+        return lambda i: backend.decode(q, *held[i % len(held)], kind, order=1, scale=scale)
+
     yield row("decode", "SDPA", sdpa(held), stored)
     full = caches(context)
     yield row("decode", f"SDPA, context {context}", sdpa(full), stored * context // budget)
@@ -217,15 +222,7 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
         if expansion is not None and expansion.slope is not None:  # the copy that a cache would keep
             expansion = expansion._replace(slope=expansion.slope.contiguous().to(sizes.dtype))
         read = stored + sum(0 if x is None else x.nbytes for x in expansion or ())
-        if device.type == "cuda":
-            yield row("decode", name, lambda i, e=expansion: decode(q, *held[i % len(held)], e, scale=scale), read)
-        else:
-            yield row(
-                "decode",
-                name,
-                lambda i, m=kind: backend.decode(q, *held[i % len(held)], m, order=1, scale=scale),
-                read,
-            )
+        yield row("decode", name, corrected(kind, expansion), read)
     yield row(
         "decode",
         "order 1, with weights",
@@ -280,12 +277,15 @@ def of_model(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         ("full cache", DynamicCache(config=config)),
         (f"budget {sizes.model_budget}", MomentCache(model, sizes.model_budget)),
     ):
-        for chunk in ids.split(512, dim=1):
+        for chunk in torch.split(ids, 512, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
-        row = measure(
-            "model", name, lambda _, c=cache: model(ids[:, :1], past_key_values=c), sizes, device, nbytes=weights
-        )
+        row = measure("model", name, step(model, ids[:, :1], cache), sizes, device, nbytes=weights)
         yield row | {"context": sizes.model_context}
+
+
+def step(model: Any, token: torch.Tensor, cache: Any) -> Call:
+    """One step of decoding."""
+    return lambda _: model(token, past_key_values=cache)
 
 
 def measure(what: str, name: str, call: Call, sizes: Sizes, device: torch.device, *, nbytes: int = 0) -> Row:
@@ -296,7 +296,8 @@ def measure(what: str, name: str, call: Call, sizes: Sizes, device: torch.device
     begun = time.perf_counter()
     while len(times) < sizes.repeats and (len(times) < 5 or time.perf_counter() - begun < sizes.seconds):
         if device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            event: Any = torch.cuda.Event
+            start, stop = event(enable_timing=True), event(enable_timing=True)
             start.record()
             call(len(times))
             stop.record()
