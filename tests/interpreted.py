@@ -34,6 +34,8 @@ CASES = [
     Decode(group=35, kv_heads=1, batch=1, dtype=HALF),
     # No token, one token; more splits than tokens, so that some are empty.
     *(Decode(d=16, capacity=n, estimate=kind, splits=2, scored=True) for n in (0, 1) for kind in ("none", "order 1")),
+    # Neither tokens nor, in one head, an estimate.
+    Decode(d=16, capacity=0, estimate="order 1"),
     # Ragged: counts, padding, packed, all of them.
     Decode(d=16, counted=True, splits=3),
     Decode(d=16, masked=True, estimate="order 0"),

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 from momentkv.backends import kernels_report
 from momentkv.backends._decode import SPLITS, number_of_splits
-from momentkv.backends.kernels_report import SHARED_LIMIT, TARGETS, Build, builds, compile_build
+from momentkv.backends.kernels_report import SHARED_LIMIT, TARGETS, Build, Usage, builds, compile_build
 
 
 def test_kernels_agree_with_the_oracle_in_the_interpreter():
@@ -35,13 +35,15 @@ def test_kernels_compile_without_spilling_registers(build: Build):
         assert 0 < usage.shared <= SHARED_LIMIT[target]
 
 
-def test_a_spilling_kernel_fails_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Too wide a tile for its warps."""
-    build = next(build for build in builds(few=True) if "fp32, d 128" in build.name)
-    greedy = build._replace(constants=build.constants | {"BLOCK_N": 64}, options={"num_warps": 2, "num_stages": 2})
-    monkeypatch.setattr(kernels_report, "builds", lambda few: iter([greedy]))
-    assert kernels_report.main(["--targets", "90"]) == 1
+@pytest.mark.parametrize("usage", [Usage(255, 8, 1024), Usage(64, 0, 2**20)], ids=["spills", "shared memory"])
+def test_a_build_that_takes_too_much_fails_the_report(
+    usage: Usage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(kernels_report, "compile_build", lambda build, target: usage)
+    assert kernels_report.main(["--targets", "90", "--few"]) == 1
     assert "SPILLS" in capsys.readouterr().out
+    monkeypatch.setattr(kernels_report, "compile_build", lambda build, target: Usage(64, 0, 1024))
+    assert kernels_report.main(["--targets", "90", "--few"]) == 0
 
 
 def test_nothing_is_compiled_in_the_interpreter(monkeypatch: pytest.MonkeyPatch):

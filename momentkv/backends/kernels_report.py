@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += wrong
             print(
                 f"sm_{target}  {build.name:<60} {build.options['num_warps']} warps  registers {usage.registers:3}  "
-                f"shared {usage.shared / 1024:5.1f} KiB  stack {usage.stack} bytes{'  SPILLS' if wrong else ''}",
+                f"shared {usage.shared / 1024:5.1f} KiB  stack {usage.stack} bytes{'  SPILLS OR TOO LARGE' if wrong else ''}",
                 flush=True,
             )
     return 1 if failed else 0
