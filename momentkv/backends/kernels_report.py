@@ -191,7 +191,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile all builds, print what they take; the exit status is 1 if one spills, registers or beyond shared memory."""
+    """Compile all builds and print what they take; exit status 1 if one spills or has no room in shared memory."""
     parser = argparse.ArgumentParser(prog="python -m momentkv.backends.kernels_report", description=__doc__)
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--few", action="store_true", help="leave out what differs little")
