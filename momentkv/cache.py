@@ -186,30 +186,41 @@ class LayerCache(CacheStep):
             raise ValueError("attend was called on an empty cache; append the keys and values of its queries first")
         backend = self.backend or get_backend(q)
         xp = array_namespace(q, self.keys)
-        q_len, n = q.shape[-2], self.keys.shape[-2]
+        q_len = q.shape[-2]
         if valid is not None:
             self._mark_padding(valid, q_len)
         seen_by_all = self.positions >= 0 if self.padded else None
         scale = self.attention_scale
-        corrects = self.order is not None and self.has_evicted
-        if q_len > 1 and not corrects:
+        moments = self.moments if self.order is not None and self.has_evicted else None
+        if q_len == 1:
+            observed = self.policy.observes != 0
+            out, weights = backend.decode(
+                q,
+                self.keys,
+                self.values,
+                moments,
+                order=self.order or 0,
+                scale=scale,
+                valid=seen_by_all,
+                weights=observed,
+            )
+            if observed:
+                self.observe_weights(weights)
+        elif moments is None:
             out = backend.prefill(q, self.keys, self.values, scale=scale, valid=seen_by_all)
         else:
-            if q_len > 1:
-                state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
-            else:
-                mask = None if seen_by_all is None else seen_by_all[..., None, None, :]
-                state, weights = backend.attend(q, self.keys, self.values, scale=scale, mask=mask)
-                if self.policy.observes != 0:
-                    self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
-            out = state.out
-            if corrects:
-                out = backend.correct(state, q, self.moments, order=self.order or 0, scale=scale)
+            state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
+            out = backend.correct(state, q, moments, order=self.order or 0, scale=scale)
         if q_len > 1:
             self.observe(q)
         else:
             self._remember(q)
         return xp.astype(out, q.dtype, copy=False)
+
+    def observe_weights(self, weights: Array) -> None:
+        """Show the policy the attention weights (batch..., kv_head, group, 1, n) of the token appended last."""
+        n = self.keys.shape[-2]
+        self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
 
     def observe(self, q: Array, *, valid: Array | None = None) -> None:
         """Show policy and correction the queries ``q`` of the newest tokens, or as many of them as they want.
@@ -385,35 +396,25 @@ class LayerCache(CacheStep):
             setattr(self, name, x)
         self.moments, self.evidence = moments, evidence
 
+    def hold(self, recent: Array) -> None:
+        """Keep recent queries for the certificate that an eviction is judged by, where there is a tolerance."""
+        if self.tolerance is None:
+            return
+        if self.recent_queries is not None:
+            recent = array_namespace(recent).concat([self.recent_queries, recent], axis=-2)
+        self.recent_queries = recent[..., max(recent.shape[-2] - RECENT_QUERIES, 0) :, :]
+
     def _remember(self, q: Array) -> None:
         """Keep first and second moment of recent queries, and the newest queries until the eviction that follows."""
         recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
-        if self.tolerance is not None:
-            held = recent if self.recent_queries is None else array_namespace(q).concat(
-                [self.recent_queries, recent], axis=-2)  # fmt: skip
-            self.recent_queries = held[..., max(held.shape[-2] - RECENT_QUERIES, 0) :, :]
+        self.hold(recent)
         if recent.shape[-2] == RECENT_QUERIES and (self.remembers_queries or self.keep_queries):
             self.newest_queries = recent
         if not self.remembers_queries:
             return
-        xp = array_namespace(q)
-        kv_heads, count = self.keys.shape[-3], recent.shape[-2]
-        (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
-        grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * self.attention_scale
-        real = self.positions[..., -count:] >= 0
-        weight = xp.astype(real, grouped.dtype)[..., None, :, None]
-        # Several queries at once count alike; one by one, each fades what came before it.
-        number = xp.sum(weight, axis=(-3, -2))
-        safe = xp.where(number > 0, number, xp.ones_like(number))
-        mean = xp.sum(weight * xp.mean(grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
-        square = xp.sum(weight * xp.mean(grouped * grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
-        if self.query_mean is not None:
-            share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
-            # Where all before was padding there is nothing to fade.
-            share = xp.where(xp.sum(self.query_square, axis=-1, keepdims=True) > 0, share, xp.ones_like(share))
-            mean = self.query_mean + share * (mean - self.query_mean)
-            square = self.query_square + share * (square - self.query_square)
-        self.query_mean, self.query_square = mean, square
+        self.query_mean, self.query_square = remember(
+            recent, self.positions, self.attention_scale, self.query_mean, self.query_square
+        )
 
     @property
     def query_window(self) -> QueryWindow | None:
@@ -440,6 +441,32 @@ class LayerCache(CacheStep):
         xp = array_namespace(weights)
         real = self.positions[..., start:stop] >= 0
         return xp.where(real[..., None, :, None], weights, xp.zeros_like(weights))
+
+
+def remember(
+    recent: Array, positions: Array, scale: float, mean: Array | None, square: Array | None
+) -> tuple[Array, Array]:
+    """First and second moment of scaled recent queries, given those of the queries before them.
+
+    ``recent`` are queries (batch..., kv_head * group, q_len, d) of the newest ``q_len`` of the tokens at ``positions``.
+    """
+    xp = array_namespace(recent)
+    kv_heads, count = positions.shape[-2], recent.shape[-2]
+    (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
+    grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * scale
+    real = positions[..., -count:] >= 0
+    weight = xp.astype(real, grouped.dtype)[..., None, :, None]
+    # Several queries at once count alike; one by one, each fades what came before it.
+    number = xp.sum(weight, axis=(-3, -2))
+    safe = xp.where(number > 0, number, xp.ones_like(number))
+    new_mean = xp.sum(weight * xp.mean(grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
+    new_square = xp.sum(weight * xp.mean(grouped * grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
+    if mean is None or square is None:
+        return new_mean, new_square
+    share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
+    # Where all before was padding there is nothing to fade.
+    share = xp.where(xp.sum(square, axis=-1, keepdims=True) > 0, share, xp.ones_like(share))
+    return mean + share * (new_mean - mean), square + share * (new_square - square)
 
 
 def between(counts: Array, limits: Array, share: float) -> Array:

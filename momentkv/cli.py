@@ -64,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     plan.set_defaults(run=run_plan)
 
+    bench = commands.add_parser("bench", help="time of decoding and eviction against the copy bandwidth of the device")
+    bench.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    bench.add_argument("--threads", type=int, default=1, help="of a CPU")
+    bench.add_argument("--output", default="results/bench.json", help="results; the plot goes beside it")
+    bench.set_defaults(run=run_bench)
+
     evaluate = commands.add_parser("evaluate", help="measure fidelity, needles and the directional gap")
     kinds = evaluate.add_subparsers(required=True, metavar="KIND")
 
@@ -211,6 +217,13 @@ def run_plan(options: argparse.Namespace) -> int:
     )
     Console().print(table_of(result, options.model))
     return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Run ``momentkv bench``."""
+    from momentkv.evaluation.bench import bench
+
+    return bench(options)
 
 
 def run_fidelity(options: argparse.Namespace) -> int:

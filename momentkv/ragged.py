@@ -8,7 +8,8 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace
 from momentkv._step import CacheStep
-from momentkv.cache import LayerCache
+from momentkv.backends import get_backend
+from momentkv.cache import LayerCache, remember
 from momentkv.moments import check_broadcast
 
 __all__ = ["RaggedCache"]
@@ -23,6 +24,8 @@ HEAD_AXES = {
     "query_square": -2,
     "newest_queries": -3,
 }
+
+QUERY_ARRAYS = ("query_mean", "query_square")
 
 
 class RaggedCache(CacheStep):
@@ -50,6 +53,7 @@ class RaggedCache(CacheStep):
     Notes
     -----
     Heads are attended one after the other: as much arithmetic as together, in as many calls as there are KV heads.
+    While decoding they are corrected together; on CUDA, a token costs one launch of the kernel for all heads.
 
     Examples
     --------
@@ -65,6 +69,7 @@ class RaggedCache(CacheStep):
         if len(budgets) == 0:
             raise ValueError("budgets is empty; give the budget of every KV head")
         self.parts = tuple(LayerCache(budget, **settings) for budget in budgets)
+        self._joined: tuple[list[Any], Any] | None = None
         policy = self.parts[0].policy
         if policy.couples_heads:
             raise ValueError(
@@ -127,6 +132,13 @@ class RaggedCache(CacheStep):
             return part.attend(self._queries(q, head), valid=of_head(valid, head))
 
         xp = array_namespace(q)
+        if q.shape[-2] == 1 and self.parts[0].keys is not None:
+            before = self.snapshot()
+            try:
+                return self._decode(q, valid)
+            except BaseException:
+                self.restore(before)
+                raise
         return xp.concat(self._all(attend), axis=-3)
 
     def observe(self, q: Array, *, valid: Array | None = None) -> None:
@@ -139,6 +151,7 @@ class RaggedCache(CacheStep):
 
     def reset(self) -> None:
         """Forget everything; settings stay."""
+        self._joined = None
         for part in self.parts:
             part.reset()
 
@@ -153,6 +166,7 @@ class RaggedCache(CacheStep):
 
     def map(self, function: Callable[[Array], Array]) -> None:
         """Apply a function to every array of the state: to select, repeat or reorder rows, or to move devices."""
+        self._joined = None
         self._all(lambda head, part: part.map(function))
 
     def arrays(self) -> dict[str, Array]:
@@ -178,6 +192,59 @@ class RaggedCache(CacheStep):
         one.certify = one.tolerance = one.evidence = one.recent_queries = None
         one.moments = one.correction.empty(one.keys, one.values, order=one.order or 0)
         return one
+
+    def _decode(self, q: Array, valid: Array | None) -> Array:
+        """`attend` for one query a head: all heads in one call, as are the correction and the memory of queries."""
+        first = self.parts[0]
+        if valid is not None:
+            for head, part in enumerate(self.parts):
+                part._mark_padding(of_head(valid, head), 1)
+        corrects = first.order is not None and any(part.has_evicted for part in self.parts)
+        observed = first.policy.observes != 0
+        out, weights = (first.backend or get_backend(q)).decode_ragged(
+            q,
+            self.keys,
+            self.values,
+            self._moments() if corrects else None,
+            order=first.order or 0,
+            scale=first.attention_scale,
+            valid=[part.positions >= 0 if part.padded else None for part in self.parts],
+            weights=observed,
+        )
+        if weights is not None:
+            for part, seen in zip(self.parts, weights, strict=True):
+                part.observe_weights(seen)
+        for head, part in enumerate(self.parts):
+            part.hold(self._queries(q, head))
+        if first.remembers_queries:
+            self._remember(q)
+        return array_namespace(q).astype(out, q.dtype, copy=False)
+
+    def _moments(self) -> Any:
+        """Moments of all heads in one; joined anew only when those of a head have changed."""
+        parts = [part.moments for part in self.parts]
+        held = self._joined
+        if held is None or any(one is not other for one, other in zip(held[0], parts, strict=True)):
+            xp, axis = array_namespace(parts[0].weight), parts[0].weight.ndim - 1
+            arrays = [moments.arrays() for moments in parts]
+            one = type(parts[0])(**{name: xp.concat([each[name] for each in arrays], axis=axis) for name in arrays[0]})
+            for head, part in enumerate(self.parts):  # what a head holds is now a part of it: nothing is stored twice
+                own = (slice(None),) * axis + (slice(head, head + 1),)
+                part.moments = one.map(lambda x, own=own: x[own])
+            self._joined = held = ([part.moments for part in self.parts], one)
+        return held[1]
+
+    def _remember(self, q: Array) -> None:
+        """The memory of queries of all heads, brought up to date at once."""
+        xp = array_namespace(q)
+        before: list[Array | None] = [None, None]
+        if self.parts[0].query_mean is not None:
+            before = [xp.concat([getattr(part, name) for part in self.parts], axis=-2) for name in QUERY_ARRAYS]
+        newest = xp.concat([part.positions[..., -1:] for part in self.parts], axis=-2)
+        after = remember(q, newest, self.parts[0].attention_scale, *before)
+        for name, x in zip(QUERY_ARRAYS, after, strict=True):
+            for head, part in enumerate(self.parts):
+                setattr(part, name, x[..., head : head + 1, :])
 
     def _queries(self, q: Array, head: int) -> Array:
         """The queries of one KV head's group."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device
@@ -82,6 +83,87 @@ class ArrayBackend:
         if isinstance(moments, Summaries):
             return merge(retained, estimate_summaries(q, moments, scale=scale)).out
         return correct(retained, q, moments, order=order, scale=scale).out
+
+    def decode(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        moments: Moments | Summaries | None,
+        *,
+        order: int,
+        scale: float,
+        valid: Array | None = None,
+        weights: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """Output of queries that see all tokens, corrected by moments: `attend`, then `correct`, or both in one.
+
+        Parameters
+        ----------
+        q, k, v, scale
+            As in `attend`.
+        moments : Moments or Summaries, or None
+            Of the evicted tokens; None for no correction.
+        order : {0, 1}
+            Of an estimate from `Moments`.
+        valid : bool array, shape (..., kv_head, n), optional
+            False for slots that hold no token.
+        weights : bool
+            Whether to return the attention weights, which a fused kernel never holds otherwise.
+
+        Returns
+        -------
+        out : array, shape (..., kv_head * group, q_len, dv)
+        weights : array, shape (..., kv_head, group, q_len, n), or None
+            Over the retained tokens alone.
+        """
+        mask = None if valid is None else valid[..., None, None, :]
+        state, attention = self.attend(q, k, v, scale=scale, mask=mask)
+        out = state.out if moments is None else self.correct(state, q, moments, order=order, scale=scale)
+        return out, attention if weights else None
+
+    def decode_ragged(
+        self,
+        q: Array,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        moments: Moments | Summaries | None,
+        *,
+        order: int,
+        scale: float,
+        valid: Sequence[Array | None],
+        weights: bool = False,
+    ) -> tuple[Array, list[Array] | None]:
+        """`decode` where each KV head has tokens of its own number.
+
+        Parameters
+        ----------
+        q : array, shape (..., kv_head * group, q_len, d)
+        keys, values : sequence of array, shape (..., 1, n, d) and (..., 1, n, dv), one for each KV head
+        moments : Moments or Summaries, or None
+            Of all heads together.
+        order, scale, weights
+            As in `decode`.
+        valid : sequence of bool array or None, shape (..., 1, n), one for each KV head
+
+        Returns
+        -------
+        out : array, shape (..., kv_head * group, q_len, dv)
+        weights : list of array, shape (..., 1, group, q_len, n), one for each KV head, or None
+        """
+        xp, group = array_namespace(q), q.shape[-3] // len(keys)
+        states, attention = [], []
+        for head, (k, v, seen) in enumerate(zip(keys, values, valid, strict=True)):
+            mask = None if seen is None else seen[..., None, None, :]
+            own = q[..., head * group : (head + 1) * group, :, :]
+            state, of_head = self.attend(own, k, v, scale=scale, mask=mask)
+            states.append(state)
+            attention.append(of_head)
+        state = AttentionState(
+            xp.concat([each.out for each in states], axis=-3), xp.concat([each.lse for each in states], axis=-2)
+        )
+        out = state.out if moments is None else self.correct(state, q, moments, order=order, scale=scale)
+        return out, attention if weights else None
 
 
 def causal_mask(k: Array, q_len: int, start: int, stop: int, valid: Array | None) -> Array:

@@ -1,0 +1,214 @@
+"""Cases for the decode operator and what it should compute, in plain float64 NumPy, with its rounding error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import oracle
+import torch
+from rounding import FUNCTION, StateError, attention_error, merge_error
+
+from momentkv.backends._expansion import Expansion
+
+UNIT_OF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Shapes and kinds; the numbers follow from a fixed seed."""
+
+    d: int = 64
+    dv: int = 0  # 0: as d
+    group: int = 2
+    q_len: int = 1
+    capacity: int = 70
+    kv_heads: int = 2
+    batch: int = 2
+    estimate: str = "none"
+    dtype: torch.dtype = torch.float32
+    splits: int = 1
+    counted: bool = False
+    masked: bool = False
+    packed: bool = False
+    scored: bool = False
+    size: float = 1.0
+    scale: float = 0.1
+
+    def __str__(self) -> str:
+        shown = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed = (f"{k}={v}" for k, v in shown.items() if v != getattr(Decode, k))
+        return ",".join(changed).replace("torch.", "") or "default"
+
+
+@dataclasses.dataclass
+class Inputs:
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor | None
+    counts: torch.Tensor | None
+    starts: torch.Tensor | None
+    expansion: Expansion | None
+    valid: np.ndarray  # (batch, kv_head, capacity): the slots that hold tokens
+
+
+def make(case: Decode) -> Inputs:
+    """The arguments; whatever must not be read is NaN."""
+    rng = np.random.default_rng(7)
+    d, dv, lead = case.d, case.dv or case.d, (case.batch, case.kv_heads)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(case.size * rng.standard_normal(shape)).to(case.dtype)
+
+    q = normal(case.batch, case.kv_heads * case.group, case.q_len, d)
+    k, v = normal(*lead, case.capacity, d), normal(*lead, case.capacity, dv)
+    valid = np.ones((*lead, case.capacity), dtype=bool)
+    counts = positions = starts = None
+    if case.counted or case.packed:
+        numbers = rng.integers(0, case.capacity + 1, lead)
+        numbers.flat[0], numbers.flat[-1] = case.capacity, 0
+        if numbers.size > 2:
+            numbers.flat[1] = min(1, case.capacity)
+        valid &= np.arange(case.capacity) < numbers[..., None]
+        counts = torch.from_numpy(numbers.astype(np.int32))
+    if case.masked:
+        valid &= rng.random(valid.shape) < 0.5
+        positions = torch.from_numpy(np.where(valid, np.arange(case.capacity), -1).astype(np.int32))
+    hidden = torch.from_numpy(~valid)[..., None]
+    k, v = k.masked_fill(hidden, math.nan), v.masked_fill(hidden, math.nan)
+    if case.packed:
+        assert counts is not None
+        used = torch.arange(case.capacity) < counts[..., None]
+        k, v = k[used], v[used]
+        positions = None if positions is None else positions[used]
+        flat = counts.flatten().long()
+        starts = (flat.cumsum(0) - flat).reshape(lead)
+    return Inputs(q, k, v, positions, counts, starts, expansion_of(case, rng, d, dv), valid)
+
+
+def expansion_of(case: Decode, rng: np.random.Generator, d: int, dv: int) -> Expansion | None:
+    """An expansion of each kind; the first head has evicted nothing, and one summary of the others is empty."""
+    if case.estimate == "none":
+        return None
+    lead = (case.batch, case.kv_heads)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal((*lead, *shape))).float()
+
+    kind, _, several = case.estimate.partition(" x ")
+    m = int(several or 1)
+    log_weight = normal(m) + 3
+    log_weight[0, 0] = -math.inf
+    if m > 1:
+        log_weight[..., -1] = -math.inf
+    means = normal(m, d), normal(m, dv)
+    matrix = torch.float32 if case.dtype == torch.float32 else case.dtype
+    if kind == "order 0":
+        return Expansion(log_weight, *means)
+    slope = (normal(d, dv) / math.sqrt(d)).to(matrix)
+    if kind == "order 1":
+        return Expansion(log_weight, *means, slope=slope)
+    strength = torch.full(lead, 0.75)
+    if kind == "order 2":
+        root = normal(d, d) / math.sqrt(d)
+        return Expansion(
+            log_weight,
+            *means,
+            slope=slope,
+            variance=(root @ root.mT).to(matrix),
+            strength=torch.ones(lead),
+            cap=torch.full(lead, math.inf),
+        )
+    assert kind == "summaries"
+    cap = torch.full(lead, 2.0)
+    cap[-1, -1] = 0.01  # binds
+    return Expansion(
+        log_weight,
+        *means,
+        anchor=0.1 * normal(d),
+        slope_left=normal(dv, 2),
+        slope_right=normal(2, d) / math.sqrt(d),
+        variance=normal(d) ** 2,
+        strength=strength,
+        cap=cap,
+    )
+
+
+def f64(x: torch.Tensor) -> np.ndarray:
+    return x.double().numpy()
+
+
+def dense(case: Decode, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values with a slot for every token, zero where there is none."""
+    k, v = f64(inputs.k), f64(inputs.v)
+    if case.packed:
+        assert inputs.counts is not None
+        used = np.arange(case.capacity) < inputs.counts.numpy()[..., None]
+        whole = [np.zeros((*used.shape, x.shape[-1])) for x in (k, v)]
+        for full, x in zip(whole, (k, v), strict=True):
+            full[used] = x
+        k, v = whole
+    hidden = ~inputs.valid[..., None]
+    return f64(inputs.q), np.where(hidden, 0.0, k), np.where(hidden, 0.0, v)
+
+
+def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, np.ndarray, StateError]:
+    """Exact state, exact logits of the retained tokens, and what rounding may change of the state."""
+    q, k, v = dense(case, inputs)
+    mask = inputs.valid[..., None, None, :]
+    logits = oracle.logits(q, k, case.scale, mask)
+    state = oracle.attend(q, k, v, case.scale, mask)
+    error = attention_error(q, k, v, state.lse, 2.0**-24, case.scale)
+    size = np.linalg.norm(v, axis=-1).max(initial=0.0)
+    if inputs.expansion is not None:
+        evicted, of_evicted, reach = evaluate(q, inputs.expansion, case)
+        size = max(size, reach)
+        lse = np.maximum(np.nan_to_num(np.abs(state.lse), posinf=0), np.nan_to_num(np.abs(evicted.lse), posinf=0))
+        error = merge_error(error, of_evicted, size, lse, 2.0**-24)
+        state = oracle.merge(state, evicted)
+    if case.dtype != torch.float32:
+        # Weights are rounded before they meet values, and the output when it is stored.
+        error = error._replace(out=error.out + UNIT_OF[case.dtype] * (2 * size + np.abs(state.out)))
+    return state, logits, error
+
+
+def evaluate(q: np.ndarray, expansion: Expansion, case: Decode) -> tuple[oracle.State, StateError, float]:
+    """The estimate straight from its definition, its error, and the largest norm of what it adds up."""
+    parts = {name: None if x is None else f64(x) for name, x in expansion._asdict().items()}
+    group, u = case.group, 2.0**-24
+    each = {name: None if x is None else oracle.to_query_heads(x, q.shape[1], 1) for name, x in parts.items()}
+    anchor = np.zeros(1) if each["anchor"] is None else each["anchor"][:, :, None, :]
+    x = case.scale * q - anchor
+    logits = each["log_weight"][:, :, None, :] + np.einsum("bhid,bhmd->bhim", x, each["key_mean"])
+    weights, lse = oracle.softmax(logits)
+    out = np.einsum("bhim,bhmv->bhiv", weights, each["value_mean"])
+    # Rounding: each logit by (d + 4) u of its terms, each output by as much of its own.
+    d, m = q.shape[-1], logits.shape[-1]
+    size = np.abs(case.scale * q) + np.abs(anchor)
+    of_lse = u * (d + 4) * np.einsum("bhid,bhmd->bhim", size, np.abs(each["key_mean"])).max(-1)
+    finite = np.where(np.isfinite(each["log_weight"]), each["log_weight"], 0.0)
+    of_lse = of_lse + u * (m + 2 * FUNCTION + 4 + FUNCTION * math.log(m) + np.abs(finite).max(-1)[..., None] * 2)
+    terms = np.abs(each["value_mean"]).max(-2)[:, :, None, :]
+    of_out = 2 * terms * (np.tanh(of_lse)[..., None] + u * (2 * m + 2 * FUNCTION))
+    if each["slope"] is not None:
+        unit = UNIT_OF[case.dtype] if case.dtype != torch.float32 else u * (d + 6)
+        linear = np.einsum("bhid,bhdv->bhiv", size, np.abs(each["slope"]))
+        out = out + np.einsum("bhid,bhdv->bhiv", x, each["slope"])
+        of_out, terms = of_out + (unit + u * (d + 6)) * linear, terms + linear
+    if each["slope_left"] is not None:
+        out = out + np.einsum("bhvr,bhrd,bhid->bhiv", each["slope_left"], each["slope_right"], x)
+        linear = np.einsum("bhvr,bhrd,bhid->bhiv", *(np.abs(each[f"slope_{side}"]) for side in ("left", "right")), size)
+        of_out, terms = of_out + u * (d + 8) * linear, terms + linear
+    if each["variance"] is not None:
+        full = each["variance"].ndim == 4
+        form = "bhid,bhde,bhie->bhi" if full else "bhid,bhd,bhid->bhi"
+        gain = 0.5 * each["strength"][..., None] * np.einsum(form, x, each["variance"], x)
+        lse = lse + np.minimum(gain, each["cap"][..., None])
+        unit = u * (2 * d + 8) + (UNIT_OF[case.dtype] if full and case.dtype != torch.float32 else 0.0)
+        of_lse = of_lse + unit * 0.5 * np.einsum(form, size, np.abs(each["variance"]), size)
+    empty = np.isneginf(lse)
+    out, of_out = np.where(empty[..., None], 0.0, out), np.where(empty[..., None], 0.0, of_out)
+    assert group * case.kv_heads == q.shape[1]
+    return oracle.State(out, lse), StateError(of_out, of_lse), float(np.linalg.norm(terms, axis=-1).max())

@@ -1,0 +1,162 @@
+"""The operators `decode` and `fold` as PyTorch sees them; on a CPU they are plain PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from expansions import Decode, expected, f64, make
+from folds import Fold, check_folded, make_fold
+from hypothesis import given
+from rounding import assert_within
+from strategies import Case, cases
+
+from momentkv import Moments, estimate
+from momentkv.backends._expansion import expand
+from momentkv.backends._operators import decode, decode_operator, fold, fold_operator
+from momentkv.backends._plain import estimate_expansion
+from momentkv.summaries import QueryWindow, Summaries, estimate_summaries
+
+CASES = [
+    *(Decode(d=16, estimate=kind) for kind in ("none", "order 0", "order 1", "order 2", "summaries x 12")),
+    Decode(d=16, dtype=torch.bfloat16, estimate="order 1", scored=True),
+    Decode(d=16, dtype=torch.float16),
+    Decode(d=5, dv=3, group=3, q_len=2, scored=True, estimate="summaries x 2"),
+    *(Decode(d=16, capacity=n, estimate=kind, scored=True) for n in (0, 1) for kind in ("none", "order 1")),
+    Decode(d=16, counted=True, masked=True, estimate="order 2", kv_heads=3, scored=True),
+    Decode(d=16, packed=True, masked=True, estimate="order 1", scored=True),
+    Decode(d=16, packed=True, kv_heads=3),
+]
+
+
+def call(case: Decode, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x = make(case)
+    arguments = {
+        "scale": case.scale,
+        "positions": x.positions,
+        "counts": x.counts,
+        "starts": x.starts,
+        "capacity": case.capacity,
+        "scored": case.scored,
+        **changes,
+    }
+    return decode(x.q, x.k, x.v, x.expansion, **arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode_agrees_with_the_oracle(case: Decode):
+    out, lse, logits = call(case)
+    exact, exact_logits, error = expected(case, make(case))
+    assert (out.dtype, lse.dtype) == (case.dtype, torch.float32)
+    assert_within(f64(out), exact.out, error.out)
+    assert_within(f64(lse), exact.lse, error.lse)
+    assert (logits is not None) == case.scored
+    if logits is not None:
+        assert (f64(logits).reshape(exact_logits.shape) == -np.inf).tolist() == (exact_logits == -np.inf).tolist()
+        np.testing.assert_allclose(f64(logits).reshape(exact_logits.shape), exact_logits, rtol=1e-5, atol=1e-5)
+
+
+@given(case=cases(laws=("gaussian", "ties")))
+def test_an_expansion_is_the_estimate_it_was_made_from(case: Case):
+    """Moments of both orders, and summaries; to rounding, in float64."""
+    case = dataclasses.replace(case, dtype="float64")
+    q, k, v = (torch.from_numpy(np.array(x)) for x in case.arrays())
+    window = QueryWindow.from_queries(q, case.kv_heads)
+    kinds: list[tuple[Any, Any]] = [
+        (Moments.from_tokens(k, v), lambda m, order: estimate(q, m, order=order, scale=0.3)),
+        (
+            Summaries.empty(k, v, summaries=2, rank=1).update(k, v, window),
+            lambda m, order: estimate_summaries(q, m, scale=0.3),
+        ),
+    ]
+    for moments, estimated in kinds:
+        for order in (0, 1):
+            made = estimate_expansion(q, expand(moments, order=order), scale=0.3)
+            exact = estimated(moments, order)
+            torch.testing.assert_close(made.lse, exact.lse, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(made.out, exact.out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [Fold(), Fold(order=0), Fold(first=True), Fold(block=40, capacity=40)], ids=str)
+def test_fold_agrees_with_the_oracle(case: Fold):
+    before, after = make_fold(case), make_fold(case)
+    fold(*after.arguments())
+    check_folded(case, before, after)
+
+
+def test_operators_tell_pytorch_the_truth():
+    """Schema, mutated arguments, fake kernels: PyTorch's own check."""
+    for case in (Decode(d=8, capacity=5, estimate="summaries x 2", scored=True), Decode(d=8, capacity=5, packed=True)):
+        x = make(case)
+        parts = (None,) * 10 if x.expansion is None else x.expansion
+        where = x.positions, x.counts, x.starts
+        torch.library.opcheck(decode_operator, (x.q, x.k, x.v, *where, 5, case.scale, case.scored, *parts))
+    torch.library.opcheck(fold_operator, make_fold(Fold(d=4, dv=3, capacity=9, block=2)).arguments())
+
+
+def test_compiled_code_contains_them_without_a_break():
+    x = make(Decode(d=8, capacity=5, estimate="order 1", scored=True, masked=True))
+    shapes = Fold(d=8, dv=8, capacity=9, block=2)
+
+    def step(*arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        fold(*arguments)
+        out, lse, logits = decode(x.q, x.k, x.v, x.expansion, scale=0.1, positions=x.positions, scored=True)
+        return out + 1, lse, logits, arguments[0] + 1
+
+    plain = step(*make_fold(shapes).arguments())
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*make_fold(shapes).arguments())
+    for one, other in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    case = Decode(d=8, capacity=5, estimate="summaries x 2", counted=True)
+    x = make(case)
+    wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("one dtype", (x.q.double(), x.k, x.v), {}),
+        ("one dtype", (x.q.double(), x.k.double(), x.v.double()), {}),
+        ("head dimension 4", (x.q[..., :4], x.k, x.v), {}),
+        ("it must be \\(batch, q_head", (x.q[0], x.k, x.v), {}),
+        ("both must be", (x.q, x.k[0], x.v[0]), {}),
+        ("multiple", (x.q[:, :3], x.k, x.v), {}),
+        ("capacity is 4", (x.q, x.k, x.v), {"capacity": 4}),
+        ("counts is torch.int64", (x.q, x.k, x.v), {"counts": torch.zeros(2, 2, dtype=torch.int64)}),
+        ("positions is", (x.q, x.k, x.v), {"positions": torch.zeros(2, 2, dtype=torch.int32)}),
+        ("starts is given", (x.q, x.k[0, 0], x.v[0, 0]), {"starts": torch.zeros(2, 2, dtype=torch.int64)}),
+    ]
+    for message, arguments, keywords in wrong:
+        with pytest.raises(ValueError, match=message):
+            decode(*arguments, scale=0.1, **keywords)
+    assert x.expansion is not None
+    for message, change in (
+        ("anchor of the expansion", {"anchor": torch.zeros(2, 2, 3)}),
+        ("give both or neither", {"slope_left": None}),
+        ("strength and cap", {"cap": None}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode(x.q, x.k, x.v, x.expansion._replace(**change), scale=0.1)
+    state = make_fold(Fold())
+    for place, message in ((2, "positions is"), (0, "keys is"), (11, "give both or neither")):
+        arguments = list(state.arguments())
+        arguments[place] = None if place == 11 else arguments[place].mT if place == 0 else arguments[place].long()
+        with pytest.raises(ValueError, match=message):
+            fold(*arguments)
+
+
+def test_the_oracle_of_expansions_is_that_of_moments():
+    """Of order 1 around the zero query, the expansion's oracle gives the paper's formula."""
+    from expansions import evaluate
+
+    rng = np.random.default_rng(0)
+    k, v, q = (rng.standard_normal((1, 2, n, 4)) for n in (6, 6, 1))
+    sums = oracle.moments(k, v)
+    moments = Moments.from_tokens(torch.from_numpy(k), torch.from_numpy(v))
+    case = Decode(d=4, group=1, kv_heads=2, batch=1, scale=0.5)
+    state, _, _ = evaluate(q, expand(moments, order=1), case)
+    exact = oracle.estimate(q, sums, 1, 0.5)
+    np.testing.assert_allclose(state.out, exact.out, rtol=1e-12)
+    np.testing.assert_allclose(state.lse, exact.lse, rtol=1e-12)
