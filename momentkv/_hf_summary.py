@@ -7,6 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+from momentkv.trust import trust as estimate_trust
+
 __all__ = ["CacheSummary", "LayerSummary"]
 
 
@@ -23,7 +27,8 @@ class LayerSummary:
         Tokens a KV head, means over heads and rows; a sliding layer has no budget, and forgets what it drops.
     nbytes : int
     trust : float or None
-        What the caller's measure says of the layer, None without one.
+        Estimated relative error of the output at the mean of recent queries, where the cache was made with ``certify``,
+        or what the caller's measure says of the layer; None without either.
     """
 
     index: int
@@ -111,7 +116,7 @@ def summarise(cache: Any, trust: Callable[[Any], float] | None = None) -> CacheS
                     retained,
                     evicted,
                     layer.nbytes,
-                    None if trust is None or empty else float(trust(core)),
+                    None if empty else measured(core, trust),
                 )
             )
         else:
@@ -122,6 +127,18 @@ def summarise(cache: Any, trust: Callable[[Any], float] | None = None) -> CacheS
             full += seen * size // max(stored, 1)
             layers.append(LayerSummary(index, "sliding", 0.0, stored, seen - stored, size))
     return CacheSummary(tuple(layers), cache.get_seq_length(), full)
+
+
+def measured(core: Any, trust: Callable[[Any], float] | None) -> float | None:
+    """The caller's measure of a layer, or else its estimated error, or None where nothing is known."""
+    if trust is not None:
+        return float(trust(core))
+    parts = core.parts
+    if any(part.certify is None or part.query_mean is None for part in parts):
+        return None
+    scale = parts[0].attention_scale
+    queries = torch.cat([part.query_mean for part in parts], dim=-2)[..., None, :] / scale
+    return float(estimate_trust(core, queries.to(parts[0].keys.dtype)).estimated.mean())
 
 
 def mean(numbers: Sequence[float]) -> float:

@@ -355,7 +355,8 @@ class MomentCache(Cache):
         Parameters
         ----------
         trust : callable, optional
-            A measure of your own, from a layer's cache to a number; it becomes a column.
+            A measure of your own, from a layer's cache to a number; it becomes a column. Without it a cache made with
+            ``certify`` shows the *estimated* relative error at the mean of its recent queries (`momentkv.trust`).
         """
         return summarise(self, trust)
 

@@ -267,6 +267,26 @@ def test_a_cache_with_tolerance_refuses_what_it_cannot_certify():
     np.testing.assert_array_equal(easy.evidence.weight, easy.moments.weight)
 
 
+@pytest.mark.parametrize("heads", [False, True])
+def test_an_eviction_while_decoding_is_judged_by_the_queries_before_it(heads: bool):
+    """Heads of their own are decoded together, and hold their queries all the same."""
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((1, 2, 60, 4)) for _ in range(3))
+    settings = {"window": 8, "block": 4, "certify": 2, "tolerance": 1e-3}
+    cache = RaggedCache([40, 40], **settings) if heads else LayerCache(40, **settings)
+    cache.step(q[:, :, :30], k[:, :, :30], v[:, :, :30])  # within the budget: nothing to judge
+
+    def decode() -> None:
+        for t in range(30, 60):
+            cache.step(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+
+    with pytest.warns(UserWarning, match="an eviction was refused"):
+        decode()
+    for part in cache.parts:
+        assert part.refused > 0
+        assert part.stored == 60
+
+
 def test_state_errors_are_attained_within_reason():
     """Worst-case rounding is far above the usual one, but not by orders that would hide a mistake."""
     rng = np.random.default_rng(0)

@@ -162,6 +162,11 @@ def test_a_summary_says_what_each_layer_holds():
         assert layer.trust is None
     assert summary.full_bytes == 4 * 62 * 2 * 2 * 2 * 16 * 4  # layers, tokens, rows, heads, keys and values, d, bytes
     assert str(summary).splitlines()[0].split() == ["layer", "kind", "budget", "retained", "evicted", "KiB"]
+    certified = MomentCache(tiny("llama"), 24, certify=2, **SMALL)
+    with torch.no_grad():
+        tiny("llama")(prompt(1, 62), past_key_values=certified)
+    estimates = [layer.trust for layer in certified.summary().layers]
+    assert all(0 < estimate < 1 for estimate in estimates), estimates
     trusted = cache.summary(trust=lambda core: core.seen / 100)
     assert [layer.trust for layer in trusted.layers] == [None, 0.62] * 2
     assert str(trusted).splitlines()[0].endswith("trust")
