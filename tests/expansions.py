@@ -6,11 +6,11 @@ import dataclasses
 import math
 
 import numpy as np
-import oracle
 import torch
-from rounding import FUNCTION, StateError, attention_error, merge_error
 
 from momentkv.backends._expansion import Expansion
+from momentkv.testing import oracle
+from momentkv.testing.rounding import FUNCTION, StateError, attention_error, merge_error
 
 UNIT_OF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import oracle
 import torch
 from expansions import UNIT_OF, f64
-from rounding import assert_same, assert_within, moments_error
+
+from momentkv.testing import oracle
+from momentkv.testing.rounding import assert_same, assert_within, moments_error
 
 
 @dataclasses.dataclass(frozen=True)

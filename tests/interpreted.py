@@ -11,10 +11,10 @@ import pytest
 import torch
 from expansions import Decode, expected, f64, make
 from folds import Fold, check_folded, make_fold
-from rounding import assert_within
 
 from momentkv.backends._decode import decode_triton
 from momentkv.backends._fold import fold_triton
+from momentkv.testing.rounding import assert_within
 
 HALF = torch.float16
 CASES = [

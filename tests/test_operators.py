@@ -6,20 +6,20 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from expansions import Decode, expected, f64, make
 from folds import Fold, check_folded, make_fold
 from hypothesis import given
-from rounding import assert_within
-from strategies import Case, cases
 
 from momentkv import Moments, estimate
 from momentkv.backends._expansion import expand
 from momentkv.backends._operators import decode, decode_operator, fold, fold_operator
 from momentkv.backends._plain import estimate_expansion
 from momentkv.summaries import QueryWindow, Summaries, estimate_summaries
+from momentkv.testing import oracle
+from momentkv.testing.rounding import assert_within
+from momentkv.testing.strategies import Case, cases
 
 CASES = [
     *(Decode(d=16, estimate=kind) for kind in ("none", "order 0", "order 1", "order 2", "summaries x 12")),

@@ -7,16 +7,16 @@ import warnings
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from rounding import assert_within, attention_error, unit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momentkv import Moments, attend, correct
 from momentkv.backends import _plain, get_backend
 from momentkv.backends import torch as torch_backend
 from momentkv.backends.array_api import ArrayBackend
+from momentkv.testing import oracle
+from momentkv.testing.rounding import assert_within, attention_error, unit
 
 BACKEND = get_backend("torch")
 
