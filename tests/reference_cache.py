@@ -137,7 +137,8 @@ class ReferenceRow:
             case "novelty":
                 return oracle.novelty(k, v)
             case "balanced":
-                return oracle.balanced(score, k, v)
+                expected = peer_formulas.expected_attention(k, v, *self.queries[head])
+                return oracle.balanced(expected, oracle.novelty(k, v), 0.25)
             case "caote":
                 return peer_formulas.caote(score, v)
             case "criticalkv":

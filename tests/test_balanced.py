@@ -1,4 +1,4 @@
-"""Attention and novelty in turn: the policy against its formula in plain NumPy."""
+"""Attention, novelty, and expected attention and novelty in turn, against their formulas in plain NumPy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from momentkv import LayerCache, Moments, Tokens
-from momentkv.policies import Attention, Balanced, Novelty
+from momentkv.policies import Attention, Balanced, ExpectedAttention, Novelty
 from momentkv.policies.novelty import mahalanobis
 
 N, D = 40, 6
@@ -18,7 +18,8 @@ def tokens(seed: int, empty: int = 0) -> Tokens:
     positions = np.broadcast_to(np.arange(N, dtype=np.int32), (2, N)).copy()
     positions[:, :empty] = -1
     k[:, :empty], v[:, :empty] = np.nan, np.nan
-    return Tokens(k, v, positions, rng.random((2, N)), Moments.empty(k, v), 0.5)
+    mean, variance = rng.standard_normal((2, D)), rng.random((2, D))
+    return Tokens(k, v, positions, rng.random((2, N)), Moments.empty(k, v), 0.5, mean, variance)
 
 
 def distance(x: np.ndarray) -> np.ndarray:
@@ -30,12 +31,12 @@ def distance(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("empty", [0, 3])
-def test_halves_are_attention_to_values_that_stand_out_and_novelty(empty: int):
+def test_halves_are_those_of_their_formulas(empty: int):
     shown = tokens(0, empty)
     attention, novelty = (policy.importance(shown)[:, empty:] for policy in (Attention(), Novelty()))
-    for share, half in ((0.0, attention), (1.0, novelty)):
-        policy = Balanced(novelty=share, kernel=1, novelty_kernel=1)
-        assert np.array_equal(policy.importance(shown)[:, empty:], half)
+    for share, half in ((0.0, ExpectedAttention()), (1.0, Novelty())):
+        policy = Balanced(novelty=share, kernel=1)
+        assert np.array_equal(policy.importance(shown)[:, empty:], half.importance(shown)[:, empty:])
     for head in range(2):
         k, v, score = (x[head, empty:] for x in (shown.keys, shown.values, shown.score))
         # Solutions with a covariance of condition up to some hundreds: a few hundred roundings.
@@ -56,12 +57,12 @@ def test_halves_are_averaged_over_neighbouring_positions(half: type):
 @pytest.mark.parametrize(("novelty", "budget"), [(0.25, 8), (0.5, 10), (0.75, 20)])
 def test_shares_are_kept_at_every_budget(novelty: float, budget: int):
     shown = tokens(1)
-    mixed, attention, novel = (np.argsort(-Balanced(novelty=x).importance(shown)) for x in (novelty, 0.0, 1.0))
+    mixed, expected, novel = (np.argsort(-Balanced(novelty=x).importance(shown)) for x in (novelty, 0.0, 1.0))
     for head in range(2):
         kept = set(mixed[head, :budget])
         # What either ranking puts within its share is kept, whatever the other says.
         assert set(novel[head, : int(novelty * budget)]) <= kept
-        assert set(attention[head, : int((1 - novelty) * budget)]) <= kept
+        assert set(expected[head, : int((1 - novelty) * budget)]) <= kept
 
 
 def test_smaller_budgets_keep_part_of_what_larger_ones_keep():
@@ -80,6 +81,8 @@ def test_equal_tokens_and_single_tokens_are_finite():
             np.ones((1, n)),
             Moments.empty(equal, equal),
             1,
+            np.ones((1, 3)),
+            np.ones((1, 3)),
         )
         for novelty in (0.0, 0.3, 1.0):
             assert np.isfinite(Balanced(novelty=novelty).importance(shown)).all()
@@ -99,11 +102,11 @@ def test_an_outlier_that_nothing_attends_to_is_kept():
     q = rng.standard_normal((1, 300, 8))
     q[..., -40:, :] = -k[0, 100]  # the window looks away from it
     kept = {}
-    for policy in (Balanced(novelty=0.0, kernel=1), Balanced()):
+    for policy in (Balanced(novelty=0.0), Balanced()):
         cache = LayerCache(40, policy=policy, window=8, block=1)
         cache.step(q, k, v)
         kept[policy.novelty] = 100 in cache.positions[0]
-    assert kept == {0.0: False, 0.5: True}
+    assert kept == {0.0: False, 0.4: True}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,6 @@ def test_an_outlier_that_nothing_attends_to_is_kept():
     [
         ({"novelty": 1.5}, "novelty is 1.5"),
         ({"kernel": 2}, "kernel is 2"),
-        ({"novelty_kernel": 4}, "novelty_kernel is 4"),
     ],
 )
 def test_wrong_parameters_are_refused(options: dict, message: str):

@@ -33,7 +33,7 @@ def observing(name: str) -> Policy:
     if name == "momentkv":
         return MomentKV(observes=4, rounds=3)
     if name == "balanced":
-        return Balanced(observes=4, novelty=0.25, kernel=1)
+        return Balanced(novelty=0.25, kernel=1)
     if name == "lagkv":
         return LagKV(lag=4)
     if name == "criticalkv":

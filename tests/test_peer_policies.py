@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
 
 from momentkv import LayerCache, Moments, Policy, Tokens
-from momentkv.policies import CAOTE, Balanced, CriticalKV, ExpectedAttention, LagKV, Leverage
+from momentkv.policies import CAOTE, CriticalKV, ExpectedAttention, LagKV, Leverage, Novelty
 from momentkv.testing.rounding import assert_same, assert_within, unit
 from momentkv.testing.strategies import Case, cases
 
@@ -231,7 +231,7 @@ def test_leverages_add_up_to_the_dimension():
 
 def test_leverage_with_values_and_centred_ranks_as_novelty():
     numbers = numbers_of(Case((2,), 2, 1, 1, 30, 4, 4, "gaussian", "none", "float64", 5))
-    got, novel = (importance(NUMPY, x, numbers) for x in (Leverage(values=True, centred=True), Balanced(novelty=1.0)))
+    got, novel = (importance(NUMPY, x, numbers) for x in (Leverage(values=True, centred=True), Novelty()))
     for head, real, _ in heads(numbers):
         assert_same(np.argsort(got[head][real]), np.argsort(novel[head][real]))
 

@@ -42,10 +42,10 @@ class SnapKV(Policy):
         return pool_neighbours(tokens.score, tokens.positions, self.kernel)
 
 
-def check_kernel(kernel: int, name: str = "kernel") -> None:
+def check_kernel(kernel: int) -> None:
     """Raise unless a width over positions is odd and positive."""
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"{name} is {kernel}; use an odd width of at least 1")
+        raise ValueError(f"kernel is {kernel}; use an odd width of at least 1")
 
 
 def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:

@@ -176,15 +176,15 @@ def novelty(keys: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
     return distance(keys) * distance(values)
 
 
-def balanced(score: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], share: float = 0.25) -> NDArray[Any]:
-    """Minus the turn of each token of one head: the first place that `value_aware` or `novelty` gives it."""
+def balanced(first: NDArray[Any], second: NDArray[Any], share: float) -> NDArray[Any]:
+    """Minus the turn of each token of one head: the earlier of its places in two rankings, each by its share."""
 
     def places(x: NDArray[Any]) -> NDArray[Any]:
         place = np.empty(len(x))
         place[np.argsort(-x, kind="stable")] = np.arange(1, len(x) + 1)
         return place
 
-    return -np.minimum(places(value_aware(score, values)) / (1 - share), places(novelty(keys, values)) / share)
+    return -np.minimum(places(first) / (1 - share), places(second) / share)
 
 
 def retained_slots(
