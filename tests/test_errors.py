@@ -40,7 +40,7 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "attend: axes": (lambda: attend(zeros(1, 4), zeros(2, 5, 4), zeros(2, 5, 3)), ["q has shape (1, 4)"]),
     "attend: values": (lambda: attend(zeros(2, 1, 4), zeros(2, 5, 4), zeros(2, 6, 3)), ["k ", "v has (2, 6, 3)"]),
     "moments: values": (lambda: Moments.from_tokens(zeros(2, 5, 4), zeros(5, 3)), ["k ", "v has (5, 3)"]),
-    "moments: order": (lambda: moments(order=2), ["order is 2"]),
+    "moments: order": (lambda: moments(order=3), ["order is 3"]),
     "moments: mask": (
         lambda: Moments.from_tokens(zeros(2, 5, 4), zeros(2, 5, 3), mask=zeros(3, 5) > 0),
         ["mask has shape (3, 5)", "(2, 5)"],
