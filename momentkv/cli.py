@@ -177,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     tradeoff = kinds.add_parser("tradeoff", help="KL against needles found, from the results of both")
     tradeoff.add_argument("fidelity", metavar="FIDELITY", help="JSON that `momentkv evaluate fidelity` wrote")
     tradeoff.add_argument("needles", metavar="NEEDLES", help="JSON that `momentkv evaluate needles` wrote")
+    tradeoff.add_argument("--length", type=int, help="haystacks of so many tokens alone (default: all)")
     tradeoff.add_argument("--output", default="results/tradeoff.png", help="the plot")
     tradeoff.set_defaults(run=run_tradeoff)
     return parser

@@ -73,7 +73,10 @@ def tradeoff(options: argparse.Namespace) -> int:
     models = {x["protocol"]["model"] for x in (fidelity, needles)}
     if len(models) > 1:
         raise ValueError(f"the results are of different models, {' and '.join(sorted(models))}; measure one")
-    points = join(fidelity["rows"], needles["rows"])
+    asked = needles["rows"]
+    if options.length is not None:
+        asked = [row for row in asked if row["length"] == options.length]
+    points = join(fidelity["rows"], asked)
     texts = len({row["text"] for row in fidelity["rows"]})
     title = f"{models.pop()}: KL over {texts} texts of {fidelity['protocol']['context']} tokens, needles in prose"
     console.print(tradeoff_table(points, title=title))
@@ -157,6 +160,9 @@ def plot_tradeoff(points: list[Point], path: str | Path, *, title: str) -> Path:
             )
         axis.set_title(f"question {question}", fontsize=9)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set_xlabel("KL(full || compressed), nats")
         axis.set_ylim(-0.05, 1.05)
     panels[0].set_ylabel("needles found")
