@@ -35,7 +35,6 @@ ROWS = (
 # A fact that the text does not ask for, hidden a third of the way in.
 SECRET = "4831207"
 NEEDLE = f"The secret number of the lighthouse is {SECRET}."
-NEEDLE_QUESTION = "What is the secret number of the lighthouse? Answer with the number only."
 NEEDLE_PRIME = "The secret number of the lighthouse is"
 NEEDLE_DEPTH = 1 / 3
 
@@ -156,7 +155,8 @@ def judge(
     continued, seconds = generate(model, tokenizer, copy.deepcopy(cache), ids[:, : context + 1], options.new_tokens)
     asked = torch.cat([ids[:, :context], question], dim=1)
     answered, _ = generate(model, tokenizer, copy.deepcopy(cache), asked, options.new_tokens)
-    needle = question_ids(tokenizer, NEEDLE_QUESTION, NEEDLE_PRIME).to(ids.device)
+    # Asked as a sentence of the text itself: a small model that has read raw text does not take it for an order.
+    needle = tokenizer(f"\n\n{NEEDLE_PRIME}", return_tensors="pt", add_special_tokens=False).input_ids.to(ids.device)
     asked = torch.cat([ids[:, :context], needle], dim=1)
     secret, _ = generate(model, tokenizer, copy.deepcopy(cache), asked, len(SECRET) + 2)
     return Reading(
@@ -199,15 +199,14 @@ def generate(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, count: i
     return " ".join(text.split()), clock.times[-1] - clock.times[0]
 
 
-def question_ids(tokenizer: Any, question: str, prime: str = "") -> torch.Tensor:
-    """The question as a turn of the model's chat template, or plainly where it has none, and how the answer begins."""
+def question_ids(tokenizer: Any, question: str) -> torch.Tensor:
+    """The question as a turn of the model's chat template, or plainly where it has none."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
     else:
-        text = f"\n\nQuestion: {question}\nAnswer:{' ' if prime else ''}"
-    text += prime
+        text = f"\n\nQuestion: {question}\nAnswer:"
     ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     return ids
 
