@@ -104,11 +104,12 @@ def fitting(model: Any, policy: str, budget: int, correction: str) -> list[Setti
 
 
 def hide(tokenizer: Any, text: str, context: int) -> str:
-    """The text with the needle as a paragraph of its own, a third of the context in."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: int(NEEDLE_DEPTH * context)]
-    at = text.find("\n\n", len(tokenizer.decode(ids)))
-    if at < 0:
-        at = len(text)
+    """The text with the needle as a paragraph of its own, a third of the context in or at the next paragraph's end."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    start, latest = (len(tokenizer.decode(ids[: int(depth * context)])) for depth in (NEEDLE_DEPTH, 2 * NEEDLE_DEPTH))
+    at = text.find("\n\n", start, latest)
+    if at < 0:  # a text without paragraphs
+        at = start
     return f"{text[:at]}\n\n{NEEDLE}{text[at:]}"
 
 

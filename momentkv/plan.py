@@ -184,7 +184,7 @@ def plan(
     correction: str | Correction = "summaries",
     batch: int = 1,
     dtype: str = "bfloat16",
-    policy: str | Policy = "momentkv",
+    policy: str | Policy = "balanced",
     sinks: int = 1,
     window: int = 32,
     block: int = 32,
@@ -206,7 +206,7 @@ def plan(
     dtype : str
         Of keys and values: a name of `DTYPES`.
     policy, sinks, window, block
-        As in `momentkv.cache.LayerCache`.
+        As in `momentkv.cache.LayerCache`; by default the policy of `momentkv.hf.MomentCache`.
 
     Returns
     -------

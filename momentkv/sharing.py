@@ -145,8 +145,23 @@ def by_importance(caches: Sequence[Cache], importances: Sequence[list[Array]], a
         rows = [candidates(part, importance) for part, importance in zip(cache.parts, ranked, strict=True)]
         won = wins(rows, free * len(rows))
         shares = [SAFEGUARD * free + (1 - SAFEGUARD) * count for count in won]
-        budgets += [fixed + max(1, math.floor(share + 1e-9)) for share in shares]
+        budgets += [fixed + share for share in whole_shares(shares, free * len(rows))]
     return budgets
+
+
+def whole_shares(shares: Sequence[float], total: int) -> list[int]:
+    """Shares rounded down to whole tokens, at least one each; what that adds is taken from the largest.
+
+    Examples
+    --------
+    >>> whole_shares([2.6, 0.2, 0.2], 3), whole_shares([0.95, 0.05, 5.4], 7)
+    ([1, 1, 1], [1, 1, 5])
+    """
+    # A product of decimal fractions may fall a rounding below the whole number that it stands for.
+    whole = [max(1, math.floor(share + 1e-9)) for share in shares]
+    while sum(whole) > total:
+        whole[whole.index(max(whole))] -= 1
+    return whole
 
 
 def candidates(head: LayerCache, importance: Array) -> Array:
@@ -205,7 +220,7 @@ def pyramid_budgets(average: int, layers: int, *, sinks: int = 1, window: int = 
 
     Notes
     -----
-    Source: PyramidKV (Cai et al., 2024, arXiv 2406.02069), eq. for the arithmetic sequence of budgets.
+    Source: PyramidKV (Cai et al., 2024, arXiv 2406.02069): budgets in arithmetic sequence.
 
     Examples
     --------
@@ -219,7 +234,7 @@ def pyramid_budgets(average: int, layers: int, *, sinks: int = 1, window: int = 
     shares = [2 * free - last - (2 * free - 2 * last) * index / max(layers - 1, 1) for index in range(layers)]
     if layers == 1:
         shares = [free]
-    return [sinks + window + max(1, math.floor(share + 1e-9)) for share in shares]
+    return [sinks + window + share for share in whole_shares(shares, free * layers)]
 
 
 def importances_of(cache: Cache) -> list[Array]:

@@ -202,7 +202,11 @@ def test_moments_are_counted_in_tokens_rounded_up(dtype: str, size: int):
     }
     for (order, kind), numbers in state.items():
         assert moment_tokens(model, Setting("knorm", 64, order, kind)) == math.ceil(4 * numbers / token)
+        # Summaries keep the statistics of queries that the policy needs; with others they come on top.
+        numbers += 2 * 16 * (kind == "moments")
+        assert moment_tokens(model, Setting("balanced", 64, order, kind)) == math.ceil(4 * numbers / token)
     assert moment_tokens(model, Setting("knorm", 64, None, "summaries")) == 0
+    assert moment_tokens(model, Setting("expected-attention", 64, None)) == 4 // size
 
 
 def test_settings_have_names():

@@ -86,11 +86,23 @@ def test_pyramid_budgets_fall_linearly_within_the_total(free: int, layers: int):
     assert len(budgets) == layers
     assert min(budgets) >= SINKS + WINDOW + 1
     assert budgets == sorted(budgets, reverse=True)
+    assert sum(budgets) <= (SINKS + WINDOW + free) * layers
     exact = np.linspace(2 * free - free / 20, free / 20, layers) if layers > 1 else np.array([free])
-    # Rounded down to whole tokens, of which every layer gets one at least.
-    np.testing.assert_array_less(np.abs(np.array(budgets) - SINKS - WINDOW - exact), 1 + 1e-6)
-    if free >= 20:
-        assert sum(budgets) <= (SINKS + WINDOW + free) * layers
+    if free >= 20:  # rounded down to whole tokens; below, the last layers' one token is taken from the first
+        np.testing.assert_array_less(np.abs(np.array(budgets) - SINKS - WINDOW - exact), 1 + 1e-6)
+
+
+@given(heads=st.integers(1, 8), free=st.integers(1, 6), seed=st.integers(0, 10**6))
+def test_ada_kv_keeps_to_the_total_however_small(heads: int, free: int, seed: int):
+    average = SINKS + WINDOW + free
+    cache = RaggedCache([average] * heads, sinks=SINKS, window=WINDOW, keep_queries=True, policy="snapkv")
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((1, heads, 60, 4)) * 10 for _ in range(3))
+    cache.append(k, v)
+    cache.attend(q)
+    budgets = by_importance([cache], [importances_of(cache)], average)
+    assert sum(budgets) <= average * heads
+    assert min(budgets) > SINKS + WINDOW
 
 
 def test_a_pyramid_without_room_is_refused():

@@ -13,7 +13,7 @@ import torch
 from momentkv._hf_checks import SHARING, SHARING_BY_HEADS
 from momentkv.accounting import token_equivalents
 from momentkv.cache import RECENT_QUERIES
-from momentkv.corrections import Correction
+from momentkv.corrections import Correction, get_correction
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
@@ -21,6 +21,8 @@ from momentkv.policies import Policy, get_policy
 
 __all__ = ["CHOICES", "Fidelity", "Setting", "compare", "empty_cache", "measure", "moment_tokens", "settings_grid"]
 
+# Query statistics are float32 whatever the cache stores.
+STATISTIC_BYTES = 4
 # Corrections by the names that the command line has for them: (order, kind, sharing of the budget).
 CHOICES: dict[str, tuple[Any, ...]] = {
     "none": (None, "moments"),
@@ -106,12 +108,15 @@ def compare(full: torch.Tensor, compressed: torch.Tensor, targets: torch.Tensor)
 
 
 def moment_tokens(model: Any, setting: Setting) -> int:
-    """Retained tokens per KV head that the state of a setting's correction costs, rounded up."""
-    if setting.order is None:
-        return 0
+    """Retained tokens per KV head that a setting's correction and query statistics cost, rounded up."""
     config = model.config.get_text_config(decoder=True)
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return math.ceil(token_equivalents(setting.kind, order=setting.order, d=d, itemsize=model.dtype.itemsize))
+    itemsize = model.dtype.itemsize
+    cost = token_equivalents(setting.kind, order=setting.order, d=d, itemsize=itemsize)
+    counted = setting.order is not None and get_correction(setting.kind).anchored
+    if get_policy(setting.policy).needs_queries and not counted:
+        cost += STATISTIC_BYTES / itemsize  # mean and variance are as many numbers as a token has
+    return math.ceil(cost)
 
 
 def settings_grid(
