@@ -70,6 +70,16 @@ def test_heads_of_different_lengths_compete_too():
 
 
 @pytest.mark.parametrize("rule", [by_error, by_importance])
+def test_each_head_keeps_what_it_would_keep_with_its_share_alone(rule):
+    cache, alone = waiting(policy="attention"), waiting(policy="attention")
+    SharedBudget([cache], rule).evict(cache)
+    for part, own in zip(cache.parts, alone.parts, strict=True):
+        own.budget = part.budget
+        own.evict()
+        assert np.array_equal(part.positions, own.positions)
+
+
+@pytest.mark.parametrize("rule", [by_error, by_importance])
 def test_a_layer_that_shares_by_itself_evicts_at_once(rule):
     cache = waiting(policy="attention", order=1, correction="summaries")
     shared = SharedBudget([cache], rule)
