@@ -285,6 +285,8 @@ def test_an_eviction_while_decoding_is_judged_by_the_queries_before_it(heads: bo
     for part in cache.parts:
         assert part.refused > 0
         assert part.stored == 60
+    held = np.concatenate([part.recent_queries for part in cache.parts], axis=1)
+    np.testing.assert_array_equal(held, q[:, :, -32:])
 
 
 def test_state_errors_are_attained_within_reason():

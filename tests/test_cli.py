@@ -7,6 +7,7 @@ import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models import FAMILIES, build
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import momentkv
+from momentkv import demo
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import commands, speed
 from momentkv.evaluation.report import read_json
@@ -79,6 +81,26 @@ def test_demo_shows_and_draws_every_cache(
     assert [row[4].strip() == "0" for row in table] == [True, *[False] * 8]
     assert all(float(row[4]) >= 0 and float(row[6]) > 0 for row in table)
     assert "Asked: What is it?" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "before"),
+    [
+        ("a" * 40 + "\n\n" + "b" * 200, 40),  # the end of the paragraph in which a third of the context lies
+        ("a" * 240, 30),  # no paragraphs
+        ("a" * 80 + "\n\n" + "b" * 200, 30),  # none that ends within two thirds
+    ],
+)
+def test_what_the_demo_hides_is_read(text: str, before: int):
+    class Letters:
+        def __call__(self, text: str, **kwargs: object) -> SimpleNamespace:
+            return SimpleNamespace(input_ids=list(text))
+
+        def decode(self, ids: list[str]) -> str:
+            return "".join(ids)
+
+    hidden = demo.hide(Letters(), text, context=90)
+    assert hidden == f"{text[:before]}\n\n{demo.NEEDLE}{text[before:]}"
 
 
 def test_fidelity_writes_every_setting_and_a_plot(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -10,6 +10,7 @@ from models import left_padded, prompt, tiny
 
 from momentkv.hf import CacheSummary, MomentCache
 from momentkv.policies import H2O
+from momentkv.trust import trust
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 8, "block": 4}
 KINDS: dict[str, dict[str, Any]] = {
@@ -166,7 +167,10 @@ def test_a_summary_says_what_each_layer_holds():
     with torch.no_grad():
         tiny("llama")(prompt(1, 62), past_key_values=certified)
     estimates = [layer.trust for layer in certified.summary().layers]
-    assert all(0 < estimate < 1 for estimate in estimates), estimates
+    for estimate, core in zip(estimates, certified.moment_layers.values(), strict=True):
+        # Scores are scaled queries times keys: the mean query that a cache holds is scaled, the trust's is not.
+        mean = torch.cat([part.query_mean for part in core.parts], dim=1)[:, :, None] * 16**0.5
+        assert estimate == pytest.approx(float(trust(core, mean).estimated.mean()), rel=1e-5)
     trusted = cache.summary(trust=lambda core: core.seen / 100)
     assert [layer.trust for layer in trusted.layers] == [None, 0.62] * 2
     assert str(trusted).splitlines()[0].endswith("trust")
