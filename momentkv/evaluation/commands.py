@@ -14,8 +14,9 @@ from momentkv.evaluation.fidelity import CHOICES, Setting, measure, moment_token
 from momentkv.evaluation.gap import measure_gap, plot_gap
 from momentkv.evaluation.report import environment, fidelity_table, plot_fidelity, progress_bar, read_json, write_json
 from momentkv.evaluation.sources import BUILTIN_MODEL, BUILTIN_TEXTS, load_model, load_text, tokenize
+from momentkv.policies import POLICIES
 
-__all__ = ["fidelity", "gap"]
+__all__ = ["check_methods", "fidelity", "finished", "gap", "grid_of", "save"]
 
 ERRORS_EVERY = 8
 
@@ -23,13 +24,13 @@ ERRORS_EVERY = 8
 def fidelity(options: argparse.Namespace) -> int:
     """Measure fidelity over texts, budgets, policies and corrections; write JSON, a plot and a table."""
     console = Console()
-    corrections = [CHOICES[name] for name in options.corrections]
+    check_methods(options)
     texts = options.text or list(BUILTIN_TEXTS)
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     count = options.context + options.following + 1
     ids = {text: tokenize(tokenizer, load_text(text)[options.skip :], count, name=text) for text in texts}
-    grid = settings_grid(model, options.policies, options.budgets, corrections)
+    grid = grid_of(model, options)
     name = options.model or BUILTIN_MODEL
     protocol = {
         "model": name,
@@ -74,13 +75,55 @@ def fidelity(options: argparse.Namespace) -> int:
                     }
                 )
                 # After every result, so that an interruption loses none.
-                write_json(path, {"protocol": protocol, "environment": environment(), "rows": rows})
+                save(path, options, protocol, rows)
                 progress.advance(task)
+    save(path, options, protocol, rows, complete=True)
     title = f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts"
     console.print(fidelity_table(rows, title=title))
     plot = plot_fidelity(rows, path.with_suffix(".png"), title=title)
     console.print(f"results: {path}   plot: {plot}")
     return 0
+
+
+def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
+    """Settings of a command, at equal bytes: its methods, or all its policies with all its corrections."""
+    if options.methods:
+        pairs = [method.split("/") for method in options.methods]
+        grids = [settings_grid(model, [policy], options.budgets, [CHOICES[name]]) for policy, name in pairs]
+        return [setting for grid in grids for setting in grid]
+    return settings_grid(model, options.policies, options.budgets, [CHOICES[name] for name in options.corrections])
+
+
+def check_methods(options: argparse.Namespace) -> None:
+    """Refuse names of policies and corrections that there are not, before a model is loaded.
+
+    Raises
+    ------
+    ValueError
+    """
+    for name in options.corrections:
+        if name not in CHOICES:
+            raise ValueError(f"corrections has {name!r}; use some of {', '.join(CHOICES)}")
+    for method in options.methods or ():
+        policy, _, correction = method.partition("/")
+        if policy not in POLICIES or correction not in CHOICES:
+            raise ValueError(
+                f"methods has {method!r}; use POLICY/CORRECTION, a policy of {', '.join(POLICIES)} and a correction of "
+                f"{', '.join(CHOICES)}"
+            )
+
+
+def save(
+    path: Path,
+    options: argparse.Namespace,
+    protocol: dict[str, Any],
+    rows: list[dict[str, Any]],
+    *,
+    complete: bool = False,
+) -> None:
+    """Write what was measured so far, with the command that measures it."""
+    content = {"command": options.command, "complete": complete, "protocol": protocol, "environment": environment()}
+    write_json(path, content | {"rows": rows})
 
 
 def finished(path: str | Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
@@ -119,7 +162,14 @@ def gap(options: argparse.Namespace) -> int:
     )
     path = write_json(
         options.output,
-        {"model": name, "text": Path(options.text).name, "environment": environment(), **measured.summary()},
+        {
+            "command": options.command,
+            "complete": True,
+            "momentkv": __version__,
+            "model": name,
+            "text": Path(options.text).name,
+        }
+        | {"environment": environment(), **measured.summary()},
     )
     plot = plot_gap(measured, path.with_suffix(".png"), title=title)
     means = measured.summary()["mean"]

@@ -162,8 +162,13 @@ def settings_grid(
     return grid
 
 
-def empty_cache(model: Any, setting: Setting, *, sinks: int = 1, window: int = 32, block: int = 1) -> MomentCache:
-    """A cache of a setting that has read nothing."""
+def empty_cache(
+    model: Any, setting: Setting, *, sinks: int = 1, window: int = 32, block: int = 1, rollback: int = 64
+) -> MomentCache:
+    """A cache of a setting that has read nothing.
+
+    After `activate_past_recording` up to ``rollback`` tokens can be read before anything more is evicted.
+    """
     return MomentCache(
         model,
         setting.budget,
@@ -174,6 +179,7 @@ def empty_cache(model: Any, setting: Setting, *, sinks: int = 1, window: int = 3
         sinks=sinks,
         window=window,
         block=block,
+        rollback=rollback,
     )
 
 
@@ -230,7 +236,7 @@ def measure(
         layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
         layer.queries = queries[index]
     for setting in settings:
-        cache = replay(captured, empty_cache(model, setting, sinks=sinks, window=window))
+        cache = replay(captured, empty_cache(model, setting, sinks=sinks, window=window, rollback=following.shape[1]))
         nbytes = cache.nbytes
         percentiles = {}
         if errors_every:
@@ -241,5 +247,7 @@ def measure(
                 "head_error_p90": float(p90),
                 "head_error_p99": float(p99),
             }
+        # No later token would see what is evicted after these, so that need not be worked out.
+        cache.activate_past_recording()
         logits = model(following, past_key_values=cache).logits[0]
         yield setting, dataclasses.replace(compare(full, logits, targets), **percentiles), nbytes

@@ -1,85 +1,17 @@
-"""Haystacks with needles: prose of any length in which a few sentences hold what a question asks for."""
+"""Haystacks with needles: prose of any length in which a few sentences hold what questions ask for."""
 
 from __future__ import annotations
 
-import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from itertools import permutations, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["VALUES", "Sample", "make_sample", "prose", "sentences"]
+from momentkv.evaluation.prose import listed, prose, sentences
 
-
-def listed(words: str) -> list[str]:
-    """Phrases between commas."""
-    return words.split(", ")
-
-
-WORDS: dict[str, list[str]] = {
-    "who": listed(
-        "the baker, my neighbour, an old sailor, the schoolteacher, her younger brother, the clockmaker, a visiting "
-        "doctor, the gardener, our guide, the librarian, a tired postman, the mayor, his aunt, the carpenter, a "
-        "travelling musician, the ferryman, the innkeeper, a young painter, the shepherd, the widow next door"
-    ),
-    "did": listed(
-        "repaired, painted, carried away, remembered, sold, described, borrowed, measured, forgot, washed, drew, "
-        "found again, gave back, looked after, examined, hid, praised, weighed, wrapped, wrote about"
-    ),
-    "thing": listed(
-        "wooden chair, copper kettle, map of the coast, torn umbrella, basket of pears, silver spoon, letter from "
-        "abroad, pair of boots, broken violin, jar of honey, wool blanket, painted door, rusty bicycle, small "
-        "telescope, book of songs, heavy suitcase, loaf of bread, brass lantern, straw hat, box of nails"
-    ),
-    "where": listed(
-        "near the harbour, behind the church, at the end of the lane, on the second floor, beside the canal, in the "
-        "kitchen, across the square, outside the station, under the chestnut trees, on the way to the hills, by the "
-        "old wall, in a narrow street, at the market, below the castle, next to the mill, in the north of the "
-        "county"
-    ),
-    "when": listed(
-        "early in the morning, after supper, before the rain began, on the last day of spring, every other "
-        "Thursday, during the long winter, when the bells had stopped, towards evening, a week later, in the first "
-        "days of autumn, once the guests had left, just after sunrise, that same night, while the kettle boiled"
-    ),
-    "weather": listed(
-        "a soft rain fell, the wind turned to the east, fog lay over the fields, the sun came out at last, the snow "
-        "had begun to melt, clouds gathered slowly, the air smelled of smoke, the river ran high, a warm night "
-        "followed, thunder rolled far away"
-    ),
-    "thought": listed(
-        "nothing would change, the price was far too high, the road could be trusted, it was better to wait, "
-        "somebody had been there before, the summer would be dry, the story was only half true, they would meet "
-        "again, the work was nearly finished, a good meal was worth the walk, silence was the best answer, the roof "
-        "would hold"
-    ),
-    "quality": listed(
-        "quiet, crowded, bright, damp, friendly, half empty, strange, cold, cheerful, older than it looked, full of "
-        "voices, dusty"
-    ),
-    "place": listed(
-        "The village, The workshop, The hall, The little theatre, The bridge, The cellar, The courtyard, The "
-        "reading room, The upper meadow, The waiting room, The stable, The attic"
-    ),
-}
-
-TEMPLATES = [
-    "{who} {did} the {thing} {where}.",
-    "{when}, {who} {did} a {thing}, and {weather}.",
-    "{weather}, so {who} stayed {where} and {did} the {thing}.",
-    "{place} was {quality} {when}, and {weather}.",
-    "{who} was sure that {thought}, but {who} did not agree.",
-    "Nobody asked why {who} {did} the {thing} {when}.",
-    "{place} seemed {quality} and {quality}, as {who} said {when}.",
-    "{who} told {who} that {thought}.",
-    "There was a {thing} {where}, and {who} {did} it {when}.",
-    "If {thought}, {who} would have left the {thing} {where}.",
-    "{when} {weather}; {who} thought that {thought}.",
-    "It was {quality} {where}, and for a while {who} talked of the {thing}.",
-    "Of all the things {where}, {who} liked the {thing} best.",
-    '"I believe that {thought}," said {who}, who {did} the {thing} {when}.',
-]
+__all__ = ["TASKS", "VALUES", "Answer", "Haystack", "Question", "Task", "make_haystack"]
 
 KEYS = listed(
     "orchard, lighthouse, museum, garden, castle, harbor, forest, library, island, temple, factory, bakery, tower, "
@@ -95,64 +27,114 @@ VALUES: dict[str, tuple[str, Callable[[np.random.Generator], str]]] = {
 }
 
 
-class Sample(NamedTuple):
-    """One question about one haystack, as tokens and as the texts that they encode.
+class Task(NamedTuple):
+    """A kind of question.
 
     Attributes
     ----------
-    context, question, answer : list of int
-        The haystack with its needles; the question and all that comes before the answer; the value asked for.
-    texts : tuple of str
-        The same as text.
-    depth : float
-        Where the needle begins: the share of the context's tokens before it.
+    several : bool
+        Whether the haystack has needles of several keys.
+    each : int
+        Needles, and so values, of each key.
+    asked : int
+        Keys that one question asks for.
     """
 
-    context: list[int]
-    question: list[int]
-    answer: list[int]
-    texts: tuple[str, str, str]
+    several: bool
+    each: int
+    asked: int
+
+
+TASKS = {
+    "single": Task(False, 1, 1),
+    "multi-key": Task(True, 1, 1),
+    "multi-query": Task(True, 1, 2),
+    "multi-value": Task(True, 2, 1),
+}
+
+
+class Needle(NamedTuple):
+    """A sentence that says the value of a key, as the beginning that its answer shares and the value."""
+
+    beginning: str
+    value: str
+
+    @property
+    def sentence(self) -> str:
+        """What is hidden."""
+        return f"{self.beginning} {self.value}."
+
+
+class Answer(NamedTuple):
+    """One way to give an answer: values of one key come in either order.
+
+    Attributes
+    ----------
+    tokens : list of int
+    counted : list of int
+        Which value a token belongs to, from 1; 0 for the words between two values, which are given, not asked for.
+    text : str
+    """
+
+    tokens: list[int]
+    counted: list[int]
+    text: str
+
+
+class Question(NamedTuple):
+    """One question about a haystack, as tokens and as the texts that they encode.
+
+    Attributes
+    ----------
+    task : str
+    tokens : list of int
+        All that comes after the haystack and before the answer.
+    text : str
+        Of the question, with the beginning of the answer.
+    answers : tuple of Answer
+        Any of which is right.
+    values : tuple of str
+        What is asked for.
+    depth : float
+        Where the needle begins: the share of the context's tokens before it; of several needles, the mean.
+    """
+
+    task: str
+    tokens: list[int]
+    text: str
+    answers: tuple[Answer, ...]
+    values: tuple[str, ...]
     depth: float
 
 
-def prose(rng: np.random.Generator) -> Iterator[str]:
-    """Sentences without end; many of them, none of which holds a secret.
+class Haystack(NamedTuple):
+    """A context with needles and the questions about it.
 
-    Examples
-    --------
-    >>> sentence = next(prose(np.random.default_rng(0)))
-    >>> sentence[0].isupper() or sentence[0] == '"', sentence.endswith((".", '"'))
-    (True, True)
+    Attributes
+    ----------
+    context : list of int
+    text : str
+        What the context encodes.
+    questions : tuple of Question
     """
-    while True:
-        template = TEMPLATES[rng.integers(len(TEMPLATES))]
-        sentence = re.sub(r"\{(\w+)\}", lambda found: pick(rng, WORDS[found[1]]), template)
-        yield sentence[0].upper() + sentence[1:]
+
+    context: list[int]
+    text: str
+    questions: tuple[Question, ...]
 
 
-def pick(rng: np.random.Generator, words: list[str]) -> str:
-    """One of the words."""
-    return words[rng.integers(len(words))]
-
-
-def sentences(text: str, rng: np.random.Generator) -> Iterator[str]:
-    """Sentences of a text, each once, from a random one on and over its end."""
-    found = [" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()]
-    start = int(rng.integers(len(found))) if found else 0
-    yield from found[start:] + found[:start]
-
-
-def make_sample(
+def make_haystack(
     tokenizer: Any,
     length: int,
-    depth: float,
+    tasks: Sequence[str] = ("single",),
     *,
+    depth: float | None = None,
     value: str = "number",
-    keys: int = 1,
+    keys: int = 4,
     haystack: str | None = None,
     seed: tuple[int, ...] = (0,),
-) -> Sample:
-    """A haystack of at most ``length`` tokens with the needle at a depth, and the question about it.
+) -> Haystack:
+    """A haystack of at most ``length`` tokens with needles in it, and the questions of some tasks about it.
 
     Parameters
     ----------
@@ -160,11 +142,15 @@ def make_sample(
         Its chat template is used if it has one.
     length : int
         Tokens of the context, the chat template's and the needles' included; whole sentences fill it.
-    depth : float
-        From 0 (the needle comes first) to 1 (last).
+    tasks : sequence of str
+        Names in `TASKS` that one haystack can serve: ``("single",)``, ``("multi-value",)``, or ``"multi-key"`` and
+        ``"multi-query"`` together. A single needle has one question. Of several keys each is asked for on its own, or
+        each together with the next.
+    depth : float, optional
+        Where a single needle lies, from 0 (first) to 1 (last). Several lie evenly over the context, in random order.
     value : {"number", "uuid"}
     keys : int
-        Needles of the same kind; the question asks for one, the others lie at random depths.
+        Keys of the tasks that have several.
     haystack : str, optional
         A text to take sentences of; by default they are made up.
     seed : tuple of int
@@ -172,53 +158,136 @@ def make_sample(
     Raises
     ------
     ValueError
-        If a text is too short, or a length too small for the needles.
+        If tasks need different needles, a text is too short, or a length too small for the needles.
+
+    Examples
+    --------
+    A tokenizer whose tokens are letters:
+
+    >>> from types import SimpleNamespace
+    >>> class Letters:
+    ...     bos_token = None
+    ...     def __call__(self, text, **options):
+    ...         return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+    >>> made = make_haystack(Letters(), 500, depth=0.5)
+    >>> asked = made.questions[0]
+    >>> "".join(map(chr, asked.answers[0].tokens)) == " " + asked.values[0], asked.values[0] in made.text
+    (True, True)
     """
+    layouts = {TASKS[task][:2] for task in tasks}
+    if len(layouts) != 1:
+        raise ValueError(f"tasks are {', '.join(tasks)}, which need different needles; make a haystack for each")
+    several, each = layouts.pop()
     rng = np.random.default_rng(seed)
     noun, draw = VALUES[value]
-    names = [KEYS[index] for index in rng.permutation(len(KEYS))[:keys]]
-    values = [draw(rng) for _ in names]
-    needles = [f"The secret {noun} of the {name} is {x}." for name, x in zip(names, values, strict=True)]
-    question = f"What is the secret {noun} of the {names[0]}? Answer with the {noun} only."
-    prime = f"The secret {noun} of the {names[0]} is"
+    names = [KEYS[index] for index in rng.permutation(len(KEYS))[: keys if several else 1]]
+    hidden = {
+        name: [Needle(f"{'The' if each == 1 else 'A'} secret {noun} of the {name} is", draw(rng)) for _ in range(each)]
+        for name in names
+    }
+    needles = [needle for group in hidden.values() for needle in group]
+    questions = [
+        (task, chosen, ask(noun, chosen, each)) for task in tasks for chosen in asked_together(names, TASKS[task].asked)
+    ]
 
-    def render(parts: list[str]) -> tuple[str, str]:
-        return chat(tokenizer, " ".join(parts), question)
+    def context_of(parts: list[str]) -> str:
+        return chat(tokenizer, " ".join(parts), questions[0][2])[0]
 
-    room = length - len(encode(tokenizer, render(needles)[0]))
+    room = length - len(encode(tokenizer, context_of([needle.sentence for needle in needles])))
     if room < 0:
         raise ValueError(
-            f"length is {length}, but the {'needle' if keys == 1 else f'{keys} needles'} and the chat template take "
-            f"{length - room} tokens; use a longer one"
+            f"length is {length}, but the {'needle' if len(needles) == 1 else f'{len(needles)} needles'} and the chat "
+            f"template take {length - room} tokens; use a longer one"
         )
-    parts, sizes = [], []
     source = prose(rng) if haystack is None else sentences(haystack, rng)
+    parts, sizes = fill(tokenizer, source, room, length)
+    # The sentence boundary that is nearest to each depth.
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    if several:
+        depths = rng.permutation((np.arange(len(needles)) + rng.random(len(needles))) / len(needles)).tolist()
+    else:
+        depths = [0.5 if depth is None else depth]
+    places = [int(np.abs(ends - at * ends[-1]).argmin()) for at in depths]
+    # From the end, and among needles of one place from the last, so that their order stays.
+    for place, at in sorted(((place, at) for at, place in enumerate(places)), reverse=True):
+        parts.insert(place, needles[at].sentence)
+    text = context_of(parts)
+    context = encode(tokenizer, text)
+    begins = {needle: len(encode(tokenizer, text[: text.index(needle.sentence)])) / len(context) for needle in needles}
+    made = []
+    for task, chosen, question in questions:
+        wanted = [needle for name in chosen for needle in hidden[name]]
+        orders = list(permutations(wanted)) if each > 1 else [tuple(wanted)]
+        after = chat(tokenizer, " ".join(parts), question)[1] + wanted[0].beginning
+        tokens, answers = encode_answers(tokenizer, after, orders)
+        begin = float(np.mean([begins[needle] for needle in wanted]))
+        made.append(Question(task, tokens, after, answers, tuple(needle.value for needle in wanted), begin))
+    return Haystack(context, text, tuple(made))
+
+
+def asked_together(names: list[str], count: int) -> list[list[str]]:
+    """Each key with those after it, around the end; one question each."""
+    if count > len(names):
+        raise ValueError(f"keys is {len(names)}, but one question asks for {count}; use more keys")
+    return [[names[(start + more) % len(names)] for more in range(count)] for start in range(len(names))]
+
+
+def ask(noun: str, names: list[str], each: int) -> str:
+    """The question."""
+    of = " and of ".join(f"the {name}" for name in names)
+    if len(names) == each == 1:
+        return f"What is the secret {noun} of {of}? Answer with the {noun} only."
+    both = "two " if each > 1 else ""
+    return f"What are the {both}secret {noun}s of {of}? Answer with the {noun}s only."
+
+
+def fill(tokenizer: Any, source: Any, room: int, length: int) -> tuple[list[str], list[int]]:
+    """Sentences that fill so many tokens, and the tokens of each."""
+    parts: list[str] = []
+    sizes: list[int] = []
     for sentence in source:
         size = len(encode(tokenizer, " " + sentence))
         if size > room:
-            break
+            return parts, sizes
         room -= size
         parts.append(sentence)
         sizes.append(size)
-    else:
-        raise ValueError(
-            f"haystack has {sum(sizes)} tokens, but a length of {length} needs {sum(sizes) + room} beside the needle; "
-            "use a longer text or a shorter length"
-        )
-    # The sentence boundary that is nearest to each depth.
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    depths = [depth, *rng.random(keys - 1)]
-    places = [int(np.abs(ends - at * ends[-1]).argmin()) for at in depths]
-    for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0], reverse=True):
-        parts.insert(place, needle)
-    before, after = render(parts)
-    after += prime
-    context = encode(tokenizer, before)
-    asked, both = encode(tokenizer, after), encode(tokenizer, f"{after} {values[0]}")
-    # A tokenizer may join the end of one text and the beginning of the next; what both encodings share is the question.
-    shared = next((i for i, (a, b) in enumerate(zip(asked, both, strict=False)) if a != b), len(asked))
-    at = len(encode(tokenizer, before[: before.index(needles[0])])) / len(context)
-    return Sample(context, both[:shared], both[shared:], (before, after, f" {values[0]}"), at)
+    raise ValueError(
+        f"haystack has {sum(sizes)} tokens, but a length of {length} needs {sum(sizes) + room} beside the needles; "
+        "use a longer text or a shorter length"
+    )
+
+
+def encode_answers(
+    tokenizer: Any, after: str, orders: Sequence[Sequence[Needle]]
+) -> tuple[list[int], tuple[Answer, ...]]:
+    """Tokens of the question, and its answers: the first value, and a sentence for each that follows."""
+    texts = []
+    for wanted in orders:
+        links = ["", *(f". {needle.beginning}" for needle in wanted[1:])]
+        texts.append([(link, f" {needle.value}") for link, needle in zip(links, wanted, strict=True)])
+    wholes = [encode(tokenizer, after + "".join(link + value for link, value in pairs)) for pairs in texts]
+    # A tokenizer may join the end of one text and the beginning of the next; what all encodings share is the question.
+    alone = encode(tokenizer, after)
+    shared = min(common(alone, whole) for whole in wholes)
+    answers = []
+    for pairs, whole in zip(texts, wholes, strict=True):
+        counted, said = [0] * len(whole), after
+        answer = "".join(link + value for link, value in pairs)
+        for which, (link, value) in enumerate(pairs, start=1):
+            said += link
+            start = common(encode(tokenizer, said), whole)
+            said += value
+            rest = encode(tokenizer, (after + answer)[len(said) :])
+            stop = len(whole) - common(rest[::-1], whole[::-1])
+            counted[start:stop] = [which] * (stop - start)
+        answers.append(Answer(whole[shared:], counted[shared:], answer))
+    return wholes[0][:shared], tuple(answers)
+
+
+def common(first: list[int], second: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def chat(tokenizer: Any, text: str, question: str) -> tuple[str, str]:

@@ -29,14 +29,14 @@ class Point(NamedTuple):
     kl : float
         Mean over texts, in nats.
     found : dict
-        (found, of, interval) by when the question came.
+        (share, questions, interval) by when the question came.
     """
 
     policy: str
     correction: str
     tokens: int
     kl: float
-    found: dict[str, tuple[int, int, tuple[float, float]]]
+    found: dict[str, tuple[float, int, tuple[float, float]]]
 
 
 def join(fidelity: list[Row], needles: list[Row]) -> list[Point]:
@@ -47,14 +47,15 @@ def join(fidelity: list[Row], needles: list[Row]) -> list[Point]:
     ValueError
         If they have nothing in common.
     """
-    # Lengths together: one share of needles for each question.
-    found = summarize([row | {"length": 0} for row in needles])
+    # Tasks and lengths together: one share for each question.
+    merged = {"task": "", "value": "number", "length": 0}
+    found = summarize([row | merged | {"haystack": (row["layout"], row["length"], row["haystack"])} for row in needles])
     points = []
     for (tokens, policy, correction), x in average(fidelity).items():
         asked = {
-            key[1]: (y["found"], y["of"], y["interval"])
+            key[2]: (y["share"], y["of"], y["interval"])
             for key, y in found.items()
-            if key[2:] == (tokens, policy, correction)
+            if key[3:] == (tokens, policy, correction)
         }
         if asked:
             points.append(Point(policy, correction, tokens, x["kl"], asked))
@@ -93,7 +94,7 @@ def tradeoff_table(points: list[Point], *, title: str) -> Table:
     for point in points:
         if shown not in (None, point.tokens):
             table.add_section()
-        cells = ["{}/{}".format(*point.found[x][:2]) if x in point.found else "" for x in ("unseen", "seen")]
+        cells = ["{:.0%} of {}".format(*point.found[x][:2]) if x in point.found else "" for x in ("unseen", "seen")]
         table.add_row(
             "" if shown == point.tokens else str(point.tokens),
             point.policy,
@@ -112,7 +113,7 @@ def tradeoff_table(points: list[Point], *, title: str) -> Table:
 
 def share(point: Point) -> float:
     """Needles found, both questions together."""
-    return sum(x[0] for x in point.found.values()) / sum(x[1] for x in point.found.values())
+    return sum(x[0] * x[1] for x in point.found.values()) / sum(x[1] for x in point.found.values())
 
 
 def beaten(point: Point, points: list[Point]) -> bool:
@@ -120,7 +121,7 @@ def beaten(point: Point, points: list[Point]) -> bool:
 
     Examples
     --------
-    >>> good, bad = (Point("p", "c", 64, kl, {"seen": (9, 10, (0.5, 1.0))}) for kl in (0.1, 0.2))
+    >>> good, bad = (Point("p", "c", 64, kl, {"seen": (0.9, 10, (0.5, 1.0))}) for kl in (0.1, 0.2))
     >>> beaten(good, [good, bad]), beaten(bad, [good, bad])
     (False, True)
     """
@@ -146,7 +147,7 @@ def plot_tradeoff(points: list[Point], path: str | Path, *, title: str) -> Path:
             line = [x for x in points if (x.policy, x.correction) == (policy, correction) and question in x.found]
             if not line:
                 continue
-            kls, shares = [x.kl for x in line], [x.found[question][0] / x.found[question][1] for x in line]
+            kls, shares = [x.kl for x in line], [x.found[question][0] for x in line]
             colour = f"C{policies.index(policy) % 10}"
             marker = "osD^vP*X"[corrections.index(correction) % 8]
             axis.plot(kls, shares, "-", color=colour, linewidth=0.7, alpha=0.5)

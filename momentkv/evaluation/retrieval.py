@@ -1,0 +1,218 @@
+"""Asking a compressed cache for the needles of a haystack."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from momentkv.cache import RECENT_QUERIES
+from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.fidelity import Setting, empty_cache
+from momentkv.evaluation.haystack import Answer, Haystack, Question
+from momentkv.policies import get_policy
+
+__all__ = ["Asked", "Recall", "measure_haystack", "recall"]
+
+# When the question comes, and how the context is compressed.
+Cell = tuple[str, Setting]
+# Tokens that a generated answer may take beyond the right one.
+SLACK = 8
+# Tokens of a question and its answer that are read without eviction.
+PROBES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """How much of the answer a cache gives back.
+
+    Attributes
+    ----------
+    values : float
+        Share of the values asked for of which every token, given those before it, is the most likely one.
+    tokens : float
+        Share of the values' tokens that are.
+    nll : float
+        Negative log-likelihood of the values, mean over their tokens, in nats.
+    generated : float or None
+        Share of the values in what the model writes greedily; None where it was not asked to.
+    """
+
+    values: float
+    tokens: float
+    nll: float
+    generated: float | None = None
+
+
+class Asked(NamedTuple):
+    """A question asked of a cache.
+
+    Attributes
+    ----------
+    cell : (str, Setting) or None
+        None for the full cache.
+    which : int
+        Index of the question in its haystack.
+    recall : Recall
+    nbytes : int
+        Bytes of the cache after what was compressed; of the full one, after the context.
+    """
+
+    cell: Cell | None
+    which: int
+    recall: Recall
+    nbytes: int
+
+
+def recall(logits: torch.Tensor, answer: Answer) -> Recall:
+    """Compare logits (tokens, vocabulary) with an answer.
+
+    Examples
+    --------
+    >>> recall(torch.eye(2), Answer([0, 0], [1, 2], "")).values
+    0.5
+    """
+    tokens = torch.tensor(answer.tokens, device=logits.device)
+    counted = torch.tensor(answer.counted, device=logits.device)
+    right = logits.argmax(-1) == tokens
+    values = [bool(right[counted == which].all()) for which in range(1, max(answer.counted) + 1)]
+    nll = torch.nn.functional.cross_entropy(logits[counted > 0].float(), tokens[counted > 0])
+    return Recall(sum(values) / len(values), float(right[counted > 0].double().mean()), float(nll))
+
+
+class Reader:
+    """A haystack read once by the full cache, and its questions asked of any cache.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    haystack : Haystack
+    keep : int or None
+        Queries that policies observe; None for all.
+    """
+
+    def __init__(self, model: Any, haystack: Haystack, keep: int | None) -> None:
+        self.model, self.haystack, self.keep = model, haystack, keep
+        self.captured = CaptureCache(model, keep)
+        self.context = len(haystack.context)
+        model(self.ids(haystack.context), past_key_values=self.captured, logits_to_keep=1)
+        self.nbytes = self.captured.nbytes
+        self.layers = list(self.captured.capture_layers.values())
+        self.read = [(layer.keys, layer.values, layer.queries) for layer in self.layers]
+
+    def ids(self, tokens: list[int]) -> torch.Tensor:
+        """Shape (1, tokens)."""
+        return torch.tensor([tokens], device=self.model.device)
+
+    def rewind(self) -> CaptureCache:
+        """The full cache as it was after the context."""
+        for layer, (keys, values, queries) in zip(self.layers, self.read, strict=True):
+            layer.keep = self.keep
+            layer.keys, layer.values, layer.queries = keys, values, queries
+        return self.captured
+
+    def rewind_to(self, question: Question) -> CaptureCache:
+        """The full cache after the context and a question, all but its last token."""
+        captured = self.rewind()
+        for layer in self.layers:
+            layer.keep = None
+        self.model(self.ids(question.tokens[:-1]), past_key_values=captured, logits_to_keep=1)
+        for layer, (_, _, queries) in zip(self.layers, self.read, strict=True):
+            both = torch.cat([x for x in (queries, layer.queries) if x is not None], dim=2)
+            layer.queries = both if self.keep is None else both[:, :, -self.keep :]
+        return captured
+
+    def score(self, cache: Any, question: Question, fed: list[int]) -> Recall:
+        """Feed the rest of a question and each of its answers, in one pass on a copy; the best answer counts."""
+        results = []
+        for answer in question.answers:
+            ids = self.ids([*fed, *answer.tokens])
+            probed = copy.deepcopy(cache)
+            probed.activate_past_recording()  # evicts nothing more, up to PROBES tokens
+            logits = self.model(ids[:, :-1], past_key_values=probed, logits_to_keep=len(answer.tokens)).logits
+            results.append(recall(logits[0], answer))
+        return max(results, key=lambda result: (result.values, -result.nll))
+
+    def full(self, question: Question) -> Recall:
+        """The question asked of the full cache."""
+        results = []
+        for answer in question.answers:
+            ids = self.ids([*question.tokens, *answer.tokens])
+            logits = self.model(ids[:, :-1], past_key_values=self.rewind(), logits_to_keep=len(answer.tokens)).logits
+            results.append(recall(logits[0], answer))
+        self.rewind()
+        return max(results, key=lambda result: (result.values, -result.nll))
+
+    def generated(self, cache: Any, question: Question, tokenizer: Any) -> float:
+        """Share of the values in what the model writes after the question; the cache is used up."""
+        prompt = self.ids([*self.haystack.context, *question.tokens])
+        out = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            max_new_tokens=max(len(answer.tokens) for answer in question.answers) + SLACK,
+            do_sample=False,
+        )
+        written = tokenizer.decode(out[0, prompt.shape[1] :])
+        return sum(value in written for value in question.values) / len(question.values)
+
+
+@torch.inference_mode()
+def measure_haystack(
+    model: Any,
+    haystack: Haystack,
+    cells: Iterable[Cell],
+    *,
+    sinks: int = 1,
+    window: int = 32,
+    tokenizer: Any = None,
+) -> Iterator[Asked]:
+    """Ask the full cache, and each compressed one, all questions about a haystack.
+
+    Protocol: ``"unseen"`` compresses the context and reads the questions afterwards, each on a copy of the compressed
+    cache; ``"seen"`` compresses context and question, all but the last token before the answer. What was not compressed
+    and the answer are fed in one pass (nothing more is evicted). Generation evicts as it goes.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With ``attn_implementation="momentkv"`` and full attention in every layer.
+    haystack : Haystack
+    cells : iterable of (str, Setting)
+        When the question comes, and how to compress.
+    sinks, window : int
+    tokenizer : PreTrainedTokenizer, optional
+        Lets the model generate the answers, too.
+
+    Yields
+    ------
+    Asked
+        The full cache comes first.
+    """
+    cells = list(cells)
+    observed = [get_policy(setting.policy).observes for _, setting in cells]
+    reader = Reader(model, haystack, None if None in observed else max([RECENT_QUERIES, *filter(None, observed)]))
+
+    def add_generated(result: Recall, cache: Any, question: Question) -> Recall:
+        if tokenizer is None:
+            return result
+        return dataclasses.replace(result, generated=reader.generated(cache, question, tokenizer))
+
+    for index, question in enumerate(haystack.questions):
+        result = add_generated(reader.full(question), reader.rewind(), question)
+        yield Asked(None, index, result, reader.nbytes)
+    for cell in cells:
+        when, setting = cell
+        once = None
+        for index, question in enumerate(haystack.questions):
+            if when == "seen" or once is None:
+                captured = reader.rewind() if when == "unseen" else reader.rewind_to(question)
+                once = replay(captured, empty_cache(model, setting, sinks=sinks, window=window, rollback=PROBES))
+                nbytes = once.nbytes
+            fed = question.tokens if when == "unseen" else question.tokens[-1:]
+            result = add_generated(reader.score(once, question, fed), copy.deepcopy(once), question)
+            yield Asked(cell, index, result, nbytes)
+    reader.rewind()

@@ -1,0 +1,212 @@
+"""The offline evaluation as one command: a list of measurements, each resumed where it was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from momentkv import __version__
+from momentkv.evaluation.report import read_json
+from momentkv.evaluation.report_page import write_report
+
+__all__ = ["PLAN", "Measurement", "suite"]
+
+OURS, SAME_SELECTION = "balanced/summaries-heads", "balanced/none-heads"
+PEER, PAPER = "snapkv/none", "momentkv/order-1"
+
+
+class Measurement(NamedTuple):
+    """One command of ``momentkv evaluate``.
+
+    Attributes
+    ----------
+    name : str
+        Of its results file.
+    arguments, smoke : str
+        What it is given, and what instead to see that it runs.
+    """
+
+    name: str
+    arguments: str
+    smoke: str
+
+
+def needles(name: str, arguments: str, smoke: str) -> Measurement:
+    """A measurement of needles in a topic of Python's language reference."""
+    common = "needles --haystack types"
+    return Measurement(name, f"{common} {arguments}", f"{common} {smoke} --samples 1 --budgets 64 --methods {PEER}")
+
+
+# The longest first, so that workers end at about the same time. Nothing here was tuned on needles in this text.
+PLAN = (
+    needles(
+        "single-4000",
+        f"--lengths 4000 --samples 8 --budgets 128 256 512 --question unseen --methods {OURS} {PEER} {PAPER}",
+        "--lengths 800 --depths 0.5 --question unseen",
+    ),
+    needles(
+        "single-2000",
+        "--lengths 2000 --samples 8 --budgets 64 128 256 512 --question unseen "
+        f"--methods {OURS} {SAME_SELECTION} {PEER} {PAPER}",
+        "--lengths 700 --depths 0.5 --question unseen",
+    ),
+    needles(
+        "single-1000",
+        "--lengths 1000 --samples 8 --budgets 64 128 256 512 --question unseen "
+        f"--methods {OURS} {SAME_SELECTION} {PEER} {PAPER}",
+        "--lengths 600 --depths 0.5 --question unseen",
+    ),
+    Measurement(
+        "fidelity",
+        "fidelity --budgets 128 512 --methods "
+        + " ".join(
+            f"{policy}/{correction}"
+            for policy, corrections in (
+                ("snapkv", ("none", "order-0", "order-1", "summaries")),
+                ("momentkv", ("none", "order-0", "order-1", "summaries")),
+                ("balanced", ("none-heads", "summaries-heads")),
+            )
+            for correction in corrections
+        ),
+        "fidelity --text compound --context 100 --following 8 --budgets 64 --methods snapkv/none snapkv/summaries",
+    ),
+    needles(
+        "several-2000",
+        "--tasks multi-key multi-query --lengths 2000 --samples 10 --budgets 128 256 512 --question unseen "
+        f"--methods {OURS} {PEER} {PAPER}",
+        "--tasks multi-key multi-query --keys 2 --lengths 700 --question unseen",
+    ),
+    needles(
+        "seen-1000",
+        f"--lengths 1000 --samples 8 --budgets 128 512 --question seen --methods {OURS} {PEER} {PAPER}",
+        "--lengths 600 --depths 0.5 --question seen",
+    ),
+    needles(
+        "several-1000",
+        "--tasks multi-key multi-query --lengths 1000 --samples 10 --budgets 128 256 512 --question unseen "
+        f"--methods {OURS} {PEER} {PAPER}",
+        "--tasks multi-key --keys 2 --lengths 600 --question unseen",
+    ),
+    needles(
+        "values-1000",
+        "--tasks multi-value --keys 2 --lengths 1000 --samples 20 --budgets 128 512 --question unseen "
+        f"--methods {OURS} {PEER} {PAPER}",
+        "--tasks multi-value --keys 1 --lengths 600 --question unseen",
+    ),
+    needles(
+        "codes-1000",
+        "--tasks multi-key --value uuid --keys 2 --lengths 1000 --samples 20 --budgets 128 512 --question unseen "
+        f"--methods {OURS} {PEER} {PAPER}",
+        "--tasks multi-key --value uuid --keys 2 --lengths 700 --question unseen",
+    ),
+    Measurement(
+        "gap",
+        "gap --text debugger --policy momentkv --budget 128 --correction order-1",
+        "gap --text debugger --context 100 --following 8 --policy snapkv --budget 40",
+    ),
+    Measurement(
+        "gap-default",
+        "gap --text debugger --policy balanced --budget 111 --correction summaries",
+        "gap --text debugger --context 100 --following 8 --policy snapkv --budget 40 --correction summaries",
+    ),
+)
+
+
+def suite(options: argparse.Namespace) -> int:
+    """Run all measurements that are not complete, some at a time, and write the report of what there is."""
+    if options.workers < 1:
+        raise ValueError(f"workers is {options.workers}; use at least 1")
+    names = [measurement.name for measurement in PLAN]
+    for name in options.only or ():
+        if name not in names:
+            raise ValueError(f"only has {name!r}; use some of {', '.join(names)}")
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    chosen = [x for x in PLAN if options.only is None or x.name in options.only]
+    commands = {x.name: command_of(x, folder, options) for x in chosen}
+    state: dict[str, str] = {}
+    started: dict[str, float] = {}
+
+    def run(name: str) -> None:
+        started[name] = time.monotonic()
+        if complete(folder / f"{name}.json", commands[name]):
+            state[name] = "complete"
+            return
+        state[name] = "running"
+        with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
+            code = subprocess.run(
+                [sys.executable, "-m", "momentkv.cli", *commands[name]],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150"},
+                check=False,
+            ).returncode
+        took = time.monotonic() - started[name]
+        state[name] = f"done in {took:.0f} s" if code == 0 else f"failed, see {name}.log"
+
+    with ThreadPoolExecutor(options.workers) as pool, Live(console=console, refresh_per_second=1) as live:
+        tasks = [pool.submit(run, name) for name in commands]
+        while not all(task.done() for task in tasks):
+            live.update(progress_of(commands, state, folder))
+            time.sleep(1)
+        live.update(progress_of(commands, state, folder))
+    for task in tasks:
+        task.result()
+    failed = [name for name, what in state.items() if what.startswith("failed")]
+    for name in failed:
+        console.print(f"[bold red]{name}[/]: momentkv {shlex.join(commands[name])}")
+        console.print(Text("\n".join((folder / f"{name}.log").read_text(encoding="utf-8").splitlines()[-5:])))
+    if any(folder.glob("*.json")):
+        page = write_report([folder], folder / "report")
+        console.print(f"report: {page}")
+    return 1 if failed else 0
+
+
+def command_of(measurement: Measurement, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Arguments of the command that measures it."""
+    words = shlex.split(measurement.smoke if options.smoke else measurement.arguments)
+    model = [] if options.model is None else ["--model", options.model]
+    return ["evaluate", *words, *model, "--output", str(folder / f"{measurement.name}.json")]
+
+
+def complete(path: Path, command: list[str]) -> bool:
+    """Whether a file has all results of a command, of this version."""
+    if not path.exists():
+        return False
+    try:
+        content: dict[str, Any] = read_json(path)
+    except json.JSONDecodeError:
+        return False
+    version = content.get("protocol", content).get("momentkv")
+    same = content.get("command") == shlex.join(["momentkv", *command])
+    return bool(content.get("complete")) and same and version == __version__
+
+
+def progress_of(commands: dict[str, list[str]], state: dict[str, str], folder: Path) -> Group:
+    """What is done, what runs, and how many results each has."""
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for name in commands:
+        what = state.get(name, "waits")
+        path = folder / f"{name}.json"
+        count = ""
+        if what == "running" and path.exists():
+            rows = read_json(path).get("rows", ())
+            count = f"{len(rows)} results"
+        style = {"running": "bold", "waits": "dim"}.get(what, "red" if what.startswith("failed") else "green")
+        table.add_row(Text(name, style=style), Text(what, style=style), count)
+    ended = sum(x not in ("running",) for x in state.values())
+    return Group(table, Text(f"{ended} of {len(commands)} measurements", style="bold"))

@@ -1,0 +1,229 @@
+"""The report: what is gathered, what its page says, and that the committed page is the one of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from momentkv.cli import build_parser, main
+from momentkv.evaluation import suite as module
+from momentkv.evaluation.gather import BANDS, DEFAULT, DEFAULT_METHOD, gather, results_in
+from momentkv.evaluation.needles_report import bootstrap
+from momentkv.evaluation.report import read_json, write_json
+from momentkv.evaluation.report_page import markdown_of, write_report
+from momentkv.evaluation.suite import PLAN, complete
+from momentkv.hf import MomentCache
+
+ROOT = Path(__file__).parents[1]
+OURS, PEER, PLAIN = DEFAULT_METHOD, ("snapkv", "none"), (DEFAULT_METHOD[0], "none, by heads")
+
+
+def needle_rows(found: dict[tuple[str, str], list[float]], task: str = "single") -> list[dict[str, Any]]:
+    """Of each method the values found in each haystack."""
+    common = {"layout": "x", "task": task, "value": "number", "index": 0, "length": 100, "tokens": 0.5, "nll": 1.0}
+    rows = []
+    for (policy, correction), shares in found.items():
+        full = policy == "full cache"
+        for at, share in enumerate(shares):
+            rows.append(
+                common
+                | {"haystack": str(at), "depth": at / len(shares), "question": "" if full else "unseen"}
+                | {"policy": policy, "correction": correction, "budget": None if full else 64, "generated": None}
+                | {"bytes_as_tokens": None if full else 64, "nbytes": 1, "values": share}
+            )
+    return rows
+
+
+def written(path: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
+    protocol = {"model": "m", "seed": 7, "momentkv": "0", "unseen": "the question afterwards"}
+    return write_json(path, {"command": "momentkv x", "protocol": protocol, "environment": {}, "rows": rows, **more})
+
+
+def fidelity_rows() -> list[dict[str, Any]]:
+    return [
+        {"text": text, "policy": policy, "correction": correction, "budget": 60, "bytes_as_tokens": 64, "nbytes": 1}
+        | {"kl": kl * scale, "top1": 0.5, "nll_change": 0.1, "head_error": 0.2}
+        for text, scale in (("one", 1), ("two", 3))
+        for (policy, correction), kl in ((OURS, 0.1), (PEER, 0.2))
+    ]
+
+
+def gap() -> dict[str, Any]:
+    fields = ("evicted_mass", "cosine", "plain", "corrected")
+    return {
+        "momentkv": "0", "text": "t", "policy": "snapkv", "budget": 64, "correction": "order 1", "layers": [0, 1],
+        "mean": dict.fromkeys(fields, 0.25), "by_layer_and_head": {name: [[0.1, 0.3], [0.2, 0.4]] for name in fields},
+    }  # fmt: skip
+
+
+def lm_eval_results() -> dict[str, Any]:
+    return {
+        "results": {"niah_single_1": {"alias": "niah", "4096,none": 0.75, "4096_stderr,none": "N/A"}},
+        "configs": {}, "config": {"model": "momentkv", "model_args": "budget=128"},
+        "n-samples": {"niah_single_1": {"effective": 40}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    found = {("full cache", ""): [1.0] * 4, OURS: [1, 1, 0, 0], PEER: [0, 0, 0, 1], PLAIN: [1.0, 0, 0, 0]}
+    written(tmp_path / "needles.json", needle_rows(found))
+    written(tmp_path / "hard.json", needle_rows({("full cache", ""): [0.0] * 4, OURS: [0.0] * 4}, task="multi-key"))
+    written(tmp_path / "fidelity.json", fidelity_rows())
+    write_json(tmp_path / "gap.json", gap())
+    write_json(tmp_path / "lm" / "results_x.json", lm_eval_results())
+    write_json(tmp_path / "other.json", {"a": 1})
+    return tmp_path
+
+
+def test_all_kinds_are_gathered_and_others_named(folder: Path):
+    summary = gather(results_in([folder]))
+    assert summary["left_out"] == ["other.json"]
+    assert {x["kind"] for x in summary["sources"]} == {"needles", "fidelity", "gap"}
+    ours = next(x for x in summary["needles"] if (x["policy"], x["correction"], x["task"]) == (*OURS, "single"))
+    low, high = bootstrap([(1, 1), (1, 1), (0, 1), (0, 1)])
+    assert (ours["share"], ours["low"], ours["high"], ours["n"], ours["signal"]) == (0.5, low, high, 4, True)
+    bands = {x["band"]: x["share"] for x in summary["depths"] if (x["policy"], x["correction"]) == PEER}
+    assert bands == {int(at / 4 * BANDS): share for at, share in enumerate((0, 0, 0, 1))}
+    (kl,) = [x for x in summary["fidelity"] if x["policy"] == PEER[0]]
+    assert kl["kl"] == pytest.approx(0.4)
+    assert (kl["low"], kl["high"], kl["texts"]) == (pytest.approx(0.2), pytest.approx(0.6), 2)
+    assert summary["gap"][0]["by_layer"]["plain"] == [0.2, 0.3]
+    assert (
+        summary["lm_eval"][0] | {"task": "niah_single_1", "metric": "4096", "value": 0.75, "n": 40}
+        == (summary["lm_eval"][0])
+    )
+
+
+def test_differences_are_paired_by_question(folder: Path):
+    pairs = gather(results_in([folder]))["pairs"]
+    (peer,) = [x for x in pairs if (x["policy"], x["correction"]) == PEER]
+    assert peer["difference"] == 0.25
+    low, high = bootstrap([(1, 1), (1, 1), (0, 1), (-1, 1)])
+    assert (peer["low"], peer["high"]) == (low, high)
+
+
+def test_page_says_where_the_default_loses_and_where_there_is_no_signal(folder: Path):
+    page = write_report([folder], folder / "report")
+    text = page.with_suffix(".md").read_text()
+    assert "In none of the 1 cells" in text
+    assert re.search(r"\| 100 tokens \|  \| full cache \| 4 \| no signal \(0 %\) \|", text)
+    assert "| single | 100 | unseen | 64 | balanced, none, by heads | 4 | +25 (+0 to +75) |" in text
+    assert "`momentkv x`" in text
+    written(folder / "needles.json", needle_rows({("full cache", ""): [1] * 4, OURS: [0, 0, 1, 0], PEER: [1, 1, 1, 1]}))
+    write_report([folder], folder / "report")
+    assert (
+        "| single | 100 | unseen | 64 | snapkv, none | 4 | -75 (-100 to -25) |" in page.with_suffix(".md").read_text()
+    )
+
+
+def test_html_needs_nothing_else(folder: Path):
+    page = write_report([folder], folder / "report").read_text()
+    assert page.count("data:image/svg+xml") == 4
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert "$" not in page
+
+
+def test_a_summary_gives_the_same_page(folder: Path):
+    first = write_report([folder], folder / "report")
+    again = write_report([folder / "report" / "summary.json"], folder / "again")
+    for name in ("report.md", "report.html", "report-found.svg"):
+        assert (first.parent / name).read_bytes() == (again.parent / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["needles", "fidelity", "gap"])
+def test_a_part_alone_is_a_page(folder: Path, name: str):
+    text = write_report([folder / f"{name}.json"], folder / "report").with_suffix(".md").read_text()
+    headings = {"needles": "## Needles", "fidelity": "## Fidelity", "gap": "## Directional gap"}
+    assert [heading for heading in headings.values() if heading in text] == [headings[name]]
+
+
+def test_nothing_to_report_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", "report", str(tmp_path / "missing")]) == 1
+    assert "which does not exist; name files or folders" in capsys.readouterr().err
+    assert main(["evaluate", "report", str(tmp_path)]) == 1
+    assert "which hold no JSON; measure something first" in capsys.readouterr().err
+
+
+def test_the_default_is_the_default_of_the_cache():
+    import inspect
+
+    defaults = {name: x.default for name, x in inspect.signature(MomentCache).parameters.items()}
+    assert (DEFAULT.policy, DEFAULT.sharing) == (defaults["policy"], defaults["sharing"])
+    assert (DEFAULT.kind, DEFAULT.order) == (defaults["correction"], defaults["order"])
+
+
+@pytest.mark.parametrize("measurement", PLAN, ids=lambda x: x.name)
+def test_every_measurement_is_a_command(measurement: Any):
+    parser = build_parser()
+    for words in (measurement.arguments, measurement.smoke):
+        parser.parse_args(["evaluate", *words.split(), "--output", "x"])
+
+
+@pytest.mark.model
+def test_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
+    """Two of its measurements on the real model."""
+    command = ["evaluate", "suite", "--smoke", "--only", "single-1000", "fidelity", "--output", str(tmp_path / "s")]
+    assert main(command) == 0
+    files = {name: tmp_path / "s" / f"{name}.json" for name in ("single-1000", "fidelity")}
+    assert all(read_json(path)["complete"] for path in files.values())
+    text = (tmp_path / "s" / "report" / "report.md").read_text()
+    assert "## Needles" in text
+    assert "## Fidelity" in text
+    # Complete measurements are not run again; one of another command is, and is refused with what to do.
+    started = []
+    run = module.subprocess.run
+    monkeypatch.setattr(module.subprocess, "run", lambda *args, **more: started.append(args[0]) or run(*args, **more))
+    assert main(command) == 0
+    assert not started
+    content = read_json(files["single-1000"])
+    write_json(files["single-1000"], content | {"command": "other", "protocol": {"momentkv": "other"}})
+    capsys.readouterr()
+    assert main(command) == 1
+    assert len(started) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "single-1000: momentkv evaluate needles" in out
+    assert "results of another protocol" in out
+
+
+def test_a_file_is_complete_for_its_command_alone(tmp_path: Path):
+    path = written(tmp_path / "x.json", [], complete=True, command="momentkv a b")
+    content = read_json(path)
+    assert not complete(path, ["a", "b"])  # another version
+    content["protocol"]["momentkv"] = module.__version__
+    write_json(path, content)
+    assert complete(path, ["a", "b"])
+    assert not complete(path, ["a", "c"])
+    write_json(path, content | {"complete": False})
+    assert not complete(path, ["a", "b"])
+    path.write_text(json.dumps(content)[:-5])
+    assert not complete(path, ["a", "b"])
+    assert not complete(tmp_path / "missing.json", ["a", "b"])
+
+
+def test_suite_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", "suite", "--only", "magic", "--output", str(tmp_path)]) == 1
+    assert "only has 'magic'; use some of single-4000" in capsys.readouterr().err
+    assert main(["evaluate", "suite", "--workers", "0", "--output", str(tmp_path)]) == 1
+    assert "workers is 0" in capsys.readouterr().err
+
+
+def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path):
+    """`docs/results.md` shows what `momentkv evaluate report docs/data/evaluation/summary.json` writes."""
+    source = tmp_path / "summary.json"
+    shutil.copy(ROOT / "docs" / "data" / "evaluation" / "summary.json", source)
+    summary = read_json(source)
+    images = {x: f"assets/report-{x}.svg" for x in ("found", "depths", "kl", "gap") if f"report-{x}" in page_text()}
+    made = markdown_of(summary, images).partition("\n")[2]
+    assert made.strip() in page_text()
+    for name in images.values():
+        assert (ROOT / "docs" / name).is_file()
+
+
+def page_text() -> str:
+    return (ROOT / "docs" / "results.md").read_text()
