@@ -1,0 +1,255 @@
+"""Eviction in place: choose a block of tokens, fold them, close the gaps; one PyTorch operator that never asks the device.
+
+What `LayerCache.evict` does for arrays that shrink, done for buffers whose size and address stay: a row evicts when its
+count says that its block is full, and everything that depends on counts is decided on the device. As an operator
+(``torch.ops.momentkv.flush``) it is one node of a compiled graph, whatever policy and correction do inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from momentkv.backends._operators import DTYPES, fold
+from momentkv.corrections import Correction
+from momentkv.moments import Moments
+from momentkv.policies import Policy, Tokens
+from momentkv.policies.select import ranking
+from momentkv.summaries import QueryWindow, Summaries
+
+__all__ = ["Rules", "close_gaps", "flush", "flush_operator", "observe_operator", "revive"]
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rules:
+    """How a cache evicts: what of its settings is not a tensor. Operators know it by its number.
+
+    Attributes
+    ----------
+    policy : Policy
+    correction : Correction
+    order : {1, 0, None}
+    sinks, window, block : int
+        As `LayerCache` takes them.
+    number : int
+    """
+
+    policy: Policy
+    correction: Correction
+    order: int | None
+    sinks: int
+    window: int
+    block: int
+    number: int = dataclasses.field(default_factory=itertools.count().__next__, init=False)
+
+    def __post_init__(self) -> None:
+        RULES[self.number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rules:
+        return self  # immutable, and known by number
+
+
+RULES: weakref.WeakValueDictionary[int, Rules] = weakref.WeakValueDictionary()
+
+
+def revive(parts: Sequence[Tensor], rules: Rules) -> Moments | Summaries:
+    """Moments of the tensors that stand for them, in the order of their fields; a co-moment lies keys first."""
+    if rules.correction.anchored:
+        return Summaries(*parts)
+    weight, key_mean, value_mean, *rest = parts
+    return Moments(weight, key_mean, value_mean, rest[0].mT if rest else None)
+
+
+@torch.library.custom_op(
+    "momentkv::flush", mutates_args=("keys", "values", "positions", "score", "counts", "parts", "derived")
+)
+def flush_operator(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    score: torch.Tensor,
+    counts: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    derived: Sequence[torch.Tensor],
+    budgets: torch.Tensor,
+    seen: torch.Tensor,
+    query_mean: torch.Tensor | None,
+    query_square: torch.Tensor | None,
+    scale: float,
+    rules: int,
+) -> None:
+    """`flush`, with its rules by number."""
+    flush(
+        keys, values, positions, score, counts, parts, derived, budgets, seen, query_mean, query_square,
+        scale, RULES[rules],
+    )  # fmt: skip
+
+
+@flush_operator.register_fake
+def flush_shapes(*arguments: Any) -> None:
+    return None
+
+
+@torch.library.custom_op("momentkv::observe", mutates_args=("score",))
+def observe_operator(score: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None, rules: int) -> None:
+    """Show the policy the attention of one query: logits (batch, kv_head, group, 1, capacity), ``valid`` (batch, 1, 1)."""
+    weights = torch.softmax(logits.to(score.dtype), dim=-1).nan_to_num(nan=0.0)
+    if valid is not None:
+        weights = weights * valid[..., None, None]
+    score.copy_(RULES[rules].policy.observe(score, weights))
+
+
+@observe_operator.register_fake
+def observe_shapes(*arguments: Any) -> None:
+    return None
+
+
+def flush(
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    score: Tensor,
+    counts: Tensor,
+    parts: Sequence[Tensor],
+    derived: Sequence[Tensor],
+    budgets: Tensor,
+    seen: Tensor,
+    query_mean: Tensor | None,
+    query_square: Tensor | None,
+    scale: float,
+    rules: Rules,
+) -> None:
+    """Evict a block of tokens from every row and head that has filled its own, all in place.
+
+    Parameters
+    ----------
+    keys, values : tensor, shape (batch, kv_head, capacity, d) and (batch, kv_head, capacity, dv)
+    positions : int32 tensor, shape (batch, kv_head, capacity)
+        -1 for a free slot.
+    score : tensor, shape (batch, kv_head, capacity)
+    counts : int32 tensor, shape (batch, kv_head)
+        Slots in use, the first of each head; a head evicts at ``budget + block``.
+    parts : sequence of tensor
+        Of the moments, see `revive`; none for plain eviction.
+    derived : sequence of tensor
+        For moments: natural log of the weight and, of order 1, co-moment over weight.
+    budgets : int32 tensor, shape (kv_head,)
+    seen : int64 tensor, shape ()
+    query_mean, query_square : tensor, shape (batch, kv_head, d), or None
+    scale : float
+    rules : Rules
+
+    Notes
+    -----
+    Slots are not kept in order of position, so that no more tokens move than were evicted; policies are shown them in
+    order. The fold is the operator `momentkv.backends._operators.fold` where moments and dtypes are its own.
+    """
+    block, capacity = rules.block, positions.shape[-1]
+    due = counts >= budgets + block
+    # Free slots last. Positions are int32, so that this is beyond any.
+    order = torch.argsort(positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max), dim=-1, stable=True)
+    ordered_keys, ordered_values = (torch.take_along_dim(x, order[..., None], dim=-2) for x in (keys, values))
+    ordered_positions, ordered_score = (torch.take_along_dim(x, order, dim=-1) for x in (positions, score))
+    window = None
+    if query_mean is not None and query_square is not None:
+        window = QueryWindow(query_mean, (query_square - query_mean * query_mean).clamp(min=0.0))
+    moments = revive(parts, rules) if parts else None
+    importance = rules.policy.importance(
+        Tokens(
+            ordered_keys,
+            ordered_values,
+            ordered_positions,
+            ordered_score,
+            known(moments, keys, values),
+            scale,
+            *(window or (None, None)),
+        )
+    )
+    by_rank = ranking(importance, ordered_positions, sinks=rules.sinks, window=rules.window, seen=seen)  # type: ignore[arg-type]
+    places = budgets.long()[:, None] + torch.arange(block, device=keys.device)
+    places = places.clamp(max=capacity - 1).expand(*counts.shape, block)
+    victims = torch.take_along_dim(by_rank, places, dim=-1).sort(dim=-1).values
+    slots = torch.take_along_dim(order, victims, dim=-1)
+    fused = isinstance(moments, Moments) and keys.dtype in DTYPES
+    if fused:
+        weight, key_mean, value_mean, *rest = parts
+        evicted = slots.masked_fill(~due[..., None], -1).to(torch.int32)
+        fold(
+            keys, values, positions, score, counts, evicted,
+            weight, derived[0], key_mean, value_mean, *(rest or [None]), *(derived[1:] or [None]),
+        )  # fmt: skip
+    else:
+        if moments is not None:
+            k, v = (torch.take_along_dim(x, slots[..., None], dim=-2) for x in (keys, values))
+            mask = due[..., None].expand(*due.shape, block)
+            new = rules.correction.fold(moments, k, v, mask=mask, window=window)
+            for old, x in zip(parts, laid_out(new), strict=True):
+                old.copy_(x)
+            for old, x in zip(derived, derive(new), strict=True):
+                old.copy_(x)
+        close_gaps([keys, values, positions, score], slots, counts, due)
+    if not rules.policy.accumulates:
+        score.masked_fill_(due[..., None], 0.0)
+
+
+def known(moments: Moments | Summaries | None, keys: Tensor, values: Tensor) -> Moments:
+    """What policies know of the tokens evicted so far."""
+    if isinstance(moments, Moments):
+        return moments
+    return Moments.empty(keys, values, order=0) if moments is None else moments.pooled()
+
+
+def laid_out(moments: Moments | Summaries) -> list[Tensor]:
+    """The tensors of moments as `revive` takes them."""
+    if isinstance(moments, Summaries):
+        return list(moments.arrays().values())
+    parts = [moments.weight, moments.key_mean, moments.value_mean]
+    return parts if moments.value_key is None else [*parts, moments.value_key.mT]
+
+
+def derive(moments: Moments | Summaries) -> list[Tensor]:
+    """What decoding reads and can be computed from moments once, at a flush, for all steps that follow."""
+    if isinstance(moments, Summaries):
+        return []
+    log_weight = moments.weight.log()
+    if moments.value_key is None:
+        return [log_weight]
+    return [log_weight, moments.value_key.mT / moments.weight.masked_fill(moments.weight == 0, 1.0)[..., None, None]]
+
+
+def close_gaps(arrays: Sequence[Tensor], slots: Tensor, counts: Tensor, due: Tensor) -> None:
+    """Move the last tokens of each head that is due into the slots that become free; ``arrays[2]`` are positions.
+
+    Parameters
+    ----------
+    arrays : sequence of tensor, shape (batch, kv_head, capacity, ...)
+    slots : int64 tensor, shape (batch, kv_head, block)
+        Distinct slots in use of heads that are due; others mean nothing.
+    counts : int32 tensor, shape (batch, kv_head)
+    due : bool tensor, shape (batch, kv_head)
+    """
+    block, capacity = slots.shape[-1], arrays[0].shape[2]
+    left = counts.long() - block
+    # The last block of slots; those of it that stay go to the gaps before it, in order.
+    tail = left[..., None] + torch.arange(block, device=slots.device)
+    stays = ~(tail[..., :, None] == slots[..., None, :]).any(-1)
+    moving = torch.take_along_dim(tail, torch.argsort((~stays).to(torch.int8), dim=-1, stable=True), dim=-1)
+    gap = slots < left[..., None]
+    source = torch.take_along_dim(moving, (gap.long().cumsum(-1) - 1).clamp(min=0), dim=-1)
+    # Where nothing moves, a slot is written with what it holds: all targets differ.
+    idle = torch.arange(block, device=slots.device)
+    target = torch.where(due[..., None], slots, idle)
+    source = torch.where(due[..., None] & gap, source, target)
+    for x in arrays:
+        index, origin = (i if x.ndim == 3 else i[..., None].expand(*i.shape, x.shape[-1]) for i in (target, source))
+        x.scatter_(2, index, torch.gather(x, 2, origin))
+    counts.sub_(due.to(counts.dtype) * block)
+    free = torch.arange(capacity, device=slots.device) >= counts[..., None]
+    arrays[2].masked_fill_(free, -1)
