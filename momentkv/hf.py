@@ -150,6 +150,8 @@ class MomentCache(Cache):
         self.ranks = int(getattr(model, "_tp_size", None) or 1)
         self.least = sinks + window + 1
         asked = parse_budget(budget)
+        if static and isinstance(asked, TotalBytes):
+            raise ValueError(f"static=True with a budget of {budget!r}: buffers are sized in tokens; give it in tokens")
         self.rule = asked if isinstance(asked, BudgetRule) else None
         given = self.least if isinstance(asked, BudgetRule) else asked  # a rule tells when the first tokens arrive
         budgets = [given] * len(kinds) if isinstance(given, int) else given
