@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from momentkv._static_flush import Rules, derive, flush_operator, laid_out, observe_operator, revive
+from momentkv._static_flush import Rules, derive, flush_operator, laid_out, observe_operator, read, revive
 from momentkv.attention import default_scale
 from momentkv.backends._expansion import Expansion
 from momentkv.backends._operators import DTYPES, decode
-from momentkv.backends._plain import decode_counted, decode_plain
+from momentkv.backends._plain import decode_counted, decode_plain, unpack
 from momentkv.cache import RECENT_QUERIES, LayerCache
 from momentkv.moments import Moments
 from momentkv.ragged import RaggedCache
@@ -50,13 +50,16 @@ class StaticState:
 
     Attributes
     ----------
-    keys, values : tensor, shape (batch, kv_head, capacity, d) and (batch, kv_head, capacity, dv)
-        Finite in free slots, too.
+    keys, values : tensor, shape (batch, kv_head, capacity, d) and (batch, kv_head, capacity, dv), or (n, d) and (n, dv)
+        Finite in free slots, too. The second form is for heads of different budgets, whose slots are packed one head
+        after the other, row by row.
     positions : int32 tensor, shape (batch, kv_head, capacity)
         -1 for a free slot.
     score : tensor, shape (batch, kv_head, capacity)
     counts : int32 tensor, shape (batch, kv_head)
         Slots in use, the first of each head, in any order of position.
+    starts : int64 tensor, shape (batch, kv_head), or None
+        First slot of each head where slots are packed.
     budgets : int32 tensor, shape (kv_head,)
     seen : int64 tensor, shape ()
     query_mean, query_square : tensor, shape (batch, kv_head, d), or None
@@ -83,18 +86,22 @@ class StaticState:
         heads = core.parts
         one = heads[0]
         capacity = max(part.budget for part in heads) + one.block
-        batch, _, _, d = one.keys.shape
+        packed = min(part.budget for part in heads) + one.block < capacity
+        batch = one.keys.shape[0]
         kv_heads = sum(part.keys.shape[1] for part in heads)
         wide = one.moments.weight.dtype
+        total = sum(part.budget + one.block for part in heads)
+        lead = (batch, total) if packed else (batch, kv_heads, capacity)
         new: dict[str, torch.Tensor] = {
-            "keys": one.keys.new_zeros((batch, kv_heads, capacity, d)),
-            "values": one.values.new_zeros((batch, kv_heads, capacity, one.values.shape[-1])),
+            "keys": one.keys.new_zeros((*lead, one.keys.shape[-1])),
+            "values": one.values.new_zeros((*lead, one.values.shape[-1])),
             "positions": one.positions.new_full((batch, kv_heads, capacity), -1),
             "score": one.keys.new_zeros((batch, kv_heads, capacity), dtype=wide),
             "seen": torch.tensor(core.seen, device=one.keys.device),
         }
         counts, budgets = [], []
-        start = 0
+        start = first = 0
+        firsts = []
         for part in heads:
             real = part.positions >= 0
             order = torch.argsort((~real).to(torch.int8), dim=-1, stable=True)
@@ -105,9 +112,17 @@ class StaticState:
             for name in ("keys", "values", "positions", "score"):
                 x = getattr(part, name)
                 if x is not None:
-                    index = order if x.ndim == 3 else order[..., None]
-                    new[name][:, start:stop, :n] = torch.take_along_dim(x, index, dim=2)
-            start = stop
+                    chosen = torch.take_along_dim(x, order if x.ndim == 3 else order[..., None], dim=2)
+                    if packed and x.ndim == 4:
+                        new[name][:, first : first + n] = chosen[:, 0]
+                    else:
+                        new[name][:, start:stop, :n] = chosen
+            firsts.append(first)
+            start, first = stop, first + part.budget + one.block
+        if packed:
+            new |= {name: new[name].flatten(0, 1) for name in ("keys", "values")}
+            rows = torch.arange(batch, device=one.keys.device)[:, None] * total
+            new["starts"] = rows + torch.tensor(firsts, device=one.keys.device)
         new["counts"] = torch.cat(counts, dim=1)
         new["budgets"] = torch.tensor(budgets, dtype=torch.int32, device=one.keys.device)
         if self.remembers:
@@ -141,9 +156,12 @@ class StaticState:
             own = slice(start, stop)
             n = max(int(buffers["counts"][:, own].max()), 1)
             index = order[:, own, :n]
-            for name in ("keys", "values", "positions", "score"):
-                x = buffers[name][:, own]
-                setattr(part, name, torch.take_along_dim(x, index if x.ndim == 3 else index[..., None], dim=2))
+            for name in ("positions", "score"):
+                setattr(part, name, torch.take_along_dim(buffers[name][:, own], index, dim=2))
+            starts = buffers["starts"][:, own] if "starts" in buffers else None
+            for name in ("keys", "values"):
+                x = buffers[name] if starts is not None else buffers[name][:, own]
+                setattr(part, name, read(x, index, starts))
             if not self.observes:
                 part.score = None
             for name in ("query_mean", "query_square"):
@@ -164,6 +182,11 @@ class StaticState:
         """Write one token into every head's next slot; `attend` says whether it counts."""
         buffers = self.buffers
         place = buffers["counts"].long()[..., None]
+        if "starts" in buffers:
+            slots = (buffers["starts"][..., None] + place).flatten()
+            buffers["keys"].index_copy_(0, slots, k.reshape(-1, k.shape[-1]))
+            buffers["values"].index_copy_(0, slots, v.reshape(-1, v.shape[-1]))
+            return
         buffers["keys"].scatter_(2, place[..., None].expand(k.shape), k)
         buffers["values"].scatter_(2, place[..., None].expand(v.shape), v)
 
@@ -179,17 +202,28 @@ class StaticState:
         # A slot that padding was written to is the next token's.
         counts.add_(1 if valid is None else valid[..., 0].to(counts.dtype))
         seen.add_(1)
-        k, v = buffers["keys"], buffers["values"]
-        expansion = self.expansion
+        k, v, starts = buffers["keys"], buffers["values"], buffers.get("starts")
+        expansion, capacity = self.expansion, positions.shape[-1]
         logits = None
         if q.dtype not in DTYPES:
-            capacity = k.shape[2]
             out, _, logits = decode_plain(
-                q, k, v, None, counts, None, capacity, expansion, self.scale, self.observes
+                q, k, v, None, counts, starts, capacity, expansion, self.scale, self.observes
             )
         elif q.is_cuda or self.observes:
-            out, _, logits = decode(q, k, v, expansion, scale=self.scale, counts=counts, scored=self.observes)
+            out, _, logits = decode(
+                q,
+                k,
+                v,
+                expansion,
+                scale=self.scale,
+                counts=counts,
+                starts=starts,
+                capacity=capacity,
+                scored=self.observes,
+            )
         else:
+            if starts is not None:
+                k, v, _ = unpack(k, v, starts, capacity)
             out = decode_counted(q, k, v, counts, expansion, scale=self.scale)
         if logits is not None:
             score = buffers["score"]
@@ -210,6 +244,7 @@ class StaticState:
             buffers["counts"],
             self.parts,
             self.derived,
+            buffers.get("starts"),
             buffers["budgets"],
             buffers["seen"],
             buffers.get("query_mean"),
@@ -262,8 +297,21 @@ class StaticState:
 
     def select_rows(self, index: torch.Tensor) -> None:
         """Rows by index, in place where their number stays."""
-        shared = ("budgets", "seen")
-        self._take({n: x if n in shared else x.index_select(0, index.to(x.device)) for n, x in self.buffers.items()})
+        buffers = self.buffers
+        index = index.to(buffers["counts"].device)
+        batch = buffers["counts"].shape[0]
+        new = {n: x if n in ("budgets", "seen") else x.index_select(0, index) for n, x in buffers.items()
+               if n not in ("keys", "values", "starts")}  # fmt: skip
+        for name in ("keys", "values"):
+            x = buffers[name]
+            if "starts" in buffers:
+                new[name] = x.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
+            else:
+                new[name] = x.index_select(0, index)
+        if "starts" in buffers:
+            rows = torch.arange(len(index), device=index.device)[:, None] * (buffers["keys"].shape[0] // batch)
+            new["starts"] = rows + buffers["starts"][:1]
+        self._take({name: new[name] for name in buffers})
 
     def _take(self, new: dict[str, torch.Tensor]) -> None:
         """Write into the buffers there are, so that addresses stay; others if shapes, dtypes or devices differ."""

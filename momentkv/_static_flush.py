@@ -78,6 +78,7 @@ def flush_operator(
     counts: torch.Tensor,
     parts: Sequence[torch.Tensor],
     derived: Sequence[torch.Tensor],
+    starts: torch.Tensor | None,
     budgets: torch.Tensor,
     seen: torch.Tensor,
     query_mean: torch.Tensor | None,
@@ -87,7 +88,7 @@ def flush_operator(
 ) -> None:
     """`flush`, with its rules by number."""
     flush(
-        keys, values, positions, score, counts, parts, derived, budgets, seen, query_mean, query_square,
+        keys, values, positions, score, counts, parts, derived, starts, budgets, seen, query_mean, query_square,
         scale, RULES[rules],
     )  # fmt: skip
 
@@ -119,6 +120,7 @@ def flush(
     counts: Tensor,
     parts: Sequence[Tensor],
     derived: Sequence[Tensor],
+    starts: Tensor | None,
     budgets: Tensor,
     seen: Tensor,
     query_mean: Tensor | None,
@@ -130,7 +132,8 @@ def flush(
 
     Parameters
     ----------
-    keys, values : tensor, shape (batch, kv_head, capacity, d) and (batch, kv_head, capacity, dv)
+    keys, values : tensor, shape (batch, kv_head, capacity, d) and (batch, kv_head, capacity, dv), or (n, d) and (n, dv)
+        The second form is packed: slots of all heads one after the other, see ``starts``.
     positions : int32 tensor, shape (batch, kv_head, capacity)
         -1 for a free slot.
     score : tensor, shape (batch, kv_head, capacity)
@@ -140,6 +143,8 @@ def flush(
         Of the moments, see `revive`; none for plain eviction.
     derived : sequence of tensor
         For moments: natural log of the weight and, of order 1, co-moment over weight.
+    starts : int64 tensor, shape (batch, kv_head), or None
+        First slot of each head where keys and values are packed.
     budgets : int32 tensor, shape (kv_head,)
     seen : int64 tensor, shape ()
     query_mean, query_square : tensor, shape (batch, kv_head, d), or None
@@ -155,7 +160,7 @@ def flush(
     due = counts >= budgets + block
     # Free slots last. Positions are int32, so that this is beyond any.
     order = torch.argsort(positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max), dim=-1, stable=True)
-    ordered_keys, ordered_values = (torch.take_along_dim(x, order[..., None], dim=-2) for x in (keys, values))
+    ordered_keys, ordered_values = (read(x, order, starts) for x in (keys, values))
     ordered_positions, ordered_score = (torch.take_along_dim(x, order, dim=-1) for x in (positions, score))
     window = None
     if query_mean is not None and query_square is not None:
@@ -167,7 +172,7 @@ def flush(
             ordered_values,
             ordered_positions,
             ordered_score,
-            known(moments, keys, values),
+            known(moments, ordered_keys, ordered_values),
             scale,
             *(window or (None, None)),
         )
@@ -177,7 +182,7 @@ def flush(
     places = places.clamp(max=capacity - 1).expand(*counts.shape, block)
     victims = torch.take_along_dim(by_rank, places, dim=-1).sort(dim=-1).values
     slots = torch.take_along_dim(order, victims, dim=-1)
-    fused = isinstance(moments, Moments) and keys.dtype in DTYPES
+    fused = isinstance(moments, Moments) and keys.dtype in DTYPES and starts is None
     if fused:
         weight, key_mean, value_mean, *rest = parts
         evicted = slots.masked_fill(~due[..., None], -1).to(torch.int32)
@@ -187,16 +192,24 @@ def flush(
         )  # fmt: skip
     else:
         if moments is not None:
-            k, v = (torch.take_along_dim(x, slots[..., None], dim=-2) for x in (keys, values))
+            k, v = (read(x, slots, starts) for x in (keys, values))
             mask = due[..., None].expand(*due.shape, block)
             new = rules.correction.fold(moments, k, v, mask=mask, window=window)
             for old, x in zip(parts, laid_out(new), strict=True):
                 old.copy_(x)
             for old, x in zip(derived, derive(new), strict=True):
                 old.copy_(x)
-        close_gaps([keys, values, positions, score], slots, counts, due)
+        close_gaps([keys, values, positions, score], slots, counts, due, starts)
     if not rules.policy.accumulates:
         score.masked_fill_(due[..., None], 0.0)
+
+
+def read(x: Tensor, slots: Tensor, starts: Tensor | None) -> Tensor:
+    """Rows of keys or values by slot, shape (batch, kv_head, m, d), packed or not."""
+    if starts is None:
+        return torch.take_along_dim(x, slots[..., None], dim=-2)
+    # Heads differ in capacity: what lies beyond a head's own is another's, and no token of this one.
+    return x[(starts[..., None] + slots).clamp(max=x.shape[0] - 1)]
 
 
 def known(moments: Moments | Summaries | None, keys: Tensor, values: Tensor) -> Moments:
@@ -224,18 +237,22 @@ def derive(moments: Moments | Summaries) -> list[Tensor]:
     return [log_weight, moments.value_key.mT / moments.weight.masked_fill(moments.weight == 0, 1.0)[..., None, None]]
 
 
-def close_gaps(arrays: Sequence[Tensor], slots: Tensor, counts: Tensor, due: Tensor) -> None:
+def close_gaps(
+    arrays: Sequence[Tensor], slots: Tensor, counts: Tensor, due: Tensor, starts: Tensor | None = None
+) -> None:
     """Move the last tokens of each head that is due into the slots that become free; ``arrays[2]`` are positions.
 
     Parameters
     ----------
-    arrays : sequence of tensor, shape (batch, kv_head, capacity, ...)
+    arrays : sequence of tensor, shape (batch, kv_head, capacity, ...), or (n, ...) where packed
     slots : int64 tensor, shape (batch, kv_head, block)
         Distinct slots in use of heads that are due; others mean nothing.
     counts : int32 tensor, shape (batch, kv_head)
     due : bool tensor, shape (batch, kv_head)
+    starts : int64 tensor, shape (batch, kv_head), or None
+        Where packed.
     """
-    block, capacity = slots.shape[-1], arrays[0].shape[2]
+    block, capacity = slots.shape[-1], arrays[2].shape[2]
     left = counts.long() - block
     # The last block of slots; those of it that stay go to the gaps before it, in order.
     tail = left[..., None] + torch.arange(block, device=slots.device)
@@ -248,6 +265,10 @@ def close_gaps(arrays: Sequence[Tensor], slots: Tensor, counts: Tensor, due: Ten
     target = torch.where(due[..., None], slots, idle)
     source = torch.where(due[..., None] & gap, source, target)
     for x in arrays:
+        if x.ndim == 2:
+            first = starts[..., None] if starts is not None else 0
+            x.index_copy_(0, (first + target).flatten(), x[(first + source).flatten()])
+            continue
         index, origin = (i if x.ndim == 3 else i[..., None].expand(*i.shape, x.shape[-1]) for i in (target, source))
         x.scatter_(2, index, torch.gather(x, 2, origin))
     counts.sub_(due.to(counts.dtype) * block)
