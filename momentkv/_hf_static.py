@@ -24,7 +24,7 @@ class Beat:
 
     def __init__(self, flushes: bool) -> None:
         self.flushes = flushes
-        self.next = self
+        self.next: Beat = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Beat:
         return self  # never changed once the ring is closed

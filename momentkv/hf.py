@@ -41,6 +41,7 @@ from momentkv._hf_checks import (
 )
 from momentkv._hf_files import CacheFileError, fingerprint, load, save
 from momentkv._hf_finished import FinishedRows
+from momentkv._hf_graphs import DecodeGraphs
 from momentkv._hf_layer import MomentLayer, tokens_to_take_back
 from momentkv._hf_rollback import check_crop, crop, settle
 from momentkv._hf_static import StaticLayers
@@ -57,6 +58,7 @@ __all__ = [
     "NAME",
     "CacheFileError",
     "CacheSummary",
+    "DecodeGraphs",
     "FinishedRows",
     "LayerSummary",
     "MomentCache",
