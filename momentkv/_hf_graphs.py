@@ -73,7 +73,9 @@ class DecodeGraphs:
             )
         counts = self.static.states[0].buffers["counts"]
         if recorder is None and not counts.is_cuda:
-            raise ValueError(f"the cache is on {counts.device}, where there are no CUDA graphs; move the model to a GPU")
+            raise ValueError(
+                f"the cache is on {counts.device}, where there are no CUDA graphs; move the model to a GPU"
+            )
         record = recorder or record_cuda
         self.ids = torch.zeros((counts.shape[0], 1), dtype=torch.int64, device=counts.device)
         self.positions = torch.zeros_like(self.ids)
@@ -96,6 +98,7 @@ class DecodeGraphs:
         self.static.beat = type(before)(flushes=False)
         for state in self.static.states:
             state.buffers["counts"].zero_()  # room for the tokens of recorded steps
+            state.buffers["ticks"].zero_()
         try:
             self.step = record(one_step)
             self.flush = record(one_flush) if capture_flush else one_flush
@@ -138,7 +141,7 @@ class DecodeGraphs:
 
 def record_cuda(function: Function) -> Function:
     """Capture a function in a CUDA graph, after a few runs that compile its kernels."""
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARMUPS):

@@ -119,7 +119,7 @@ def check_step(query: torch.Tensor, attention_mask: torch.Tensor | None) -> torc
         return None
     if tuple(attention_mask.shape) != (query.shape[0], 1, 1, 1) or attention_mask.dtype != torch.bool:
         raise ValueError(
-            f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}; a step of a static cache "
-            "supports causal attention with padding, given as a mask of shape (batch, tokens seen)"
+            f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}; a step of a static "
+            "cache supports causal attention with padding, given as a mask of shape (batch, tokens seen)"
         )
     return attention_mask[:, 0]

@@ -7,12 +7,12 @@ and positions on the device. A step writes one token at its count, attends and, 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from momentkv._static_flush import Rules, derive, flush_operator, laid_out, observe_operator, read, revive
-from momentkv.attention import default_scale
 from momentkv.backends._expansion import Expansion
 from momentkv.backends._operators import DTYPES, decode
 from momentkv.backends._plain import decode_counted, decode_plain, unpack
@@ -58,6 +58,8 @@ class StaticState:
     score : tensor, shape (batch, kv_head, capacity)
     counts : int32 tensor, shape (batch, kv_head)
         Slots in use, the first of each head, in any order of position.
+    ticks : int32 tensor, shape (batch, kv_head)
+        What counts would be if no step's token had been padding: it says when a head evicts, so that all do in time.
     starts : int64 tensor, shape (batch, kv_head), or None
         First slot of each head where slots are packed.
     budgets : int32 tensor, shape (kv_head,)
@@ -124,6 +126,7 @@ class StaticState:
             rows = torch.arange(batch, device=one.keys.device)[:, None] * total
             new["starts"] = rows + torch.tensor(firsts, device=one.keys.device)
         new["counts"] = torch.cat(counts, dim=1)
+        new["ticks"] = new["counts"].clone()
         new["budgets"] = torch.tensor(budgets, dtype=torch.int32, device=one.keys.device)
         if self.remembers:
             for name in ("query_mean", "query_square"):
@@ -137,7 +140,7 @@ class StaticState:
             new |= {f"derived{n}": x for n, x in enumerate(derived)}
         self.scale = one.attention_scale
         self._take(new)
-        waits = (new["budgets"] + one.block - new["counts"]).unique().tolist()
+        waits = (new["budgets"] + one.block - new["counts"]).flatten().tolist()
         if min(waits) < 1:
             raise RuntimeError(f"a cache of budget {core.budget} holds {core.stored} tokens, and should have evicted")
         core.reset()
@@ -170,7 +173,7 @@ class StaticState:
             part.padded = bool((part.positions < 0).any())
             part.moments = part.correction.empty(part.keys, part.values, order=part.order or 0)
             if moments is not None:
-                part.moments = moments.map(lambda x, own=own: x[:, own].clone())
+                part.moments = moments.map(functools.partial(of_heads, own))
             weight = part.moments.weight
             if moments is None:
                 part.has_evicted = bool((part.positions >= 0).sum(-1).max() < part.seen)
@@ -201,14 +204,13 @@ class StaticState:
         positions.scatter_(2, place, newest)
         # A slot that padding was written to is the next token's.
         counts.add_(1 if valid is None else valid[..., 0].to(counts.dtype))
+        buffers["ticks"].add_(1)
         seen.add_(1)
         k, v, starts = buffers["keys"], buffers["values"], buffers.get("starts")
         expansion, capacity = self.expansion, positions.shape[-1]
         logits = None
         if q.dtype not in DTYPES:
-            out, _, logits = decode_plain(
-                q, k, v, None, counts, starts, capacity, expansion, self.scale, self.observes
-            )
+            out, _, logits = decode_plain(q, k, v, None, counts, starts, capacity, expansion, self.scale, self.observes)
         elif q.is_cuda or self.observes:
             out, _, logits = decode(
                 q,
@@ -242,6 +244,7 @@ class StaticState:
             buffers["positions"],
             buffers["score"],
             buffers["counts"],
+            buffers["ticks"],
             self.parts,
             self.derived,
             buffers.get("starts"),
@@ -305,7 +308,7 @@ class StaticState:
         for name in ("keys", "values"):
             x = buffers[name]
             if "starts" in buffers:
-                new[name] = x.unflatten(0, (batch, -1)).index_select(0, index).flatten(0, 1)
+                new[name] = x.reshape(batch, -1, x.shape[-1]).index_select(0, index).flatten(0, 1)
             else:
                 new[name] = x.index_select(0, index)
         if "starts" in buffers:
@@ -325,6 +328,11 @@ class StaticState:
             torch._dynamo.mark_static_address(x)
 
 
+def of_heads(own: slice, x: torch.Tensor) -> torch.Tensor:
+    """A copy of what some heads hold."""
+    return x[:, own].clone()
+
+
 def joined(each: list[Any]) -> Moments | Summaries:
     """Moments of several heads in one."""
     if len(each) == 1:
@@ -342,9 +350,8 @@ def remember_one(
     batch, kv_heads, d = mean.shape
     grouped = q.to(mean.dtype).reshape(batch, kv_heads, -1, d) * scale
     new_mean, new_square = grouped.mean(dim=2), (grouped * grouped).mean(dim=2)
-    share = 2.0 / RECENT_QUERIES
     # Where all before was padding there is nothing to fade.
-    share = torch.where(square.sum(-1, keepdim=True) > 0, share, 1.0).to(mean.dtype)
+    share = torch.where(square.sum(-1, keepdim=True) > 0, 2.0 / RECENT_QUERIES, 1.0).to(mean.dtype)
     if valid is not None:
         share = share * valid
     mean.lerp_(new_mean, share)

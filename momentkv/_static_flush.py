@@ -1,4 +1,4 @@
-"""Eviction in place: choose a block of tokens, fold them, close the gaps; one PyTorch operator that never asks the device.
+"""Eviction in place: choose a block of tokens, fold them, close the gaps, without ever asking the device.
 
 What `LayerCache.evict` does for arrays that shrink, done for buffers whose size and address stay: a row evicts when its
 count says that its block is full, and everything that depends on counts is decided on the device. As an operator
@@ -68,7 +68,7 @@ def revive(parts: Sequence[Tensor], rules: Rules) -> Moments | Summaries:
 
 
 @torch.library.custom_op(
-    "momentkv::flush", mutates_args=("keys", "values", "positions", "score", "counts", "parts", "derived")
+    "momentkv::flush", mutates_args=("keys", "values", "positions", "score", "counts", "ticks", "parts", "derived")
 )
 def flush_operator(
     keys: torch.Tensor,
@@ -76,6 +76,7 @@ def flush_operator(
     positions: torch.Tensor,
     score: torch.Tensor,
     counts: torch.Tensor,
+    ticks: torch.Tensor,
     parts: Sequence[torch.Tensor],
     derived: Sequence[torch.Tensor],
     starts: torch.Tensor | None,
@@ -88,7 +89,7 @@ def flush_operator(
 ) -> None:
     """`flush`, with its rules by number."""
     flush(
-        keys, values, positions, score, counts, parts, derived, starts, budgets, seen, query_mean, query_square,
+        keys, values, positions, score, counts, ticks, parts, derived, starts, budgets, seen, query_mean, query_square,
         scale, RULES[rules],
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ def flush_shapes(*arguments: Any) -> None:
 
 @torch.library.custom_op("momentkv::observe", mutates_args=("score",))
 def observe_operator(score: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None, rules: int) -> None:
-    """Show the policy the attention of one query: logits (batch, kv_head, group, 1, capacity), ``valid`` (batch, 1, 1)."""
+    """Show the policy one query's attention: logits (batch, kv_head, group, 1, capacity), ``valid`` (batch, 1, 1)."""
     weights = torch.softmax(logits.to(score.dtype), dim=-1).nan_to_num(nan=0.0)
     if valid is not None:
         weights = weights * valid[..., None, None]
@@ -118,6 +119,7 @@ def flush(
     positions: Tensor,
     score: Tensor,
     counts: Tensor,
+    ticks: Tensor,
     parts: Sequence[Tensor],
     derived: Sequence[Tensor],
     starts: Tensor | None,
@@ -138,7 +140,9 @@ def flush(
         -1 for a free slot.
     score : tensor, shape (batch, kv_head, capacity)
     counts : int32 tensor, shape (batch, kv_head)
-        Slots in use, the first of each head; a head evicts at ``budget + block``.
+        Slots in use, the first of each head.
+    ticks : int32 tensor, shape (batch, kv_head)
+        What counts would be if no step's token had been padding; a head evicts when this is ``budget + block``.
     parts : sequence of tensor
         Of the moments, see `revive`; none for plain eviction.
     derived : sequence of tensor
@@ -157,7 +161,7 @@ def flush(
     order. The fold is the operator `momentkv.backends._operators.fold` where moments and dtypes are its own.
     """
     block, capacity = rules.block, positions.shape[-1]
-    due = counts >= budgets + block
+    due = ticks >= budgets + block
     # Free slots last. Positions are int32, so that this is beyond any.
     order = torch.argsort(positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max), dim=-1, stable=True)
     ordered_keys, ordered_values = (read(x, order, starts) for x in (keys, values))
@@ -179,27 +183,31 @@ def flush(
     )
     by_rank = ranking(importance, ordered_positions, sinks=rules.sinks, window=rules.window, seen=seen)  # type: ignore[arg-type]
     places = budgets.long()[:, None] + torch.arange(block, device=keys.device)
-    places = places.clamp(max=capacity - 1).expand(*counts.shape, block)
-    victims = torch.take_along_dim(by_rank, places, dim=-1).sort(dim=-1).values
+    places = places.expand(*counts.shape, block)
+    # A row whose steps were padding in part has less to evict; free slots, last in rank, fill its block up.
+    real = due[..., None] & (places < counts[..., None])
+    places = places.clamp(max=capacity - 1)
+    victims, sort = torch.take_along_dim(by_rank, places, dim=-1).sort(dim=-1)
+    real = torch.take_along_dim(real, sort, dim=-1)
     slots = torch.take_along_dim(order, victims, dim=-1)
     fused = isinstance(moments, Moments) and keys.dtype in DTYPES and starts is None
     if fused:
         weight, key_mean, value_mean, *rest = parts
-        evicted = slots.masked_fill(~due[..., None], -1).to(torch.int32)
+        evicted = slots.masked_fill(~real, -1).to(torch.int32)
+        matrices = [rest[0], derived[1]] if rest else []
         fold(
-            keys, values, positions, score, counts, evicted,
-            weight, derived[0], key_mean, value_mean, *(rest or [None]), *(derived[1:] or [None]),
+            keys, values, positions, score, counts, evicted, weight, derived[0], key_mean, value_mean, *matrices
         )  # fmt: skip
     else:
         if moments is not None:
             k, v = (read(x, slots, starts) for x in (keys, values))
-            mask = due[..., None].expand(*due.shape, block)
-            new = rules.correction.fold(moments, k, v, mask=mask, window=window)
+            new = rules.correction.fold(moments, k, v, mask=real, window=window)
             for old, x in zip(parts, laid_out(new), strict=True):
                 old.copy_(x)
             for old, x in zip(derived, derive(new), strict=True):
                 old.copy_(x)
-        close_gaps([keys, values, positions, score], slots, counts, due, starts)
+        close_gaps([keys, values, positions, score], slots, real, counts, due, starts)
+    ticks.sub_(due.to(ticks.dtype) * block)
     if not rules.policy.accumulates:
         score.masked_fill_(due[..., None], 0.0)
 
@@ -238,7 +246,12 @@ def derive(moments: Moments | Summaries) -> list[Tensor]:
 
 
 def close_gaps(
-    arrays: Sequence[Tensor], slots: Tensor, counts: Tensor, due: Tensor, starts: Tensor | None = None
+    arrays: Sequence[Tensor],
+    slots: Tensor,
+    real: Tensor,
+    counts: Tensor,
+    due: Tensor,
+    starts: Tensor | None = None,
 ) -> None:
     """Move the last tokens of each head that is due into the slots that become free; ``arrays[2]`` are positions.
 
@@ -246,24 +259,26 @@ def close_gaps(
     ----------
     arrays : sequence of tensor, shape (batch, kv_head, capacity, ...), or (n, ...) where packed
     slots : int64 tensor, shape (batch, kv_head, block)
-        Distinct slots in use of heads that are due; others mean nothing.
+        Distinct slots of each head that is due; those of others mean nothing.
+    real : bool tensor, shape (batch, kv_head, block)
+        Which of them hold a token that goes.
     counts : int32 tensor, shape (batch, kv_head)
     due : bool tensor, shape (batch, kv_head)
     starts : int64 tensor, shape (batch, kv_head), or None
         Where packed.
     """
     block, capacity = slots.shape[-1], arrays[2].shape[2]
-    left = counts.long() - block
-    # The last block of slots; those of it that stay go to the gaps before it, in order.
+    left = counts.long() - real.sum(-1)
+    # The last slots in use, as many as go; the tokens there that stay move to the gaps before them, in order.
     tail = left[..., None] + torch.arange(block, device=slots.device)
-    stays = ~(tail[..., :, None] == slots[..., None, :]).any(-1)
+    stays = (tail < counts[..., None]) & ~(tail[..., :, None] == slots[..., None, :]).any(-1)
     moving = torch.take_along_dim(tail, torch.argsort((~stays).to(torch.int8), dim=-1, stable=True), dim=-1)
-    gap = slots < left[..., None]
+    gap = real & (slots < left[..., None])
     source = torch.take_along_dim(moving, (gap.long().cumsum(-1) - 1).clamp(min=0), dim=-1)
     # Where nothing moves, a slot is written with what it holds: all targets differ.
     idle = torch.arange(block, device=slots.device)
     target = torch.where(due[..., None], slots, idle)
-    source = torch.where(due[..., None] & gap, source, target)
+    source = torch.where(gap, source, target)
     for x in arrays:
         if x.ndim == 2:
             first = starts[..., None] if starts is not None else 0
@@ -271,6 +286,6 @@ def close_gaps(
             continue
         index, origin = (i if x.ndim == 3 else i[..., None].expand(*i.shape, x.shape[-1]) for i in (target, source))
         x.scatter_(2, index, torch.gather(x, 2, origin))
-    counts.sub_(due.to(counts.dtype) * block)
+    counts.copy_(left)
     free = torch.arange(capacity, device=slots.device) >= counts[..., None]
     arrays[2].masked_fill_(free, -1)

@@ -1,4 +1,4 @@
-"""A static cache: equal to the one that is not, in two graphs, at constant addresses, without waiting for the device."""
+"""A static cache: equal to the one that is not, in two graphs, at constant addresses, never waiting for the device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return left_padded([prompt(1, 40, seed=1), prompt(1, 27, seed=2), prompt(1, 5, seed=3)])
 
 
-def assert_same(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], tolerance: float = TOLERANCE):
+def assert_same(
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], tolerance: float = TOLERANCE
+):
     assert torch.equal(a[0], b[0])
     assert b[1].isfinite().all()
     assert (a[1] - b[1]).abs().max() <= tolerance * a[1].abs().max()
@@ -194,7 +196,7 @@ def test_step_and_flush_never_ask_the_device(name: str):
     with mode, torch.no_grad():
         state.append(k, k)
         assert state.attend(q, valid).shape == (3, 4, 1, 16)
-        arguments = [buffers[x] for x in ("keys", "values", "positions", "score", "counts")]
+        arguments = [buffers[x] for x in ("keys", "values", "positions", "score", "counts", "ticks")]
         arguments += [state.parts, state.derived, buffers.get("starts"), buffers["budgets"], buffers["seen"]]
         flush(*arguments, buffers.get("query_mean"), buffers.get("query_square"), 0.25, state.rules)
         with pytest.raises(DataDependentOutputException):
@@ -287,7 +289,11 @@ class Counting(Correction):
 CONSTRUCTIONS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "sliding layers": ("gemma3", {}, ["static=True, but layer 0", "'sliding_attention'", "static=False"]),
     "certificates": ("llama", {"certify": 1}, ["static=True with certify=1", "static=False"]),
-    "a correction of one's own": ("llama", {"correction": Counting()}, ["static=True with the correction", "order=None"]),
+    "a correction of one's own": (
+        "llama",
+        {"correction": Counting()},
+        ["static=True with the correction", "order=None"],
+    ),
     "another backend": ("llama", {"backend": "array-api"}, ["static=True with the backend 'array-api'", "'torch'"]),
     "bytes": ("llama", {"budget": "1MiB"}, ["static=True with a budget of '1MiB'", "in tokens"]),
 }
@@ -313,7 +319,11 @@ def compile_prefill(model: Any, cache: MomentCache) -> None:
 
 USES: dict[str, tuple[Any, type[Exception], list[str]]] = {
     "a gradient": (with_a_gradient, RuntimeError, ["a gradient is asked for", "no_grad"]),
-    "assisted": (lambda _, cache: cache.activate_past_recording(), RuntimeError, ["cannot take tokens", "static=False"]),
+    "assisted": (
+        lambda _, cache: cache.activate_past_recording(),
+        RuntimeError,
+        ["cannot take tokens", "static=False"],
+    ),
     "rows that end": (lambda _, cache: FinishedRows(cache, 1), ValueError, ["FinishedRows", "static=False"]),
     "a mask of its own": (
         lambda model, cache: model(
@@ -381,6 +391,32 @@ def test_padding_among_steps_is_no_token():
         for core in cache.moment_layers.values():
             counted = (core.positions >= 0).sum(-1) + core.moments.weight
             assert counted.tolist() == [[40 + STEPS] * 2, [42] * 2]
+
+
+@pytest.mark.parametrize("settings", [{}, PAPER, PAPER | {"order": None}], ids=["default", "paper", "plain"])
+def test_a_row_that_lags_behind_by_padding_never_runs_over(settings: dict[str, Any]):
+    """Its block fills later than the clock says; it evicts what there is when the clock says so."""
+    model = tiny("llama", dtype="float64")
+    caches = pair(model, **settings)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    with torch.no_grad():
+        for cache in caches:
+            model(prompt(2, 40), past_key_values=cache)
+        for seed in range(2 * STEPS):
+            mask = torch.cat([mask, torch.tensor([[1], [int(seed % 3 != 1)]])], 1)
+            ids, places = prompt(2, 1, seed=seed), mask.sum(1, keepdim=True) - 1
+            a, b = (
+                model(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits for cache in caches
+            )
+            assert (a[0] - b[0]).abs().max() <= TOLERANCE * a[0].abs().max()
+            assert b.isfinite().all()
+    for core in caches[1].moment_layers.values():
+        for part in core.parts:
+            stored = (part.positions >= 0).sum(-1)
+            assert (stored < part.budget + part.block).all()
+            assert (stored >= part.budget).all()
+            if part.order is not None:
+                assert (stored + part.moments.weight).tolist() == [[70] * stored.shape[1], [60] * stored.shape[1]]
 
 
 def test_what_moment_layers_shows_is_a_copy():

@@ -10,7 +10,16 @@ from momentkv.attention import AttentionState
 from momentkv.backends._expansion import Expansion
 from momentkv.moments import Moments
 
-__all__ = ["decode_counted", "decode_plain", "estimate_expansion", "flash", "flash_fits", "fold_plain", "join", "unpack"]
+__all__ = [
+    "decode_counted",
+    "decode_plain",
+    "estimate_expansion",
+    "flash",
+    "flash_fits",
+    "fold_plain",
+    "join",
+    "unpack",
+]
 
 FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -136,7 +145,7 @@ def decode_counted(
     *,
     scale: float,
 ) -> torch.Tensor:
-    """Output of `decode_plain` for heads of which the first ``counts`` slots are in use, by one fused call where it fits.
+    """Output of `decode_plain` for heads whose first ``counts`` slots are in use, by one fused call where it fits.
 
     Unlike there, the other slots must hold finite numbers: they are read, and their weight is zero.
     """
