@@ -91,7 +91,7 @@ def momentkv_mask(
         if mask_function is not causal_mask_function or local_size is not None:
             raise ValueError("a step of a static cache got a mask of its own; make the cache with static=False for it")
         return None if attention_mask is None else attention_mask[:, -1:].bool()[:, None, None]
-    if isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
+    if q_length > 1 and isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
         q_offset = int(q_offset)  # of a static cache that is to read several tokens
     causal = mask_function is causal_mask_function and local_size is None and kv_offset == 0
     if causal and isinstance(q_offset, int) and kv_length == q_offset + q_length:

@@ -76,6 +76,9 @@ class DecodeGraphs:
             raise ValueError(
                 f"the cache is on {counts.device}, where there are no CUDA graphs; move the model to a GPU"
             )
+        places = {state.buffers["counts"].device for state in self.static.states}
+        if len(places) > 1:
+            raise ValueError(f"the layers are on {len(places)} devices, and a graph is of one; load the model to one")
         record = recorder or record_cuda
         self.ids = torch.zeros((counts.shape[0], 1), dtype=torch.int64, device=counts.device)
         self.positions = torch.zeros_like(self.ids)

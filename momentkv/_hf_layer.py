@@ -31,7 +31,6 @@ class MomentLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = True
     supports_early_init = False
 
     def __init__(self, core: LayerCache | RaggedCache, rollback: int = 64) -> None:
@@ -53,6 +52,11 @@ class MomentLayer(CacheLayerMixin):
     def is_compileable(self) -> bool:
         """Whether steps are done in static buffers."""
         return self.static is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether recorded passes can be taken back without a trace."""
+        return self.static is None
 
     @property
     def is_frozen(self) -> bool:
@@ -227,14 +231,17 @@ class MomentLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows for beam search; moments and scores follow."""
+        self._check_thawed("reorder_cache")
         self.core.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        self._check_thawed("batch_repeat_interleave")
         self.core.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows."""
+        self._check_thawed("batch_select_indices")
         self.core.map(lambda x: x[indices.to(x.device)])
 
     def activate_past_recording(self) -> None:
@@ -243,6 +250,7 @@ class MomentLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back; see `MomentCache.crop`."""
+        self._check_thawed("crop")
         if self.sharing is not None:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) of one layer: it shares its budget with others; call crop of the cache"
@@ -250,6 +258,11 @@ class MomentLayer(CacheLayerMixin):
         tokens = tokens_to_take_back(tokens_to_remove)
         check_crop([self], tokens)
         crop([self], tokens)
+
+    def _check_thawed(self, method: str) -> None:
+        """Raise where this layer's state is in buffers, which it shares a clock for with all others."""
+        if self.is_frozen:
+            raise RuntimeError(f"{method} of one layer of a static cache; call {method} of the cache")
 
     @property
     def device(self) -> torch.device:
@@ -259,6 +272,7 @@ class MomentLayer(CacheLayerMixin):
 
     def to(self, device: torch.device) -> None:
         """Move the whole state to a device."""
+        self._check_thawed("offload")
         if not self.is_initialized or self.device == device:
             return
         if self.passes:

@@ -8,6 +8,7 @@ count says that its block is full, and everything that depends on counts is deci
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -67,8 +68,17 @@ def revive(parts: Sequence[Tensor], rules: Rules) -> Moments | Summaries:
     return Moments(weight, key_mean, value_mean, rest[0].mT if rest else None)
 
 
+# Decompositions of matrices wait for the device, which a CUDA graph cannot hold: the compiler leaves this operator out
+# of its graphs where PyTorch has a tag for it.
+TAGS: dict[str, Any] = {}
+if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(torch.library.custom_op).parameters:
+    TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)
+
+
 @torch.library.custom_op(
-    "momentkv::flush", mutates_args=("keys", "values", "positions", "score", "counts", "ticks", "parts", "derived")
+    "momentkv::flush",
+    mutates_args=("keys", "values", "positions", "score", "counts", "ticks", "parts", "derived"),
+    **TAGS,
 )
 def flush_operator(
     keys: torch.Tensor,

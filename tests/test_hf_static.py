@@ -120,6 +120,8 @@ def test_generate_compiles_two_graphs_without_a_break(settings: dict[str, Any], 
     model = build(FAMILIES["llama"]())
     dynamic, static = pair(model, **settings)
     assert static.is_compileable
+    assert not static.is_croppable
+    assert dynamic.is_croppable
     assert not dynamic.is_compileable
     expected = generate(model, dynamic, *rows(), new=STEPS)
     assert_same(expected, compiled(static, model), tolerance=2e-5)
@@ -333,6 +335,17 @@ USES: dict[str, tuple[Any, type[Exception], list[str]]] = {
         ["attention_mask is torch.bool of shape (2, 1, 1, 41)"],
     ),
     "crop of evicted tokens": (lambda _, cache: cache.crop(-20), RuntimeError, ["crop(-20)", "evicted"]),
+    "one layer's crop": (
+        lambda _, cache: cache.layers[0].crop(-1),
+        RuntimeError,
+        ["crop of one layer", "of the cache"],
+    ),
+    "one layer's rows": (
+        lambda _, cache: cache.layers[0].reorder_cache(torch.tensor([1, 0])),
+        RuntimeError,
+        ["reorder_cache of one layer"],
+    ),
+    "one layer's move": (lambda _, cache: cache.layers[0].offload(), RuntimeError, ["offload of one layer"]),
     "a compiled prefill": (compile_prefill, Exception, ["MomentCache supports torch.compile for steps", "static=True"]),
 }
 
