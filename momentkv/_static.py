@@ -114,7 +114,12 @@ class StaticState:
             for name in ("keys", "values", "positions", "score"):
                 x = getattr(part, name)
                 if x is not None:
+                    some = torch.take_along_dim(real, order, dim=2)
                     chosen = torch.take_along_dim(x, order if x.ndim == 3 else order[..., None], dim=2)
+                    # Padding may hold anything, NaN included.
+                    chosen = chosen.masked_fill(
+                        ~(some if x.ndim == 3 else some[..., None]), -1 if name == "positions" else 0
+                    )
                     if packed and x.ndim == 4:
                         new[name][:, first : first + n] = chosen[:, 0]
                     else:
@@ -138,11 +143,11 @@ class StaticState:
             if len(derived) > 1:  # read at every step: in the dtype that attention reads
                 derived[1] = derived[1].to(one.keys.dtype)
             new |= {f"derived{n}": x for n, x in enumerate(derived)}
-        self.scale = one.attention_scale
-        self._take(new)
         waits = (new["budgets"] + one.block - new["counts"]).flatten().tolist()
         if min(waits) < 1:
             raise RuntimeError(f"a cache of budget {core.budget} holds {core.stored} tokens, and should have evicted")
+        self.scale = one.attention_scale
+        self._take(new)
         core.reset()
         return sorted({(wait - 1) % one.block + 1 for wait in waits})
 

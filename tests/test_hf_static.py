@@ -22,6 +22,7 @@ from momentkv.hf import DecodeGraphs, FinishedRows, MomentCache
 from momentkv.moments import Moments
 from momentkv.policies import POLICIES, SnapKV
 from momentkv.policies.critical import CriticalKV
+from momentkv.ragged import RaggedCache
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 6, "block": 4}
 PAPER: dict[str, Any] = SMALL | {"policy": "momentkv", "correction": "moments", "sharing": "uniform"}
@@ -441,6 +442,31 @@ def test_what_moment_layers_shows_is_a_copy():
     print(cache, cache.summary(), cache.layers[0])
     assert all(torch.equal(x, y) for x, y in zip(before, tensors(cache), strict=True))
     assert cache.nbytes == sum(x.nbytes for x in before)
+
+
+@pytest.mark.parametrize("budgets", [[12, 12], [12, 15]])
+def test_what_padding_held_is_never_read(budgets: list[int]):
+    """NaN in slots of padding, which a row shorter than its budget keeps until it evicts, does not get into buffers."""
+    cores = [RaggedCache(budgets, policy="streaming", sinks=1, window=6, block=4) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 13, 8, generator=generator) for heads in (4, 2, 2))
+    valid = torch.ones(2, 1, 13, dtype=torch.bool)
+    valid[0, :, :9] = False
+    k[0, :, :9], v[0, :, :9] = torch.nan, torch.nan
+    cores[0].step(q, k.nan_to_num(), v.nan_to_num(), valid=valid)
+    cores[1].step(q, k, v, valid=valid)
+    state = StaticState(cores[1])
+    beat = ring(4, state.freeze(cores[1]))
+    for _ in range(STEPS):
+        q, k, v = (torch.randn(2, heads, 1, 8, generator=generator) for heads in (4, 2, 2))
+        expected = cores[0].step(q, k, v)
+        state.append(k, v)
+        out = state.attend(q, None)
+        beat = beat.next
+        if beat.flushes:
+            state.flush()
+        assert (out - expected).abs().max() <= 2e-5
+    assert all(x.isfinite().all() or name == "derived0" for name, x in state.buffers.items())
 
 
 def test_slots_of_heads_are_packed():
