@@ -10,6 +10,7 @@ import contextlib
 import functools
 import html.parser
 import http.server
+import json
 import os
 import re
 import shutil
@@ -229,6 +230,74 @@ def test_a_reader_can_turn_the_light_off(browser, site):
     with opened(browser, site, ".") as tab:
         tab.locator("label[title='Switch to dark mode']").click()
         assert tab.evaluate("document.body.dataset.mdColorScheme") == "slate"
+
+
+def errors(tab) -> dict[str, float]:
+    """Errors in percent that the figure shows, by output."""
+    rows = tab.locator("[data-output]")
+    shown = {}
+    for index in range(rows.count()):
+        row = rows.nth(index)
+        shown[row.get_attribute("data-output")] = float(row.locator(".explore-error").inner_text().removesuffix(" %"))
+    return shown
+
+
+def drawing(tab) -> str:
+    return tab.locator("#explore svg").inner_html()
+
+
+def test_the_figure_reacts_to_keys_and_shows_what_the_data_say(browser, site):
+    data = json.loads((ROOT / "docs" / "data" / "heads.json").read_text(encoding="utf-8"))
+    with opened(browser, site, "explore") as tab:
+        tab.locator("#explore [name=budget]:enabled").wait_for()
+        first, drawn = errors(tab), drawing(tab)
+        assert first["summaries"] < first["order 1"] <= first["plain"]
+        tab.locator("#explore [name=budget]").focus()
+        tab.keyboard.press("End")
+        last = errors(tab)
+        assert last["plain"] < first["plain"]
+        assert last["summaries"] < last["plain"]
+        assert drawing(tab) != drawn
+        assert "1024 of 2,048" in tab.locator(".explore-status").inner_text()
+        assert tab.locator("[name=budget]").get_attribute("aria-valuetext") == "1024 of 2,048 tokens"
+        tab.locator("#explore [name=query]").focus()
+        tab.keyboard.press("Home")
+        tab.locator("#explore [name=head]").select_option("1")
+        points = data["heads"][1]["points"][-1]
+        assert errors(tab) == pytest.approx(
+            {"plain": 100 * points["plain"][0]}
+            | {name: 100 * x["error"][0] for name, x in points["corrected"].items()},
+            abs=0.0501,
+        )
+        assert "NaN" not in drawing(tab)
+
+
+def test_the_figure_is_named_for_those_who_do_not_see_it(browser, site):
+    with opened(browser, site, "explore") as tab:
+        tab.locator("#explore [name=budget]:enabled").wait_for()
+        for name in ("Head", "Budget", "Query"):
+            assert tab.locator(f"#explore label:has-text('{name}')").locator("input, select").count() == 1
+        assert tab.get_by_role("img", name="Outputs as arrows in a plane").count() == 1
+        assert tab.get_by_role("slider").count() == 2
+        assert "Error of plain eviction" in tab.get_by_role("status").first.inner_text()
+
+
+def test_the_figure_does_not_move_for_those_who_want_rest(browser, site):
+    moving = "getComputedStyle(document.querySelector('.explore-bar')).transitionDuration"
+    with opened(browser, site, "explore", reduced_motion="reduce") as tab:
+        assert tab.evaluate(moving) == "0s"
+    with opened(browser, site, "explore", reduced_motion="no-preference") as tab:
+        assert tab.evaluate(moving) != "0s"
+
+
+def test_the_figure_says_why_it_is_missing(browser, site):
+    with opened(browser, site, "explore", java_script_enabled=False) as tab:
+        assert "needs JavaScript" in tab.locator("#explore").inner_text()
+    with browser.new_context() as context:
+        tab = context.new_page()
+        tab.route("**/heads.json", lambda route: route.fulfill(status=404))
+        tab.goto(site.url("explore"))
+        tab.get_by_text("could not be drawn (404").wait_for(timeout=5000)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
