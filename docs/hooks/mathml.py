@@ -1,7 +1,8 @@
 """Turns every formula of the rendered pages into MathML, so that readers need no script and no network.
 
 An mkdocs hook. `pymdownx.arithmatex` marks formulas, on pages and in docstrings alike; this replaces each by the
-MathML of `latex2mathml`, and stops the build at one that cannot be converted.
+MathML of `latex2mathml`, and stops the build at one that cannot be converted. Punctuation after a formula in a
+sentence is drawn to it, for it shall not begin a line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
 FORMULA = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
+    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>'
+    r"(?P<after>(?:(?<=</span>)[.,;:)]+)?)",
+    re.DOTALL,
 )
 # latex2mathml passes what it does not know through as an identifier: a command, or the & of a foreign environment.
 UNCONVERTED = re.compile(r">\s*(\\[A-Za-z]+\*?|&amp;|&|\\)\s*<")
@@ -70,7 +73,7 @@ def convert_page(content: str, where: str) -> str:
         except Exception as error:
             raise PluginError(f"{where}: cannot convert the formula {tex!r} to MathML: {error}") from error
         kind = "math wide" if formula["open"] == "(" and len(SYMBOL.findall(mathml)) > WIDE else "math"
-        return f'<{formula["tag"]} class="{kind}">{mathml}</{formula["tag"]}>'
+        return f'<{formula["tag"]} class="{kind}">{mathml}{formula["after"]}</{formula["tag"]}>'
 
     content = FORMULA.sub(replace, content)
     for leftover in ('class="arithmatex"', ":math:`", ".. math::"):
