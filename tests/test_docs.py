@@ -180,6 +180,17 @@ def test_a_formula_that_cannot_be_converted_stops_the_build(tex):
         load_hook("mathml").convert_page(f'<span class="arithmatex">\\({tex}\\)</span>', "page")
 
 
+def test_options_in_code_stay_in_one_piece():
+    kept = load_hook("flags").keep_flags("<code>run --new-tokens 4</code>, a--b")
+    assert kept == '<code>run <span class="flag">--new-tokens</span> 4</code>, a--b'
+
+
+def test_punctuation_stays_with_its_formula():
+    pytest.importorskip("mkdocs.exceptions")
+    page = load_hook("mathml").convert_page('of <span class="arithmatex">\\(a\\)</span>, so', "page")
+    assert page.endswith("</math>,</span> so")
+
+
 def test_docstring_mathematics_becomes_markdown():
     pytest.importorskip("griffe")
     docstring = "Sum.\n\n.. math:: a = b, \\qquad\n          c = d\n\nOf :math:`a`; see docs/derivations/moments.md."
