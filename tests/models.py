@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import momentkv.hf
+from momentkv.evaluation.sources import load_model
 
 VOCABULARY = 97
 # Weights ten times as large as usual: attention that is not close to a mean, logits that are not close to a tie.
@@ -59,6 +60,12 @@ COMPRESSED = [name for name in FAMILIES if name != "mistral sliding"]
 def tiny(family: str, implementation: str = momentkv.hf.NAME, dtype: str = "float32") -> Any:
     """The model of a family; asked for again, it is the same object."""
     return build(FAMILIES[family](), implementation, dtype)
+
+
+@functools.cache
+def real() -> tuple[Any, Any]:
+    """The model of the demo and its tokenizer, loaded once for all tests."""
+    return load_model()
 
 
 def build(config: PreTrainedConfig, implementation: str = momentkv.hf.NAME, dtype: str = "float32") -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from models import save_with_bytes
+from models import real, save_with_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of lm_eval's dependencies, as they are imported
@@ -28,7 +28,6 @@ from momentkv.cli import main
 from momentkv.evaluation.haystack import prose
 from momentkv.evaluation.lm_eval.model import MomentLM, check_batch
 from momentkv.evaluation.lm_eval.questions import question_start, tokens_from
-from momentkv.evaluation.sources import load_model
 from momentkv.hf import MomentCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:::datasets", "ignore:::multiprocess", "ignore:::dill")
@@ -453,7 +452,7 @@ def test_two_processes_find_what_one_does(by_command: tuple[int, Path], saved: s
 
 @pytest.mark.model
 def test_a_real_model_answers_from_a_compressed_prompt(tasks: str):
-    model, tokenizer = load_model()
-    found = evaluate(MomentLM(model, tokenizer=tokenizer, budget=96, **ALONE), tasks, ["own_needles"])
+    model, tokenizer = real()
+    found = evaluate(MomentLM(model, tokenizer=tokenizer, budget=64), tasks, ["own_needles"])
     right = [sample["doc"]["number"] in sample["resps"][0][0] for sample in found["samples"]["own_needles"]]
     assert sum(right) >= 4, [sample["resps"] for sample in found["samples"]["own_needles"]]
