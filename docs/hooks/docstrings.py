@@ -32,6 +32,7 @@ PAGES = {
     "derivations/bounds": ("Error bounds", "derivation-bounds"),
     "certificates": ("Certificates", "page-certificates"),
     "evaluation": ("Evaluation", "page-evaluation"),
+    "lm-eval": ("lm-evaluation-harness", "page-lm-eval"),
     "distributed": ("More than one device", "page-distributed"),
     "transformers": ("In transformers", "page-transformers"),
 }
