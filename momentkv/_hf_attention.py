@@ -9,10 +9,12 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-__all__ = ["LINK", "momentkv_attention", "momentkv_mask"]
+__all__ = ["LINK", "NEWEST", "momentkv_attention", "momentkv_mask"]
 
 # Attribute of the keys that a cache returns: their layer, which does the attention.
 LINK = "_momentkv"
+# Offset that a static cache gives for the mask of a step: of the newest token alone, as what it retains has no padding.
+NEWEST = -1
 
 
 def momentkv_attention(
@@ -82,8 +84,15 @@ def momentkv_mask(
     -------
     tensor or None
         None for a causal mask without padding, bool ``(batch, kv_length)`` for a causal mask with padding (False is
-        padding); anything else as SDPA takes it, bool ``(batch, 1, q_length, kv_length)``.
+        padding); anything else as SDPA takes it, bool ``(batch, 1, q_length, kv_length)``. For a step of a static
+        cache None without padding, else bool ``(batch, 1, 1, 1)``: whether the newest token is none.
     """
+    if kv_offset == NEWEST:
+        if mask_function is not causal_mask_function or local_size is not None:
+            raise ValueError("a step of a static cache got a mask of its own; make the cache with static=False for it")
+        return None if attention_mask is None else attention_mask[:, -1:].bool()[:, None, None]
+    if q_length > 1 and isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)  # of a static cache that is to read several tokens
     causal = mask_function is causal_mask_function and local_size is None and kv_offset == 0
     if causal and isinstance(q_offset, int) and kv_length == q_offset + q_length:
         if attention_mask is None:

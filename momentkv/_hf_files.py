@@ -17,6 +17,7 @@ import torch
 
 from momentkv.backends import BACKENDS, get_backend
 from momentkv.corrections import CORRECTIONS, Correction
+from momentkv.moments import Moments
 from momentkv.policies import POLICIES, Policy
 
 __all__ = ["FORMAT", "CacheFileError", "fingerprint", "load", "save"]
@@ -24,7 +25,7 @@ __all__ = ["FORMAT", "CacheFileError", "fingerprint", "load", "save"]
 # Raised by one whenever a file of the version before could no longer be read rightly.
 FORMAT = 1
 KEY = "momentkv"
-SCALARS = ("budget", "scale", "seen", "padded", "has_evicted")
+SCALARS = ("budget", "scale", "seen", "padded", "has_evicted", "refused")
 # What of a configuration decides whether a cache fits; a value that a model lacks is None.
 DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
 SAMPLED, ELEMENTS = 8, 64
@@ -66,7 +67,7 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             "rollback": cache.rollback,
             "average": cache.shared_budgets[0].average if cache.shared_budgets else None,
         },
-        "seen": cache.get_seq_length(),
+        "seen": int(cache.get_seq_length()),
         "layers": layers,
     }
     if one is not None:
@@ -79,6 +80,10 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             "policy": described(one.policy, POLICIES),
             "correction": described(one.correction, CORRECTIONS),
         }
+        # What few caches have is written for those alone, so that a version without it reads the others.
+        for name, value in (("certify", one.certify), ("tolerance", one.tolerance), ("static", cache.static)):
+            if value is not None:
+                record["settings"][name] = True if name == "static" else value
     metadata = {KEY: json.dumps(record, sort_keys=True)}
     metadata["digest"] = digest(metadata[KEY], tensors)
     write(Path(path), safetensors.torch.save(tensors, metadata))
@@ -88,11 +93,6 @@ def check_settled(cache: Any) -> None:
     """Raise where something waits for another call."""
     if any(layer.passes for layer in cache.layers if hasattr(layer, "passes")):
         raise RuntimeError("save: recorded passes wait for crop; call cache.crop(0) first, so that their tokens stay")
-    if any(part.certify is not None for core in cache.moment_layers.values() for part in core.parts):
-        raise RuntimeError(
-            "save: this cache keeps evidence for certificates (certify=), which files do not hold yet; make the cache "
-            "without certify to save it"
-        )
     if getattr(cache, "ranks", 1) > 1:
         raise RuntimeError(
             "save: this cache holds one rank's heads of a tensor-parallel model, and files of parts are not supported; "
@@ -179,20 +179,37 @@ def digest(record: str, tensors: Mapping[str, torch.Tensor]) -> str:
 def restore(part: Any, scalars: Mapping[str, Any], arrays: Mapping[str, torch.Tensor], path: Any) -> None:
     """Give one `LayerCache` the state of another."""
     for name in SCALARS:
-        setattr(part, name, scalars[name])
+        setattr(part, name, scalars.get(name, getattr(part, name)))
     if not arrays:
         return
     part.keys, part.values = arrays["keys"], arrays["values"]
+    for name in ("positions", "score", "query_mean", "query_square", "recent_queries"):
+        setattr(part, name, arrays.get(name))
     empty = part.correction.empty(part.keys, part.values, order=part.order or 0)
-    state = {name.removeprefix("moments."): x for name, x in arrays.items() if name.startswith("moments.")}
-    fits = {name: (x.shape, x.dtype) for name, x in empty.arrays().items()}
-    if fits != {name: (x.shape, x.dtype) for name, x in state.items()}:
+    part.moments = filled(empty, "moments.", arrays)
+    if part.moments is None:
         raise CacheFileError(
             f"{path} holds moments of another make than its correction, {part.correction!r}; pass the correction it had"
         )
-    part.moments = dataclasses.replace(empty, **state)
-    for name in ("positions", "score", "query_mean", "query_square"):
-        setattr(part, name, arrays.get(name))
+    if part.certify is not None:
+        part.evidence = filled(
+            Moments.empty(part.keys, part.values, order=part.certify, extent=True), "evidence.", arrays
+        )
+        if part.evidence is None:
+            raise CacheFileError(f"{path} holds no evidence of order {part.certify}, which its cache was made to keep")
+
+
+def filled(empty: Any, prefix: str, arrays: Mapping[str, torch.Tensor]) -> Any:
+    """A state with the arrays of that prefix in place of its own, or None if they are not alike."""
+    state = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+    fits = {name: (x.shape, x.dtype) for name, x in empty.arrays().items()}
+    if fits != {name: (x.shape, x.dtype) for name, x in state.items()}:
+        return None
+    extent = {name.removeprefix("extent."): x for name, x in state.items() if name.startswith("extent.")}
+    own = {name: x for name, x in state.items() if not name.startswith("extent.")}
+    if extent:
+        own["extent"] = dataclasses.replace(empty.extent, **extent)
+    return dataclasses.replace(empty, **own)
 
 
 def described(choice: Any, known: Mapping[str, type[Any]]) -> dict[str, Any]:

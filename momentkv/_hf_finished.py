@@ -25,6 +25,11 @@ class FinishedRows(StoppingCriteria):
     eos_token_id : int or sequence of int
         What ends a row. The end token itself is still read.
 
+    Raises
+    ------
+    ValueError
+        If the cache is static.
+
     Notes
     -----
     For greedy and sampled generation (beam search drops ended rows itself); needed only where the cache is used
@@ -37,6 +42,11 @@ class FinishedRows(StoppingCriteria):
     """
 
     def __init__(self, cache: Any, eos_token_id: int | Sequence[int]) -> None:
+        if cache.static is not None:
+            raise ValueError(
+                "FinishedRows needs a cache with static=False: which rows have ended is decided on the host; or mask "
+                "the pads of ended rows in a loop of your own"
+            )
         self.cache = cache
         self.ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
         self.length = self.start = -1

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from momentkv._hf_attention import LINK
+from momentkv._hf_attention import LINK, NEWEST
 from momentkv._hf_checks import check_new_tokens, refuse_arguments
 from momentkv._hf_rollback import Pass, base_of, check_crop, crop, queries_to_keep
+from momentkv._hf_static import StaticLayers, check_step
 from momentkv.cache import LayerCache
 from momentkv.ragged import RaggedCache
 from momentkv.sharing import SharedBudget
@@ -30,8 +31,6 @@ class MomentLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_compileable = False
-    is_croppable = True
     supports_early_init = False
 
     def __init__(self, core: LayerCache | RaggedCache, rollback: int = 64) -> None:
@@ -45,21 +44,44 @@ class MomentLayer(CacheLayerMixin):
         self.base: list[dict[str, Any]] | None = None
         # Rows that have ended, for the pass that brings the length to this number; see `FinishedRows`.
         self.ended: tuple[int, torch.Tensor] | None = None
+        # Buffers of a cache with static=True, and this layer's place among them.
+        self.static: StaticLayers | None = None
+        self.index = 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether steps are done in static buffers."""
+        return self.static is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether recorded passes can be taken back without a trace."""
+        return self.static is None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the state is in static buffers now."""
+        return self.static is not None and self.static.frozen
 
     @property
     def keys(self) -> Any:
         """Retained keys, shape (batch, kv_head, n, d), or a list of one such array for each head."""
-        return self.core.keys
+        return self.visible.keys
 
     @property
     def values(self) -> Any:
         """Retained values, shape (batch, kv_head, n, dv), or a list of one such array for each head."""
-        return self.core.values
+        return self.visible.values
+
+    @property
+    def visible(self) -> LayerCache | RaggedCache:
+        """The layer's cache, to look at."""
+        return self.core if self.static is None else self.static.core(self.index)
 
     @property
     def is_initialized(self) -> bool:
         """Whether any token has arrived."""
-        return self.core.seen > 0
+        return self.is_frozen or self.core.seen > 0
 
     @property
     def recorded(self) -> int:
@@ -68,11 +90,14 @@ class MomentLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored now, queries of recorded passes included."""
+        """Bytes stored now, queries of recorded passes and static buffers included."""
+        if self.static is not None:
+            return self.core.nbytes + self.static.states[self.index].nbytes
         return self.core.nbytes + sum(one.queries.nbytes for one in self.passes)
 
     def __repr__(self) -> str:
-        return f"MomentLayer(budget={self.core.budget}, stored={self.core.stored}, seen={self.core.seen})"
+        core = self.visible
+        return f"MomentLayer(budget={core.budget}, stored={core.stored}, seen={core.seen})"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to allocate: the first `update` does it."""
@@ -81,6 +106,11 @@ class MomentLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens; the returned keys carry the link that `momentkv_attention` follows."""
+        if self.static is not None and self.static.frozen:
+            self.static.states[self.index].append(key_states.detach(), value_states.detach())
+            linked = key_states.view_as(key_states)
+            setattr(linked, LINK, self)
+            return linked, value_states
         if self.before is not None:
             raise RuntimeError(
                 "the last forward pass updated this cache layer but its attention never reached momentkv: either the "
@@ -111,6 +141,8 @@ class MomentLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend and evict; called by `momentkv_attention`. On an error the layer is as before `update`."""
+        if self.static is not None and self.static.frozen:
+            return self.step(query, attention_mask, dropout, kwargs), None
         before, self.before = self.before, None
         try:
             refuse_arguments(attention_mask, dropout, kwargs)
@@ -134,7 +166,23 @@ class MomentLayer(CacheLayerMixin):
                 for part, state in zip(self.core.parts, before, strict=True):
                     part.restore(state)
             raise
+        if self.static is not None and self.core is self.static.cores[-1]:
+            self.static.freeze()
         return out.transpose(1, 2).contiguous(), None
+
+    def step(
+        self, query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """`attend` for one token, in static buffers."""
+        refuse_arguments(None, dropout, kwargs)
+        valid = check_step(query, attention_mask)
+        static: Any = self.static
+        state = static.states[self.index]
+        with torch.no_grad():
+            out = state.attend(query, valid)
+            if static.beat.flushes:
+                state.flush()
+        return out.transpose(1, 2).contiguous()
 
     def without_ended_rows(self, valid: torch.Tensor | None, q_len: int) -> torch.Tensor | None:
         """Padding of a pass, with the pads that ``generate`` feeds to rows that have ended."""
@@ -152,7 +200,13 @@ class MomentLayer(CacheLayerMixin):
             self.sharing.evict(self.core)
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding and evicted ones included: positions and masks count from here."""
+        """Tokens seen, padding and evicted ones included: positions and masks count from here.
+
+        In static buffers a tensor, as for caches of transformers that can be compiled: reading it as a number waits.
+        """
+        if self.static is not None and self.static.frozen:
+            seen: Any = self.static.states[self.index].buffers["seen"]
+            return seen + 0  # what the caller holds must not count on
         return self.core.seen
 
     def get_max_length(self) -> int:
@@ -160,25 +214,34 @@ class MomentLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Mask sizes as if nothing were evicted, so that one mask serves every layer."""
+        """Mask sizes as if nothing were evicted, so that one mask serves every layer; of a static step, `NEWEST`."""
+        if self.static is not None and self.static.frozen:
+            if query_length == 1:
+                return 1, NEWEST
+            return int(self.get_seq_length()) + query_length, 0
         return self.core.seen + query_length, 0
 
     def reset(self) -> None:
         """Forget all tokens and moments."""
         self.core.reset()
+        if self.static is not None:
+            self.static.frozen = False
         self.before, self.ended = None, None
         self.passes, self.base = [], None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows for beam search; moments and scores follow."""
+        self._check_thawed("reorder_cache")
         self.core.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        self._check_thawed("batch_repeat_interleave")
         self.core.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows."""
+        self._check_thawed("batch_select_indices")
         self.core.map(lambda x: x[indices.to(x.device)])
 
     def activate_past_recording(self) -> None:
@@ -187,6 +250,7 @@ class MomentLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back; see `MomentCache.crop`."""
+        self._check_thawed("crop")
         if self.sharing is not None:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) of one layer: it shares its budget with others; call crop of the cache"
@@ -194,6 +258,11 @@ class MomentLayer(CacheLayerMixin):
         tokens = tokens_to_take_back(tokens_to_remove)
         check_crop([self], tokens)
         crop([self], tokens)
+
+    def _check_thawed(self, method: str) -> None:
+        """Raise where this layer's state is in buffers, which it shares a clock for with all others."""
+        if self.is_frozen:
+            raise RuntimeError(f"{method} of one layer of a static cache; call {method} of the cache")
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +272,7 @@ class MomentLayer(CacheLayerMixin):
 
     def to(self, device: torch.device) -> None:
         """Move the whole state to a device."""
+        self._check_thawed("offload")
         if not self.is_initialized or self.device == device:
             return
         if self.passes:

@@ -27,12 +27,15 @@ EXTRAS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    options = build_parser().parse_args(arguments)
-    # Results say how they were measured.
-    options.command = shlex.join(["momentkv", *(sys.argv[1:] if arguments is None else arguments)])
-    # Loading a GGUF model draws a bar of its own through tqdm, which reads this when first imported.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["lm-eval"]:  # its arguments are lm_eval's, which argparse would take for unknown ones
+        options = argparse.Namespace(run=run_lm_eval, arguments=given[1:])
+    else:
+        options = build_parser().parse_args(given)
+        options.command = shlex.join(["momentkv", *given])  # results say how they were measured
+        # Loading a GGUF model draws a bar of its own through tqdm, which reads this when first imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return int(options.run(options))
     except ModuleNotFoundError as error:
@@ -80,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=int, default=1, help="of a CPU")
     bench.add_argument("--output", default="results/bench.json", help="results; the plot goes beside it")
     bench.set_defaults(run=run_bench)
+
+    commands.add_parser("lm-eval", help="the command line of lm_eval, with the model momentkv", add_help=False)
 
     evaluate = commands.add_parser("evaluate", help="measure fidelity, needles and the directional gap")
     kinds = evaluate.add_subparsers(required=True, metavar="KIND")
@@ -270,6 +275,13 @@ def run_bench(options: argparse.Namespace) -> int:
     from momentkv.evaluation.bench import bench
 
     return bench(options)
+
+
+def run_lm_eval(options: argparse.Namespace) -> int:
+    """Run ``momentkv lm-eval``."""
+    from momentkv.evaluation.lm_eval import main as lm_eval
+
+    return lm_eval(options.arguments)
 
 
 def run_fidelity(options: argparse.Namespace) -> int:

@@ -41,8 +41,10 @@ from momentkv._hf_checks import (
 )
 from momentkv._hf_files import CacheFileError, fingerprint, load, save
 from momentkv._hf_finished import FinishedRows
+from momentkv._hf_graphs import DecodeGraphs
 from momentkv._hf_layer import MomentLayer, tokens_to_take_back
 from momentkv._hf_rollback import check_crop, crop, settle
+from momentkv._hf_static import StaticLayers
 from momentkv._hf_summary import CacheSummary, LayerSummary, summarise
 from momentkv.backends import ArrayBackend
 from momentkv.cache import RECENT_QUERIES, LayerCache
@@ -56,6 +58,7 @@ __all__ = [
     "NAME",
     "CacheFileError",
     "CacheSummary",
+    "DecodeGraphs",
     "FinishedRows",
     "LayerSummary",
     "MomentCache",
@@ -99,6 +102,9 @@ class MomentCache(Cache):
         ``"torch"`` by default.
     certify, tolerance
         As `LayerCache` takes them: evidence for `momentkv.trust.trust`, and refusal to evict past a certified error.
+    static : bool
+        Whether decode steps are done in buffers of constant size and address, in place and without waiting for the
+        device: for `torch.compile` (``generate`` does it by itself on a GPU) and CUDA graphs. Equal otherwise.
 
     Raises
     ------
@@ -134,6 +140,7 @@ class MomentCache(Cache):
         backend: str | ArrayBackend | None = None,
         certify: int | None = None,
         tolerance: float | None = None,
+        static: bool = False,
     ) -> None:
         config = getattr(model, "config", model).get_text_config(decoder=True)
         check_implementation(config)
@@ -145,6 +152,8 @@ class MomentCache(Cache):
         self.ranks = int(getattr(model, "_tp_size", None) or 1)
         self.least = sinks + window + 1
         asked = parse_budget(budget)
+        if static and isinstance(asked, TotalBytes):
+            raise ValueError(f"static=True with a budget of {budget!r}: buffers are sized in tokens; give it in tokens")
         self.rule = asked if isinstance(asked, BudgetRule) else None
         given = self.least if isinstance(asked, BudgetRule) else asked  # a rule tells when the first tokens arrive
         budgets = [given] * len(kinds) if isinstance(given, int) else given
@@ -176,6 +185,11 @@ class MomentCache(Cache):
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(kinds):
             if kind in SLIDING_TYPES:
+                if static:
+                    raise ValueError(
+                        f"static=True, but layer {index} of this {config.model_type} model is of type {kind!r}, whose "
+                        "stock cache counts on the host; use static=False"
+                    )
                 layers.append(DynamicSlidingWindowLayer(**kwargs))
             elif kind == "full_attention":
                 core: LayerCache | RaggedCache
@@ -201,15 +215,27 @@ class MomentCache(Cache):
             self.shared_budgets.append(SharedBudget([layer.core for layer in group], rule))
             for layer in group:
                 layer.sharing = self.shared_budgets[-1]
+        self.static = StaticLayers([layer.core for layer in compressed]) if static else None
+        for index, layer in enumerate(compressed):
+            layer.static, layer.index = self.static, index
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens of one layer (called by the model)."""
         check_implementation(self.config)
+        if self.static is not None and self.static.frozen and key_states.shape[2] == 1:
+            if layer_idx == 0:
+                self.static.beat = self.static.beat.next
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if torch.compiler.is_compiling():
-            raise RuntimeError("MomentCache does not support torch.compile yet; run the model uncompiled")
+            raise RuntimeError(
+                "MomentCache supports torch.compile for steps of one token with static=True, after a pass that was not "
+                "compiled: make it with static=True, and read the prompt with the model uncompiled"
+            )
         if layer_idx == 0:
+            if self.static is not None:
+                self.static.thaw()
             check_lengths([layer.get_seq_length() for layer in self.layers])
             self._settle(key_states.shape[2])
             if self.rule is not None:
@@ -224,8 +250,13 @@ class MomentCache(Cache):
 
         Until `crop`, the tokens of recorded passes are stored beside the budget: up to ``rollback`` of them, or those
         of the last pass if they are more. Without `crop` the oldest are settled, so that a cache that goes on without
-        assistance stays bounded.
+        assistance stays bounded. Raises a RuntimeError for a static cache.
         """
+        if self.static is not None:
+            raise RuntimeError(
+                "a static cache cannot take tokens of a pass back (assisted and prompt-lookup decoding do); make the "
+                "cache with static=False"
+            )
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -248,6 +279,17 @@ class MomentCache(Cache):
         part in scores and query statistics, and so in what later evictions choose.
         """
         tokens = tokens_to_take_back(tokens_to_remove)
+        frozen = self.static is not None and self.static.frozen
+        if self.static is not None:
+            self.static.thaw()
+        try:
+            self._crop(tokens)
+        finally:
+            if frozen and self.static is not None and self.get_seq_length():
+                self.static.freeze()
+
+    def _crop(self, tokens: int) -> None:
+        """`crop` of a number of tokens, of layers that are not in static buffers."""
         check_lengths([layer.get_seq_length() for layer in self.layers])
         if tokens and tokens == self.get_seq_length():
             self.reset()
@@ -273,6 +315,9 @@ class MomentCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows for beam search; recorded passes are settled first."""
+        if self.static is not None and self.static.frozen:
+            self.static.select_rows(beam_idx)
+            return
         self._before_rows_move()
         super().reorder_cache(beam_idx)
 
@@ -283,16 +328,27 @@ class MomentCache(Cache):
                 f"batch_repeat_interleave({repeats}): the budget of {self.rule.text} was divided among the rows that "
                 "were read; give it in tokens, or read with all rows at once"
             )
+        if self.static is not None and self.static.frozen:
+            rows = len(self.static.states[0].buffers["counts"])
+            self.static.select_rows(torch.arange(rows).repeat_interleave(repeats))
+            return
         self._before_rows_move()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows; recorded passes are settled first."""
+        if self.static is not None and self.static.frozen:
+            rows = torch.arange(len(self.static.states[0].buffers["counts"]), device=indices.device)
+            self.static.select_rows(rows[indices])
+            return
         self._before_rows_move()
         super().batch_select_indices(indices)
 
     def offload(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> None:
         """Move one layer, or all, to the CPU; the next forward pass brings each back to the device of its model."""
+        if self.static is not None:
+            self.static.thaw()
+            self.static.release()
         for index in range(len(self.layers)) if layer_idx is None else [layer_idx]:
             if isinstance(self.layers[index], MomentLayer) or not only_non_sliding:
                 self.layers[index].offload()
@@ -366,13 +422,13 @@ class MomentCache(Cache):
             kinds += f", {len(self.layers) - len(self.moment_layers)} sliding"
         return (
             f"MomentCache({self.config.model_type}, budget={self.budget!r}, sharing={self.sharing!r}, "
-            f"layers={kinds}, seen={self.get_seq_length()}, MiB={self.nbytes / 2**20:.2f})"
+            f"layers={kinds}, seen={int(self.get_seq_length())}, MiB={self.nbytes / 2**20:.2f})"
         )
 
     @property
     def moment_layers(self) -> dict[int, LayerCache | RaggedCache]:
-        """The compressed layers' caches, by layer index."""
-        return {index: layer.core for index, layer in enumerate(self.layers) if isinstance(layer, MomentLayer)}
+        """The compressed layers' caches, by layer index; in static buffers, copies of their state now, to look at."""
+        return {index: layer.visible for index, layer in enumerate(self.layers) if isinstance(layer, MomentLayer)}
 
     @property
     def nbytes(self) -> int:

@@ -26,8 +26,9 @@ class Moments:
     r"""Weighted moments of a set of tokens, batched over leading axes (usually batch, kv_head).
 
     .. math:: W = \sum_j w_j, \quad \mu_k = \tfrac1W \sum_j w_j k_j, \quad \mu_v = \tfrac1W \sum_j w_j v_j, \quad
-              S_{vk} = \sum_j w_j (v_j - \mu_v)(k_j - \mu_k)^\top, \quad
-              S_{kk} = \sum_j w_j (k_j - \mu_k)(k_j - \mu_k)^\top
+              S_{vk} = \sum_j w_j (v_j - \mu_v)(k_j - \mu_k)^\top
+
+    .. math:: S_{kk} = \sum_j w_j (k_j - \mu_k)(k_j - \mu_k)^\top
 
     Attributes
     ----------

@@ -175,6 +175,11 @@ def page() -> str:
             "|---|---|",
             *refused,
             "",
+            "With `static=True` ([static buffers](transformers.md#static)) every mode but assisted decoding and prompt",
+            "lookup equals the cache that is not static (`tests/test_hf_static.py`, Llama; greedy, families with full",
+            "attention only). Weights of 8 and 4 bits: `tests/test_hf_modes.py`, for each of torchao, quanto and",
+            "bitsandbytes that is installed.",
+            "",
             "What else raises: [In transformers](transformers.md#raises).",
             "",
         ]

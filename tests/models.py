@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -14,11 +16,13 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
 import momentkv.hf
+from momentkv.evaluation.sources import load_model
 
 VOCABULARY = 97
 # Weights ten times as large as usual: attention that is not close to a mean, logits that are not close to a tie.
@@ -58,12 +62,30 @@ def tiny(family: str, implementation: str = momentkv.hf.NAME, dtype: str = "floa
     return build(FAMILIES[family](), implementation, dtype)
 
 
+@functools.cache
+def real() -> tuple[Any, Any]:
+    """The model of the demo and its tokenizer, loaded once for all tests."""
+    return load_model()
+
+
 def build(config: PreTrainedConfig, implementation: str = momentkv.hf.NAME, dtype: str = "float32") -> Any:
     """A new model with weights that depend on its configuration alone."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
     return model.to(getattr(torch, dtype)).eval()
+
+
+def save_with_bytes(path: str | Path) -> str:
+    """Save a tiny Llama whose tokens are bytes, with its tokenizer; returns the path."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(["<end>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
+    build(FAMILIES["llama"](vocab_size=len(vocabulary))).save_pretrained(path)
+    return str(path)
 
 
 def prompt(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -10,10 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from models import FAMILIES, build
+from models import save_with_bytes
 from test_evaluation import is_image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import momentkv
 from momentkv import demo
@@ -28,15 +26,7 @@ SOURCE = ["--context", "200", "--following", "16"]
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a model whose tokens are bytes."""
-    path = tmp_path_factory.mktemp("tiny")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(["<end>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
-    build(FAMILIES["llama"](vocab_size=len(vocabulary))).save_pretrained(path)
-    return str(path)
+    return save_with_bytes(tmp_path_factory.mktemp("tiny"))
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import io
 import pydoc
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -18,17 +22,69 @@ LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 CROSS_REFERENCE = re.compile(r"\[[^\]]+\]\[(?P<target>[\w.-]+)\]")
 HEADING = re.compile(r"^#{1,6} +(?P<title>.+?)(?: *\{ *#(?P<id>[\w-]+) *\})? *$", re.MULTILINE)
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+REASON = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
 
 
-def code_blocks(page: Path) -> list[str]:
-    """Python blocks of a page, each on its own lines, save those marked ``notest`` (they need a download)."""
-    text, blocks = page.read_text(), []
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+class Block(NamedTuple):
+    """A Python block of a page.
+
+    Attributes
+    ----------
+    code : str
+        On its own lines of the page.
+    runs : bool
+        False for a block marked ``notest``.
+    reason : str or None
+        The comment before it, ``<!-- not run: REASON -->``, without the frame.
+    output : str or None
+        The block marked ``output`` after it, which shows what it prints.
+    """
+
+    code: str
+    runs: bool
+    reason: str | None
+    output: str | None
+
+
+def code_blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    blocks: list[Block] = []
     for fence in FENCE.finditer(text):
         info = re.findall(r"\w+", fence["info"])
-        if info[:1] == ["python"] and "notest" not in info:
-            blocks.append("\n" * (text[: fence.start()].count("\n") + 1) + fence["code"])
+        if info[:1] == ["python"]:
+            code = "\n" * (text[: fence.start()].count("\n") + 1) + fence["code"]
+            reason = REASON.search(text[: fence.start()])
+            blocks.append(Block(code, "notest" not in info, reason and reason[1], None))
+        elif "output" in info:
+            assert blocks, f"{page.name} shows output before any code"
+            assert blocks[-1].output is None, f"{page.name} shows the output of one block twice"
+            blocks[-1] = blocks[-1]._replace(output=fence["code"])
     return blocks
+
+
+def agrees(shown: str, printed: str) -> bool:
+    """Whether words and whole numbers are the same, and decimal fractions and percentages but for their last digit."""
+    pattern = re.compile(r"[-+]?\d+\.\d+|\d+(?=%)")
+    if pattern.sub("#", shown).split() != pattern.sub("#", printed).split():
+        return False
+    pairs = zip(pattern.findall(shown), pattern.findall(printed), strict=True)
+    return all(abs(float(a) - float(b)) < 1.01 * 10.0 ** -len(a.partition(".")[2]) for a, b in pairs)
+
+
+def needs_model(page: Path) -> bool:
+    return any("load_model()" in block.code for block in code_blocks(page) if block.runs)
+
+
+def marked(page: Path):
+    """The page as a test case, marked where it runs the real model."""
+    return pytest.param(page, marks=pytest.mark.model if needs_model(page) else ())
 
 
 def prose(page: Path) -> str:
@@ -54,11 +110,42 @@ def load_hook(name: str):
     return module
 
 
-@pages
-def test_python_blocks_run(page):
+@pytest.fixture(scope="module")
+def load_once():
+    """The built-in model, loaded once for all pages."""
+    return functools.cache(importlib.import_module("momentkv.evaluation.sources").load_model)
+
+
+def test_shown_output_is_compared_but_for_the_last_digit_of_a_fraction():
+    assert agrees("a 1.25\nb 97%\n", "a  1.26\nb 96%")
+    assert not agrees("1.25", "1.27")
+    assert not agrees("12 tokens", "13 tokens")
+    assert not agrees("found", "lost")
+    assert not agrees("1.25", "-1.25")
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES], ids=name_of)
+def test_python_blocks_run_and_print_what_the_page_shows(page, request, monkeypatch):
+    if needs_model(page):
+        monkeypatch.setattr("momentkv.evaluation.sources.load_model", request.getfixturevalue("load_once"))
     namespace = {"__name__": page.stem}
     for block in code_blocks(page):
-        exec(compile(block, str(page), "exec"), namespace)
+        code = compile(block.code, str(page), "exec", dont_inherit=True)
+        if not block.runs:
+            assert block.reason, f"{page.name}: a block marked notest needs <!-- not run: REASON --> before it"
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, namespace)
+        if block.output is not None:
+            printed = printed.getvalue()
+            assert agrees(block.output, printed), f"{page.name} shows\n{block.output}\nbut its code prints\n{printed}"
+
+
+def test_every_tutorial_shows_output():
+    tutorials = [page for page in PAGES if page.parent.name == "tutorials"]
+    assert len(tutorials) == 7
+    for page in tutorials:
+        assert sum(block.output is not None for block in code_blocks(page)) >= 2, page.name
 
 
 @pages
@@ -68,6 +155,8 @@ def test_relative_links_lead_to_a_file_and_a_heading(page):
         if re.match(r"[a-z]+:", path):
             continue
         target = (page.parent / path).resolve() if path else page
+        if anchor in ("only-light", "only-dark"):  # a picture for pages of one colour
+            anchor = ""
         assert target.exists(), f"{page.name} links to {link['target']}, but there is no such file"
         assert not anchor or anchor in anchors(target), (
             f"{page.name} links to {link['target']}, but it has no such heading"
@@ -81,7 +170,7 @@ def test_cross_references_name_an_object(page):
 
 
 def test_the_pages_have_code():
-    assert sum(len(code_blocks(page)) for page in PAGES) >= 10
+    assert sum(block.runs for page in PAGES for block in code_blocks(page)) >= 40
 
 
 @pytest.mark.parametrize("tex", [r"\nosuchcommand{x}", r"\begin{aligned} a &= b \end{aligned}", r"\frac{1}{"])
@@ -89,6 +178,17 @@ def test_a_formula_that_cannot_be_converted_stops_the_build(tex):
     errors = pytest.importorskip("mkdocs.exceptions")
     with pytest.raises(errors.PluginError, match="cannot convert"):
         load_hook("mathml").convert_page(f'<span class="arithmatex">\\({tex}\\)</span>', "page")
+
+
+def test_options_in_code_stay_in_one_piece():
+    kept = load_hook("flags").keep_flags("<code>run --new-tokens 4</code>, a--b")
+    assert kept == '<code>run <span class="flag">--new-tokens</span> 4</code>, a--b'
+
+
+def test_punctuation_stays_with_its_formula():
+    pytest.importorskip("mkdocs.exceptions")
+    page = load_hook("mathml").convert_page('of <span class="arithmatex">\\(a\\)</span>, so', "page")
+    assert page.endswith("</math>,</span> so")
 
 
 def test_docstring_mathematics_becomes_markdown():

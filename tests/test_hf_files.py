@@ -19,6 +19,7 @@ from momentkv import Tokens, _hf_files
 from momentkv.corrections import AnchoredSummaries
 from momentkv.hf import CacheFileError, MomentCache
 from momentkv.policies import H2O, POLICIES, Policy
+from momentkv.trust import trust
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 8, "block": 4}
 KINDS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "ada-kv": {"sharing": "ada-kv", "policy": "snapkv"},
     "pyramid": {"sharing": "pyramid"},
     "bytes": {"budget": "80KiB"},
+    "certified": {"certify": 2},
+    "certified, order 0": {"certify": 0, "sharing": "uniform", "correction": "moments"},
 }
 
 
@@ -288,8 +291,33 @@ def test_recorded_passes_are_not_saved(tmp_path: Path):
     assert MomentCache.load(tmp_path / "cache", model).get_seq_length() == 40
 
 
-def test_caches_that_certify_are_not_written_without_their_evidence(tmp_path: Path):
-    path = tmp_path / "cache.safetensors"
-    with pytest.raises(RuntimeError, match="keeps evidence for certificates"):
-        read(tiny("llama"), certify=1).save(path)
-    assert not path.exists()
+@pytest.mark.parametrize("sharing", ["heads", "uniform"])
+def test_certified_caches_keep_evidence_bounds_and_what_they_refused(tmp_path: Path, sharing: str):
+    """Bounds of the loaded cache are those of the saved one, bit for bit, and so is what it goes on to refuse."""
+    model, path = tiny("llama"), tmp_path / "cache"
+    with pytest.warns(UserWarning, match="an eviction was refused"):
+        cache = read(model, certify=1, tolerance=1e-6, sharing=sharing)
+    cache.save(path)
+    loaded = MomentCache.load(path, model)
+    q = torch.randn((2, 4, 3, 16), generator=torch.Generator().manual_seed(0))
+    for a, b in zip(cache.moment_layers.values(), loaded.moment_layers.values(), strict=True):
+        for x, y in zip(trust(a, q), trust(b, q), strict=True):
+            assert torch.equal(x, y)
+        for one, other in zip(a.parts, b.parts, strict=True):
+            assert other.evidence is not None
+            assert (one.certify, one.tolerance, one.refused, one.budget) == (1, 1e-6, other.refused, other.budget)
+            assert one.arrays().keys() == other.arrays().keys()
+            assert all(torch.equal(x, other.arrays()[name]) for name, x in one.arrays().items())
+    assert any(part.refused for core in loaded.moment_layers.values() for part in core.parts)
+
+
+def test_evidence_of_another_order_is_refused(tmp_path: Path):
+    path = tmp_path / "cache"
+    read(tiny("llama"), certify=1).save(path)
+
+    def ask_for_more(record: Any, tensors: Any) -> None:
+        record["settings"]["certify"] = 2
+
+    path.write_bytes(rewritten(path.read_bytes(), ask_for_more, sign=True))
+    with pytest.raises(CacheFileError, match="holds no evidence of order 2"):
+        MomentCache.load(path, tiny("llama"))

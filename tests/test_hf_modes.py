@@ -170,30 +170,31 @@ def test_mapped_and_offloaded_weights_are_the_same_model(where: str, tmp_path: P
     assert again.get_seq_length() == caches[0].get_seq_length()
 
 
-QUANTISED = {"torchao": "TorchAoConfig", "optimum.quanto": "QuantoConfig", "bitsandbytes": "BitsAndBytesConfig"}
-
-
-def quantisation(package: str) -> Any:
+def quantisation(package: str, bits: int) -> Any:
     import transformers
 
     if package == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+        from torchao.quantization.granularity import PerGroup
 
-        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        return transformers.TorchAoConfig(
+            Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(torch.int4, PerGroup(32))
+        )
     if package == "optimum.quanto":
-        return transformers.QuantoConfig(weights="int8")
-    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.QuantoConfig(weights=f"int{bits}")
+    return transformers.BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
 
 
-@pytest.mark.parametrize("package", QUANTISED)
-def test_quantised_weights_are_nothing_to_the_cache(package: str, tmp_path: Path):
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("package", ["torchao", "optimum.quanto", "bitsandbytes"])
+def test_quantised_weights_are_nothing_to_the_cache(package: str, bits: int, tmp_path: Path):
     try:
         found = importlib.util.find_spec(package)
     except ModuleNotFoundError:
         found = None
     if found is None:
         pytest.skip(f"{package} is not installed")
-    model = load(saved_model(tmp_path / "model"), quantization_config=quantisation(package))
+    model = load(saved_model(tmp_path / "model"), quantization_config=quantisation(package, bits))
     wide, small = MomentCache(model, 400, **SMALL), MomentCache(model, 20, **SMALL)
     out = generate(model, wide, prompt(2, 60))
     model.set_attn_implementation("sdpa")

@@ -179,7 +179,7 @@ USES: dict[str, tuple[Callable[[Any, MomentCache], None], type[Exception], list[
     "softcap": (bare(softcap=30.0), ValueError, ["softcap was passed", "Gemma 2"]),
     "sinks": (bare(s_aux=torch.zeros(4)), ValueError, ["s_aux was passed", "gpt-oss"]),
     "position bias": (bare(position_bias=torch.zeros(1, 4, 1, 1)), ValueError, ["position_bias was passed"]),
-    "compile": (compiled, Exception, ["MomentCache does not support torch.compile"]),
+    "compile": (compiled, Exception, ["MomentCache supports torch.compile for steps of one token with static=True"]),
 }
 
 

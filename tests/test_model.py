@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import real
 from test_evaluation import is_image
 from transformers import DynamicCache
 
@@ -16,7 +17,7 @@ from momentkv import demo
 from momentkv.cli import main
 from momentkv.evaluation import commands
 from momentkv.evaluation.report import read_json
-from momentkv.evaluation.sources import load_model, load_text, tokenize
+from momentkv.evaluation.sources import load_text, tokenize
 from momentkv.hf import MomentCache
 
 pytestmark = pytest.mark.model
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.model
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[tuple[Any, Any]]:
     """Loaded once, which takes longer than all else here; commands that ask for the built-in model get it too."""
-    model, tokenizer = load_model()
+    model, tokenizer = real()
 
     def again(name: str | None) -> tuple[Any, Any]:
         assert name is None

@@ -24,6 +24,7 @@ FLAG = re.compile(r" *# doctest: .*$", re.MULTILINE)
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.M)
 # Title of each page that docstrings name, and the id of its heading.
 PAGES = {
+    "speed": ("Speed", "page-speed"),
     "derivations/attention-algebra": ("Attention as an algebra", "derivation-attention-algebra"),
     "derivations/moments": ("Moments", "derivation-moments"),
     "derivations/correction": ("The correction", "derivation-correction"),
@@ -31,6 +32,7 @@ PAGES = {
     "derivations/bounds": ("Error bounds", "derivation-bounds"),
     "certificates": ("Certificates", "page-certificates"),
     "evaluation": ("Evaluation", "page-evaluation"),
+    "lm-eval": ("lm-evaluation-harness", "page-lm-eval"),
     "distributed": ("More than one device", "page-distributed"),
     "transformers": ("In transformers", "page-transformers"),
 }

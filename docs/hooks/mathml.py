@@ -1,7 +1,8 @@
 """Turns every formula of the rendered pages into MathML, so that readers need no script and no network.
 
 An mkdocs hook. `pymdownx.arithmatex` marks formulas, on pages and in docstrings alike; this replaces each by the
-MathML of `latex2mathml`, and stops the build at one that cannot be converted.
+MathML of `latex2mathml`, and stops the build at one that cannot be converted. Punctuation after a formula in a
+sentence is drawn to it, for it shall not begin a line.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
 FORMULA = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
+    r'<(?P<tag>span|div) class="arithmatex">\s*\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]]\s*</(?P=tag)>'
+    r"(?P<after>(?:(?<=</span>)[.,;:)]+)?)",
+    re.DOTALL,
 )
 # latex2mathml passes what it does not know through as an identifier: a command, or the & of a foreign environment.
 UNCONVERTED = re.compile(r">\s*(\\[A-Za-z]+\*?|&amp;|&|\\)\s*<")
@@ -34,9 +37,16 @@ REPAIRS = [
         r"(<mo[^>]*>(?:&#x0003D;|&#x02264;|&#x02265;|&#x000B7;|&#x00028;|&#x0005B;|&#x0002C;|,|\()</mo>)<mo>&#x02212;</mo>",
         r'\1<mo form="prefix" lspace="0" rspace="0">&#x02212;</mo>',
     ),
+    # a hat is as wide as what it covers
+    (r"<mo( stretchy=\"\w+\")?>&#x0005E;</mo>", '<mo stretchy="true">&#x00302;</mo>'),
     # a function stands apart from an argument without brackets
     (r"(<mi>(?:log|exp|cos|tanh)</mi>)(?!<mo|<mrow><mo|</)", r'\1<mspace width="0.167em" />'),
 ]
+
+
+SYMBOL = re.compile(r"<m[ino][ >]")
+# Inline formulas of more symbols have a line of their own on a narrow screen.
+WIDE = 24
 
 
 def to_mathml(tex: str, display: str) -> str:
@@ -62,7 +72,8 @@ def convert_page(content: str, where: str) -> str:
             mathml = to_mathml(tex, "inline" if formula["open"] == "(" else "block")
         except Exception as error:
             raise PluginError(f"{where}: cannot convert the formula {tex!r} to MathML: {error}") from error
-        return f'<{formula["tag"]} class="math">{mathml}</{formula["tag"]}>'
+        kind = "math wide" if formula["open"] == "(" and len(SYMBOL.findall(mathml)) > WIDE else "math"
+        return f'<{formula["tag"]} class="{kind}">{mathml}{formula["after"]}</{formula["tag"]}>'
 
     content = FORMULA.sub(replace, content)
     for leftover in ('class="arithmatex"', ":math:`", ".. math::"):

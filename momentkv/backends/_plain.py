@@ -10,7 +10,16 @@ from momentkv.attention import AttentionState
 from momentkv.backends._expansion import Expansion
 from momentkv.moments import Moments
 
-__all__ = ["decode_plain", "estimate_expansion", "flash", "flash_fits", "fold_plain", "join", "unpack"]
+__all__ = [
+    "decode_counted",
+    "decode_plain",
+    "estimate_expansion",
+    "flash",
+    "flash_fits",
+    "fold_plain",
+    "join",
+    "unpack",
+]
 
 FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -124,7 +133,31 @@ def decode_plain(
         logits = logits.reshape(batch, kv_heads, q.shape[1] // kv_heads, q.shape[2], n)
     if expansion is not None:
         state = join(state, estimate_expansion(q, expansion, scale=scale))
-    return state.out.to(q.dtype), state.lse.to(torch.float32), logits.to(torch.float32) if scored else None
+    return state.out.to(q.dtype), state.lse.to(torch.float32), logits if scored else None
+
+
+def decode_counted(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    counts: torch.Tensor,
+    expansion: Expansion | None,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Output of `decode_plain` for heads whose first ``counts`` slots are in use, by one fused call where it fits.
+
+    Unlike there, the other slots must hold finite numbers: they are read, and their weight is zero.
+    """
+    if not flash_fits(q, k, v):
+        return decode_plain(q, k, v, None, counts, None, k.shape[2], expansion, scale, False)[0]
+    batch, kv_heads, capacity, d = k.shape
+    free = torch.arange(capacity, device=k.device) >= counts[..., None]
+    mask = torch.zeros_like(free, dtype=q.dtype).masked_fill(free, -torch.inf)[..., None, :]
+    folded = q.reshape(batch, kv_heads, -1, d)
+    out, lse = FLASH(folded, k, v, attn_mask=mask.expand(*folded.shape[:3], capacity), scale=scale)
+    state = AttentionState(out.reshape(q.shape), lse.reshape(q.shape[:3]))
+    return state.out if expansion is None else join(state, estimate_expansion(q, expansion, scale=scale)).out
 
 
 def fold_plain(

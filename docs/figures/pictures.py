@@ -1,0 +1,207 @@
+"""Draws the pictures of the site from the results in docs/data, and from the memory planner.
+
+Run: python docs/figures/pictures.py [--output docs/assets]
+
+- heads.json is made by docs/figures/heads.py;
+- gap.json by momentkv evaluate gap --text compound --budget 128 --policy momentkv --output docs/data/gap.json;
+- fidelity.json by momentkv evaluate fidelity --policies momentkv --corrections none order-1 summaries summaries-layers
+  --output docs/data/fidelity.json.
+
+Each picture is drawn twice, for light and for dark pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from momentkv.evaluation.report import average
+from momentkv.plan import KNOWN, plan
+
+DOCS = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of a picture, the same as those of the figure in docs/explore.md."""
+
+    name: str
+    ink: str
+    faint: str
+    exact: str
+    retained: str
+    evicted: str
+    order_1: str
+    summaries: str
+
+
+THEMES = (
+    Theme("light", "#333333", "#bbbbbb", "#1a1a1a", "#c62828", "#1565c0", "#c2410c", "#1b7a34"),
+    Theme("dark", "#dddddd", "#666666", "#f5f5f5", "#ff8a80", "#82b1ff", "#ffab70", "#7ee2a0"),
+)
+
+
+def main() -> None:
+    """Draw everything."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=DOCS / "assets")
+    folder = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, Callable[[Theme], Figure]] = {
+        "head-directions": draw_heads,
+        "mass-direction": draw_mass_direction,
+        "kl-bytes": draw_kl,
+        "memory": draw_memory,
+    }
+    for name, draw in pictures.items():
+        for theme in THEMES:
+            style = {
+                "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.edgecolor": theme.faint,
+                "xtick.color": theme.ink, "ytick.color": theme.ink, "axes.titlesize": 10, "font.size": 9.5,
+                "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": name, "legend.frameon": False,
+            }  # fmt: skip
+            with mpl.rc_context(style):
+                draw(theme).savefig(folder / f"{name}-{theme.name}.svg", transparent=True, metadata={"Date": None})
+
+
+def read(name: str) -> Any:
+    """A result in docs/data."""
+    return json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))
+
+
+def draw_heads(theme: Theme) -> Figure:
+    """Outputs of two heads for every query, each in its own plane, the exact one at (1, 0)."""
+    data = read("heads.json")
+    budget = data["budgets"].index(128)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axis, head in zip(figure.subplots(1, 2), data["heads"], strict=True):
+        points = head["points"][budget]
+        corrected = {name: np.asarray(each["out"]) for name, each in points["corrected"].items()}
+        for label, xy, colour, marker in (
+            ("evicted  $o_E$", np.asarray(points["evicted"]), theme.evicted, "x"),
+            ("retained  $o_R$ (plain eviction)", np.asarray(points["retained"]), theme.retained, ">"),
+            ("corrected, order 1", corrected["order 1"], theme.order_1, "s"),
+            ("corrected, summaries", corrected["summaries"], theme.summaries, "o"),
+        ):
+            axis.scatter(
+                *xy.T, s=22, c=colour, marker=marker, alpha=0.8, linewidths=1 if marker == "x" else 0, label=label
+            )
+        axis.annotate("", (1, 0), (0, 0), arrowprops={"arrowstyle": "-|>", "color": theme.exact, "lw": 2})
+        axis.annotate("exact $o$", (0.5, 0), (0, -14), textcoords="offset points", ha="center", color=theme.exact)
+        axis.axhline(0, color=theme.faint, lw=0.6, zorder=0)
+        axis.axvline(0, color=theme.faint, lw=0.6, zorder=0)
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.set_title(f"layer {head['layer']}, head {head['head']}")
+        axis.set_xlabel("along the exact output")
+    figure.axes[0].set_ylabel("across it, towards $o_R$")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def draw_mass_direction(theme: Theme) -> Figure:
+    """Evicted mass against direction, one dot a head, and what both do to the output."""
+    heads = {name: np.asarray(x).ravel() for name, x in read("gap.json")["by_layer_and_head"].items()}
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    dots = left.scatter(
+        heads["evicted_mass"], heads["cosine"], c=np.log10(heads["plain"]), s=18,
+        cmap="viridis_r" if theme.name == "light" else "viridis", linewidths=0,
+    )  # fmt: skip
+    bar = figure.colorbar(dots, ax=left, ticks=np.log10([0.01, 0.1, 1]))
+    bar.ax.set_yticklabels(["1 %", "10 %", "100 %"])
+    bar.ax.set_title("error of\nplain eviction", fontsize=8)
+    bar.outline.set_visible(False)
+    left.axhline(0, color=theme.faint, lw=0.6, zorder=0)
+    left.set_xscale("log")
+    left.set_xlabel("evicted mass  $w_E$")
+    left.set_ylabel(r"$\cos(o_E, o_R)$")
+    left.set_title("mass against direction")
+    right.scatter(heads["evicted_mass"], heads["plain"], s=18, c=theme.retained, linewidths=0, label="plain eviction")
+    right.scatter(heads["evicted_mass"], heads["corrected"], s=12, c=theme.order_1, marker="s", linewidths=0,
+                  label="corrected, order 1")  # fmt: skip
+    ends = np.asarray([heads["evicted_mass"].min(), 1.0])
+    right.plot(ends, np.sqrt(2) * ends, color=theme.ink, lw=0.8, label=r"$\sqrt{2}\, w_E$: orthogonal, equally long")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.set_xlabel("evicted mass  $w_E$")
+    right.set_ylabel("relative error of the output")
+    right.set_title("mass against error")
+    right.legend(fontsize=8)
+    return figure
+
+
+def draw_kl(theme: Theme) -> Figure:
+    """KL of the next token against bytes, one line a correction."""
+    averaged = average(read("fidelity.json")["rows"])
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for correction, label, colour, style in (
+        ("order 1", "order 1 (the paper's)", theme.order_1, "s-"),
+        ("none", "plain eviction", theme.retained, ">-"),
+        ("summaries", "summaries", theme.summaries, "o-"),
+        ("summaries, by layers", "summaries, budget shared among layers", theme.evicted, "D--"),
+    ):
+        points = sorted((x["nbytes"] / 2**20, x["kl"]) for key, x in averaged.items() if key[2] == correction)
+        axis.plot(*zip(*points, strict=True), style, color=colour, ms=4, label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.set_xlabel("cache, MiB, correction included")
+    axis.set_ylabel("KL(full || compressed), nats")
+    axis.legend()
+    return figure
+
+
+def draw_memory(theme: Theme) -> Figure:
+    """What momentkv plan says of Llama-3.1-8B: bytes by context, and what the bytes of a budget are."""
+    shape, gib, mib = KNOWN["Llama-3.1-8B"], 2**30, 2**20
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    contexts = 2 ** np.arange(10, 18)
+    left.plot(
+        contexts, [plan(shape, int(n), int(n)).full / gib for n in contexts], color=theme.retained, label="full cache"
+    )
+    for budget, style in ((4096, "-"), (1024, "--"), (256, ":")):
+        totals = [plan(shape, int(n), budget).total / gib for n in contexts]
+        left.plot(contexts, totals, style, color=theme.summaries, label=f"budget {budget:,}")
+    left.set_xscale("log", base=2)
+    left.set_yscale("log", base=2)
+    left.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}k")
+    left.yaxis.set_major_formatter(lambda x, _: f"{x:g} GiB" if x >= 1 else f"{1024 * x:.0f} MiB")
+    left.set_xlabel("context, tokens")
+    left.set_title("Llama-3.1-8B, bfloat16: bytes of the cache")
+    left.legend()
+    budgets = (128, 256, 512, 1024)
+    plans = [plan(shape, 131072, budget) for budget in budgets]
+    parts = {
+        "retained tokens": ([x.retained_bytes for x in plans], theme.evicted),
+        "block of 32 waiting": ([x.waiting_bytes for x in plans], theme.faint),
+        "summaries, query statistics": ([x.state_bytes + x.query_bytes for x in plans], theme.summaries),
+        "positions and scores": ([x.bookkeeping_bytes for x in plans], theme.order_1),
+    }
+    below = np.zeros(len(budgets))
+    for name, (sizes, colour) in parts.items():
+        height = np.asarray(sizes) / mib
+        right.bar([f"{x:,}" for x in budgets], height, bottom=below, color=colour, width=0.6, label=name)
+        below += height
+    for place, (total, each) in enumerate(zip(below, plans, strict=True)):
+        right.annotate(f"{each.share:.2%}", (place, total), (0, 3), textcoords="offset points", ha="center")
+    right.set_xlabel("budget, tokens a KV head")
+    right.set_ylabel("MiB")
+    right.set_title("at 131,072 tokens, and the share of the full cache")
+    right.legend(loc="upper left")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The data behind the site's pictures are what the pages say, and the pictures are drawn from them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "docs" / "data"
+
+
+def read(name):
+    return json.loads((DATA / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def heads():
+    return read("heads.json")
+
+
+def columns(points, name):
+    return np.asarray(points["corrected"][name]["error"])
+
+
+def test_the_heads_shown_are_those_whose_evicted_output_points_furthest_away():
+    shown = {(head["layer"], head["head"]) for head in read("heads.json")["heads"]}
+    gap = {name: np.asarray(x) for name, x in read("gap.json")["by_layer_and_head"].items()}
+    cosine = np.where(gap["evicted_mass"] >= 0.1, gap["cosine"], np.inf)
+    furthest = np.unravel_index(np.argsort(cosine, axis=None)[:2], cosine.shape)
+    assert shown == {(int(layer), int(head)) for layer, head in zip(*furthest, strict=True)}
+
+
+def test_three_outputs_lie_on_one_line_and_the_errors_are_distances_in_their_plane(heads):
+    for head in heads["heads"]:
+        for points in head["points"]:
+            mass = np.asarray(points["mass"])[:, None]
+            retained, evicted = np.asarray(points["retained"]), np.asarray(points["evicted"])
+            # Numbers have four decimals, and the evicted output is up to thirteen times as long as the exact one.
+            np.testing.assert_allclose((1 - mass) * retained + mass * evicted, np.tile([1, 0], (32, 1)), atol=2e-3)
+            np.testing.assert_allclose(np.linalg.norm(retained - [1, 0], axis=1), points["plain"], atol=2e-4)
+            for x in points["corrected"].values():
+                inside = np.linalg.norm(np.asarray(x["out"]) - [1, 0], axis=1)
+                assert (inside <= np.asarray(x["error"]) + 2e-4).all()
+
+
+def test_corrections_take_error_away_in_the_mean_at_every_budget(heads):
+    for head in heads["heads"]:
+        for points in head["points"]:
+            plain = np.mean(points["plain"])
+            assert columns(points, "summaries").mean() < columns(points, "order 1").mean() <= plain + 1e-4
+
+
+def test_what_explore_says_of_the_heads(heads):
+    text = (ROOT / "docs" / "explore.md").read_text(encoding="utf-8")
+    at = heads["budgets"].index(128)
+    seen = []
+    for head in heads["heads"]:
+        points = head["points"][at]
+        total = np.sum(points["mass"])
+        seen.append({name: np.sum(x["mass"]) / total for name, x in points["corrected"].items()})
+    assert f"moments see {seen[0]['order 1']:.0%}".replace("%", " %") in text
+    assert f"see {seen[0]['summaries']:.0%}".replace("%", " %") in text
+    assert f"summaries see {seen[1]['summaries']:.0%}".replace("%", " %") in text
+    assert seen[1]["order 1"] < 0.001
+    worse = int(
+        (columns(heads["heads"][1]["points"][at], "summaries") > heads["heads"][1]["points"][at]["plain"]).sum()
+    )
+    assert re.search(rf"at {worse} of the 32 queries summaries are worse", text)
+
+
+def test_what_diagnostics_says_of_all_heads():
+    text = (ROOT / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    gap = {name: np.asarray(x).ravel() for name, x in read("gap.json")["by_layer_and_head"].items()}
+    assert len(gap["plain"]) == 270
+    correlation = np.corrcoef(np.log(gap["evicted_mass"]), gap["cosine"])[0, 1]
+    ratio = gap["plain"] / (np.sqrt(2) * gap["evicted_mass"])
+    assert f"cosine is {correlation:.2f}" in text
+    assert f"in {((ratio > 0.5) & (ratio < 2)).mean():.0%}".replace("%", " %") in text
+
+
+def test_the_table_of_fidelity_is_that_of_the_data():
+    report = pytest.importorskip("momentkv.evaluation.report")
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    averaged = report.average(read("fidelity.json")["rows"])
+    assert len(averaged) == 19
+    for (tokens, _, correction), x in averaged.items():
+        assert f"| {tokens} | {correction} | {x['tokens']} | {x['kl']:.3f} |" in text
+
+
+def test_pictures_are_drawn_from_the_data(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(ROOT / "docs" / "figures" / "pictures.py"), "--output", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert len(drawn) == 8
+    for name in drawn:
+        new, committed = ((folder / name).read_text() for folder in (tmp_path, ROOT / "docs" / "assets"))
+        # Shapes, and places to a tenth of a point, whatever the machine; the text depends on the fonts of matplotlib.
+        one, other = (re.findall(r'<use xlink:href="#m\w+" x="([\d.]+)" y="([\d.]+)"', x) for x in (new, committed))
+        assert len(one) == len(other) > 10, f"{name} is not drawn from its data; run docs/figures/pictures.py"
+        np.testing.assert_allclose(np.asarray(one, float), np.asarray(other, float), atol=0.1, err_msg=name)

@@ -1,0 +1,492 @@
+"""A static cache: equal to the one that is not, in two graphs, at constant addresses, never waiting for the device."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from matrix import MODES, generate
+from models import FAMILIES, build, left_padded, prompt, tiny
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import CompileConfig
+
+from momentkv._hf_static import ring
+from momentkv._static import StaticState
+from momentkv._static_flush import flush
+from momentkv.corrections import AnchoredSummaries, Correction
+from momentkv.hf import DecodeGraphs, FinishedRows, MomentCache
+from momentkv.moments import Moments
+from momentkv.policies import POLICIES, SnapKV
+from momentkv.policies.critical import CriticalKV
+from momentkv.ragged import RaggedCache
+
+SMALL: dict[str, Any] = {"sinks": 1, "window": 6, "block": 4}
+PAPER: dict[str, Any] = SMALL | {"policy": "momentkv", "correction": "moments", "sharing": "uniform"}
+# Averages over neighbouring positions are equal for neighbours that have no others, up to the order of a sum: which of
+# two such tokens goes is then decided by rounding. Without the average, no tie is left.
+NO_TIES = {"snapkv": SnapKV(kernel=1), "criticalkv": CriticalKV(kernel=1)}
+STEPS = 15  # at least three flushes
+# Models of float64 normalise in float32.
+TOLERANCE = 1e-6
+FULL = [name for name in FAMILIES if name not in ("mistral sliding", "gemma3")]
+REFUSED_MODES = ("assisted", "prompt lookup")
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"policy": NO_TIES.get(name, name), "sharing": "uniform"}) for name in sorted(POLICIES)),
+    *((f"paper, order {order}", PAPER | {"order": order}) for order in (None, 0, 1)),
+    ("heads, moments", {"correction": "moments"}),
+    ("heads, plain", {"order": None}),
+    ("heads, order 0", {"order": 0}),
+    ("heads, observed", {"policy": "h2o"}),
+    ("layers", {"sharing": "layers"}),
+    ("no rank", {"correction": AnchoredSummaries(rank=0)}),
+    ("tokens one by one", {"block": 1}),
+    ("share", {"budget": 0.5}),
+]
+
+
+def pair(model: Any, **settings: Any) -> list[MomentCache]:
+    """A cache that is not static and one that is."""
+    settings = SMALL | {"budget": 14} | settings
+    return [MomentCache(model, static=static, **settings) for static in (False, True)]
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows, one of which is shorter than the budget."""
+    return left_padded([prompt(1, 40, seed=1), prompt(1, 27, seed=2), prompt(1, 5, seed=3)])
+
+
+def assert_same(
+    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], tolerance: float = TOLERANCE
+):
+    assert torch.equal(a[0], b[0])
+    assert b[1].isfinite().all()
+    assert (a[1] - b[1]).abs().max() <= tolerance * a[1].abs().max()
+
+
+@pytest.mark.parametrize("name", [name for name, _ in CASES])
+def test_static_equals_dynamic(name: str):
+    model = tiny("llama", dtype="float64")
+    caches = pair(model, **dict(CASES)[name])
+    results = [generate(model, cache, *rows(), new=STEPS) for cache in caches]
+    assert_same(*results)
+    assert caches[1].static is not None
+    assert caches[1].static.frozen
+    for a, b in zip(*(cache.moment_layers.values() for cache in caches), strict=True):
+        assert a.seen == b.seen
+        for one, other in zip(a.parts, b.parts, strict=True):
+            assert torch.equal(one.moments.weight, other.moments.weight)
+            real = [(part.positions >= 0).sum(-1) for part in (one, other)]
+            assert torch.equal(*real)
+            for row, count in enumerate(real[0].squeeze(-1).tolist() if len(a.parts) > 1 else []):
+                assert torch.equal(*(part.positions[row][part.positions[row] >= 0] for part in (one, other)))
+                assert count < one.budget + one.block
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_static_equals_dynamic_in_every_family(family: str):
+    model = tiny(family, dtype="float64")
+    assert_same(*(generate(model, cache, *rows(), new=STEPS) for cache in pair(model)))
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in REFUSED_MODES])
+def test_static_equals_dynamic_in_every_mode(mode: str):
+    halves = mode in ("bfloat16", "float16")
+    model = tiny("llama", dtype="float32" if halves else "float64")
+    settings = PAPER if halves else {}
+    results = [MODES[mode](model, lambda _, cache=cache: cache) for cache in pair(model, **settings)]
+    assert_same(*results, tolerance=2**-5 if halves else TOLERANCE)
+
+
+def compiled(cache: MomentCache, model: Any, new: int = STEPS) -> tuple[torch.Tensor, torch.Tensor]:
+    """`generate`, which compiles the steps of a static cache by itself on a GPU, told to do so on a CPU."""
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+    return generate(model, cache, *rows(), new=new, compile_config=config)
+
+
+@pytest.fixture
+def dynamo() -> Any:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("settings", [{}, PAPER, PAPER | {"policy": "h2o"}], ids=["default", "paper", "observed"])
+def test_generate_compiles_two_graphs_without_a_break(settings: dict[str, Any], dynamo: Any):
+    model = build(FAMILIES["llama"]())
+    dynamic, static = pair(model, **settings)
+    assert static.is_compileable
+    assert not static.is_croppable
+    assert dynamic.is_croppable
+    assert not dynamic.is_compileable
+    expected = generate(model, dynamic, *rows(), new=STEPS)
+    assert_same(expected, compiled(static, model), tolerance=2e-5)
+    assert dynamo["stats"]["unique_graphs"] == 2
+    assert not dynamo["graph_break"]
+    # Another cache, and this one once more: the same two graphs. A third would be an error.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        static.reset()
+        assert_same(expected, compiled(static, model), tolerance=2e-5)
+    assert dynamo["stats"]["unique_graphs"] == 2
+
+
+def test_a_compiled_forward_is_the_same_without_positions_or_mask(dynamo: Any):
+    model = build(FAMILIES["llama"](), dtype="float64")
+    dynamic, static = pair(model)
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for cache in (dynamic, static):
+            model(prompt(2, 40), past_key_values=cache)
+        for seed in range(STEPS):
+            ids = prompt(2, 1, seed=seed)
+            expected, logits = model(ids, past_key_values=dynamic).logits, step(ids, past_key_values=static).logits
+            assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert dynamo["stats"]["unique_graphs"] == 2
+    assert int(static.get_seq_length()) == dynamic.get_seq_length() == 40 + STEPS
+
+
+def tensors(cache: MomentCache) -> list[torch.Tensor]:
+    assert cache.static is not None
+    return [x for state in cache.static.states for x in state.buffers.values()]
+
+
+@pytest.mark.parametrize("settings", [{"sharing": "uniform"}, PAPER], ids=["summaries", "paper"])
+def test_steps_and_flushes_stay_at_their_addresses(settings: dict[str, Any]):
+    model = tiny("llama")
+    cache = pair(model, **settings)[1]
+    ids, mask = rows()
+    generate(model, cache, ids, mask, new=1)
+    before = [(x, x.data_ptr(), x.clone()) for x in tensors(cache)]
+    generate(model, cache, torch.cat([ids, prompt(3, 5)], 1), torch.nn.functional.pad(mask, (0, 5), value=1), new=STEPS)
+    cache.reset()
+    generate(model, cache, *rows(), new=STEPS)
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    after = tensors(cache)
+    assert len(after) == len(before)
+    for (x, address, _), y in zip(before, after, strict=True):
+        assert x is y
+        assert y.data_ptr() == address
+    assert sum(not torch.equal(x, old) for x, _, old in before) > len(before) // 2
+
+
+def faked(x: Any, mode: FakeTensorMode) -> Any:
+    return mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+
+
+def fake_state(settings: dict[str, Any], mode: FakeTensorMode) -> StaticState:
+    """The state of a layer of a model, of tensors that have no data: whoever asks for some fails."""
+    model = tiny("llama")
+    cache = pair(model, **settings)[1]
+    generate(model, cache, *rows(), new=3)
+    assert cache.static is not None
+    state = cache.static.states[0]
+    state.buffers = {name: faked(x, mode) for name, x in state.buffers.items()}
+    return state
+
+
+@pytest.mark.parametrize("name", ["default", *(name for name, _ in CASES if name != "bytes")])
+def test_step_and_flush_never_ask_the_device(name: str):
+    mode = FakeTensorMode()
+    state = fake_state(dict(CASES).get(name, {}), mode)
+    q, k = (faked(torch.zeros(3, heads, 1, 16), mode) for heads in (4, 2))
+    valid = faked(torch.ones(3, 1, 1, dtype=torch.bool), mode)
+    buffers = state.buffers
+    with mode, torch.no_grad():
+        state.append(k, k)
+        assert state.attend(q, valid).shape == (3, 4, 1, 16)
+        arguments = [buffers[x] for x in ("keys", "values", "positions", "score", "counts", "ticks")]
+        arguments += [state.parts, state.derived, buffers.get("starts"), buffers["budgets"], buffers["seen"]]
+        flush(*arguments, buffers.get("query_mean"), buffers.get("query_square"), 0.25, state.rules)
+        with pytest.raises(DataDependentOutputException):
+            bool((buffers["counts"] > 0).any())
+
+
+def record(function: Any) -> Any:
+    """As a CUDA graph does: what the function does to tensors, to be done again without its Python."""
+    with torch.no_grad():
+        recorded = make_fx(function)()
+
+    def replay() -> Any:
+        with torch.no_grad():
+            return recorded()
+
+    return replay
+
+
+@pytest.mark.parametrize(
+    ("settings", "captured"),
+    [({}, False), (PAPER, True), (PAPER | {"policy": "h2o"}, True), (PAPER | {"order": None}, True)],
+    ids=["default", "paper", "observed", "plain"],
+)
+def test_recorded_steps_equal_the_model(settings: dict[str, Any], captured: bool):
+    model = tiny("llama")
+    dynamic, static = pair(model, **settings)
+    ids, mask = rows()
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for cache in (dynamic, static):
+            model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+        before = [x.clone() for x in tensors(static)]
+        step = DecodeGraphs(model, static, capture_flush=captured, recorder=record)
+        assert all(torch.equal(x, y) for x, y in zip(before, tensors(static), strict=True))
+        for seed in range(STEPS):
+            ids = prompt(3, 1, seed=seed)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            places = mask.sum(1, keepdim=True) - 1
+            expected = model(ids, attention_mask=mask, position_ids=places, past_key_values=dynamic).logits
+            assert (step(ids, places) - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert int(static.get_seq_length()) == dynamic.get_seq_length()
+    for a, b in zip(*(cache.moment_layers.values() for cache in (dynamic, static)), strict=True):
+        for one, other in zip(a.parts, b.parts, strict=True):
+            assert torch.equal((one.positions >= 0).sum(-1), (other.positions >= 0).sum(-1))
+
+
+def test_recorded_steps_are_refused_by_name():
+    model = tiny("llama")
+    dynamic, static = pair(model)
+    with pytest.raises(ValueError, match="cache is not static"):
+        DecodeGraphs(model, dynamic)
+    with pytest.raises(RuntimeError, match="has read nothing"):
+        DecodeGraphs(model, static)
+    with torch.no_grad():
+        model(prompt(2, 40), past_key_values=static)
+    with pytest.raises(ValueError, match="on cpu, where there are no CUDA graphs"):
+        DecodeGraphs(model, static)
+    with pytest.raises(ValueError, match="capture_flush=True, but 'balanced'"):
+        DecodeGraphs(model, static, capture_flush=True, recorder=record)
+    step = DecodeGraphs(model, static, recorder=record)
+    with pytest.raises(ValueError, match=r"ids has shape \(1, 1\); the graph was recorded for \(2, 1\)"):
+        step(prompt(1, 1))
+    static.batch_select_indices(torch.tensor([0]))
+    with pytest.raises(RuntimeError, match="lies elsewhere"):
+        step(prompt(2, 1))
+
+
+def test_beats_flush_when_the_ring_says():
+    beat = ring(4, [1, 3])
+    flushes = []
+    for _ in range(9):
+        beat = beat.next
+        flushes.append(beat.flushes)
+    assert flushes == [True, False, True, False] * 2 + [True]
+    assert copy.deepcopy(beat) is beat
+
+
+class Counting(Correction):
+    """Of its own, with a state that no buffer is known for."""
+
+    name = "counting"
+
+    def empty(self, k: Any, v: Any, *, order: int) -> Any:
+        return Moments.empty(k, v, order=0)
+
+    def fold(self, state: Any, k: Any, v: Any, *, mask: Any, window: Any) -> Any:
+        return state
+
+
+CONSTRUCTIONS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "sliding layers": ("gemma3", {}, ["static=True, but layer 0", "'sliding_attention'", "static=False"]),
+    "certificates": ("llama", {"certify": 1}, ["static=True with certify=1", "static=False"]),
+    "a correction of one's own": (
+        "llama",
+        {"correction": Counting()},
+        ["static=True with the correction", "order=None"],
+    ),
+    "another backend": ("llama", {"backend": "array-api"}, ["static=True with the backend 'array-api'", "'torch'"]),
+    "bytes": ("llama", {"budget": "1MiB"}, ["static=True with a budget of '1MiB'", "in tokens"]),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_what_no_buffer_can_hold_is_refused_by_name(name: str):
+    family, settings, parts = CONSTRUCTIONS[name]
+    with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
+        MomentCache(tiny(family), **({"budget": 64} | settings), static=True)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def with_a_gradient(model: Any, cache: MomentCache) -> None:
+    with torch.enable_grad():
+        model(prompt(2, 1), past_key_values=cache)
+
+
+def compile_prefill(model: Any, cache: MomentCache) -> None:
+    keys = torch.zeros(2, 2, 5, 16)
+    torch.compile(lambda k: cache.update(k, k, 0), backend="eager", fullgraph=True)(keys)
+
+
+USES: dict[str, tuple[Any, type[Exception], list[str]]] = {
+    "a gradient": (with_a_gradient, RuntimeError, ["a gradient is asked for", "no_grad"]),
+    "assisted": (
+        lambda _, cache: cache.activate_past_recording(),
+        RuntimeError,
+        ["cannot take tokens", "static=False"],
+    ),
+    "rows that end": (lambda _, cache: FinishedRows(cache, 1), ValueError, ["FinishedRows", "static=False"]),
+    "a mask of its own": (
+        lambda model, cache: model(
+            prompt(2, 1), attention_mask=torch.ones(2, 1, 1, 41, dtype=torch.bool), past_key_values=cache
+        ),
+        ValueError,
+        ["attention_mask is torch.bool of shape (2, 1, 1, 41)"],
+    ),
+    "crop of evicted tokens": (lambda _, cache: cache.crop(-20), RuntimeError, ["crop(-20)", "evicted"]),
+    "one layer's crop": (
+        lambda _, cache: cache.layers[0].crop(-1),
+        RuntimeError,
+        ["crop of one layer", "of the cache"],
+    ),
+    "one layer's rows": (
+        lambda _, cache: cache.layers[0].reorder_cache(torch.tensor([1, 0])),
+        RuntimeError,
+        ["reorder_cache of one layer"],
+    ),
+    "one layer's move": (lambda _, cache: cache.layers[0].offload(), RuntimeError, ["offload of one layer"]),
+    "a compiled prefill": (compile_prefill, Exception, ["MomentCache supports torch.compile for steps", "static=True"]),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_use_is_refused_by_name_and_the_cache_goes_on(name: str):
+    use, error, parts = USES[name]
+    model = build(FAMILIES["llama"](), dtype="float64")
+    dynamic, static = pair(model)
+    with torch.no_grad():
+        for cache in (dynamic, static):
+            model(prompt(2, 40), past_key_values=cache)
+        with pytest.raises(error) as caught:
+            use(model, static)
+        assert all(part in str(caught.value) for part in parts)
+        if name in ("a gradient", "a mask of its own"):  # found in the first layer, after the new token came to it
+            static.reset()
+            model(prompt(2, 40), past_key_values=static)
+        for seed in range(6):
+            a, b = (model(prompt(2, 1, seed=seed), past_key_values=cache).logits for cache in (dynamic, static))
+            assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
+
+
+@pytest.mark.parametrize("settings", [{}, PAPER], ids=["default", "paper"])
+def test_crop_takes_back_what_is_stored(settings: dict[str, Any]):
+    model = tiny("llama", dtype="float64")
+    caches = pair(model, **settings)
+    with torch.no_grad():
+        for cache in caches:
+            model(prompt(2, 40), past_key_values=cache)
+            for seed in range(6):
+                model(prompt(2, 1, seed=seed), past_key_values=cache)
+            cache.crop(-3)
+            assert int(cache.get_seq_length()) == 43
+        a, b = (model(prompt(2, 7, seed=9), past_key_values=cache).logits for cache in caches)
+    assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
+
+
+def test_padding_among_steps_is_no_token():
+    """A row that is fed pads, which its mask says: neither stored, nor folded, nor observed."""
+    model = tiny("llama", dtype="float64")
+    caches = pair(model, **(PAPER | {"policy": "h2o"}))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    with torch.no_grad():
+        for cache in caches:
+            model(prompt(2, 40), past_key_values=cache)
+        for seed in range(STEPS):
+            mask = torch.cat([mask, torch.tensor([[1], [int(seed < 2)]])], 1)
+            ids, places = prompt(2, 1, seed=seed), mask.sum(1, keepdim=True) - 1
+            a, b = (
+                model(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits[0]
+                for cache in caches
+            )
+            assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
+    for cache in caches:
+        for core in cache.moment_layers.values():
+            counted = (core.positions >= 0).sum(-1) + core.moments.weight
+            assert counted.tolist() == [[40 + STEPS] * 2, [42] * 2]
+
+
+@pytest.mark.parametrize("settings", [{}, PAPER, PAPER | {"order": None}], ids=["default", "paper", "plain"])
+def test_a_row_that_lags_behind_by_padding_never_runs_over(settings: dict[str, Any]):
+    """Its block fills later than the clock says; it evicts what there is when the clock says so."""
+    model = tiny("llama", dtype="float64")
+    caches = pair(model, **settings)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    with torch.no_grad():
+        for cache in caches:
+            model(prompt(2, 40), past_key_values=cache)
+        for seed in range(2 * STEPS):
+            mask = torch.cat([mask, torch.tensor([[1], [int(seed % 3 != 1)]])], 1)
+            ids, places = prompt(2, 1, seed=seed), mask.sum(1, keepdim=True) - 1
+            a, b = (
+                model(ids, attention_mask=mask, position_ids=places, past_key_values=cache).logits for cache in caches
+            )
+            assert (a[0] - b[0]).abs().max() <= TOLERANCE * a[0].abs().max()
+            assert b.isfinite().all()
+    for core in caches[1].moment_layers.values():
+        for part in core.parts:
+            stored = (part.positions >= 0).sum(-1)
+            assert (stored < part.budget + part.block).all()
+            assert (stored >= part.budget).all()
+            if part.order is not None:
+                assert (stored + part.moments.weight).tolist() == [[70] * stored.shape[1], [60] * stored.shape[1]]
+
+
+def test_what_moment_layers_shows_is_a_copy():
+    cache = pair(tiny("llama"))[1]
+    generate(tiny("llama"), cache, *rows(), new=3)
+    before = [x.clone() for x in tensors(cache)]
+    for core in cache.moment_layers.values():
+        core.map(lambda x: torch.zeros_like(x))
+    print(cache, cache.summary(), cache.layers[0])
+    assert all(torch.equal(x, y) for x, y in zip(before, tensors(cache), strict=True))
+    assert cache.nbytes == sum(x.nbytes for x in before)
+
+
+@pytest.mark.parametrize("budgets", [[12, 12], [12, 15]])
+def test_what_padding_held_is_never_read(budgets: list[int]):
+    """NaN in slots of padding, which a row shorter than its budget keeps until it evicts, does not get into buffers."""
+    cores = [RaggedCache(budgets, policy="streaming", sinks=1, window=6, block=4) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 13, 8, generator=generator) for heads in (4, 2, 2))
+    valid = torch.ones(2, 1, 13, dtype=torch.bool)
+    valid[0, :, :9] = False
+    k[0, :, :9], v[0, :, :9] = torch.nan, torch.nan
+    cores[0].step(q, k.nan_to_num(), v.nan_to_num(), valid=valid)
+    cores[1].step(q, k, v, valid=valid)
+    state = StaticState(cores[1])
+    beat = ring(4, state.freeze(cores[1]))
+    for _ in range(STEPS):
+        q, k, v = (torch.randn(2, heads, 1, 8, generator=generator) for heads in (4, 2, 2))
+        expected = cores[0].step(q, k, v)
+        state.append(k, v)
+        out = state.attend(q, None)
+        beat = beat.next
+        if beat.flushes:
+            state.flush()
+        assert (out - expected).abs().max() <= 2e-5
+    assert all(x.isfinite().all() or name == "derived0" for name, x in state.buffers.items())
+
+
+def test_slots_of_heads_are_packed():
+    """Keys and values take the budgets' bytes, whatever the largest budget of a head."""
+    cache = pair(tiny("llama"), budget=20)[1]
+    generate(tiny("llama"), cache, prompt(2, 60), new=2)
+    assert cache.static is not None
+    for core, state in zip(cache.moment_layers.values(), cache.static.states, strict=True):
+        assert len(set(core.budget)) > 1
+        assert state.buffers["keys"].shape == (2 * sum(budget + 4 for budget in core.budget), 16)
+
+
+def test_a_cache_on_its_way_to_the_cpu_lets_go_of_its_buffers():
+    model = tiny("llama", dtype="float64")
+    dynamic, static = pair(model)
+    with torch.no_grad():
+        for cache in (dynamic, static):
+            model(prompt(2, 40), past_key_values=cache)
+        static.offload()
+        assert not tensors(static)
+        for seed in range(6):
+            a, b = (model(prompt(2, 1, seed=seed), past_key_values=cache).logits for cache in (dynamic, static))
+            assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
