@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import FAMILIES, build
 
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import suite as module
@@ -151,10 +153,9 @@ def test_nothing_to_report_is_an_error(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_default_is_the_default_of_the_cache():
-    import inspect
-
+    cache = MomentCache(build(FAMILIES["llama"]()), 64)
     defaults = {name: x.default for name, x in inspect.signature(MomentCache).parameters.items()}
-    assert (DEFAULT.policy, DEFAULT.sharing) == (defaults["policy"], defaults["sharing"])
+    assert (DEFAULT.policy, DEFAULT.sharing) == (defaults["policy"], cache.sharing)
     assert (DEFAULT.kind, DEFAULT.order) == (defaults["correction"], defaults["order"])
 
 
@@ -182,7 +183,7 @@ def test_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(command) == 0
     assert not started
     content = read_json(files["single-1000"])
-    write_json(files["single-1000"], content | {"command": "other", "protocol": {"momentkv": "other"}})
+    write_json(files["single-1000"], content | {"protocol": content["protocol"] | {"momentkv": "other"}})
     capsys.readouterr()
     assert main(command) == 1
     assert len(started) == 1

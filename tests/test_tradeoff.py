@@ -73,7 +73,7 @@ def test_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert is_image(plot)
     assert main(["evaluate", "tradeoff", *files, "--output", str(plot), "--length", "101"]) == 0
     # Every other haystack has that length: samples 1 and 3 of four.
-    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "/2" in line] == ["0/2", "1/2"]
+    assert [line.split()[-3] for line in capsys.readouterr().out.splitlines() if "% of 2" in line] == ["0%", "50%"]
 
 
 @pytest.mark.parametrize(
