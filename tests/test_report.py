@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from models import FAMILIES, build
+from test_needles import byte_tokenizer
 
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import suite as module
@@ -166,24 +167,35 @@ def test_every_measurement_is_a_command(measurement: Any):
         parser.parse_args(["evaluate", *words.split(), "--output", "x"])
 
 
-@pytest.mark.model
-def test_suite_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
-    """Two of its measurements on the real model."""
-    command = ["evaluate", "suite", "--smoke", "--only", "single-1000", "fidelity", "--output", str(tmp_path / "s")]
-    assert main(command) == 0
-    files = {name: tmp_path / "s" / f"{name}.json" for name in ("single-1000", "fidelity")}
-    assert all(read_json(path)["complete"] for path in files.values())
-    text = (tmp_path / "s" / "report" / "report.md").read_text()
-    assert "## Needles" in text
-    assert "## Fidelity" in text
-    # Complete measurements are not run again; one of another command is, and is refused with what to do.
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tiny")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(path)
+    build(FAMILIES["llama"](vocab_size=len(tokenizer))).save_pretrained(path)
+    return str(path)
+
+
+def test_the_whole_suite_runs_resumes_and_reports(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "suite"
+    command = ["evaluate", "suite", "--smoke", "--model", tiny, "--output", str(folder)]
+    assert main(command) == 0, capsys.readouterr().out
+    assert {path.stem for path in folder.glob("*.json")} == {x.name for x in PLAN}
+    assert all(read_json(path)["complete"] for path in folder.glob("*.json"))
+    summary = read_json(folder / "report" / "summary.json")
+    assert not summary["left_out"]
+    assert {x["kind"] for x in summary["sources"]} == {"needles", "fidelity", "gap"}
+    # Complete measurements are not run again; one of another version is, and is refused with what to do.
     started = []
     run = module.subprocess.run
     monkeypatch.setattr(module.subprocess, "run", lambda *args, **more: started.append(args[0]) or run(*args, **more))
     assert main(command) == 0
     assert not started
-    content = read_json(files["single-1000"])
-    write_json(files["single-1000"], content | {"protocol": content["protocol"] | {"momentkv": "other"}})
+    path = folder / "single-1000.json"
+    content = read_json(path)
+    write_json(path, content | {"protocol": content["protocol"] | {"momentkv": "other"}})
     capsys.readouterr()
     assert main(command) == 1
     assert len(started) == 1
