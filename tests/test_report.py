@@ -114,7 +114,8 @@ def test_differences_are_paired_by_question(folder: Path):
 def test_page_says_where_the_default_loses_and_where_there_is_no_signal(folder: Path):
     page = write_report([folder], folder / "report")
     text = page.with_suffix(".md").read_text()
-    assert "In none of the 1 cells" in text
+    assert "Needles: in none of the 1 cells" in text
+    assert "KL: no other method that was measured has a smaller one." in text
     assert re.search(r"\| 100 tokens \|  \| full cache \| 4 \| no signal \(0 %\) \|", text)
     assert "| single | 100 | unseen | 64 | balanced, none, by heads | 4 | +25 (+0 to +75) |" in text
     assert "`momentkv x`" in text

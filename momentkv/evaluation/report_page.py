@@ -79,7 +79,7 @@ def markdown_of(summary: dict[str, Any], plots: dict[str, str]) -> str:
         "# Results",
         opening(summary),
         needles_section(summary, plots),
-        losses_section(summary["pairs"]),
+        losses_section(summary["pairs"], summary["fidelity"]),
         correction_section(summary["pairs"]),
         fidelity_section(summary["fidelity"], plots),
         gap_section(summary["gap"], plots),
@@ -158,23 +158,30 @@ def needles_section(summary: dict[str, Any], plots: dict[str, str]) -> str:
     return "\n\n".join(parts)
 
 
-def losses_section(pairs: list[Row]) -> str:
-    """Where another method finds more than the default."""
-    if not pairs:
-        return ""
-    worse = [x for x in pairs if x["difference"] < 0]
-    text = "## Where the default loses { #report-losses }\n\n"
-    cells = {(x["task"], x["length"], x["question"], x["bytes"]) for x in pairs}
-    if not worse:
-        return (
-            text
-            + f"In none of the {len(cells)} cells of task, length, question and budget does another method find more."
+def losses_section(pairs: list[Row], fidelity: list[Row]) -> str:
+    """Where another method finds more values than the default, or has a smaller KL."""
+    parts = []
+    if pairs:
+        worse = [x for x in pairs if x["difference"] < 0]
+        cells = {(x["task"], x["length"], x["question"], x["bytes"]) for x in pairs}
+        counted = f"{len(cells)} cells of task, length, question and budget"
+        if worse:
+            parts.append(
+                f"Needles: in {len(worse)} of {len(pairs)} comparisons in {counted} another method finds more. Difference "
+                "of shares, the default less the other, over the same questions; an interval that holds 0 may be chance."
+            )
+            parts.append(differences(worse))
+        else:
+            parts.append(f"Needles: in none of the {counted} does another method find more.")
+    ours = {x["bytes"]: x["kl"] for x in fidelity if (x["policy"], x["correction"]) == DEFAULT_METHOD}
+    if ours:
+        better = [x for x in fidelity if x["kl"] < ours.get(x["bytes"], 0)]
+        listed = "; ".join(
+            f"{x['policy']}, {x['correction']} at {x['bytes']} ({x['kl']:.3f} against {ours[x['bytes']]:.3f})"
+            for x in better
         )
-    text += (
-        f"Difference of shares found, default less the other method, over the same questions; {len(worse)} of "
-        f"{len(pairs)} comparisons in {len(cells)} cells. An interval that holds 0 may be chance.\n\n"
-    )
-    return text + differences(worse)
+        parts.append(f"KL: {listed or 'no other method that was measured has a smaller one'}.")
+    return "\n\n".join(["## Where the default loses { #report-losses }", *parts]) if parts else ""
 
 
 def differences(pairs: list[Row]) -> str:
