@@ -167,8 +167,9 @@ def losses_section(pairs: list[Row], fidelity: list[Row]) -> str:
         counted = f"{len(cells)} cells of task, length, question and budget"
         if worse:
             parts.append(
-                f"Needles: in {len(worse)} of {len(pairs)} comparisons in {counted} another method finds more. Difference "
-                "of shares, the default less the other, over the same questions; an interval that holds 0 may be chance."
+                f"Needles: in {len(worse)} of {len(pairs)} comparisons in {counted} another method finds more. "
+                "Difference of shares, the default less the other, over the same questions; an interval that holds 0 "
+                "may be chance."
             )
             parts.append(differences(worse))
         else:
