@@ -197,6 +197,7 @@ def test_docstring_mathematics_becomes_markdown():
     assert load_hook("docstrings").to_markdown(docstring).split("\n") == [
         "Sum.", "", "", "$$", "a = b, \\qquad c = d", "$$", "", "Of $a$; see [Moments][derivation-moments].",
     ]  # fmt: skip
+    assert load_hook("docstrings").to_markdown("Theorem B8': above B8.") == "[Theorem B8'][b8-prime]: above B8."
 
 
 def test_doctests_before_all_sections_become_code_blocks():

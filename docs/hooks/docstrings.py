@@ -15,6 +15,7 @@ BLOCK = re.compile(r"^( *)\.\. math::(.*)$")
 ROLE = re.compile(r":math:`([^`]+)`")
 CODE = re.compile(r"``([^`]+)``")
 PAGE = re.compile(r"docs/([a-z/-]+)\.md")
+THEOREM = re.compile(r"Theorem (B\d+)('?)")
 # Types that griffe would read, and print, as Python expressions: "array, shape (n, d)" and "{0, 1}".
 SHAPE = re.compile(r"(?<= : )((?:\w+ )*)(array|tensor), shape \(", re.MULTILINE)
 CHOICE = re.compile(r"(?<= : )\{([^}]*)\}")
@@ -43,11 +44,12 @@ PAGES = {
 
 
 def to_markdown(docstring: str) -> str:
-    """The docstring with formulas as ``$``, code as single backticks and pages as links."""
+    """The docstring with formulas as ``$``, code as single backticks, pages and theorems as links."""
     docstring = "\n".join(math_blocks(docstring.splitlines()))
     docstring = ROLE.sub(lambda found: f"${found[1]}$", docstring)
     docstring = CODE.sub(lambda found: f"`{found[1]}`", docstring)
     docstring = PAGE.sub(lambda found: "[{}][{}]".format(*PAGES[found[1]]), docstring)
+    docstring = THEOREM.sub(lambda found: f"[{found[0]}][{found[1].lower()}{found[2] and '-prime'}]", docstring)
     docstring = SHAPE.sub(r"\1\2 of shape (", docstring)
     docstring = RETURNED.sub(r"\1\2 of shape (", docstring)
     docstring = CHOICE.sub(r"one of \1", docstring)
