@@ -185,6 +185,16 @@ def test_options_in_code_stay_in_one_piece():
     assert kept == '<code>run <span class="flag">--new-tokens</span> 4</code>, a--b'
 
 
+@pytest.mark.parametrize("tex", ["h'", r"\hat W_c'", r"q^\prime", "f''"])
+def test_a_prime_is_no_superscript(tex):
+    pytest.importorskip("mkdocs.exceptions")
+    mathml = load_hook("mathml").to_mathml(tex, "inline")
+    assert re.search(r"</\w+><mo[^>]*>[\u2032\u2033]</mo></mrow>", mathml)
+    assert "sup>" not in mathml
+    assert mathml.startswith("<math xmlns=")
+    assert ("<msub>" in mathml) == ("_" in tex)
+
+
 def test_punctuation_stays_with_its_formula():
     pytest.importorskip("mkdocs.exceptions")
     page = load_hook("mathml").convert_page('of <span class="arithmatex">\\(a\\)</span>, so', "page")
