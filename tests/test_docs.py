@@ -195,6 +195,12 @@ def test_a_prime_is_no_superscript(tex):
     assert ("<msub>" in mathml) == ("_" in tex)
 
 
+@pytest.mark.parametrize("tex", [r"\bar k", r"\check e_h", r"\hat w"])
+def test_marks_over_a_letter_are_accents(tex):
+    pytest.importorskip("mkdocs.exceptions")
+    assert '<mover accent="true">' in load_hook("mathml").to_mathml(tex, "inline")
+
+
 def test_punctuation_stays_with_its_formula():
     pytest.importorskip("mkdocs.exceptions")
     page = load_hook("mathml").convert_page('of <span class="arithmatex">\\(a\\)</span>, so', "page")

@@ -45,6 +45,8 @@ REPAIRS = [
 
 # A prime has its height by itself; as a superscript it would be too small to see.
 PRIMES = {"\N{PRIME}", "\N{DOUBLE PRIME}", "\N{TRIPLE PRIME}"}
+# Bars and carons are as large over a letter as hats are, which latex2mathml marks as accents.
+ACCENTS = {"\N{MACRON}", "\N{CARON}"}
 NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 
 SYMBOL = re.compile(r"<m[ino][ >]")
@@ -63,13 +65,15 @@ def to_mathml(tex: str, display: str) -> str:
     for pattern, replacement in REPAIRS:
         mathml = re.sub(pattern, replacement, mathml)
     root = ElementTree.fromstring(mathml)
-    return with_primes(root) if any(x.text in PRIMES for x in root.iter()) else mathml
+    return with_primes_and_accents(root) if any(x.text in PRIMES | ACCENTS for x in root.iter()) else mathml
 
 
-def with_primes(root: ElementTree.Element) -> str:
-    """The formula with each prime beside what it marks, before a subscript."""
+def with_primes_and_accents(root: ElementTree.Element) -> str:
+    """The formula with each prime beside what it marks, before a subscript, and each accent marked as one."""
     for script in list(root.iter()):
         kind = script.tag.rpartition("}")[2]
+        if kind == "mover" and script[-1].text in ACCENTS:
+            script.set("accent", "true")
         if kind not in ("msup", "msubsup") or script[-1].text not in PRIMES:
             continue
         base, *sub, prime = script
