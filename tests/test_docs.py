@@ -216,6 +216,13 @@ def test_docstring_mathematics_becomes_markdown():
     assert load_hook("docstrings").to_markdown("Theorem B8': above B8.") == "[Theorem B8'][b8-prime]: above B8."
 
 
+def test_parameters_that_share_a_description_have_types_of_their_own():
+    pytest.importorskip("griffe")
+    start, end = "Sum.\n\nParameters\n----------\n", "c, d : int\n    Two.\n\nNotes\n-----\nx, y\n    z"
+    docstring = f"{start}a, b\n    As there.\n{end}"
+    assert load_hook("docstrings").to_markdown(docstring) == f"{start}a\n    As there.\nb\n    As there.\n{end}"
+
+
 def test_doctests_before_all_sections_become_code_blocks():
     pytest.importorskip("griffe")
     docstring = "Sum.\n\n>>> 1 + 1  # doctest: +SKIP\n2\n\nMore.\n\nExamples\n--------\n>>> 1\n1"

@@ -5,6 +5,7 @@ A griffe extension. Docstrings stay numpydoc, which `help()` and editors show we
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,8 @@ CHOICE = re.compile(r"(?<= : )\{([^}]*)\}")
 RETURNED = re.compile(r"^( *)(array|tensor), shape \(", re.MULTILINE)
 DOCTEST = re.compile(r"(?<=\n\n)(?:>>> .*\n(?:.+\n)*)+")
 FLAG = re.compile(r" *# doctest: .*$", re.MULTILINE)
+# Parameters that share a description and leave their types to the signature.
+NAMES = re.compile(r"^(\w+(?:, \w+)+)\n((?: +\S.*\n?)*)", re.MULTILINE)
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.M)
 # Title of each page that docstrings name, and the id of its heading.
 PAGES = {
@@ -53,7 +56,22 @@ def to_markdown(docstring: str) -> str:
     docstring = SHAPE.sub(r"\1\2 of shape (", docstring)
     docstring = RETURNED.sub(r"\1\2 of shape (", docstring)
     docstring = CHOICE.sub(r"one of \1", docstring)
-    return separate_source(fence_doctests(docstring)).rstrip("\n")
+    return separate_source(fence_doctests(one_by_one(docstring))).rstrip("\n")
+
+
+def one_by_one(docstring: str) -> str:
+    """Give each of the parameters that share an entry one of its own; griffe would give all the first one's type."""
+    sections = [*SECTION.finditer(docstring), None]
+    for section, after in itertools.pairwise(sections):
+        if section and section[1] == "Parameters":
+            start, end = section.end(), after.start() if after else len(docstring)
+            return docstring[:start] + NAMES.sub(entries, docstring[start:end]) + docstring[end:]
+    return docstring
+
+
+def entries(shared: re.Match[str]) -> str:
+    """An entry for each name of a shared one."""
+    return "".join(f"{name}\n{shared[2].rstrip()}\n" for name in shared[1].split(", "))
 
 
 def fence_doctests(docstring: str) -> str:
