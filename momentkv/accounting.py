@@ -27,7 +27,7 @@ def state_bytes(
 
     Notes
     -----
-    States are float32 whatever the cache stores (float64 beside a float64 cache).
+    States are float32 whatever the cache stores (float64 beside a float64 cache). Derivation: docs/derivations/cost.md.
 
     Examples
     --------
@@ -58,6 +58,10 @@ def token_equivalents(
         As in `state_bytes`.
     itemsize : int
         Bytes of one number of the cached keys and values.
+
+    Notes
+    -----
+    Derivation: docs/derivations/cost.md.
 
     Examples
     --------

@@ -34,7 +34,7 @@ class AnchoredMoments:
     Notes
     -----
     With anchor zero, ordinary moments of unit weights. Takes part in `momentkv.correction.estimate`, `correct` and
-    `momentkv.bounds` as `Moments` do. Derivation: docs/derivations/bounds.md.
+    `momentkv.bounds` as `Moments` do. Derivation: docs/derivations/bounds.md; why an anchor, docs/derivations/mass.md.
 
     Examples
     --------

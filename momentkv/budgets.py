@@ -65,7 +65,7 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
     -----
     One pass over the tokens, whatever the number of budgets: what a larger budget retains beyond a smaller one is a
     segment of the ranking; attention over a budget is the merge of its segments, and what it evicts is folded segment
-    by segment from the far end.
+    by segment from the far end. Derivation: docs/derivations/eviction.md.
     """
     q = cache.newest_queries
     if q is None:
@@ -156,8 +156,8 @@ def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list
 def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: int) -> list[int]:
     """Budgets of layers that make the sum of their errors small, within a total.
 
-    Greedy on the lower convex hull of each curve: always the step that takes away the most error a token. Optimal for
-    the hulls, up to the last step, which gets what is left.
+    Greedy on the lower convex hull of each curve: always the step that takes away the most error a token; the last one
+    gets what is left. Optimal for the hulls (docs/derivations/eviction.md).
 
     Parameters
     ----------

@@ -36,7 +36,7 @@ def cluster(x: Array, weight: Array, groups: int) -> Array:
     -----
     Farthest-first: each next centre is the point with the largest weight times squared distance to the centres so
     far (Gonzalez, 1985, *Theor. Comput. Sci.* 38), the first is the heaviest. Lloyd (1982), *IEEE Trans. Inf. Theory*
-    28. Nothing is random, so equal inputs give equal groups.
+    28. Nothing is random, so equal inputs give equal groups. Derivation: docs/derivations/summaries.md.
     """
     xp = array_namespace(x, weight)
     if groups == 1:
@@ -102,7 +102,7 @@ def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
     -----
     By subspace iteration from a fixed start, an order of magnitude faster than a singular value decomposition of
     these small matrices, and then a decomposition within the subspace. Halko, Martinsson, Tropp (2011), *SIAM Review*
-    53, algorithm 4.4.
+    53, algorithm 4.4. Derivation: docs/derivations/summaries.md.
     """
     xp = array_namespace(matrix, deviation)
     p, d = matrix.shape[-2:]

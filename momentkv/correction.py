@@ -72,7 +72,8 @@ def estimate(
     ``out`` is the first-order Taylor expansion of exact attention around the zero query: exact for one token, for
     equal keys, and to :math:`O(\lVert q \rVert^2)` in general. ``lse`` of orders 0 and 1 never exceeds the truth
     (Jensen's inequality); that of order 2 may.
-    Source: MomentKV (arXiv 2606.01563), eq. 9. Derivation: docs/derivations/correction.md.
+    Source: MomentKV (arXiv 2606.01563), eq. 9. Derivation: docs/derivations/correction.md; of the mass and what it
+    misses, docs/derivations/mass.md.
 
     Examples
     --------

@@ -70,7 +70,7 @@ def eviction_error(
     Notes
     -----
     Mean mass, cosine and plain error over heads and queries are the quantities of the paper's motivation
-    (MomentKV, arXiv 2606.01563, Figure 2). Derivation: docs/derivations/correction.md.
+    (MomentKV, arXiv 2606.01563, Figure 2). Derivation: docs/derivations/gap.md.
 
     Examples
     --------

@@ -79,7 +79,7 @@ class SharedBudget:
 
 
 def by_error(caches: Sequence[Cache], importances: Sequence[list[Array]], average: int) -> list[int]:
-    """Shares that make the sum of the measured errors small; see `momentkv.budgets`.
+    """Shares that make the sum of the measured errors small; see `momentkv.budgets` and docs/derivations/eviction.md.
 
     Parameters
     ----------

@@ -150,8 +150,8 @@ def stock(model: Any) -> DynamicCache:
 
 def page() -> str:
     """docs/support.md."""
-    head = "| family | " + " | ".join(MODES) + " |"
-    rows = [f"| {TITLES[family]} |" + " ✓ |" * len(MODES) for family in FAMILIES]
+    head = "| | " + " | ".join(TITLES[family] for family in FAMILIES) + " |"
+    rows = [f"| {mode} |" + " ✓ |" * len(FAMILIES) for mode in MODES]
     refused = [f"| `{kind}` | {reason} |" for kind, reason in REFUSED.items()]
     return "\n".join(
         [
@@ -166,7 +166,7 @@ def page() -> str:
             "Two runs are the same to the last bit (tested with Llama).",
             "",
             head,
-            "|---|" + "---|" * len(MODES),
+            "|---|" + "---|" * len(FAMILIES),
             *rows,
             "",
             "Refused by name, each tested:",

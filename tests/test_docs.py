@@ -185,6 +185,22 @@ def test_options_in_code_stay_in_one_piece():
     assert kept == '<code>run <span class="flag">--new-tokens</span> 4</code>, a--b'
 
 
+@pytest.mark.parametrize("tex", ["h'", r"\hat W_c'", r"q^\prime", "f''"])
+def test_a_prime_is_no_superscript(tex):
+    pytest.importorskip("mkdocs.exceptions")
+    mathml = load_hook("mathml").to_mathml(tex, "inline")
+    assert re.search(r"</\w+><mo[^>]*>[\u2032\u2033]</mo></mrow>", mathml)
+    assert "sup>" not in mathml
+    assert mathml.startswith("<math xmlns=")
+    assert ("<msub>" in mathml) == ("_" in tex)
+
+
+@pytest.mark.parametrize("tex", [r"\bar k", r"\check e_h", r"\hat w"])
+def test_marks_over_a_letter_are_accents(tex):
+    pytest.importorskip("mkdocs.exceptions")
+    assert '<mover accent="true">' in load_hook("mathml").to_mathml(tex, "inline")
+
+
 def test_punctuation_stays_with_its_formula():
     pytest.importorskip("mkdocs.exceptions")
     page = load_hook("mathml").convert_page('of <span class="arithmatex">\\(a\\)</span>, so', "page")
@@ -197,6 +213,14 @@ def test_docstring_mathematics_becomes_markdown():
     assert load_hook("docstrings").to_markdown(docstring).split("\n") == [
         "Sum.", "", "", "$$", "a = b, \\qquad c = d", "$$", "", "Of $a$; see [Moments][derivation-moments].",
     ]  # fmt: skip
+    assert load_hook("docstrings").to_markdown("Theorem B8': above B8.") == "[Theorem B8'][b8-prime]: above B8."
+
+
+def test_parameters_that_share_a_description_have_types_of_their_own():
+    pytest.importorskip("griffe")
+    start, end = "Sum.\n\nParameters\n----------\n", "c, d : int\n    Two.\n\nNotes\n-----\nx, y\n    z"
+    docstring = f"{start}a, b\n    As there.\n{end}"
+    assert load_hook("docstrings").to_markdown(docstring) == f"{start}a\n    As there.\nb\n    As there.\n{end}"
 
 
 def test_doctests_before_all_sections_become_code_blocks():

@@ -40,9 +40,9 @@ MEANT_FOR_READERS = """() => {
   copy.querySelectorAll("code").forEach((x) => (x.textContent = ""));
   return copy.textContent;
 }"""
-FLAT = """() => [...document.querySelectorAll("math")].filter((x) => {
+FLAT = """() => [...document.querySelectorAll("math, mover > mo")].filter((x) => {
   const box = x.getBoundingClientRect();
-  return box.width < 2 || box.height < 5;
+  return x.localName === "math" ? box.width < 2 || box.height < 5 : !box.width;
 }).length"""
 WIDE = """() => [...document.querySelectorAll("body *")].filter((x) => {
   if (x.getBoundingClientRect().right <= window.innerWidth + 1) return false;

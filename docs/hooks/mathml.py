@@ -43,6 +43,11 @@ REPAIRS = [
     (r"(<mi>(?:log|exp|cos|tanh)</mi>)(?!<mo|<mrow><mo|</)", r'\1<mspace width="0.167em" />'),
 ]
 
+# A prime has its height by itself; as a superscript it would be too small to see.
+PRIMES = {"\N{PRIME}", "\N{DOUBLE PRIME}", "\N{TRIPLE PRIME}"}
+# Bars and carons are as large over a letter as hats are, which latex2mathml marks as accents.
+ACCENTS = {"\N{MACRON}", "\N{CARON}"}
+NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 
 SYMBOL = re.compile(r"<m[ino][ >]")
 # Inline formulas of more symbols have a line of their own on a narrow screen.
@@ -59,8 +64,26 @@ def to_mathml(tex: str, display: str) -> str:
     mathml = UPRIGHT.sub(lambda word: f"<mi>{re.sub('<[^>]*>', '', word[0])}</mi>", mathml)
     for pattern, replacement in REPAIRS:
         mathml = re.sub(pattern, replacement, mathml)
-    ElementTree.fromstring(mathml)
-    return mathml
+    root = ElementTree.fromstring(mathml)
+    return with_primes_and_accents(root) if any(x.text in PRIMES | ACCENTS for x in root.iter()) else mathml
+
+
+def with_primes_and_accents(root: ElementTree.Element) -> str:
+    """The formula with each prime beside what it marks, before a subscript, and each accent marked as one."""
+    for script in list(root.iter()):
+        kind = script.tag.rpartition("}")[2]
+        if kind == "mover" and script[-1].text in ACCENTS:
+            script.set("accent", "true")
+        if kind not in ("msup", "msubsup") or script[-1].text not in PRIMES:
+            continue
+        base, *sub, prime = script
+        prime.tag, prime.attrib = f"{{{NAMESPACE}}}mo", {"form": "postfix", "lspace": "0", "rspace": "0"}
+        marked = ElementTree.Element(f"{{{NAMESPACE}}}mrow")
+        marked.extend([base, prime])
+        script.tag = f"{{{NAMESPACE}}}{'msub' if sub else 'mrow'}"
+        script[:] = [marked, *sub]
+    ElementTree.register_namespace("", NAMESPACE)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def convert_page(content: str, where: str) -> str:

@@ -32,7 +32,7 @@ class Attention(Policy):
     Notes
     -----
     ``p_j`` is the attention of the observation window, as in `SnapKV`; while decoding, of the queries since the last
-    eviction.
+    eviction. Derivation: docs/derivations/eviction.md.
     """
 
     name: ClassVar[str] = "attention"

@@ -30,6 +30,7 @@ class Balanced(Policy):
     Notes
     -----
     Needs mean and variance of the recent queries, as `ExpectedAttention` does; observes no attention.
+    Derivation: docs/derivations/eviction.md.
     """
 
     name: ClassVar[str] = "balanced"

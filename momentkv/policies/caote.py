@@ -36,7 +36,7 @@ class CAOTE(Policy):
     tokens: the same, without the division by ``1 - a_j``, which has no digits left where one token has all attention.
     A token beside which nothing is attended to has ``o_j = 0``.
 
-    Source: CAOTE (arXiv 2504.14051).
+    Source: CAOTE (arXiv 2504.14051). Derivation: docs/derivations/eviction.md.
 
     Examples
     --------

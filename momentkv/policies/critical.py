@@ -42,7 +42,7 @@ class CriticalKV(Policy):
     itself, exact only for a projection that keeps the norms' ratios. A policy does not know the budget either: instead
     of half of it, then the rest, both rankings are served in turn (as in `Balanced`), so that a token that both would
     keep makes room for more of both. And ``a_j`` is a share of the attention, so that ``epsilon`` means the same
-    however many queries were observed.
+    however many queries were observed. Derivation: docs/derivations/eviction.md.
     """
 
     name: ClassVar[str] = "criticalkv"

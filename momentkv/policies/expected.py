@@ -33,7 +33,7 @@ class ExpectedAttention(Policy):
     queries before RoPE, and averages the rotation over the 512 positions to come; here they are of the last 32 queries
     (while decoding, of an average that fades as fast), at the angles they had. :math:`\Sigma` is the variance of each
     coordinate, where the paper has the whole covariance. And the queries of all heads of a group make one Gaussian,
-    where the paper averages the expected weights of each.
+    where the paper averages the expected weights of each. Derivation: docs/derivations/eviction.md.
     """
 
     name: ClassVar[str] = "expected-attention"

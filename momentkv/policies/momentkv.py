@@ -37,7 +37,7 @@ class MomentKV(Policy):
     scores all tokens with :math:`r_j = v_j`, many rounds approach the loop. More rounds did not lower the error
     where we measured it (docs/evaluation.md). With moments of order 0 the residual is ``v_j - mu_v``.
 
-    Source: MomentKV (arXiv 2606.01563). Derivation: docs/derivations/correction.md.
+    Source: MomentKV (arXiv 2606.01563). Derivation: docs/derivations/eviction.md.
     """
 
     name: ClassVar[str] = "momentkv"

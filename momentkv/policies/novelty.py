@@ -35,7 +35,7 @@ class Novelty(Policy):
     -----
     Observes no attention. Covariances are full matrices with a ridge of a thousandth of their mean eigenvalue; they
     are computed at each eviction from the tokens at hand and not stored: after a prefill in one piece these are all
-    tokens, in chunks and while decoding those retained and the new ones.
+    tokens, in chunks and while decoding those retained and the new ones. Derivation: docs/derivations/eviction.md.
     """
 
     name: ClassVar[str] = "novelty"
