@@ -76,7 +76,8 @@ def lm_eval_results() -> dict[str, Any]:
 def folder(tmp_path: Path) -> Path:
     found = {("full cache", ""): [1.0] * 4, OURS: [1, 1, 0, 0], PEER: [0, 0, 0, 1], PLAIN: [1.0, 0, 0, 0]}
     written(tmp_path / "needles.json", needle_rows(found))
-    written(tmp_path / "hard.json", needle_rows({("full cache", ""): [0.0] * 4, OURS: [0.0] * 4}, task="multi-key"))
+    hard = {("full cache", ""): [0.0] * 4, OURS: [0.0] * 4, PEER: [1.0] * 4}
+    written(tmp_path / "hard.json", needle_rows(hard, task="multi-key"))
     written(tmp_path / "fidelity.json", fidelity_rows())
     write_json(tmp_path / "gap.json", gap())
     write_json(tmp_path / "lm" / "results_x.json", lm_eval_results())
@@ -91,7 +92,11 @@ def test_all_kinds_are_gathered_and_others_named(folder: Path):
     ours = next(x for x in summary["needles"] if (x["policy"], x["correction"], x["task"]) == (*OURS, "single"))
     low, high = bootstrap([(1, 1), (1, 1), (0, 1), (0, 1)])
     assert (ours["share"], ours["low"], ours["high"], ours["n"], ours["signal"]) == (0.5, low, high, 4, True)
-    bands = {x["band"]: x["share"] for x in summary["depths"] if (x["policy"], x["correction"]) == PEER}
+    bands = {
+        x["band"]: x["share"]
+        for x in summary["depths"]
+        if (x["policy"], x["correction"], x["task"]) == (*PEER, "single")
+    }
     assert bands == {int(at / 4 * BANDS): share for at, share in enumerate((0, 0, 0, 1))}
     (kl,) = [x for x in summary["fidelity"] if x["policy"] == PEER[0]]
     assert kl["kl"] == pytest.approx(0.4)
@@ -105,6 +110,7 @@ def test_all_kinds_are_gathered_and_others_named(folder: Path):
 
 def test_differences_are_paired_by_question(folder: Path):
     pairs = gather(results_in([folder]))["pairs"]
+    assert {x["task"] for x in pairs} == {"single"}  # what has no signal is not compared
     (peer,) = [x for x in pairs if (x["policy"], x["correction"]) == PEER]
     assert peer["difference"] == 0.25
     low, high = bootstrap([(1, 1), (1, 1), (0, 1), (-1, 1)])

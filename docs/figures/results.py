@@ -18,6 +18,7 @@ BEGIN, END = "<!-- written by docs/figures/results.py -->\n", "<!-- end of what 
 
 
 def main() -> None:
+    """Write the page between its two marks."""
     summary = read_json(DOCS / "data" / "evaluation" / "summary.json")
     plots = draw(summary, DOCS / "assets")
     made = markdown_of(summary, {name: f"assets/{path.name}" for name, path in plots.items()})

@@ -146,13 +146,14 @@ def pair_lines(rows: list[Row]) -> list[Row]:
     """The default against each other method at the same bytes, question by question.
 
     The difference of shares, with a bootstrap over haystacks; the same haystacks were asked of both, so what they
-    share cancels.
+    share cancels. Tasks without signal are left out.
     """
+    signal = {key[:2] for key, x in summarize(rows).items() if x["signal"]}
     asked: dict[tuple[Any, ...], dict[tuple[str, str], dict[tuple[Any, ...], float]]] = defaultdict(
         lambda: defaultdict(dict)
     )
     for row in rows:
-        if row["bytes_as_tokens"] is not None:
+        if row["bytes_as_tokens"] is not None and (kind_of(row), row["length"]) in signal:
             cell = (kind_of(row), row["length"], row["question"], row["bytes_as_tokens"])
             asked[cell][row["policy"], row["correction"]][row["haystack"], row["index"]] = row["values"]
     lines = []

@@ -17,6 +17,10 @@ from momentkv.evaluation.report_plots import called, draw, methods_of
 
 __all__ = ["markdown_of", "report", "write_report"]
 
+TEXT_COLUMNS = (
+    *("context", "question", "policy, correction", "task", "text", "metric", "model", "results", "command"),
+    "measured with",
+)
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #222; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
@@ -104,8 +108,8 @@ def opening(summary: dict[str, Any]) -> str:
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; the first column is text."""
-    rule = "|---|" + "---:|" * (len(header) - 1)
+    """A Markdown table; columns of text to the left, of numbers to the right."""
+    rule = "|" + "".join("---|" if name in TEXT_COLUMNS else "---:|" for name in header)
     return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(x) + " |" for x in lines)])
 
 
