@@ -21,6 +21,8 @@ TEXT_COLUMNS = (
     *("context", "question", "policy, correction", "task", "text", "metric", "model", "results", "command"),
     "measured with",
 )
+# Where a number must not be torn apart.
+SPACE, DASH = "\u00a0", "\u2060–\u2060"
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #222; }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
@@ -114,8 +116,8 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 
 def percent(x: Row) -> str:
-    """A share with its interval."""
-    return f"{100 * x['share']:.0f} % ({100 * x['low']:.0f}–{100 * x['high']:.0f})"
+    """A share with its interval, on one line."""
+    return f"{100 * x['share']:.0f}{SPACE}%{SPACE}({100 * x['low']:.0f}{DASH}{100 * x['high']:.0f})"
 
 
 def bold(text: str, method: tuple[str, str]) -> str:
@@ -142,7 +144,7 @@ def needles_section(summary: dict[str, Any], plots: dict[str, str]) -> str:
         lines = []
         for length in sorted({x["length"] for x in chosen}):
             full = next(x for x in chosen if x["length"] == length and x["bytes"] is None)
-            note = percent(full) if full["signal"] else f"no signal ({100 * full['share']:.0f} %)"
+            note = percent(full) if full["signal"] else f"no{SPACE}signal{SPACE}({100 * full['share']:.0f}{SPACE}%)"
             lines.append([f"{length} tokens", "", "full cache", str(full["n"]), note, *[""] * (len(budgets) - 1)])
             if not full["signal"]:
                 continue
@@ -229,7 +231,7 @@ def fidelity_section(rows: list[Row], plots: dict[str, str]) -> str:
     for x in rows:
         method = (x["policy"], x["correction"])
         error = "" if x["head_error"] is None else f"{x['head_error']:.3f}"
-        kl = bold(f"{x['kl']:.3f} ({x['low']:.3f}–{x['high']:.3f})", method)
+        kl = bold(f"{x['kl']:.3f}{SPACE}({x['low']:.3f}{DASH}{x['high']:.3f})", method)
         numbers = [f"{100 * x['top1']:.0f} %", f"{x['nll_change']:+.3f}", error, str(x["texts"])]
         lines.append([str(x["bytes"]), bold(called(method), method), kl, *numbers])
     image = f"![KL against bytes]({plots['kl']})\n\n" if "kl" in plots else ""

@@ -59,8 +59,8 @@ def plot_found(rows: list[Row]) -> Figure | None:
     columns = min(3, len(kinds))
     lines = -(-len(kinds) // columns)
     figure = Figure(figsize=(3.1 * columns, 0.6 + 2.3 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
-    for axis in list(panels)[len(kinds) :]:
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    for axis in panels[len(kinds) :]:
         axis.set_axis_off()
     for axis, (task, length, question) in zip(panels, kinds, strict=False):
         chosen = [x for x in rows if (x["task"], x["length"]) == (task, length)]
