@@ -33,7 +33,8 @@ def test_bench_measures_everything_against_a_copy(
     assert (tmp_path / "bench.png").stat().st_size > 0
     assert [row["what"] for row in rows] == ["device"] * 2 + ["decode"] * 6 + ["evict"] * 2 + ["prefill"] + [
         "model"
-    ] * 2
+    ] * 3
+    assert [row["name"] for row in rows[-3:]] == ["full cache", "budget 40", "budget 40, static"]
     assert rows[0]["share_of_copy"] == 1.0
     for row in rows:
         times = row["seconds"]

@@ -26,7 +26,7 @@ from momentkv.backends import get_backend
 from momentkv.backends._expansion import Expansion, expand
 from momentkv.backends._operators import decode, fold
 from momentkv.evaluation.report import environment, progress_bar, write_json
-from momentkv.hf import MomentCache
+from momentkv.hf import DecodeGraphs, MomentCache
 from momentkv.moments import Moments
 from momentkv.summaries import QueryWindow, Summaries
 
@@ -126,7 +126,7 @@ def bench(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     rows: list[Row] = []
     with progress_bar(console) as progress, torch.inference_mode():
-        task = progress.add_task("bench", total=2 + 9 * len(sizes.shapes) + 2)
+        task = progress.add_task("bench", total=2 + 9 * len(sizes.shapes) + (3 if device.type == "cpu" else 4))
         for row in measurements(sizes, device):
             rows.append(row)
             progress.update(task, advance=1, description=f"{row['what']}, {row['name']}")
@@ -266,25 +266,33 @@ def of_flush(shape: Shape, sizes: Sizes, device: torch.device, row: Callable[...
 
 
 def of_model(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """A step of a whole model with random weights, with the full cache and within a budget."""
+    """A step of a whole model with random weights: the full cache, a budget, the same in place, and as CUDA graphs."""
     config = LlamaConfig(**sizes.model, max_position_embeddings=2 * sizes.model_context)
     config._attn_implementation = "momentkv"
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=sizes.dtype, attn_implementation="momentkv").eval()
     ids = torch.randint(sizes.model["vocab_size"], (1, sizes.model_context), device=device)
     weights = sum(x.nbytes for x in model.parameters())
-    for name, cache in (
-        ("full cache", DynamicCache(config=config)),
-        (f"budget {sizes.model_budget}", MomentCache(model, sizes.model_budget)),
-    ):
+    budget = f"budget {sizes.model_budget}"
+    kept = {
+        "full cache": DynamicCache(config=config),
+        budget: MomentCache(model, sizes.model_budget),
+        f"{budget}, static": MomentCache(model, sizes.model_budget, static=True),
+    }
+    if device.type == "cuda":
+        kept[f"{budget}, CUDA graphs"] = MomentCache(model, sizes.model_budget, static=True)
+    for name, cache in kept.items():
         for chunk in torch.split(ids, 512, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
-        row = measure("model", name, step(model, ids[:, :1], cache), sizes, device, nbytes=weights)
-        yield row | {"context": sizes.model_context}
+        one = step(model, ids[:, :1], cache, graphs=name.endswith("graphs"))
+        yield measure("model", name, one, sizes, device, nbytes=weights) | {"context": sizes.model_context}
 
 
-def step(model: Any, token: torch.Tensor, cache: Any) -> Call:
-    """One step of decoding."""
+def step(model: Any, token: torch.Tensor, cache: Any, *, graphs: bool) -> Call:
+    """One step of decoding, evictions as they fall due."""
+    if graphs:
+        replayed = DecodeGraphs(model, cache)
+        return lambda _: replayed(token)
     return lambda _: model(token, past_key_values=cache)
 
 
