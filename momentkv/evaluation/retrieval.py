@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from momentkv.cache import RECENT_QUERIES
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import Setting, empty_cache
 from momentkv.evaluation.haystack import Answer, Haystack, Question
+from momentkv.hf import MomentCache
 from momentkv.policies import get_policy
 
 __all__ = ["Asked", "Recall", "measure_haystack", "recall"]
@@ -21,8 +23,6 @@ __all__ = ["Asked", "Recall", "measure_haystack", "recall"]
 Cell = tuple[str, Setting]
 # Tokens that a generated answer may take beyond the right one.
 SLACK = 8
-# Tokens of a question and its answer that are read without eviction.
-PROBES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,25 +125,13 @@ class Reader:
             layer.queries = both if self.keep is None else both[:, :, -self.keep :]
         return captured
 
-    def score(self, cache: Any, question: Question, fed: list[int]) -> Recall:
-        """Feed the rest of a question and each of its answers, in one pass on a copy; the best answer counts."""
+    def ask(self, fresh: Callable[[], Any], question: Question, fed: list[int]) -> Recall:
+        """Feed the rest of a question and each of its answers, in one pass on a fresh cache; the best answer counts."""
         results = []
         for answer in question.answers:
             ids = self.ids([*fed, *answer.tokens])
-            probed = copy.deepcopy(cache)
-            probed.activate_past_recording()  # evicts nothing more, up to PROBES tokens
-            logits = self.model(ids[:, :-1], past_key_values=probed, logits_to_keep=len(answer.tokens)).logits
+            logits = self.model(ids[:, :-1], past_key_values=fresh(), logits_to_keep=len(answer.tokens)).logits
             results.append(recall(logits[0], answer))
-        return max(results, key=lambda result: (result.values, -result.nll))
-
-    def full(self, question: Question) -> Recall:
-        """The question asked of the full cache."""
-        results = []
-        for answer in question.answers:
-            ids = self.ids([*question.tokens, *answer.tokens])
-            logits = self.model(ids[:, :-1], past_key_values=self.rewind(), logits_to_keep=len(answer.tokens)).logits
-            results.append(recall(logits[0], answer))
-        self.rewind()
         return max(results, key=lambda result: (result.values, -result.nll))
 
     def generated(self, cache: Any, question: Question, tokenizer: Any) -> float:
@@ -158,6 +146,13 @@ class Reader:
         )
         written = tokenizer.decode(out[0, prompt.shape[1] :])
         return sum(value in written for value in question.values) / len(question.values)
+
+
+def evicting_no_more(cache: MomentCache) -> MomentCache:
+    """A copy that stores what it reads, up to its rollback, beside the budget."""
+    probed = copy.deepcopy(cache)
+    probed.activate_past_recording()
+    return probed
 
 
 @torch.inference_mode()
@@ -202,17 +197,19 @@ def measure_haystack(
         return dataclasses.replace(result, generated=reader.generated(cache, question, tokenizer))
 
     for index, question in enumerate(haystack.questions):
-        result = add_generated(reader.full(question), reader.rewind(), question)
+        result = add_generated(reader.ask(reader.rewind, question, question.tokens), reader.rewind(), question)
         yield Asked(None, index, result, reader.nbytes)
+    longest = max(len(x.tokens) + len(answer.tokens) for x in haystack.questions for answer in x.answers)
     for cell in cells:
         when, setting = cell
         once = None
         for index, question in enumerate(haystack.questions):
             if when == "seen" or once is None:
                 captured = reader.rewind() if when == "unseen" else reader.rewind_to(question)
-                once = replay(captured, empty_cache(model, setting, sinks=sinks, window=window, rollback=PROBES))
+                once = replay(captured, empty_cache(model, setting, sinks=sinks, window=window, rollback=longest))
                 nbytes = once.nbytes
             fed = question.tokens if when == "unseen" else question.tokens[-1:]
-            result = add_generated(reader.score(once, question, fed), copy.deepcopy(once), question)
+            result = reader.ask(partial(evicting_no_more, once), question, fed)
+            result = add_generated(result, copy.deepcopy(once), question)
             yield Asked(cell, index, result, nbytes)
     reader.rewind()
