@@ -12,10 +12,10 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from momentkv.corrections import AnchoredSummaries, Correction
 from momentkv.evaluation.fidelity import Setting, measure, moment_tokens
 from momentkv.evaluation.report import progress_bar
 from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
+from momentkv.statistics.corrections import AnchoredSummaries, Correction
 
 TRIED: dict[str, tuple[int | None, str | Correction]] = {
     "plain eviction": (None, "moments"),

@@ -6,12 +6,15 @@ The core works on arrays of any library that follows the array API. For transfor
 
 from __future__ import annotations
 
+import sys
+
+from momentkv._moved import MovedModules
 from momentkv.attention import AttentionState, attend, merge
-from momentkv.cache import LayerCache
+from momentkv.cache.layer import LayerCache
 from momentkv.correction import correct, estimate
 from momentkv.diagnostics import EvictionError, eviction_error
-from momentkv.moments import Moments
 from momentkv.policies import POLICIES, Policy, Tokens, get_policy
+from momentkv.statistics.moments import Moments
 
 __version__ = "0.1.0"
 
@@ -31,3 +34,5 @@ __all__ = [
     "get_policy",
     "merge",
 ]
+
+sys.meta_path.append(MovedModules())

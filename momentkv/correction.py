@@ -6,10 +6,10 @@ import math
 from typing import Literal, NamedTuple, overload
 
 from momentkv._array import Array, array_namespace
-from momentkv.anchored import AnchoredMoments
 from momentkv.attention import AttentionState, default_scale, group_queries, merge, ungroup_queries
 from momentkv.bounds import output_error
-from momentkv.moments import Moments, check_order, positive
+from momentkv.statistics.anchored import AnchoredMoments
+from momentkv.statistics.moments import Moments, check_order, positive
 
 __all__ = ["Certified", "correct", "estimate"]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
-from momentkv.cache import RECENT_QUERIES
+from momentkv.cache.layer import RECENT_QUERIES
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import CHOICES, Fidelity, Setting, compare, empty_cache, settings_grid
 from momentkv.evaluation.report import progress_bar

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from momentkv._array import Array, array_namespace
 from momentkv.attention import AttentionState, check_values, default_scale, logits, merge, softmax_state
 from momentkv.correction import correct
-from momentkv.moments import Moments, check_broadcast
-from momentkv.summaries import Summaries, estimate_summaries
+from momentkv.statistics.moments import Moments, check_broadcast
+from momentkv.statistics.summaries import Summaries, estimate_summaries
 
 __all__ = ["EvictionError", "eviction_error"]
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from momentkv.attention import AttentionState
-from momentkv.moments import Moments
-from momentkv.summaries import QueryWindow, Summaries
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import QueryWindow, Summaries
 
 __all__ = ["merge_moments", "merge_states", "merge_summaries"]
 

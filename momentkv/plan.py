@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from momentkv.accounting import state_bytes, token_equivalents
-from momentkv.corrections import Correction, get_correction
+from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.policies import Policy, check_budget, get_policy
+from momentkv.statistics.corrections import Correction, get_correction
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -198,7 +198,7 @@ def plan(
     context : int
         Tokens read and generated so far.
     budget : int
-        Tokens retained per KV head, as `momentkv.cache.LayerCache` takes it: the correction comes on top.
+        Tokens retained per KV head, as `momentkv.cache.layer.LayerCache` takes it: the correction comes on top.
     correction : str or Correction
         A name of `CORRECTION_NAMES`, or an object.
     batch : int
@@ -206,7 +206,7 @@ def plan(
     dtype : str
         Of keys and values: a name of `DTYPES`.
     policy, sinks, window, block
-        As in `momentkv.cache.LayerCache`; by default the policy of `momentkv.hf.MomentCache`.
+        As in `momentkv.cache.layer.LayerCache`; by default the policy of `momentkv.hf.MomentCache`.
 
     Returns
     -------

@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace
-from momentkv.anchored import AnchoredMoments
 from momentkv.attention import AttentionState, group_queries, ungroup_queries
 from momentkv.backends import get_backend
 from momentkv.bounds import output_error, read
 from momentkv.bounds.certificate import grouped, share_interval
 from momentkv.bounds.rounding import attention_error, state_error, unit
 from momentkv.bounds.theorems import Interval
-from momentkv.moments import Moments
+from momentkv.statistics.anchored import AnchoredMoments
+from momentkv.statistics.moments import Moments
 
 __all__ = ["Trust", "estimated_error", "trust"]
 

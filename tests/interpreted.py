@@ -12,8 +12,8 @@ import torch
 from expansions import Decode, expected, f64, make
 from folds import Fold, check_folded, make_fold
 
-from momentkv.backends._decode import decode_triton
-from momentkv.backends._fold import fold_triton
+from momentkv.backends.triton.decode import decode_triton
+from momentkv.backends.triton.fold import fold_triton
 from momentkv.testing.rounding import assert_within
 
 HALF = torch.float16

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from momentkv.attention import AttentionState, attend
 from momentkv.correction import correct
 from momentkv.distributed import merge_moments, merge_states, merge_summaries
-from momentkv.moments import Moments
-from momentkv.summaries import QueryWindow, Summaries
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import QueryWindow, Summaries
 
 
 def far(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from models import prompt, tiny
 
 from momentkv import LayerCache
-from momentkv.budgets import budget_grid, error_curve, error_curves, refine, share_budget
-from momentkv.corrections import AnchoredSummaries
+from momentkv.cache.budgets import budget_grid, error_curve, error_curves, refine, share_budget
+from momentkv.cache.ragged import RaggedCache
 from momentkv.hf import MomentCache
-from momentkv.ragged import RaggedCache
+from momentkv.statistics.corrections import AnchoredSummaries
 
 GRID = [4, 6, 10]
 

@@ -13,10 +13,10 @@ from libraries import LIBRARIES, Library
 from test_cache import Run, advance, runs, stored
 
 from momentkv import LayerCache, Moments
-from momentkv.accounting import state_bytes, token_equivalents
-from momentkv.corrections import AnchoredSummaries
+from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.diagnostics import eviction_error
-from momentkv.summaries import Summaries
+from momentkv.statistics.corrections import AnchoredSummaries
+from momentkv.statistics.summaries import Summaries
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_same, assert_within, unit
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
 
 from momentkv import LayerCache, Moments, attend, bounds, correct, estimate
-from momentkv.accounting import state_bytes
-from momentkv.anchored import AnchoredMoments
 from momentkv.bounds.rounding import state_error
-from momentkv.ragged import RaggedCache
+from momentkv.cache.accounting import state_bytes
+from momentkv.cache.ragged import RaggedCache
+from momentkv.statistics.anchored import AnchoredMoments
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_same, attention_error, moments_error, unit
 from momentkv.testing.strategies import Case, cases, some_tokens

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libraries import Library
 
-from momentkv.clustering import SUBSPACE_STEPS, cluster, low_rank
+from momentkv.statistics.clustering import SUBSPACE_STEPS, cluster, low_rank
 from momentkv.testing.rounding import assert_same, assert_within, unit
 from momentkv.testing.strategies import Case, cases, some_tokens
 

@@ -16,8 +16,8 @@ from models import FAMILIES, build, prompt
 from momentkv.attention import attend
 from momentkv.distributed import merge_moments, merge_states, merge_summaries
 from momentkv.hf import MomentCache
-from momentkv.moments import Moments
-from momentkv.summaries import QueryWindow, Summaries
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import QueryWindow, Summaries
 
 HERE = Path(__file__).parent
 

@@ -10,9 +10,9 @@ from libraries import Library
 
 from momentkv import LayerCache, Moments, Policy, Tokens, attend, correct, estimate, get_policy
 from momentkv.backends import get_backend
-from momentkv.corrections import get_correction
 from momentkv.policies import MomentKV, Random, SnapKV
-from momentkv.summaries import QueryWindow, Summaries, estimate_summaries
+from momentkv.statistics.corrections import get_correction
+from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
 from momentkv.testing.rounding import assert_same
 
 Maker = Callable[..., object]

@@ -14,7 +14,6 @@ from models import COMPRESSED, prompt, tiny
 from transformers import DynamicCache
 
 from momentkv import POLICIES
-from momentkv.corrections import AnchoredSummaries
 from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
 from momentkv.evaluation.capture import CaptureCache, replay
@@ -24,6 +23,7 @@ from momentkv.evaluation.report import average, fidelity_table, plot_fidelity, r
 from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
 from momentkv.hf import MomentCache
 from momentkv.policies import H2O, Policy, SnapKV, get_policy
+from momentkv.statistics.corrections import AnchoredSummaries
 
 SMALL = {"sinks": 1, "window": 8}
 UNIFORM = SMALL | {"sharing": "uniform"}

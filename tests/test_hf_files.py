@@ -15,10 +15,10 @@ import torch
 from models import FAMILIES, SIZES, build, left_padded, prompt, tiny
 from transformers import LlamaConfig
 
-from momentkv import Tokens, _hf_files
-from momentkv.corrections import AnchoredSummaries
-from momentkv.hf import CacheFileError, MomentCache
+from momentkv import Tokens
+from momentkv.hf import CacheFileError, MomentCache, files
 from momentkv.policies import H2O, POLICIES, Policy
+from momentkv.statistics.corrections import AnchoredSummaries
 from momentkv.trust import trust
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 8, "block": 4}
@@ -76,7 +76,7 @@ def state(cache: MomentCache) -> dict[str, Any]:
             continue
         for n, part in enumerate(core.parts):
             held |= {f"{index}.{n}.{name}": x for name, x in part.arrays().items()}
-            held |= {f"{index}.{n}.{name}": getattr(part, name) for name in _hf_files.SCALARS}
+            held |= {f"{index}.{n}.{name}": getattr(part, name) for name in files.SCALARS}
     return held
 
 
@@ -178,7 +178,7 @@ def rewritten(data: bytes, change: Any, sign: bool = False) -> bytes:
     change(record, tensors)
     header["momentkv"] = json.dumps(record, sort_keys=True)
     if sign:
-        header["digest"] = _hf_files.digest(header["momentkv"], tensors)
+        header["digest"] = files.digest(header["momentkv"], tensors)
     return safetensors.torch.save(tensors, header)
 
 

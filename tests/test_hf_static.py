@@ -14,15 +14,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import CompileConfig
 
-from momentkv._hf_static import ring
-from momentkv._static import StaticState
-from momentkv._static_flush import flush
-from momentkv.corrections import AnchoredSummaries, Correction
+from momentkv.cache.ragged import RaggedCache
 from momentkv.hf import DecodeGraphs, FinishedRows, MomentCache
-from momentkv.moments import Moments
+from momentkv.hf.static import ring
+from momentkv.hf.static_flush import flush
+from momentkv.hf.static_state import StaticState
 from momentkv.policies import POLICIES, SnapKV
 from momentkv.policies.critical import CriticalKV
-from momentkv.ragged import RaggedCache
+from momentkv.statistics.corrections import AnchoredSummaries, Correction
+from momentkv.statistics.moments import Moments
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 6, "block": 4}
 PAPER: dict[str, Any] = SMALL | {"policy": "momentkv", "correction": "moments", "sharing": "uniform"}

@@ -11,9 +11,9 @@ from models import left_padded, prompt, tiny
 from test_hf import MODES, SMALL, generate
 from test_hf_state import ROWS, proceed, state
 
-from momentkv.corrections import AnchoredSummaries
 from momentkv.hf import MomentCache
-from momentkv.summaries import Summaries
+from momentkv.statistics.corrections import AnchoredSummaries
+from momentkv.statistics.summaries import Summaries
 
 SETTINGS: dict[str, Any] = {**SMALL, "correction": AnchoredSummaries(summaries=4, rank=2), "sharing": "uniform"}
 # Of the largest element: roundings of two layers in float32, as in test_hf, and of regrouping summaries.

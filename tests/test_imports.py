@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+
+import pytest
+
+from momentkv._moved import MOVED
 
 
 def fresh(code: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -43,3 +48,11 @@ def test_every_public_name_is_there():
     assert sorted(momentkv.__all__) == sorted(set(momentkv.__all__))
     for name in momentkv.__all__:
         assert getattr(momentkv, name) is not None
+
+
+@pytest.mark.parametrize("former", sorted(MOVED))
+def test_modules_are_found_by_their_former_names(former: str):
+    with pytest.warns(DeprecationWarning, match=MOVED[former]):
+        module = importlib.import_module(former)
+    here = importlib.import_module(MOVED[former])
+    assert {name: getattr(module, name) for name in here.__all__} == {n: getattr(here, n) for n in here.__all__}

@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
-from momentkv.backends import kernels_report
-from momentkv.backends._decode import SPLITS, number_of_splits
-from momentkv.backends.kernels_report import SHARED_LIMIT, TARGETS, Build, Usage, builds, compile_build
+from momentkv.backends.triton import report as kernels_report
+from momentkv.backends.triton.decode import SPLITS, number_of_splits
+from momentkv.backends.triton.report import SHARED_LIMIT, TARGETS, Build, Usage, builds, compile_build
 
 
 def test_kernels_agree_with_the_oracle_in_the_interpreter():

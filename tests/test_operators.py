@@ -14,9 +14,9 @@ from hypothesis import given
 
 from momentkv import Moments, estimate
 from momentkv.backends._expansion import expand
-from momentkv.backends._operators import decode, decode_operator, fold, fold_operator
-from momentkv.backends._plain import estimate_expansion
-from momentkv.summaries import QueryWindow, Summaries, estimate_summaries
+from momentkv.backends.operators import decode, decode_operator, fold, fold_operator
+from momentkv.backends.plain import estimate_expansion
+from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_within
 from momentkv.testing.strategies import Case, cases

@@ -16,8 +16,8 @@ from transformers import AutoConfig
 import momentkv.hf
 from momentkv import LayerCache
 from momentkv.cli import main
-from momentkv.corrections import AnchoredSummaries
 from momentkv.plan import CORRECTION_NAMES, KNOWN, Shape, find_shape, plan, shape_from_config, size
+from momentkv.statistics.corrections import AnchoredSummaries
 
 SMALL = Shape(layers=1, kv_heads=2, q_heads=4, head_dim=16)
 

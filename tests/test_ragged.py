@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from models import left_padded, prompt, tiny
 
 from momentkv import POLICIES, LayerCache, get_policy
+from momentkv.cache.ragged import RaggedCache
 from momentkv.hf import MomentCache
-from momentkv.ragged import RaggedCache
 
 OPTIONS = {"window": 8, "block": 4}
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import left_padded, prompt, tiny
 
+from momentkv.cache.ragged import RaggedCache
+from momentkv.cache.sharing import SharedBudget, by_error, by_importance, importances_of, pyramid_budgets
 from momentkv.hf import MomentCache
-from momentkv.ragged import RaggedCache
-from momentkv.sharing import SharedBudget, by_error, by_importance, importances_of, pyramid_budgets
 
 SINKS, WINDOW, AVERAGE = 1, 8, 40
 

@@ -15,7 +15,7 @@ from totals import Points, assert_totals, formula, formula_error, window_of
 
 from momentkv import Moments, attend
 from momentkv.backends import get_backend
-from momentkv.summaries import QueryWindow, Summaries, estimate_summaries
+from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
 from momentkv.testing import oracle
 from momentkv.testing.oracle import f64
 from momentkv.testing.rounding import assert_same, assert_within, attention_error, merge_error, unit

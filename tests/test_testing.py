@@ -14,7 +14,7 @@ from libraries import LIBRARIES
 from momentkv import POLICIES, Policy, get_policy
 from momentkv.attention import AttentionState
 from momentkv.backends import get_backend
-from momentkv.backends.array_api import ArrayBackend
+from momentkv.backends.base import ArrayBackend
 from momentkv.testing import check_backend, check_library, check_policy
 
 PAIRS = [("numpy", "numpy"), ("array-api", "array-api-strict"), ("array-api", "torch"), ("torch", "torch")]

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from momentkv import Moments, attend, correct
 from momentkv.backends import _plain, get_backend
 from momentkv.backends import torch as torch_backend
-from momentkv.backends.array_api import ArrayBackend
+from momentkv.backends.base import ArrayBackend
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_within, attention_error, unit
 

@@ -11,8 +11,8 @@ import pytest
 from momentkv import attention, bounds, correction
 from momentkv.bounds import certificate, functions, reading, rounding, theorems
 from momentkv.bounds.theorems import Interval
-from momentkv.extent import Extent
-from momentkv.moments import Moments
+from momentkv.statistics.extent import Extent
+from momentkv.statistics.moments import Moments
 from momentkv.testing.laws import CHECKS
 from momentkv.testing.verify import main, verify
 

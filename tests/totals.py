@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from libraries import Library
 
-from momentkv.summaries import QueryWindow, Summaries
+from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
 from momentkv.testing.oracle import f64
 from momentkv.testing.rounding import FUNCTION, StateError, assert_within, default_scale, largest

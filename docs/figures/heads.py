@@ -21,8 +21,8 @@ from momentkv.attention import logits, softmax_state
 from momentkv.evaluation.capture import CaptureCache
 from momentkv.evaluation.report import environment
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
-from momentkv.moments import Moments
-from momentkv.summaries import estimate_summaries
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import estimate_summaries
 
 DATA = Path(__file__).parents[1] / "data"
 TEXT, CONTEXT, FOLLOWING, WINDOW = "compound", 2048, 32, 32

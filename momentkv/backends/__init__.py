@@ -8,12 +8,12 @@ from functools import cache
 from array_api_compat import is_numpy_array, is_torch_array
 
 from momentkv._array import Array
-from momentkv.backends.array_api import ArrayBackend
+from momentkv.backends.base import ArrayBackend
 
 __all__ = ["BACKENDS", "ArrayBackend", "get_backend"]
 
 BACKENDS = {
-    "array-api": ("momentkv.backends.array_api", "ArrayBackend"),
+    "array-api": ("momentkv.backends.base", "ArrayBackend"),
     "numpy": ("momentkv.backends.numpy", "NumpyBackend"),
     "torch": ("momentkv.backends.torch", "TorchBackend"),
 }

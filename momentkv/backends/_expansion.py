@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from momentkv.moments import Moments
-from momentkv.summaries import Summaries
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import Summaries
 
 __all__ = ["Expansion", "expand"]
 
@@ -49,7 +49,7 @@ class Expansion(NamedTuple):
 
 
 def expand(moments: Moments | Summaries, *, order: int) -> Expansion:
-    """The expansion that `momentkv.correction.estimate` or `momentkv.summaries.estimate_summaries` evaluates.
+    """The expansion that `estimate` of `momentkv.correction`, or `estimate_summaries`, evaluates.
 
     Parameters
     ----------

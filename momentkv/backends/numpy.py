@@ -8,7 +8,7 @@ import numpy as np
 
 from momentkv._array import Array
 from momentkv.attention import AttentionState, logits
-from momentkv.backends.array_api import ArrayBackend
+from momentkv.backends.base import ArrayBackend
 
 __all__ = ["NumpyBackend"]
 

@@ -14,17 +14,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from momentkv._array import Array
 from momentkv.attention import AttentionState
 from momentkv.backends._expansion import Expansion, expand
-from momentkv.backends._operators import DTYPES, decode
-from momentkv.backends._plain import flash, flash_fits
-from momentkv.backends.array_api import ArrayBackend, causal_mask
-from momentkv.moments import Moments
-from momentkv.summaries import Summaries
+from momentkv.backends.base import ArrayBackend, causal_mask
+from momentkv.backends.operators import DTYPES, decode
+from momentkv.backends.plain import flash, flash_fits
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import Summaries
 
 __all__ = ["TorchBackend"]
 
 
 class TorchBackend(ArrayBackend):
-    """Plain torch operators, and for decoding on CUDA the operator `momentkv.backends._operators.decode`.
+    """Plain torch operators, and for decoding on CUDA the operator `momentkv.backends.operators.decode`.
 
     Logits, softmax sums and outputs are float32 (float64 for float64 inputs); outputs of the operator are of the dtype
     of the queries. The operator has no gradient: where one is asked for, plain operators are used.

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from momentkv._array import Array, array_namespace
-from momentkv.anchored import AnchoredMoments
 from momentkv.attention import AttentionState, default_scale, group_queries, ungroup_queries
 from momentkv.bounds.functions import safe_ratio
 from momentkv.bounds.reading import CompactSlope, Reading, read, read_grouped
@@ -21,7 +20,8 @@ from momentkv.bounds.theorems import (
     value_from_representation,
     value_from_residual,
 )
-from momentkv.moments import Moments
+from momentkv.statistics.anchored import AnchoredMoments
+from momentkv.statistics.moments import Moments
 
 __all__ = ["lse_interval", "output_error", "output_error_of_parts", "value_error"]
 

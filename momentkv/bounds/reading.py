@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace
-from momentkv.anchored import AnchoredMoments
 from momentkv.attention import default_scale, group_queries
 from momentkv.bounds.rounding import FUNCTION, state_error, unit
 from momentkv.bounds.theorems import (
@@ -17,7 +16,8 @@ from momentkv.bounds.theorems import (
     range_from_deviation,
     slope_from_tail,
 )
-from momentkv.moments import Moments, positive
+from momentkv.statistics.anchored import AnchoredMoments
+from momentkv.statistics.moments import Moments, positive
 
 __all__ = ["CompactSlope", "Reading", "compact_slope", "read"]
 

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace
-from momentkv.extent import Extent
+from momentkv.statistics.extent import Extent
 
 __all__ = ["StateError", "attention_error", "state_error", "unit"]
 

@@ -24,11 +24,11 @@ from transformers.cache_utils import DynamicCache
 
 from momentkv.backends import get_backend
 from momentkv.backends._expansion import Expansion, expand
-from momentkv.backends._operators import decode, fold
+from momentkv.backends.operators import decode, fold
 from momentkv.evaluation.report import environment, progress_bar, write_json
 from momentkv.hf import DecodeGraphs, MomentCache
-from momentkv.moments import Moments
-from momentkv.summaries import QueryWindow, Summaries
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import QueryWindow, Summaries
 
 __all__ = ["Shape", "bench", "measurements"]
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from momentkv.cache import RECENT_QUERIES
-from momentkv.hf import LINK, MomentCache, layer_kinds, momentkv_attention
+from momentkv.cache.layer import RECENT_QUERIES
+from momentkv.hf import LINK, MomentCache, momentkv_attention
+from momentkv.hf.cache import layer_kinds
 
 __all__ = ["Attended", "CaptureCache", "replay"]
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from momentkv._hf_checks import SHARING, SHARING_BY_HEADS
-from momentkv.accounting import token_equivalents
-from momentkv.cache import RECENT_QUERIES
-from momentkv.corrections import Correction, get_correction
+from momentkv.cache.accounting import token_equivalents
+from momentkv.cache.layer import RECENT_QUERIES
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
+from momentkv.hf.checks import SHARING, SHARING_BY_HEADS
 from momentkv.policies import Policy, get_policy
+from momentkv.statistics.corrections import Correction, get_correction
 
 __all__ = ["CHOICES", "Fidelity", "Setting", "compare", "empty_cache", "measure", "moment_tokens", "settings_grid"]
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from momentkv.backends import get_backend
-from momentkv.cache import LayerCache
+from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.capture import Attended, CaptureCache
 from momentkv.evaluation.fidelity import CHOICES, Setting, settings_grid
 from momentkv.evaluation.report import environment, progress_bar, write_json

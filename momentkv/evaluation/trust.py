@@ -13,15 +13,15 @@ from rich.console import Console
 
 from momentkv.attention import logits, merge, softmax_state
 from momentkv.bounds import output_error, read
-from momentkv.cache import RECENT_QUERIES
+from momentkv.cache.layer import RECENT_QUERIES
 from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import CHOICES, Setting, empty_cache
 from momentkv.evaluation.report import environment, write_json
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
-from momentkv.moments import Moments
 from momentkv.policies import get_policy
-from momentkv.summaries import Summaries, estimate_summaries
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import Summaries, estimate_summaries
 from momentkv.trust import CALIBRATION, estimated_error
 
 __all__ = ["TrustPoints", "measure_trust", "plot_trust", "rank_correlation", "trust"]

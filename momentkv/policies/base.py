@@ -7,7 +7,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, array_namespace
-from momentkv.moments import Moments
+from momentkv.statistics.moments import Moments
 
 __all__ = ["Policy", "Tokens"]
 
@@ -62,7 +62,7 @@ class Policy(abc.ABC):
         Whether it wants mean and variance of the recent queries, which are then stored.
     couples_heads : bool
         Whether the importance of a token in one KV head depends on the others. Such a policy cannot give each head a
-        budget of its own (`momentkv.ragged.RaggedCache`).
+        budget of its own (`momentkv.cache.ragged.RaggedCache`).
     rounds : int
         In how many rounds a long eviction is done. Each round sees the moments of the rounds before.
     """

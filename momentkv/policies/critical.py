@@ -6,10 +6,10 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
-from momentkv.moments import positive
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.novelty import ranks
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
+from momentkv.statistics.moments import positive
 
 __all__ = ["CriticalKV"]
 

@@ -6,8 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
-from momentkv.moments import positive
 from momentkv.policies.base import Policy, Tokens
+from momentkv.statistics.moments import positive
 
 __all__ = ["ExpectedAttention"]
 

@@ -6,9 +6,9 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace, device
-from momentkv.moments import positive
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
+from momentkv.statistics.moments import positive
 
 __all__ = ["Novelty", "centred", "mahalanobis", "ranks"]
 

@@ -12,9 +12,9 @@ from momentkv import bounds, correction
 from momentkv.attention import AttentionState
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.bounds.rounding import attention_error
-from momentkv.cache import LayerCache
-from momentkv.moments import Moments
+from momentkv.cache.layer import LayerCache
 from momentkv.policies import Policy, get_policy
+from momentkv.statistics.moments import Moments
 from momentkv.testing.adversaries import Batch, draw
 from momentkv.testing.laws import LONG, Truth
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from momentkv import attention, bounds, correction
-from momentkv.anchored import AnchoredMoments
 from momentkv.attention import AttentionState
 from momentkv.bounds import functions, rounding
 from momentkv.bounds.theorems import Interval
-from momentkv.moments import Moments
+from momentkv.statistics.anchored import AnchoredMoments
+from momentkv.statistics.moments import Moments
 from momentkv.testing.adversaries import Batch
 
 __all__ = ["CHECKS", "Outcome", "Truth", "check"]

@@ -20,10 +20,10 @@ except ModuleNotFoundError as error:
     ) from error
 from tqdm import tqdm
 
-from momentkv._hf_budget import parse_budget
-from momentkv._hf_checks import NAME, SHARING
 from momentkv.evaluation.lm_eval.questions import question_start, tokens_from
 from momentkv.hf import MomentCache
+from momentkv.hf.budget import parse_budget
+from momentkv.hf.checks import NAME, SHARING
 from momentkv.policies import get_policy
 
 __all__ = ["CORRECTIONS", "MomentLM", "main"]

@@ -1,0 +1,46 @@
+"""Modules under the names they had in version 0.1: they lead to where the code is now, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["MOVED", "MovedModules"]
+
+MOVED = {
+    f"momentkv.{old}": f"momentkv.{new}"
+    for old, new in {
+        "accounting": "cache.accounting",
+        "anchored": "statistics.anchored",
+        "backends.array_api": "backends.base",
+        "budgets": "cache.budgets",
+        "clustering": "statistics.clustering",
+        "corrections": "statistics.corrections",
+        "extent": "statistics.extent",
+        "moments": "statistics.moments",
+        "ragged": "cache.ragged",
+        "sharing": "cache.sharing",
+        "summaries": "statistics.summaries",
+    }.items()
+}
+
+
+class MovedModules(MetaPathFinder, Loader):
+    """Finds a module by its former name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Of a former name only."""
+        return ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module all names of the one that took its place."""
+        there = MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is now {there}; import it from there", DeprecationWarning, stacklevel=2)
+        own = set(vars(module))
+        vars(module).update({name: x for name, x in vars(importlib.import_module(there)).items() if name not in own})

@@ -1,0 +1,1 @@
+"""Triton kernels, each beside what launches it."""

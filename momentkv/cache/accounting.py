@@ -1,0 +1,71 @@
+"""What a state costs in bytes, and in retained tokens that would cost the same."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from momentkv.statistics.corrections import Correction, get_correction
+from momentkv.statistics.moments import Moments
+
+__all__ = ["state_bytes", "token_equivalents"]
+
+
+def state_bytes(
+    correction: str | Correction, *, order: int | None = 1, d: int, dv: int | None = None, certify: int | None = None
+) -> int:
+    """Bytes of a correction's state per KV head, the query statistics that it is anchored by included.
+
+    Parameters
+    ----------
+    correction : str or Correction
+    order : {1, 0, None}
+        None for plain eviction, which costs nothing.
+    d, dv : int
+        Dimension of keys and of values (``d`` by default).
+    certify : {0, 1, 2, None}
+        Order of the evidence that a cache keeps beside it.
+
+    Notes
+    -----
+    States are float32 whatever the cache stores (float64 beside a float64 cache). Derivation: docs/derivations/cost.md.
+
+    Examples
+    --------
+    >>> state_bytes("moments", d=64) == 4 * (1 + 64 + 64 + 64 * 64)
+    True
+    >>> state_bytes("moments", order=None, d=64)
+    0
+    >>> state_bytes("moments", order=None, d=64, certify=0) == 4 * (1 + 64 + 64 + 64 + 64 + 7)
+    True
+    """
+    k, v = (np.zeros((0, size), dtype=np.float32) for size in (d, dv or d))
+    evidence = 0 if certify is None else Moments.empty(k, v, order=certify, extent=True).nbytes
+    if order is None:
+        return evidence
+    kind = get_correction(correction)
+    queries = 2 * d * k.itemsize if kind.anchored else 0
+    return int(kind.empty(k, v, order=order).nbytes) + queries + evidence
+
+
+def token_equivalents(
+    correction: str | Correction, *, order: int | None = 1, d: int, dv: int | None = None, itemsize: int = 4
+) -> float:
+    """Retained tokens whose keys and values cost as many bytes as a correction's state, per KV head.
+
+    Parameters
+    ----------
+    correction, order, d, dv
+        As in `state_bytes`.
+    itemsize : int
+        Bytes of one number of the cached keys and values.
+
+    Notes
+    -----
+    Derivation: docs/derivations/cost.md.
+
+    Examples
+    --------
+    >>> round(token_equivalents("moments", d=64), 1), round(token_equivalents("summaries", d=64), 1)
+    (33.0, 16.1)
+    """
+    return state_bytes(correction, order=order, d=d, dv=dv) / ((d + (dv or d)) * itemsize)

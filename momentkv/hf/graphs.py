@@ -1,0 +1,161 @@
+"""A decode step as a CUDA graph: the step of all layers in one, and their flush in another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from momentkv.hf.static import StaticLayers
+
+__all__ = ["DecodeGraphs", "record_cuda"]
+
+# A recorder runs a function as often as it likes and returns what does the same without running its Python.
+Function = Callable[[], Any]
+Recorder = Callable[[Function], Function]
+WARMUPS = 1
+# What calls a routine of a library that waits for the device to say whether it succeeded.
+WAITING_POLICIES = ("balanced", "novelty", "leverage")
+
+
+class DecodeGraphs:
+    """Decode steps of a model with a static cache, replayed from CUDA graphs.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With ``attn_implementation="momentkv"``, all on one device.
+    cache : MomentCache
+        Made with ``static=True``, and with the prompt read.
+    capture_flush : bool
+        Whether flushes are a graph, too. Otherwise they are launched from Python, once in ``block`` steps.
+    recorder : callable, optional
+        In place of `record_cuda`.
+
+    Raises
+    ------
+    RuntimeError
+        If the cache has read nothing, or has come to lie elsewhere since (another number of rows, another budget).
+    ValueError
+        If the cache is not static, the model is not on CUDA, or flushes wait for the device and are to be captured.
+
+    Notes
+    -----
+    Recording runs the step, so that kernels are compiled; the cache is afterwards as before. A graph holds addresses:
+    the cache may be reset and read again, by a prompt of as many rows. Not yet run on a GPU: see docs/speed.md.
+
+    Examples
+    --------
+    >>> cache = momentkv.hf.MomentCache(model, budget=512, static=True)                  # doctest: +SKIP
+    >>> next_id = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)         # doctest: +SKIP
+    >>> step = momentkv.hf.DecodeGraphs(model, cache)                                    # doctest: +SKIP
+    >>> for _ in range(100):                                                             # doctest: +SKIP
+    ...     next_id = step(next_id).argmax(-1)
+    """
+
+    def __init__(
+        self, model: Any, cache: Any, *, capture_flush: bool = False, recorder: Recorder | None = None
+    ) -> None:
+        if cache.static is None:
+            raise ValueError("cache is not static; make it with MomentCache(..., static=True)")
+        self.static: StaticLayers = cache.static
+        if not self.static.frozen:
+            raise RuntimeError("cache has read nothing yet; read the prompt with the model first")
+        rules = self.static.states[0].rules
+        waits = rules.policy.name if rules.policy.name in WAITING_POLICIES else ""
+        if rules.order is not None and rules.correction.anchored:
+            waits = waits or rules.correction.name
+        if capture_flush and waits:
+            raise ValueError(
+                f"capture_flush=True, but {waits!r} decomposes matrices by a routine that waits for the device; use "
+                "capture_flush=False, which launches flushes from Python"
+            )
+        counts = self.static.states[0].buffers["counts"]
+        if recorder is None and not counts.is_cuda:
+            raise ValueError(
+                f"the cache is on {counts.device}, where there are no CUDA graphs; move the model to a GPU"
+            )
+        places = {state.buffers["counts"].device for state in self.static.states}
+        if len(places) > 1:
+            raise ValueError(f"the layers are on {len(places)} devices, and a graph is of one; load the model to one")
+        record = recorder or record_cuda
+        self.ids = torch.zeros((counts.shape[0], 1), dtype=torch.int64, device=counts.device)
+        self.positions = torch.zeros_like(self.ids)
+        self.recorded = self._tensors()
+        held = [x.clone() for x in self.recorded]
+        before = self.static.beat
+
+        def one_step() -> torch.Tensor:
+            with torch.no_grad():
+                logits: torch.Tensor = model(
+                    self.ids, position_ids=self.positions, past_key_values=cache, use_cache=True
+                ).logits
+            return logits
+
+        def one_flush() -> None:
+            for state in self.static.states:
+                state.flush()
+
+        # Outside its graph a step does not flush: a beat that never does.
+        self.static.beat = type(before)(flushes=False)
+        for state in self.static.states:
+            state.buffers["counts"].zero_()  # room for the tokens of recorded steps
+            state.buffers["ticks"].zero_()
+        try:
+            self.step = record(one_step)
+            self.flush = record(one_flush) if capture_flush else one_flush
+        finally:
+            self.static.beat = before
+            for x, y in zip(self.recorded, held, strict=True):
+                x.copy_(y)
+
+    def __call__(self, ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Read one token a row.
+
+        Parameters
+        ----------
+        ids : int64 tensor, shape (batch, 1)
+        position_ids : int64 tensor, shape (batch, 1), optional
+            As the model takes them, for rows that were padded; by default the number of tokens seen.
+
+        Returns
+        -------
+        tensor, shape (batch, 1, vocabulary)
+            Logits.
+        """
+        if ids.shape != self.ids.shape:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}; the graph was recorded for {tuple(self.ids.shape)}")
+        here = self._tensors() if self.static.frozen else []
+        if len(here) != len(self.recorded) or any(x is not y for x, y in zip(here, self.recorded, strict=True)):
+            raise RuntimeError("the cache lies elsewhere than when its steps were recorded; make new DecodeGraphs")
+        self.ids.copy_(ids)
+        self.positions.copy_(self.static.states[0].buffers["seen"] if position_ids is None else position_ids)
+        logits: torch.Tensor = self.step().clone()
+        self.static.beat = self.static.beat.next
+        if self.static.beat.flushes:
+            self.flush()
+        return logits
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """All that a step changes."""
+        return [x for state in self.static.states for x in state.buffers.values()]
+
+
+def record_cuda(function: Function) -> Function:
+    """Capture a function in a CUDA graph, after a few runs that compile its kernels."""
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUPS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay

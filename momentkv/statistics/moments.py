@@ -1,0 +1,355 @@
+"""Moment statistics of a set of tokens, and their algebra.
+
+A `Moments` stands for a (weighted) set of tokens per KV head: weight, key mean, value mean, the centred value-key
+co-moment and, where wanted, that of the keys and what error bounds need. Sets can be joined (`merge`, `update`), parted
+(`downdate`), moved (`rotate`) and faded (`decay`) without the tokens. Always centred: raw second moments lose all
+digits once the mean is large against the spread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from momentkv._array import Array, accumulate, array_namespace, nbytes
+from momentkv.attention import check_values
+from momentkv.statistics.extent import Extent
+
+__all__ = ["Moments"]
+
+FIELDS = ("weight", "key_mean", "value_mean", "value_key", "key_key")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    r"""Weighted moments of a set of tokens, batched over leading axes (usually batch, kv_head).
+
+    .. math:: W = \sum_j w_j, \quad \mu_k = \tfrac1W \sum_j w_j k_j, \quad \mu_v = \tfrac1W \sum_j w_j v_j, \quad
+              S_{vk} = \sum_j w_j (v_j - \mu_v)(k_j - \mu_k)^\top
+
+    .. math:: S_{kk} = \sum_j w_j (k_j - \mu_k)(k_j - \mu_k)^\top
+
+    Attributes
+    ----------
+    weight : array, shape (...)
+        Total weight; the number of tokens when all weights are one.
+    key_mean : array, shape (..., d)
+        Zero for the empty set.
+    value_mean : array, shape (..., dv)
+        Zero for the empty set.
+    value_key : array, shape (..., dv, d), or None
+        Centred co-moment (a sum, not a mean); None for moments of order 0, which keep the means only.
+    key_key : array, shape (..., d, d), or None
+        Centred co-moment of the keys, a sum too; None below order 2.
+    extent : Extent, or None
+        How far the tokens reach, for `momentkv.bounds`; None by default.
+
+    Notes
+    -----
+    Immutable: every operation returns a new object. Accumulated in float64 if an input is float64, else in float32
+    (unit weights are counted exactly up to 2**24 tokens a head in float32).
+    Derivation: docs/derivations/moments.md. Merging: Chan, Golub, LeVeque (1983), *The American Statistician* 37.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> k, v = rng.normal(size=(2, 6, 4)), rng.normal(size=(2, 6, 3))
+    >>> whole = Moments.from_tokens(k, v)
+    >>> parts = Moments.from_tokens(k[:, :2], v[:, :2]).update(k[:, 2:], v[:, 2:])
+    >>> bool(np.allclose(whole.value_key, parts.value_key)), whole.weight.tolist()
+    (True, [6.0, 6.0])
+    """
+
+    weight: Array
+    key_mean: Array
+    value_mean: Array
+    value_key: Array | None = None
+    key_key: Array | None = None
+    extent: Extent | None = None
+
+    @classmethod
+    def from_tokens(
+        cls,
+        k: Array,
+        v: Array,
+        *,
+        mask: Array | None = None,
+        weights: Array | None = None,
+        order: int = 1,
+        extent: bool | Extent = False,
+    ) -> Moments:
+        """Moments of the given tokens.
+
+        Parameters
+        ----------
+        k : array, shape (..., n, d)
+        v : array, shape (..., n, dv)
+        mask : bool array, broadcastable to (..., n), optional
+            False leaves a token out, whatever it holds (NaN included). Each head may leave out others.
+        weights : array, broadcastable to (..., n), optional
+            Finite and not negative; one by default.
+        order : {0, 1, 2}
+            0 keeps the means only, 1 the value-key co-moment too, 2 also that of the keys.
+        extent : bool or Extent
+            Whether to keep how far the tokens reach; given an `Extent`, measured from its anchors.
+
+        Returns
+        -------
+        Moments
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit, or ``order`` is not 0, 1 or 2.
+        """
+        check_order(order)
+        check_values(k, v)
+        xp = array_namespace(k, v)
+        k, v = accumulate(xp, k, v)
+        w = xp.ones_like(k[..., 0]) if weights is None else weighted(xp, weights, k)
+        if mask is not None:
+            check_broadcast("mask", mask, k.shape[:-1])
+            zero = xp.zeros_like(w)
+            w = xp.where(mask, w, zero)
+            # Left-out slots may hold anything; times zero would keep their NaN and infinities.
+            k = xp.where(mask[..., None], k, xp.zeros_like(k))
+            v = xp.where(mask[..., None], v, xp.zeros_like(v))
+        total = xp.sum(w, axis=-1)
+        safe = positive(xp, total)[..., None]
+        wk, wv = w[..., None] * k, w[..., None] * v
+        key_mean, value_mean = xp.sum(wk, axis=-2) / safe, xp.sum(wv, axis=-2) / safe
+        reach = None
+        if extent is not False:
+            like = extent if isinstance(extent, Extent) else None
+            reach = Extent.of_tokens(k, v, w, key_mean, value_mean, like=like)
+        if order == 0:
+            return cls(total, key_mean, value_mean, extent=reach)
+        deviations = w[..., None] * (v - value_mean[..., None, :])
+        off = k - key_mean[..., None, :]
+        value_key = xp.matmul(xp.matrix_transpose(deviations), off)
+        key_key = xp.matmul(xp.matrix_transpose(w[..., None] * off), off) if order == 2 else None
+        return cls(total, key_mean, value_mean, value_key, key_key, reach)
+
+    @classmethod
+    def empty(cls, k: Array, v: Array, *, order: int = 1, extent: bool = False) -> Moments:
+        """The empty set, the identity of `merge`, for tokens shaped and typed like ``k`` and ``v`` (none are read)."""
+        return cls.from_tokens(k[..., :0, :], v[..., :0, :], order=order, extent=extent)
+
+    @property
+    def order(self) -> int:
+        """0 if only means are kept, 1 with the value-key co-moment, 2 with that of the keys too."""
+        return 0 if self.value_key is None else 1 if self.key_key is None else 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays of the state."""
+        return sum(nbytes(x) for x in self.arrays().values())
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that make up the state, by field name; those of the extent as ``extent.key_radius`` and so on."""
+        arrays = {name: x for name in FIELDS if (x := getattr(self, name)) is not None}
+        if self.extent is not None:
+            arrays |= {f"extent.{name}": x for name, x in self.extent.arrays().items()}
+        return arrays
+
+    def map(self, function: Callable[[Array], Array]) -> Moments:
+        """Apply a function to every array: to move it to a device, or to select, repeat or reorder leading axes."""
+        own: dict[str, Any] = {name: function(x) for name in FIELDS if (x := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **own, extent=None if self.extent is None else self.extent.map(function))
+
+    def update(self, k: Array, v: Array, *, mask: Array | None = None, weights: Array | None = None) -> Moments:
+        """Add tokens: `merge` with the moments of ``k, v`` (arguments as in `from_tokens`)."""
+        extent = False if self.extent is None else self.extent
+        return self.merge(Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=extent))
+
+    def merge(self, other: Moments) -> Moments:
+        r"""Moments of the union of two disjoint sets.
+
+        .. math:: \mu = \mu_A + \tfrac{W_B}{W} \delta, \qquad
+                  S = S_A + S_B + \tfrac{W_A W_B}{W}\, \delta_v \delta_k^\top, \qquad \delta = \mu_B - \mu_A
+
+        Associative and commutative to rounding; `empty` is the identity, to the last bit.
+
+        Raises
+        ------
+        ValueError
+            If the two differ in shape, order or the anchors of their extents.
+        """
+        self._check_fits(other)
+        xp = array_namespace(self.weight, other.weight)
+        total = self.weight + other.weight
+        share = other.weight / positive(xp, total)
+        dk, dv = other.key_mean - self.key_mean, other.value_mean - self.value_mean
+        between = self.weight * share
+        value_key = key_key = extent = None
+        if self.value_key is not None and other.value_key is not None:
+            value_key = self.value_key + other.value_key + between[..., None, None] * outer(dv, dk)
+        if self.key_key is not None and other.key_key is not None:
+            key_key = self.key_key + other.key_key + between[..., None, None] * outer(dk, dk)
+        if self.extent is not None and other.extent is not None:
+            extent = self.extent.merge(other.extent, share=share, between=between, step=dv)
+        return dataclasses.replace(
+            self,
+            weight=total,
+            key_mean=self.key_mean + share[..., None] * dk,
+            value_mean=self.value_mean + share[..., None] * dv,
+            value_key=value_key,
+            key_key=key_key,
+            extent=extent,
+        )
+
+    def downdate(self, k: Array, v: Array, *, mask: Array | None = None, weights: Array | None = None) -> Moments:
+        r"""Remove tokens that had been added: the inverse of `update`.
+
+        Parameters
+        ----------
+        k, v, mask, weights
+            As in `from_tokens`, and as they were added.
+
+        Returns
+        -------
+        Moments
+            Heads from which everything is removed become exactly empty.
+
+        Raises
+        ------
+        ValueError
+            If a head would be left with less than no weight.
+
+        Notes
+        -----
+        Exact in exact arithmetic. In floating point the error grows like the removed over the remaining weight:
+        meant for taking back a small part.
+        """
+        like = False if self.extent is None else self.extent
+        part = Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=like)
+        self._check_fits(part)
+        xp = array_namespace(self.weight, part.weight)
+        left = self.weight - part.weight
+        # Weights added in another order agree only to rounding; a remainder within it is an empty set.
+        rounding = 8 * xp.finfo(left.dtype).eps * self.weight
+        if bool(xp.any(left < -rounding)):
+            raise ValueError(
+                f"cannot downdate: the least weight that would be left is {float(xp.min(left)):g}; "
+                "remove only tokens (k, v, mask, weights) that were added before"
+            )
+        left = xp.where(left > rounding, left, xp.zeros_like(left))
+        share = xp.where(left > 0, part.weight / positive(xp, left), xp.zeros_like(left))
+        remains = xp.astype(left > 0, left.dtype)
+        key_mean = remains[..., None] * (self.key_mean + share[..., None] * (self.key_mean - part.key_mean))
+        value_mean = remains[..., None] * (self.value_mean + share[..., None] * (self.value_mean - part.value_mean))
+        dk, dv = part.key_mean - key_mean, part.value_mean - value_mean
+        between = left * part.weight / positive(xp, self.weight)
+        value_key = key_key = extent = None
+        if self.value_key is not None and part.value_key is not None:
+            value_key = self.value_key - part.value_key - between[..., None, None] * outer(dv, dk)
+            value_key = remains[..., None, None] * value_key
+        if self.key_key is not None and part.key_key is not None:
+            key_key = self.key_key - part.key_key - between[..., None, None] * outer(dk, dk)
+            key_key = remains[..., None, None] * key_key
+        if self.extent is not None and part.extent is not None:
+            extent = self.extent.downdate(part.extent, left=left, share=share, between=between, step=dv)
+        return Moments(left, key_mean, value_mean, value_key, key_key, extent)
+
+    def rotate(self, rotation: Array) -> Moments:
+        """Moments after ``k -> rotation @ k`` for every key (RoPE moved to other positions, say).
+
+        Parameters
+        ----------
+        rotation : array, shape (..., d, d)
+            Any matrix; an orthogonal one leaves estimates unchanged for queries rotated alike.
+
+        Raises
+        ------
+        ValueError
+            If its last two axes are not ``(d, d)``, or it is not orthogonal although the extent is kept.
+        """
+        d = self.key_mean.shape[-1]
+        if tuple(rotation.shape[-2:]) != (d, d):
+            raise ValueError(
+                f"rotation has shape {tuple(rotation.shape)}; its last two axes must be ({d}, {d}), the key dimension"
+            )
+        xp = array_namespace(self.key_mean, rotation)
+        transposed = xp.matrix_transpose(xp.astype(rotation, self.key_mean.dtype, copy=False))
+        key_mean = xp.matmul(self.key_mean[..., None, :], transposed)[..., 0, :]
+        value_key = None if self.value_key is None else xp.matmul(self.value_key, transposed)
+        key_key = None
+        if self.key_key is not None:
+            key_key = xp.matmul(xp.matmul(xp.matrix_transpose(transposed), self.key_key), transposed)
+        extent = None if self.extent is None else self.extent.rotate(transposed)
+        return dataclasses.replace(self, key_mean=key_mean, value_key=value_key, key_key=key_key, extent=extent)
+
+    def decay(self, gamma: float | Array) -> Moments:
+        """Multiply every token's weight by ``gamma`` (0 to 1; a number, or an array that broadcasts to ``weight``).
+
+        Raises
+        ------
+        ValueError
+            If a number outside [0, 1] is given.
+        """
+        if isinstance(gamma, int | float):
+            if not 0 <= gamma <= 1:
+                raise ValueError(f"gamma is {gamma}; a decay factor lies between 0 and 1")
+            by_matrix: Any = gamma
+        else:
+            by_matrix = gamma[..., None, None]
+        value_key = None if self.value_key is None else self.value_key * by_matrix
+        key_key = None if self.key_key is None else self.key_key * by_matrix
+        weight = self.weight * gamma
+        extent = None if self.extent is None else self.extent.decay(gamma, weight)
+        return dataclasses.replace(self, weight=weight, value_key=value_key, key_key=key_key, extent=extent)
+
+    def _check_fits(self, other: Moments) -> None:
+        if (self.extent is None) != (other.extent is None):
+            raise ValueError(
+                "cannot combine moments with and without extent; build both with the same extent= in from_tokens"
+            )
+        for name in FIELDS:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if (mine is None) != (theirs is None):
+                raise ValueError(
+                    f"cannot combine moments of order {self.order} with moments of order {other.order}; "
+                    "build both with the same order="
+                )
+            if mine is not None and tuple(mine.shape) != tuple(theirs.shape):
+                raise ValueError(
+                    f"cannot combine moments: {name} has shape {tuple(mine.shape)} here and "
+                    f"{tuple(theirs.shape)} there; batch, KV heads and dimensions must be equal"
+                )
+
+
+def check_order(order: int) -> None:
+    """Raise unless ``order`` is 0, 1 or 2."""
+    if order not in (0, 1, 2):
+        raise ValueError(
+            f"order is {order!r}; use 0 (means only), 1 (means and value-key co-moment) or 2 (the keys' co-moment too)"
+        )
+
+
+def check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:
+    """Raise unless ``x`` broadcasts to ``shape``."""
+    trailing = shape[len(shape) - x.ndim :] if x.ndim <= len(shape) else None
+    if trailing is None or any(mine not in (1, whole) for mine, whole in zip(x.shape, trailing, strict=True)):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, which does not broadcast to {tuple(shape)}")
+
+
+def weighted(xp: Any, weights: Array, k: Array) -> Array:
+    """Weights in the accumulation dtype of ``k``, one for every token of every head."""
+    check_broadcast("weights", weights, k.shape[:-1])
+    wrong = ~(xp.isfinite(weights) & (weights >= 0))
+    if bool(xp.any(wrong)):
+        first = float(xp.reshape(weights, (-1,))[int(xp.argmax(xp.astype(xp.reshape(wrong, (-1,)), xp.int32)))])
+        raise ValueError(f"weights has an entry {first:g}; every weight must be finite and at least 0")
+    return xp.astype(weights, k.dtype) * xp.ones_like(k[..., 0])
+
+
+def positive(xp: Any, x: Array) -> Array:
+    """``x`` where it is positive and 1 elsewhere, to divide by."""
+    return xp.where(x > 0, x, xp.ones_like(x))
+
+
+def outer(a: Array, b: Array) -> Array:
+    """Outer product of the last axes."""
+    return a[..., :, None] * b[..., None, :]

@@ -1,0 +1,499 @@
+"""Several anchored summaries of a set of tokens: the recommended stand-in for what was evicted.
+
+The paper expands attention over the evicted tokens once, around the zero query. Queries are far from zero, so most of
+the evicted mass is lost. Here tokens are weighted by the attention of a recent query, the *anchor*, and parted into a
+few groups that recent queries tell apart; each group is summarised by its weight and means, and what varies within
+the groups by one diagonal and one low-rank matrix that all share. One summary and no rank: anchored moments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from momentkv._array import Array, accumulate, array_namespace, device, nbytes
+from momentkv.attention import (
+    AttentionState,
+    check_values,
+    default_scale,
+    group_queries,
+    logits,
+    softmax_state,
+    ungroup_queries,
+)
+from momentkv.statistics.clustering import centres, cluster, low_rank
+from momentkv.statistics.moments import Moments, check_broadcast, positive
+
+__all__ = ["QueryWindow", "Summaries", "estimate_summaries"]
+
+# Tokens count for the grouping with the square root of their weight: between "every token alike" and "only the few
+# that the anchor attends to".
+GROUPING_POWER = 0.5
+# No query is credited with more than so many times the mean variance gain of the window. A quadratic has no bound.
+CAP = 3.0
+
+
+class QueryWindow(NamedTuple):
+    """What recent queries look like, per KV head; they are scaled (``s q``), so that products with keys are logits.
+
+    Attributes
+    ----------
+    mean : array, shape (..., kv_head, d)
+    variance : array, shape (..., kv_head, d)
+        Of each coordinate.
+    """
+
+    mean: Array
+    variance: Array
+
+    @classmethod
+    def from_queries(cls, q: Array, kv_heads: int, *, scale: float | None = None) -> QueryWindow:
+        """Window of the given queries, shape (..., kv_head * group, q_len, d); ``scale`` as in attention."""
+        xp = array_namespace(q)
+        (grouped,) = accumulate(xp, group_queries(q, kv_heads))
+        grouped = grouped * (default_scale(q.shape[-1]) if scale is None else scale)
+        return cls(xp.mean(grouped, axis=-2), xp.var(grouped, axis=-2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Summaries:
+    r"""Anchored summaries of a set of tokens, batched over leading axes (usually batch, kv_head).
+
+    With anchor :math:`a` (a scaled query), token weights :math:`w_j = e^{a \cdot k_j}` and a partition of the tokens
+    into groups :math:`c`: :math:`W_c` and the weighted means :math:`\mu_c, \nu_c` of keys and values of each group,
+    the pooled variance :math:`D` of keys within groups, and the pooled value-key covariance :math:`B` within groups.
+
+    Attributes
+    ----------
+    count : array, shape (...)
+        Tokens summarised.
+    anchor : array, shape (..., d)
+        Scaled query around which weights are taken.
+    log_weight : array, shape (..., m)
+        Natural log of :math:`W_c`; ``-inf`` for a group without tokens.
+    key_mean, value_mean : array, shape (..., m, d) and (..., m, dv)
+    key_variance : array, shape (..., d)
+        :math:`D`, the diagonal of the pooled covariance of keys.
+    slope_left, slope_right : array, shape (..., dv, r) and (..., r, d)
+        :math:`B` as a product of rank ``r``.
+    strength : array, shape (...)
+        Share of the variance gain that is credited; see `estimate_summaries`.
+    cap : array, shape (...)
+        Most that any query is credited with, in nats.
+
+    Notes
+    -----
+    Immutable. Sums in float64 if an input is float64, else in float32. Grouping keeps the total weight, the weighted
+    means of all tokens and the diagonal of the covariance of their keys exactly; what is lost is which token lay
+    where within its group, and the part of ``B`` beyond rank ``r``. At most ``m`` tokens are represented exactly.
+    Derivation: docs/derivations/summaries.md.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.normal(size=(2, 32, 8)), rng.normal(size=(2, 500, 8)), rng.normal(size=(2, 500, 8))
+    >>> window = QueryWindow.from_queries(q, kv_heads=2)
+    >>> evicted = Summaries.empty(k, v, summaries=4, rank=2).update(k, v, window)
+    >>> evicted.count.tolist(), evicted.key_mean.shape
+    ([500.0, 500.0], (2, 4, 8))
+    """
+
+    count: Array
+    anchor: Array
+    log_weight: Array
+    key_mean: Array
+    value_mean: Array
+    key_variance: Array
+    slope_left: Array
+    slope_right: Array
+    strength: Array
+    cap: Array
+
+    @classmethod
+    def empty(cls, k: Array, v: Array, *, summaries: int = 12, rank: int = 2, strength: float = 0.75) -> Summaries:
+        """The empty set, for tokens shaped and typed like ``k`` and ``v`` (none are read).
+
+        Parameters
+        ----------
+        k, v : array, shape (..., n, d) and (..., n, dv)
+        summaries : int
+            Groups to tell apart, at least 1.
+        rank : int
+            Rank of the shared value-key covariance; 0 for none.
+        strength : float
+            From 0 (order 1) to 1 (Gaussian groups); the prior of what `calibrate` fits.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range or shapes do not fit.
+        """
+        check_values(k, v)
+        d, dv = k.shape[-1], v.shape[-1]
+        if summaries < 1:
+            raise ValueError(f"summaries is {summaries}; use at least 1")
+        if not 0 <= rank <= min(d, dv):
+            raise ValueError(f"rank is {rank}; use 0 to {min(d, dv)}, the smaller dimension of keys and values")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}; use 0 (order 1) to 1")
+        xp = array_namespace(k, v)
+        k, v = accumulate(xp, k, v)
+        lead = k.shape[:-2]
+
+        def full(*shape: int, value: float = 0.0) -> Array:
+            return xp.full((*lead, *shape), value, dtype=k.dtype, device=device(k))
+
+        return cls(
+            count=full(),
+            anchor=full(d),
+            log_weight=full(summaries, value=-math.inf),
+            key_mean=full(summaries, d),
+            value_mean=full(summaries, dv),
+            key_variance=full(d),
+            slope_left=full(dv, rank),
+            slope_right=full(rank, d),
+            strength=full(value=strength),
+            cap=full(),
+        )
+
+    @property
+    def weight(self) -> Array:
+        """Tokens summarised, under the name that `Moments` has for it."""
+        return self.count
+
+    @property
+    def rank(self) -> int:
+        """Rank of the shared value-key covariance."""
+        return int(self.slope_right.shape[-2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays of the state."""
+        return sum(nbytes(x) for x in self.arrays().values())
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that make up the state, by field name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def map(self, function: Callable[[Array], Array]) -> Summaries:
+        """Apply a function to every array: to move it to a device, or to select, repeat or reorder leading axes."""
+        return Summaries(**{name: function(x) for name, x in self.arrays().items()})
+
+    def update(self, k: Array, v: Array, window: QueryWindow, *, mask: Array | None = None) -> Summaries:
+        """Add tokens: re-anchor at the window's mean query, then group summaries and tokens anew.
+
+        Parameters
+        ----------
+        k, v : array, shape (..., n, d) and (..., n, dv)
+        window : QueryWindow
+            Recent queries: their mean becomes the anchor, their variance says which keys they tell apart.
+        mask : bool array, broadcastable to (..., n), optional
+            False leaves a token out, whatever it holds. A head that gets none stays as it is.
+
+        Returns
+        -------
+        Summaries
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit.
+        """
+        check_values(k, v)
+        for name, x, mean in (("k", k, self.key_mean), ("v", v, self.value_mean)):
+            if x.shape[:-2] != mean.shape[:-2] or x.shape[-1] != mean.shape[-1]:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}, but the summaries are of heads {tuple(mean.shape[:-2])} and "
+                    f"dimension {mean.shape[-1]}"
+                )
+        xp = array_namespace(k, v)
+        k, v = accumulate(xp, k, v)
+        moved = self.reanchor(window.mean)
+        count = xp.ones(k.shape[:-1], dtype=k.dtype, device=device(k))
+        if mask is not None:
+            check_broadcast("mask", mask, k.shape[:-1])
+            # Left-out slots may hold anything; times a weight of zero would keep their NaN and infinities.
+            count = xp.where(mask, count, xp.zeros_like(count))
+            k, v = (xp.where(mask[..., None], x, xp.zeros_like(x)) for x in (k, v))
+        tokens = xp.matmul(k, moved.anchor[..., None])[..., 0]
+        tokens = xp.where(count > 0, tokens, xp.full_like(tokens, -math.inf))
+        added = xp.sum(count, axis=-1)
+        new = moved._compress(tokens, k, v, window, self.count + added).arrays()
+        # Grouping anew would move what a head holds; a row of a batch must not feel when other rows evict.
+        return Summaries(
+            **{
+                name: xp.where(xp.reshape(added, (*added.shape, *(1,) * (x.ndim - added.ndim))) > 0, new[name], x)
+                for name, x in self.arrays().items()
+            }
+        )
+
+    def merge(self, other: Summaries, window: QueryWindow) -> Summaries:
+        """Summaries of the union of two disjoint sets of tokens; both must have one anchor (see `reanchor`).
+
+        Raises
+        ------
+        ValueError
+            If the anchors differ or shapes do not fit.
+        """
+        xp = array_namespace(self.anchor, other.anchor)
+        alike = self.anchor.shape == other.anchor.shape and self.value_mean.shape[-1] == other.value_mean.shape[-1]
+        if not alike or not bool(xp.all(self.anchor == other.anchor)):
+            raise ValueError(
+                "cannot merge summaries of different heads or anchors; bring both to one with reanchor(anchor)"
+            )
+        mine, theirs = (total_weight(x, self, other) for x in (self, other))
+        share = theirs / positive(xp, mine + theirs)
+        pooled = dataclasses.replace(
+            self,
+            key_variance=(1 - share)[..., None] * self.key_variance + share[..., None] * other.key_variance,
+            strength=(1 - share) * self.strength + share * other.strength,
+        )
+        slope = (1 - share)[..., None, None] * self.slope + share[..., None, None] * other.slope
+        log_weight = xp.concat([self.log_weight, other.log_weight], axis=-1)
+        keys = xp.concat([self.key_mean, other.key_mean], axis=-2)
+        values = xp.concat([self.value_mean, other.value_mean], axis=-2)
+        return pooled._group(log_weight, keys, values, slope, xp.ones_like(mine), window, self.count + other.count)
+
+    def reanchor(self, anchor: Array) -> Summaries:
+        r"""The same estimate, expanded around another anchor.
+
+        With :math:`\delta = a' - a` and strength :math:`\alpha`: :math:`\log W_c` gains
+        :math:`\delta \cdot \mu_c + \tfrac\alpha2 \delta^\top D\, \delta`, :math:`\mu_c` gains
+        :math:`\alpha D\, \delta` and :math:`\nu_c` gains :math:`B\, \delta`.
+
+        Parameters
+        ----------
+        anchor : array, shape (..., d)
+            Scaled query.
+
+        Notes
+        -----
+        `estimate_summaries` is unchanged to rounding (while the cap does not bind): a quadratic expanded around
+        another point is the same quadratic. The new state is therefore an approximation of the summaries that the
+        tokens themselves would give at that anchor exactly as good as the estimate is there, and repeated moves do
+        not drift. Damping the shift of the means but not that of the weights, or the other way round, breaks this
+        and diverges.
+        """
+        xp = array_namespace(self.anchor, anchor)
+        (anchor,) = accumulate(xp, anchor)
+        anchor = xp.astype(anchor, self.anchor.dtype, copy=False)
+        delta = anchor - self.anchor
+        gain = self.strength[..., None] * self.key_variance * delta
+        moved = xp.matmul(self.key_mean, delta[..., None])[..., 0] + 0.5 * xp.sum(gain * delta, axis=-1)[..., None]
+        shift = xp.matmul(self.slope_left, xp.matmul(self.slope_right, delta[..., None]))[..., 0]
+        return dataclasses.replace(
+            self,
+            anchor=anchor,
+            log_weight=self.log_weight + moved,
+            key_mean=self.key_mean + gain[..., None, :],
+            value_mean=self.value_mean + shift[..., None, :],
+        )
+
+    def calibrate(self, q: Array, k: Array, *, scale: float | None = None, mask: Array | None = None) -> Summaries:
+        r"""Fit the strength to queries whose true ``lse`` over the tokens is still at hand.
+
+        :math:`\alpha` minimises :math:`\sum_i (g_i - \alpha h_i)^2 + (\alpha_0 - \alpha)^2 \sum_i h_i^2`, where
+        :math:`h_i = \tfrac12 \Delta_i^\top D \Delta_i`, :math:`g_i` is what the estimate of order 1 lacks of the true
+        ``lse``, and :math:`\alpha_0` the present strength: data and prior weigh alike. Clipped to [0, 1].
+
+        Parameters
+        ----------
+        q : array, shape (..., kv_head * group, q_len, d)
+        k : array, shape (..., kv_head, n, d)
+            The tokens that were summarised.
+        scale, mask
+            As in `momentkv.attention.attend`; the mask is broadcastable to (..., kv_head, n).
+        """
+        xp = array_namespace(q, k)
+        seen = None if mask is None else mask[..., None, None, :]
+        state, _ = softmax_state(logits(q, k, scale=scale, mask=seen), k[..., :1])
+        kv_heads = k.shape[-3]
+        flat = dataclasses.replace(self, strength=xp.zeros_like(self.strength))
+        rough = estimate_summaries(q, flat, scale=scale).lse
+        rough = xp.where(xp.isfinite(rough), rough, xp.full_like(rough, math.nan))  # no tokens: nothing to fit
+        gap = group_queries((state.lse - rough)[..., None], kv_heads)[..., 0]
+        half = flat._half_variance(scaled_queries(q, self, scale))
+        some = xp.isfinite(gap) & (half > 0)
+        zero = xp.zeros_like(half)
+        half, gap = xp.where(some, half, zero), xp.where(some, gap, zero)
+        square = xp.sum(half * half, axis=-1)
+        fitted = (xp.sum(half * gap, axis=-1) + self.strength * square) / positive(xp, 2 * square)
+        fitted = xp.minimum(xp.maximum(fitted, xp.zeros_like(fitted)), xp.ones_like(fitted))
+        strength = xp.where(square > 0, fitted, self.strength)
+        ratio = strength / positive(xp, self.strength)
+        return dataclasses.replace(self, strength=strength, cap=self.cap * ratio)
+
+    def pooled(self) -> Moments:
+        """Weight and means of all tokens together, as moments of order 0: what policies measure novelty against."""
+        xp = array_namespace(self.log_weight)
+        share = shares(self.log_weight)
+        return Moments(
+            weight=self.count,
+            key_mean=xp.matmul(share[..., None, :], self.key_mean)[..., 0, :],
+            value_mean=xp.matmul(share[..., None, :], self.value_mean)[..., 0, :],
+        )
+
+    @property
+    def slope(self) -> Array:
+        """Pooled value-key covariance within groups, shape (..., dv, d)."""
+        return array_namespace(self.slope_left).matmul(self.slope_left, self.slope_right)
+
+    def _half_variance(self, queries: Array) -> Array:
+        """``(q - a)^T D (q - a) / 2`` of scaled, grouped queries, shape (..., kv_head, group * q_len)."""
+        xp = array_namespace(queries)
+        off = queries - self.anchor[..., None, :]
+        return 0.5 * xp.matmul(off * off, self.key_variance[..., None])[..., 0]
+
+    def _compress(self, log_weight: Array, k: Array, v: Array, window: QueryWindow, count: Array) -> Summaries:
+        """Group the summaries together with new tokens, given the log-weights of the latter."""
+        xp = array_namespace(k)
+        held = xp.concat([self.log_weight, log_weight], axis=-1)
+        # Share of the weight whose variance within groups is known already.
+        old = xp.sum(shares(held)[..., : self.log_weight.shape[-1]], axis=-1)
+        keys = xp.concat([self.key_mean, k], axis=-2)
+        values = xp.concat([self.value_mean, v], axis=-2)
+        return self._group(held, keys, values, self.slope, old, window, count)
+
+    def _group(
+        self,
+        log_weight: Array,
+        keys: Array,
+        values: Array,
+        slope: Array,
+        old: Array,
+        window: QueryWindow,
+        count: Array,
+    ) -> Summaries:
+        """Part weighted points into groups; ``old`` is the share of weight that has ``key_variance`` and ``slope``."""
+        xp = array_namespace(keys)
+        share = shares(log_weight)
+        deviation = xp.sqrt(xp.astype(window.variance, keys.dtype, copy=False))
+        groups = self.log_weight.shape[-1]
+        if groups == 1:
+            member = xp.ones_like(keys[..., :1])
+        else:
+            features = xp.concat([keys * deviation[..., None, :], standardised(values, share)], axis=-1)
+            member = cluster(features, share**GROUPING_POWER, groups)
+        part, key_mean = centres(member, share, keys)
+        _, value_mean = centres(member, share, values)
+        off_keys, off_values = keys - xp.matmul(member, key_mean), values - xp.matmul(member, value_mean)
+        weighted = share[..., None] * off_keys
+        variance = xp.sum(weighted * off_keys, axis=-2) + old[..., None] * self.key_variance
+        left, right = self.slope_left, self.slope_right
+        if self.rank:
+            covariance = xp.matmul(xp.matrix_transpose(off_values), weighted) + old[..., None, None] * slope
+            left, right = low_rank(covariance, deviation, self.rank)
+        cap = CAP * 0.5 * self.strength * xp.sum(variance * deviation * deviation, axis=-1)
+        top = finite_max(log_weight)
+        total = xp.log(positive(xp, xp.sum(xp.exp(log_weight - top), axis=-1, keepdims=True))) + top
+        return dataclasses.replace(
+            self,
+            count=count,
+            log_weight=xp.where(part > 0, xp.log(positive(xp, part)) + total, -math.inf * xp.ones_like(part)),
+            key_mean=key_mean,
+            value_mean=value_mean,
+            key_variance=variance,
+            slope_left=left,
+            slope_right=right,
+            cap=cap,
+        )
+
+
+def estimate_summaries(q: Array, summaries: Summaries, *, scale: float | None = None) -> AttentionState:
+    r"""Estimate attention over the tokens that the summaries stand for.
+
+    With :math:`\Delta = s q - a`, each summary attends like a token, and all share the gain of the variance within:
+
+    .. math:: \ell_c = \log W_c + \Delta \cdot \mu_c, \qquad
+              \widehat{\mathrm{lse}} = \log \sum_c e^{\ell_c} + \min(\tfrac\alpha2\, \Delta^\top D\, \Delta, \kappa),
+              \qquad \widehat{\mathrm{out}} = \sum_c \frac{e^{\ell_c}}{\sum e^{\ell}}\, \nu_c + B\, \Delta
+
+    Parameters
+    ----------
+    q : array, shape (..., kv_head * group, q_len, d)
+    summaries : Summaries
+        With leading axes ``(..., kv_head)``.
+    scale : float, optional
+        Factor ``s`` on ``q . k``; ``1 / sqrt(d)`` by default.
+
+    Returns
+    -------
+    AttentionState
+        An estimate, not a bound. ``out = 0`` and ``lse = -inf`` where nothing was evicted.
+
+    Notes
+    -----
+    Exact while no more tokens were evicted than there are summaries; exact to second order at the anchor for Gaussian
+    groups of one diagonal covariance when :math:`\alpha = 1`. Derivation: docs/derivations/summaries.md.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from momentkv.attention import attend
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.normal(size=(1, 5, 8)), rng.normal(size=(1, 12, 8)), rng.normal(size=(1, 12, 8))
+    >>> window = QueryWindow.from_queries(q, kv_heads=1)
+    >>> few = Summaries.empty(k, v, summaries=12).update(k, v, window)
+    >>> bool(np.allclose(estimate_summaries(q, few).out, attend(q, k, v).out))
+    True
+    """
+    d = summaries.anchor.shape[-1]
+    if q.ndim < 3 or q.shape[-1] != d:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (..., q_head, q_len, {d}), as the summaries' keys")
+    xp = array_namespace(q, summaries.anchor)
+    q_heads, q_len = q.shape[-3], q.shape[-2]
+    queries = scaled_queries(q, summaries, scale)
+    off = queries - summaries.anchor[..., None, :]
+    products = summaries.log_weight[..., None, :] + xp.matmul(off, xp.matrix_transpose(summaries.key_mean))
+    state, _ = softmax_state(products[..., None, :, :], summaries.value_mean)
+    # softmax_state counts each KV head's queries as one query head of its own.
+    lse, out = state.lse, state.out
+    gain = summaries.strength[..., None] * summaries._half_variance(queries)
+    lse = lse + xp.minimum(gain, summaries.cap[..., None])
+    if summaries.rank:
+        step = xp.matmul(off, xp.matrix_transpose(summaries.slope_right))
+        out = out + xp.matmul(step, xp.matrix_transpose(summaries.slope_left))
+    out = xp.where((summaries.count > 0)[..., None, None], out, xp.zeros_like(out))
+    return AttentionState(ungroup_queries(out, q_heads, q_len), ungroup_queries(lse[..., None], q_heads, q_len)[..., 0])
+
+
+def scaled_queries(q: Array, summaries: Summaries, scale: float | None) -> Array:
+    """Queries times the scale, grouped by KV head, in the dtype of the summaries."""
+    xp = array_namespace(q, summaries.anchor)
+    grouped = group_queries(xp.astype(q, summaries.anchor.dtype, copy=False), summaries.anchor.shape[-2])
+    return grouped * (default_scale(q.shape[-1]) if scale is None else scale)
+
+
+def finite_max(x: Array) -> Array:
+    """Maximum over the last axis, kept; 0 where all is ``-inf``."""
+    xp = array_namespace(x)
+    top = xp.max(x, axis=-1, keepdims=True)
+    return xp.where(top > -math.inf, top, xp.zeros_like(top))
+
+
+def shares(log_weight: Array) -> Array:
+    """Weights as shares of their sum over the last axis; all zero for the empty set."""
+    xp = array_namespace(log_weight)
+    weight = xp.exp(log_weight - finite_max(log_weight))
+    return weight / positive(xp, xp.sum(weight, axis=-1, keepdims=True))
+
+
+def total_weight(x: Summaries, *frame: Summaries) -> Array:
+    """Sum of the weights of ``x``, in units that all of ``frame`` share."""
+    xp = array_namespace(x.log_weight)
+    top = finite_max(xp.concat([each.log_weight for each in frame], axis=-1))
+    return xp.sum(xp.exp(x.log_weight - top), axis=-1)
+
+
+def standardised(values: Array, share: Array) -> Array:
+    """Values from their mean, in units of their mean distance from it; slots without weight are left out."""
+    xp = array_namespace(values)
+    some: Any = xp.astype(share > 0, values.dtype)
+    number = positive(xp, xp.sum(some, axis=-1))
+    mean = xp.sum(some[..., None] * values, axis=-2) / number[..., None]
+    off = some[..., None] * (values - mean[..., None, :])
+    spread = xp.sum(xp.linalg.vector_norm(off, axis=-1), axis=-1) / number
+    return off / positive(xp, spread)[..., None, None]
