@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, cast, overload
 
-from momentkv._array import Array, array_namespace
-from momentkv.attention import AttentionState, default_scale, group_queries, merge, ungroup_queries
+from momentkv._array import Array
+from momentkv.attention import AttentionState, merge
 from momentkv.bounds import output_error
 from momentkv.statistics.anchored import AnchoredMoments
-from momentkv.statistics.moments import Moments, check_order, positive
+from momentkv.statistics.expansion import Expandable, estimate_expansion
+from momentkv.statistics.moments import Moments
 
 __all__ = ["Certified", "correct", "estimate"]
 
@@ -30,11 +30,11 @@ class Certified(NamedTuple):
 
 def estimate(
     q: Array,
-    moments: Moments | AnchoredMoments,
+    moments: Expandable,
     *,
-    order: int = 1,
+    order: int | None = None,
     scale: float | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
 ) -> AttentionState:
     r"""Estimate attention over the tokens that the moments stand for.
 
@@ -47,15 +47,15 @@ def estimate(
     Parameters
     ----------
     q : array, shape (..., kv_head * group, q_len, d)
-    moments : Moments or AnchoredMoments
-        With leading axes ``(..., kv_head)``.
-    order : {0, 1, 2}
-        0 takes the value mean; 1 adds the first-order change with the query (the paper's method); 2 the gain in mass by
-        the variance of the logits.
+    moments : Moments, Summaries, Expansion or another Expandable
+        With leading axes ``(..., kv_head)``. The formula above is that of `Moments`; every other has its own.
+    order : {0, 1, 2}, optional
+        0 takes the value mean; 1, the default, adds the first-order change with the query (the paper's method); 2 the
+        gain in mass by the variance of the logits.
     scale : float, optional
         Factor ``s`` on ``q . k``; ``1 / sqrt(d)`` by default. Must be the one that attention uses.
-    strength : float
-        Share of that gain that is credited, from 0 (order 1) to 1 (exact where logits are Gaussian).
+    strength : float, optional
+        Share of that gain that is credited, from 0 (order 1) to 1, the default (exact where logits are Gaussian).
 
     Returns
     -------
@@ -65,7 +65,8 @@ def estimate(
     Raises
     ------
     ValueError
-        If shapes do not fit, ``order`` is higher than the moments' own, or ``strength`` out of range.
+        If shapes do not fit, ``order`` is higher than the moments' own, ``strength`` is out of range, or one of them is
+        given to what has its own.
 
     Notes
     -----
@@ -78,60 +79,24 @@ def estimate(
     Examples
     --------
     >>> import numpy as np
+    >>> from momentkv import Moments
     >>> k, v = np.array([[[1.0, 0.0]]]), np.array([[[5.0]]])
     >>> state = estimate(np.array([[[2.0, 0.0]]]), Moments.from_tokens(k, v), scale=1.0)
     >>> state.out.tolist(), state.lse.tolist()
     ([[[5.0]]], [[2.0]])
     """
-    check_order(order)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}; use 0 (no gain) to 1 (that of Gaussian logits)")
-    if order > moments.order:
-        raise ValueError(
-            f"order is {order} but the moments are of order {moments.order}; "
-            f"build them with Moments.from_tokens(..., order={order}), or estimate with order={moments.order}"
-        )
-    anchor = log_scale = None
-    if isinstance(moments, AnchoredMoments):
-        anchor, log_scale, moments = moments.anchor, moments.log_scale, moments.moments
-    d = moments.key_mean.shape[-1]
-    if q.ndim < 3 or q.shape[-1] != d:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (..., q_head, q_len, {d}), as the moments' keys")
-    xp = array_namespace(q, moments.weight)
-    q_heads, q_len = q.shape[-3], q.shape[-2]
-    kv_heads = moments.weight.shape[-1] if moments.weight.ndim else 0
-    scaled = group_queries(xp.astype(q, moments.key_mean.dtype, copy=False), kv_heads) * (
-        default_scale(d) if scale is None else scale
-    )
-    if anchor is not None:
-        scaled = scaled - anchor[..., None, :]
-    has_tokens = moments.weight > 0
-    weight = positive(xp, moments.weight)
-    log_weight = xp.where(has_tokens, xp.log(weight), xp.full_like(weight, -math.inf))
-    if log_scale is not None:
-        log_weight = xp.where(has_tokens, log_weight + log_scale, log_weight)
-    lse = log_weight[..., None] + xp.matmul(scaled, moments.key_mean[..., None])[..., 0]
-    out = moments.value_mean[..., None, :] + xp.zeros_like(lse)[..., None]
-    if order == 2 and moments.key_key is not None:
-        spread = xp.matmul(scaled, moments.key_key / weight[..., None, None])
-        lse = lse + 0.5 * strength * xp.sum(spread * scaled, axis=-1)
-    if order >= 1 and moments.value_key is not None:
-        slope = moments.value_key / weight[..., None, None]
-        out = moments.value_mean[..., None, :] + xp.matmul(scaled, xp.matrix_transpose(slope))
-    # A decayed-away head keeps its means; without weight it must be the empty state all the same.
-    out = xp.where(has_tokens[..., None, None], out, xp.zeros_like(out))
-    return AttentionState(ungroup_queries(out, q_heads, q_len), ungroup_queries(lse[..., None], q_heads, q_len)[..., 0])
+    return estimate_expansion(q, moments.expansion(order=order, strength=strength), scale=scale)
 
 
 @overload
 def correct(
     retained: AttentionState,
     q: Array,
-    moments: Moments | AnchoredMoments,
+    moments: Expandable,
     *,
-    order: int = 1,
+    order: int | None = None,
     scale: float | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     certify: Literal[False] = False,
 ) -> AttentionState: ...
 
@@ -142,9 +107,9 @@ def correct(
     q: Array,
     moments: Moments | AnchoredMoments,
     *,
-    order: int = 1,
+    order: int | None = None,
     scale: float | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     certify: Literal[True],
 ) -> Certified: ...
 
@@ -152,11 +117,11 @@ def correct(
 def correct(
     retained: AttentionState,
     q: Array,
-    moments: Moments | AnchoredMoments,
+    moments: Expandable,
     *,
-    order: int = 1,
+    order: int | None = None,
     scale: float | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     certify: bool = False,
 ) -> AttentionState | Certified:
     """Attention over retained tokens, corrected by the estimate of the evicted ones.
@@ -170,7 +135,7 @@ def correct(
     q, moments, order, scale, strength
         As in `estimate`.
     certify : bool
-        Whether to return a bound of the error, too; the moments must have an extent.
+        Whether to return a bound of the error, too; only of `Moments` that have an extent.
 
     Returns
     -------
@@ -189,7 +154,7 @@ def correct(
     Examples
     --------
     >>> import numpy as np
-    >>> from momentkv.attention import attend
+    >>> from momentkv import Moments, attend
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = rng.normal(size=(1, 1, 8)), 0.3 * rng.normal(size=(1, 64, 8)), rng.normal(size=(1, 64, 8))
     >>> exact, retained = attend(q, k, v).out, attend(q, k[:, :8], v[:, :8])
@@ -200,4 +165,9 @@ def correct(
     state = merge(retained, estimate(q, moments, order=order, scale=scale, strength=strength))
     if not certify:
         return state
-    return Certified(state, output_error(retained, q, moments, state.out, scale=scale))
+    if getattr(moments, "extent", None) is None:
+        raise ValueError(
+            f"certify is True, but the {type(moments).__name__} given as moments have no extent, without which nothing "
+            "bounds the error; use Moments.from_tokens(..., extent=True), or leave certify out"
+        )
+    return Certified(state, output_error(retained, q, cast("Moments", moments), state.out, scale=scale))

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from momentkv._array import Array, array_namespace
 from momentkv.attention import AttentionState, check_values, default_scale, logits, merge, softmax_state
 from momentkv.correction import correct
+from momentkv.statistics.expansion import Expandable
 from momentkv.statistics.moments import Moments, check_broadcast
-from momentkv.statistics.summaries import Summaries, estimate_summaries
 
 __all__ = ["EvictionError", "eviction_error"]
 
@@ -40,8 +40,8 @@ def eviction_error(
     v: Array,
     retained: Array,
     *,
-    moments: Moments | Summaries | None = None,
-    order: int = 1,
+    moments: Expandable | None = None,
+    order: int | None = None,
     scale: float | None = None,
     mask: Array | None = None,
 ) -> EvictionError:
@@ -56,7 +56,7 @@ def eviction_error(
         All tokens, retained and evicted.
     retained : bool array, broadcastable to (..., kv_head, n)
         True for retained tokens.
-    moments : Moments or Summaries, optional
+    moments : Moments, Summaries or Expansion, optional
         What the correction uses; by default the moments of exactly the evicted tokens.
     order, scale
         As in `momentkv.correction.estimate`.
@@ -93,10 +93,7 @@ def eviction_error(
     exact = merge(part_r, part_e)
     if moments is None:
         moments = Moments.from_tokens(k, v, mask=~retained)
-    if isinstance(moments, Summaries):
-        repaired = merge(part_r, estimate_summaries(q, moments, scale=scale))
-    else:
-        repaired = correct(part_r, q, moments, order=order, scale=scale)
+    repaired = correct(part_r, q, moments, order=order, scale=scale)
     lengths = norm(part_e.out) * norm(part_r.out)
     inner = xp.sum(part_e.out * part_r.out, axis=-1)
     return EvictionError(

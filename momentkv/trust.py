@@ -23,9 +23,6 @@ __all__ = ["Trust", "estimated_error", "trust"]
 
 # Gaussian logits of more than this variance are not found among so few tokens: the maximum sets in before.
 MOST_GAIN = 4.0
-# Median true error over median uncalibrated estimate, by correction: of SmolLM2-135M on the text "compound" (2,048
-# tokens, budget 256), see docs/certificates.md. Others are not calibrated.
-CALIBRATION = {"moments": 0.21, "summaries": 0.084}
 
 
 class Trust(NamedTuple):
@@ -69,7 +66,7 @@ def estimated_error(
         As in `momentkv.bounds.output_error`; moments of order 2 know :math:`\sigma`, others take half the largest that
         the extent allows.
     calibration : float
-        :math:`c`; see `CALIBRATION` for those of corrections.
+        :math:`c`; corrections have one, `momentkv.statistics.corrections.Correction.calibration`.
 
     Returns
     -------
@@ -151,7 +148,7 @@ def trust_of(settings: Any, q: Array, k: Array, v: Array, positions: Array, mome
     state, _ = backend.attend(q, k, v, scale=scale, mask=present[..., None, None, :])
     out = state.out
     if settings.order is not None:
-        out = backend.correct(state, q, moments, order=settings.order, scale=scale)
+        out = backend.correct(state, q, settings.correction.expansion(moments, order=settings.order), scale=scale)
     bound = output_error(state, q, evidence, out, scale=scale)
     u = unit(evidence.weight)
 
@@ -168,7 +165,7 @@ def trust_of(settings: Any, q: Array, k: Array, v: Array, positions: Array, mome
     reach = size + state_error(evidence.extent).value_size[..., None] if evidence.extent is not None else size
     rounding = of_out + 2 * reach * xp.tanh(of_lse / 4)
     bound = bound + ungroup_queries(rounding[..., None], q.shape[-3], q.shape[-2])[..., 0]
-    factor = 1.0 if settings.order is None else CALIBRATION.get(settings.correction.name, 1.0)
+    factor = 1.0 if settings.order is None else settings.correction.calibration
     estimate = estimated_error(state, q, evidence, scale=scale, calibration=factor)
     total = norm(xp.astype(out, evidence.weight.dtype))
     safe = xp.where(total > 0, total, xp.ones_like(total))

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from momentkv.backends._expansion import Expansion
+from momentkv.statistics.expansion import Expansion
 from momentkv.testing import oracle
 from momentkv.testing.rounding import FUNCTION, StateError, attention_error, merge_error
 

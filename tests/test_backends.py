@@ -107,7 +107,7 @@ def test_correct_conforms(subject: Subject, case: Case, cut: int, order: int):
     q, scale = subject.library.asarray(case.arrays()[0]), case.factor()
     retained = attend(q, *subject.arrays(*kept), scale=scale)
     moments = Moments.from_tokens(*subject.arrays(*gone))
-    out = subject.backend.correct(retained, q, moments, order=order, scale=scale)
+    out = subject.backend.correct(retained, q, moments.expansion(order=order), scale=scale)
     assert_within(subject.library.numpy(out), exact.out, error.out)
     if case.n <= cut:  # nothing evicted: to the last bit
         assert_same(subject.library.numpy(out), subject.library.numpy(retained.out))

@@ -99,7 +99,7 @@ def test_curve_is_the_error_that_eviction_then_causes(options: dict):
             from momentkv.backends import get_backend
 
             state = AttentionState(out.reshape(1, 4, 32, 8), np.log(part.sum(-1)).reshape(1, 4, 32))
-            corrected = get_backend(q).correct(state, q, trial.moments, order=1, scale=1 / np.sqrt(8))
+            corrected = get_backend(q).correct(state, q, trial.moments.expansion(), scale=1 / np.sqrt(8))
             out = corrected.reshape(out.shape)
         expected = (((out - exact) ** 2).sum(-1) / (exact**2).sum(-1)).mean()
         # Both sides sum a few hundred products of order one in float64.

@@ -231,7 +231,7 @@ def test_trust_dominates_the_error_of_a_long_decode(correction: str, certify: in
                 mask = part.positions[..., None, None, :] >= 0
                 state = attend(probe[:, heads, i : i + 1], part.keys, part.values, mask=mask)
                 backend_out = _backend().correct(
-                    state, probe[:, heads, i : i + 1], part.moments, order=1, scale=part.attention_scale
+                    state, probe[:, heads, i : i + 1], part.expansion, scale=part.attention_scale
                 )
                 outs.append(backend_out)
             got.append(np.concatenate(outs, axis=1))

@@ -12,11 +12,12 @@ from expansions import Decode, expected, f64, make
 from folds import Fold, check_folded, make_fold
 from hypothesis import given
 
-from momentkv import Moments, estimate
-from momentkv.backends._expansion import expand
+from momentkv import Moments
+from momentkv.backends import plain
 from momentkv.backends.operators import decode, decode_operator, fold, fold_operator
-from momentkv.backends.plain import estimate_expansion
-from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
+from momentkv.statistics.anchored import AnchoredMoments
+from momentkv.statistics.expansion import estimate_expansion
+from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_within
 from momentkv.testing.strategies import Case, cases
@@ -61,24 +62,20 @@ def test_decode_agrees_with_the_oracle(case: Decode):
 
 
 @given(case=cases(laws=("gaussian", "ties")))
-def test_an_expansion_is_the_estimate_it_was_made_from(case: Case):
-    """Moments of both orders, and summaries; to rounding, in float64."""
+def test_torch_estimates_an_expansion_as_the_core_does(case: Case):
+    """Of moments of every order, of summaries and of weighted moments around an anchor; to rounding, in float64."""
     case = dataclasses.replace(case, dtype="float64")
     q, k, v = (torch.from_numpy(np.array(x)) for x in case.arrays())
     window = QueryWindow.from_queries(q, case.kv_heads)
-    kinds: list[tuple[Any, Any]] = [
-        (Moments.from_tokens(k, v), lambda m, order: estimate(q, m, order=order, scale=0.3)),
-        (
-            Summaries.empty(k, v, summaries=2, rank=1).update(k, v, window),
-            lambda m, order: estimate_summaries(q, m, scale=0.3),
-        ),
-    ]
-    for moments, estimated in kinds:
-        for order in (0, 1):
-            made = estimate_expansion(q, expand(moments, order=order), scale=0.3)
-            exact = estimated(moments, order)
-            torch.testing.assert_close(made.lse, exact.lse, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(made.out, exact.out, rtol=1e-12, atol=1e-12)
+    anchored = AnchoredMoments.from_tokens(k, v, 0.1 * window.mean, order=2)
+    moments = Moments.from_tokens(k, v, order=2)
+    summaries = Summaries.empty(k, v, summaries=2, rank=1).update(k, v, window)
+    kinds = [summaries.expansion(), *(x.expansion(order=order) for x in (moments, anchored) for order in (0, 1, 2))]
+    for expansion in kinds:
+        made = plain.estimate_expansion(q, expansion, scale=0.3)
+        exact = estimate_expansion(q, expansion, scale=0.3)
+        torch.testing.assert_close(made.lse, exact.lse, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(made.out, exact.out, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", [Fold(), Fold(order=0), Fold(first=True), Fold(block=40, capacity=40)], ids=str)
@@ -156,7 +153,7 @@ def test_the_oracle_of_expansions_is_that_of_moments():
     sums = oracle.moments(k, v)
     moments = Moments.from_tokens(torch.from_numpy(k), torch.from_numpy(v))
     case = Decode(d=4, group=1, kv_heads=2, batch=1, scale=0.5)
-    state, _, _ = evaluate(q, expand(moments, order=1), case)
+    state, _, _ = evaluate(q, moments.expansion(), case)
     exact = oracle.estimate(q, sums, 1, 0.5)
     np.testing.assert_allclose(state.out, exact.out, rtol=1e-12)
     np.testing.assert_allclose(state.lse, exact.lse, rtol=1e-12)

@@ -57,7 +57,7 @@ def test_nothing_evicted_is_the_empty_set_and_leaves_attention_to_the_last_bit(
         assert (lse == -math.inf).all()
         assert (backend.numpy(state.count) == 0).all()
         for each in backends:
-            corrected = each.correct(retained, q, state, order=1, scale=0.5)
+            corrected = each.correct(retained, q, state.expansion(), scale=0.5)
             assert_same(backend.numpy(corrected), backend.numpy(retained.out))
 
 

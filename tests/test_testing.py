@@ -56,8 +56,8 @@ class Leaky(ArrayBackend):
 
 
 class Blurred(ArrayBackend):
-    def correct(self, retained, q, moments, *, order, scale):
-        return super().correct(retained, q, moments, order=0, scale=scale)
+    def correct(self, retained, q, expansion, *, scale):
+        return super().correct(retained, q, expansion._replace(slope=None), scale=scale)
 
 
 class Rounding(ArrayBackend):

@@ -7,9 +7,7 @@ from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device
 from momentkv.attention import AttentionState, logits, merge, softmax_state
-from momentkv.correction import correct
-from momentkv.statistics.moments import Moments
-from momentkv.statistics.summaries import Summaries, estimate_summaries
+from momentkv.statistics.expansion import Expansion, estimate_expansion
 
 __all__ = ["ArrayBackend", "causal_mask"]
 
@@ -76,36 +74,29 @@ class ArrayBackend:
         """Output of `attend_causal` alone, by the fastest way the library has."""
         return self.attend_causal(q, k, v, scale=scale, valid=valid).out
 
-    def correct(
-        self, retained: AttentionState, q: Array, moments: Moments | Summaries, *, order: int, scale: float
-    ) -> Array:
+    def correct(self, retained: AttentionState, q: Array, expansion: Expansion, *, scale: float) -> Array:
         """Output of attention over retained tokens merged with the estimate of the evicted ones."""
-        if isinstance(moments, Summaries):
-            return merge(retained, estimate_summaries(q, moments, scale=scale)).out
-        return correct(retained, q, moments, order=order, scale=scale).out
+        return merge(retained, estimate_expansion(q, expansion, scale=scale)).out
 
     def decode(
         self,
         q: Array,
         k: Array,
         v: Array,
-        moments: Moments | Summaries | None,
+        expansion: Expansion | None,
         *,
-        order: int,
         scale: float,
         valid: Array | None = None,
         weights: bool = False,
     ) -> tuple[Array, Array | None]:
-        """Output of queries that see all tokens, corrected by moments: `attend`, then `correct`, or both in one.
+        """Output of queries that see all tokens, corrected: `attend`, then `correct`, or both in one.
 
         Parameters
         ----------
         q, k, v, scale
             As in `attend`.
-        moments : Moments or Summaries, or None
+        expansion : Expansion or None
             Of the evicted tokens; None for no correction.
-        order : {0, 1}
-            Of an estimate from `Moments`.
         valid : bool array, shape (..., kv_head, n), optional
             False for slots that hold no token.
         weights : bool
@@ -119,7 +110,7 @@ class ArrayBackend:
         """
         mask = None if valid is None else valid[..., None, None, :]
         state, attention = self.attend(q, k, v, scale=scale, mask=mask)
-        out = state.out if moments is None else self.correct(state, q, moments, order=order, scale=scale)
+        out = state.out if expansion is None else self.correct(state, q, expansion, scale=scale)
         return out, attention if weights else None
 
     def decode_ragged(
@@ -127,9 +118,8 @@ class ArrayBackend:
         q: Array,
         keys: Sequence[Array],
         values: Sequence[Array],
-        moments: Moments | Summaries | None,
+        expansion: Expansion | None,
         *,
-        order: int,
         scale: float,
         valid: Sequence[Array | None],
         weights: bool = False,
@@ -140,9 +130,9 @@ class ArrayBackend:
         ----------
         q : array, shape (..., kv_head * group, q_len, d)
         keys, values : sequence of array, shape (..., 1, n, d) and (..., 1, n, dv), one for each KV head
-        moments : Moments or Summaries, or None
+        expansion : Expansion or None
             Of all heads together.
-        order, scale, weights
+        scale, weights
             As in `decode`.
         valid : sequence of bool array or None, shape (..., 1, n), one for each KV head
 
@@ -162,7 +152,7 @@ class ArrayBackend:
         state = AttentionState(
             xp.concat([each.out for each in states], axis=-3), xp.concat([each.lse for each in states], axis=-2)
         )
-        out = state.out if moments is None else self.correct(state, q, moments, order=order, scale=scale)
+        out = state.out if expansion is None else self.correct(state, q, expansion, scale=scale)
         return out, attention if weights else None
 
 

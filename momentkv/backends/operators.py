@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from momentkv.backends._expansion import Expansion
 from momentkv.backends.plain import decode_plain, fold_plain
+from momentkv.statistics.expansion import Expansion
 
 __all__ = ["decode", "decode_operator", "fold", "fold_operator"]
 
@@ -156,7 +156,7 @@ def decode(
     k, v : tensor, shape (batch, kv_head, capacity, d) and (batch, kv_head, capacity, dv), or (n, d) and (n, dv)
         In the dtype of ``q``. The second form is packed: tokens of all heads one after the other, see ``starts``.
     expansion : Expansion, optional
-        Of the evicted tokens (`momentkv.backends._expansion.expand`).
+        Of the evicted tokens (``moments.expansion()``).
     scale : float
         Factor on ``q . k``.
     positions : int32 tensor, shape (batch, kv_head, capacity) or (n,), optional

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from momentkv.attention import AttentionState
-from momentkv.backends._expansion import Expansion
+from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "flash_fits",
     "fold_plain",
     "join",
+    "joined_output",
     "unpack",
 ]
 
@@ -50,14 +51,17 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) ->
 
 
 def estimate_expansion(q: torch.Tensor, expansion: Expansion, *, scale: float) -> AttentionState:
-    """The state that an expansion gives for queries (batch..., kv_head * group, q_len, d), in its own dtype."""
+    """`momentkv.statistics.expansion.estimate_expansion` in few dispatches."""
     *batch, kv_heads, _, d = expansion.key_mean.shape
     x = q.to(expansion.key_mean.dtype).reshape(*batch, kv_heads, -1, d) * scale
     if expansion.anchor is not None:
         x = x - expansion.anchor[..., None, :]
     logits = torch.matmul(x, expansion.key_mean.mT) + expansion.log_weight[..., None, :]
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-    out = torch.matmul(torch.exp(logits - lse.nan_to_num(neginf=0.0)), expansion.value_mean)
+    if logits.shape[-1] == 1:
+        lse, out = logits, expansion.value_mean.expand(*logits.shape[:-1], -1)
+    else:
+        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        out = torch.matmul(torch.exp(logits - lse.nan_to_num(neginf=0.0)), expansion.value_mean)
     if expansion.slope is not None:
         out = out + torch.matmul(x, expansion.slope.to(x.dtype))
     if expansion.slope_left is not None and expansion.slope_right is not None:
@@ -75,9 +79,15 @@ def estimate_expansion(q: torch.Tensor, expansion: Expansion, *, scale: float) -
 
 def join(retained: AttentionState, evicted: AttentionState) -> AttentionState:
     """Merge two states of any shapes that agree, in few dispatches and in the dtype of the first."""
+    return AttentionState(
+        joined_output(retained, evicted), torch.logaddexp(retained.lse, evicted.lse.to(retained.lse.dtype))
+    )
+
+
+def joined_output(retained: AttentionState, evicted: AttentionState) -> torch.Tensor:
+    """The output of `join` alone."""
     share = torch.sigmoid(evicted.lse - retained.lse).masked_fill(evicted.lse == -torch.inf, 0.0)
-    out = torch.lerp(retained.out, evicted.out.to(retained.out.dtype), share[..., None].to(retained.out.dtype))
-    return AttentionState(out, torch.logaddexp(retained.lse, evicted.lse.to(retained.lse.dtype)))
+    return torch.lerp(retained.out, evicted.out.to(retained.out.dtype), share[..., None].to(retained.out.dtype))
 
 
 def unpack(

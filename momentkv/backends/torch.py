@@ -13,12 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from momentkv._array import Array
 from momentkv.attention import AttentionState
-from momentkv.backends._expansion import Expansion, expand
 from momentkv.backends.base import ArrayBackend, causal_mask
 from momentkv.backends.operators import DTYPES, decode
-from momentkv.backends.plain import flash, flash_fits
-from momentkv.statistics.moments import Moments
-from momentkv.statistics.summaries import Summaries
+from momentkv.backends.plain import estimate_expansion, flash, flash_fits, joined_output
+from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
 
@@ -60,78 +58,39 @@ class TorchBackend(ArrayBackend):
         q: Array,
         k: Array,
         v: Array,
-        moments: Moments | Summaries | None,
+        expansion: Expansion | None,
         *,
-        order: int,
         scale: float,
         valid: Array | None = None,
         weights: bool = False,
     ) -> tuple[Array, Array | None]:
         if fuses(q, k, v):
-            expansion = None if moments is None else expand(moments, order=order)
             positions = None if valid is None else valid.expand(k.shape[:-1]).to(torch.int32) - 1
             out, _, logits = decode(q, k, v, expansion, scale=scale, positions=positions, scored=weights)
             # A query that sees nothing has logits of -inf alone; all its weights are zero.
             return out, None if logits is None else torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)
         if not weights and valid is None and flash_fits(q, k, v):
             state = flash(q, k, v, scale=scale)
-            return (state.out if moments is None else self.correct(state, q, moments, order=order, scale=scale)), None
-        return super().decode(q, k, v, moments, order=order, scale=scale, valid=valid, weights=weights)
+            return (state.out if expansion is None else self.correct(state, q, expansion, scale=scale)), None
+        return super().decode(q, k, v, expansion, scale=scale, valid=valid, weights=weights)
 
     def decode_ragged(
         self,
         q: Array,
         keys: Sequence[Array],
         values: Sequence[Array],
-        moments: Moments | Summaries | None,
+        expansion: Expansion | None,
         *,
-        order: int,
         scale: float,
         valid: Sequence[Array | None],
         weights: bool = False,
     ) -> tuple[Array, list[Array] | None]:
         if fuses(q, keys[0], values[0]):
-            expansion = None if moments is None else expand(moments, order=order)
             return decode_packed(q, keys, values, expansion, scale=scale, valid=valid, weights=weights)
-        return super().decode_ragged(q, keys, values, moments, order=order, scale=scale, valid=valid, weights=weights)
+        return super().decode_ragged(q, keys, values, expansion, scale=scale, valid=valid, weights=weights)
 
-    def correct(
-        self, retained: AttentionState, q: Array, moments: Moments | Summaries, *, order: int, scale: float
-    ) -> Array:
-        if isinstance(moments, Summaries):
-            return self.correct_summaries(retained, q, moments, scale=scale)
-        *batch, kv_heads, d = moments.key_mean.shape
-        folded = q.to(moments.key_mean.dtype).reshape(*batch, kv_heads, -1, d) * scale
-        # log 0 = -inf: a head without evicted tokens gets the share 0, whatever its (finite) estimate.
-        lse = torch.matmul(folded, moments.key_mean[..., None]) + moments.weight.log()[..., None, None]
-        out = moments.value_mean[..., None, :]
-        if order == 1 and moments.value_key is not None:
-            weight = moments.weight.masked_fill(moments.weight == 0, 1.0)
-            out = out + torch.matmul(folded / weight[..., None, None], moments.value_key.mT)
-        else:
-            out = out.expand(*batch, kv_heads, folded.shape[-2], -1)
-        return self.join(retained, lse, out)
-
-    def correct_summaries(self, retained: AttentionState, q: Array, summaries: Summaries, *, scale: float) -> Array:
-        *batch, kv_heads, d = summaries.anchor.shape
-        off = torch.add(
-            -summaries.anchor[..., None, :], q.to(summaries.anchor.dtype).reshape(*batch, kv_heads, -1, d), alpha=scale
-        )
-        logits = torch.matmul(off, summaries.key_mean.mT) + summaries.log_weight[..., None, :]
-        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-        out = torch.matmul(torch.exp(logits - lse.nan_to_num(neginf=0.0)), summaries.value_mean)
-        if summaries.rank:
-            out = out + torch.matmul(torch.matmul(off, summaries.slope_right.mT), summaries.slope_left.mT)
-        gain = torch.matmul(off * off, (0.5 * summaries.strength[..., None] * summaries.key_variance)[..., None])
-        lse = lse + torch.minimum(gain, summaries.cap[..., None, None])
-        return self.join(retained, lse, out)
-
-    def join(self, retained: AttentionState, lse: Array, out: Array) -> Array:
-        """Merge an estimate, grouped by KV head, with the state of the retained tokens."""
-        heads = retained.lse.shape
-        lse, out = lse.reshape(heads), out.reshape(*heads, -1)
-        share = torch.sigmoid(lse - retained.lse).masked_fill(lse == -torch.inf, 0.0)
-        return torch.lerp(retained.out, out.to(retained.out.dtype), share[..., None].to(retained.out.dtype))
+    def correct(self, retained: AttentionState, q: Array, expansion: Expansion, *, scale: float) -> Array:
+        return joined_output(retained, estimate_expansion(q, expansion, scale=scale))
 
     def prefill(self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None) -> Array:
         q_len, n = q.shape[-2], k.shape[-2]

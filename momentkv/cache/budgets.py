@@ -13,15 +13,12 @@ from momentkv.attention import AttentionState, merge
 from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache
 from momentkv.policies.select import ranking
-from momentkv.statistics.corrections import AnchoredSummaries
 
 __all__ = ["budget_grid", "error_curve", "error_curves", "refine", "share_budget"]
 
 # Budgets that errors are measured at, as multiples of the average, and steps between them that are interpolated.
 MULTIPLES = (0.4, 1.0, 2.5, 6.25)
 STEPS = 4
-# What stands in for several summaries while errors are measured: it ranks budgets as well, and needs no grouping.
-STAND_IN = AnchoredSummaries(summaries=1, rank=0, calibrated=False)
 
 
 def budget_grid(average: int, least: int) -> list[int]:
@@ -93,14 +90,14 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
     # states[i] becomes attention over what the i-th budget retains.
     states = list(itertools.accumulate(states, merge))
     moments, correction = cache.moments, cache.correction
-    if isinstance(correction, AnchoredSummaries) and not cache.has_evicted:
-        correction = STAND_IN
-        moments = STAND_IN.empty(cache.keys, cache.values, order=0)
+    if not cache.has_evicted:
+        correction = correction.stand_in()
+        moments = correction.empty(cache.keys, cache.values, order=cache.order or 0)
 
     def output(state: AttentionState, moments: Any, evicted: bool) -> Array:
         if cache.order is None or not evicted:
             return state.out
-        return backend.correct(state, q, moments, order=cache.order, scale=scale)
+        return backend.correct(state, q, correction.expansion(moments, order=cache.order), scale=scale)
 
     exact = output(states[-1], moments, cache.has_evicted)
     norm = xp.sum(exact * exact, axis=-1)

@@ -13,8 +13,9 @@ from momentkv.backends.base import causal_mask
 from momentkv.cache.step import CacheStep
 from momentkv.policies import Policy, Tokens, check_budget, get_policy, retain
 from momentkv.statistics.corrections import Correction, get_correction
+from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments, check_broadcast, check_order
-from momentkv.statistics.summaries import QueryWindow, Summaries
+from momentkv.statistics.summaries import QueryWindow
 from momentkv.trust import trust_of
 
 __all__ = ["LayerCache"]
@@ -191,26 +192,25 @@ class LayerCache(CacheStep):
             self._mark_padding(valid, q_len)
         seen_by_all = self.positions >= 0 if self.padded else None
         scale = self.attention_scale
-        moments = self.moments if self.order is not None and self.has_evicted else None
+        expansion = self.expansion if self.has_evicted else None
         if q_len == 1:
             observed = self.policy.observes != 0
             out, weights = backend.decode(
                 q,
                 self.keys,
                 self.values,
-                moments,
-                order=self.order or 0,
+                expansion,
                 scale=scale,
                 valid=seen_by_all,
                 weights=observed,
             )
             if observed:
                 self.observe_weights(weights)
-        elif moments is None:
+        elif expansion is None:
             out = backend.prefill(q, self.keys, self.values, scale=scale, valid=seen_by_all)
         else:
             state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
-            out = backend.correct(state, q, moments, order=self.order or 0, scale=scale)
+            out = backend.correct(state, q, expansion, scale=scale)
         if q_len > 1:
             self.observe(q)
         else:
@@ -337,7 +337,7 @@ class LayerCache(CacheStep):
         positions = self.positions if positions is None else positions
         score = self.score if score is None else score
         moments = self.moments if moments is None else moments
-        known = moments.pooled() if isinstance(moments, Summaries) else moments
+        known = self.correction.known(moments)
         if score is None:
             xp = array_namespace(positions)
             score = xp.zeros(positions.shape, dtype=known.weight.dtype, device=device(positions))
@@ -345,6 +345,11 @@ class LayerCache(CacheStep):
         return self.policy.importance(
             Tokens(self.keys, self.values, positions, score, known, self.attention_scale, *queries)
         )
+
+    @property
+    def expansion(self) -> Expansion | None:
+        """The estimate of the evicted tokens, or None for plain eviction."""
+        return None if self.order is None else self.correction.expansion(self.moments, order=self.order)
 
     @property
     def remembers_queries(self) -> bool:

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import DynamicCache
 
 from momentkv.backends import get_backend
-from momentkv.backends._expansion import Expansion, expand
 from momentkv.backends.operators import decode, fold
 from momentkv.evaluation.report import environment, progress_bar, write_json
 from momentkv.hf import DecodeGraphs, MomentCache
+from momentkv.statistics.expansion import Expandable, Expansion
 from momentkv.statistics.moments import Moments
 from momentkv.statistics.summaries import QueryWindow, Summaries
 
@@ -200,10 +200,10 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
         folded = q.reshape(batch, kv_heads, group, d)
         return lambda i: scaled_dot_product_attention(folded, *kept[i % len(kept)], scale=scale)
 
-    def corrected(kind: Moments | Summaries | None, expansion: Expansion | None) -> Call:
+    def corrected(expansion: Expansion | None) -> Call:
         if device.type == "cuda":
             return lambda i: decode(q, *held[i % len(held)], expansion, scale=scale)
-        return lambda i: backend.decode(q, *held[i % len(held)], kind, order=1, scale=scale)
+        return lambda i: backend.decode(q, *held[i % len(held)], expansion, scale=scale)
 
     yield row("decode", "SDPA", sdpa(held), stored)
     full = caches(context)
@@ -212,21 +212,21 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
     gone = normal(batch, kv_heads, 512).float(), normal(batch, kv_heads, 512).float()
     recent = QueryWindow.from_queries(normal(batch, kv_heads * group, 32), kv_heads, scale=scale)
     moments = Moments.from_tokens(*gone)
-    kinds: dict[str, Moments | Summaries | None] = {
+    kinds: dict[str, Expandable | None] = {
         "retained only": None,
         "moments of order 1": moments,
         "12 summaries": Summaries.empty(*gone).update(*gone, recent),
     }
     for name, kind in kinds.items():
-        expansion = None if kind is None else expand(kind, order=1)
+        expansion = None if kind is None else kind.expansion()
         if expansion is not None and expansion.slope is not None:  # the copy that a cache would keep
             expansion = expansion._replace(slope=expansion.slope.contiguous().to(sizes.dtype))
         read = stored + sum(0 if x is None else x.nbytes for x in expansion or ())
-        yield row("decode", name, corrected(kind, expansion), read)
+        yield row("decode", name, corrected(expansion), read)
     yield row(
         "decode",
         "order 1, with weights",
-        lambda i: backend.decode(q, *held[i % len(held)], moments, order=1, scale=scale, weights=True),
+        lambda i: backend.decode(q, *held[i % len(held)], moments.expansion(), scale=scale, weights=True),
         stored + sum(x.nbytes for x in moments.arrays().values()),
     )
     yield from of_flush(shape, sizes, device, row)

@@ -20,9 +20,9 @@ from momentkv.evaluation.fidelity import CHOICES, Setting, empty_cache
 from momentkv.evaluation.report import environment, write_json
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
+from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
-from momentkv.statistics.summaries import Summaries, estimate_summaries
-from momentkv.trust import CALIBRATION, estimated_error
+from momentkv.trust import estimated_error
 
 __all__ = ["TrustPoints", "measure_trust", "plot_trust", "rank_correlation", "trust"]
 
@@ -113,30 +113,35 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
             q = layer.queries[:, group * heads.start : group * heads.stop, -(length - context) :: every].double()
             kept = (tokens >= context).expand(1, k.shape[1], -1).clone()
             kept.scatter_(2, part.positions.long(), True)
-            state = part.moments.map(torch.Tensor.double)
-            parts.append(compare(q, k, v, kept, tokens[context::every], tokens, state, setting.order, layer.scaling))
+            expansion, factor = None, 1.0
+            if part.order is not None:
+                state = part.moments.map(torch.Tensor.double)
+                expansion = part.correction.expansion(state, order=part.order)
+                factor = part.correction.calibration
+            parts.append(compare(q, k, v, kept, tokens[context::every], tokens, expansion, factor, layer.scaling))
         columns.append([np.concatenate(x) for x in zip(*parts, strict=True)])
     return TrustPoints(*(np.stack(x) for x in zip(*columns, strict=True)))
 
 
 def compare(
-    q: Any, k: Any, v: Any, kept: Any, queries: Any, tokens: Any, state: Any, order: int | None, scale: float | None
+    q: Any,
+    k: Any,
+    v: Any,
+    kept: Any,
+    queries: Any,
+    tokens: Any,
+    expansion: Expansion | None,
+    factor: float,
+    scale: float | None,
 ) -> list[np.ndarray[Any, Any]]:
     """The four columns of `TrustPoints` for some heads of a layer."""
-    name = "summaries" if isinstance(state, Summaries) else "moments"
-    factor = 1.0 if order is None else CALIBRATION[name]
     products = logits(q, k, scale=scale, mask=tokens[None, :] <= queries[:, None])
     hidden = torch.full_like(products, -torch.inf)
     seen = kept[..., None, None, :]
     retained, _ = softmax_state(torch.where(seen, products, hidden), v)
     evicted, _ = softmax_state(torch.where(seen, hidden, products), v)
     exact = merge(retained, evicted).out
-    if order is None:
-        out = retained.out
-    elif isinstance(state, Summaries):
-        out = merge(retained, estimate_summaries(q, state, scale=scale)).out
-    else:
-        out = correct(retained, q, state, order=order, scale=scale).out
+    out = retained.out if expansion is None else correct(retained, q, expansion, scale=scale).out
     evidence = Moments.from_tokens(k, v, mask=~kept, order=2, extent=True)
     certified = output_error(retained, q, evidence, out, scale=scale)
     estimated = estimated_error(retained, q, evidence, scale=scale, calibration=factor)

@@ -186,7 +186,7 @@ def flush(
             ordered_values,
             ordered_positions,
             ordered_score,
-            known(moments, ordered_keys, ordered_values),
+            known(moments, ordered_keys, ordered_values, rules),
             scale,
             *(window or (None, None)),
         )
@@ -200,7 +200,7 @@ def flush(
     victims, sort = torch.take_along_dim(by_rank, places, dim=-1).sort(dim=-1)
     real = torch.take_along_dim(real, sort, dim=-1)
     slots = torch.take_along_dim(order, victims, dim=-1)
-    fused = isinstance(moments, Moments) and keys.dtype in DTYPES and starts is None
+    fused = moments is not None and not rules.correction.anchored and keys.dtype in DTYPES and starts is None
     if fused:
         weight, key_mean, value_mean, *rest = parts
         evicted = slots.masked_fill(~real, -1).to(torch.int32)
@@ -212,9 +212,9 @@ def flush(
         if moments is not None:
             k, v = (read(x, slots, starts) for x in (keys, values))
             new = rules.correction.fold(moments, k, v, mask=real, window=window)
-            for old, x in zip(parts, laid_out(new), strict=True):
+            for old, x in zip(parts, laid_out(new, rules), strict=True):
                 old.copy_(x)
-            for old, x in zip(derived, derive(new), strict=True):
+            for old, x in zip(derived, derive(new, rules), strict=True):
                 old.copy_(x)
         close_gaps([keys, values, positions, score], slots, real, counts, due, starts)
     ticks.sub_(due.to(ticks.dtype) * block)
@@ -230,24 +230,22 @@ def read(x: Tensor, slots: Tensor, starts: Tensor | None) -> Tensor:
     return x[(starts[..., None] + slots).clamp(max=x.shape[0] - 1)]
 
 
-def known(moments: Moments | Summaries | None, keys: Tensor, values: Tensor) -> Moments:
+def known(moments: Any, keys: Tensor, values: Tensor, rules: Rules) -> Moments:
     """What policies know of the tokens evicted so far."""
-    if isinstance(moments, Moments):
-        return moments
-    return Moments.empty(keys, values, order=0) if moments is None else moments.pooled()
+    return Moments.empty(keys, values, order=0) if moments is None else rules.correction.known(moments)
 
 
-def laid_out(moments: Moments | Summaries) -> list[Tensor]:
+def laid_out(moments: Any, rules: Rules) -> list[Tensor]:
     """The tensors of moments as `revive` takes them."""
-    if isinstance(moments, Summaries):
+    if rules.correction.anchored:
         return list(moments.arrays().values())
     parts = [moments.weight, moments.key_mean, moments.value_mean]
     return parts if moments.value_key is None else [*parts, moments.value_key.mT]
 
 
-def derive(moments: Moments | Summaries) -> list[Tensor]:
+def derive(moments: Any, rules: Rules) -> list[Tensor]:
     """What decoding reads and can be computed from moments once, at a flush, for all steps that follow."""
-    if isinstance(moments, Summaries):
+    if rules.correction.anchored:
         return []
     log_weight = moments.weight.log()
     if moments.value_key is None:

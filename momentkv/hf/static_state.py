@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from momentkv.backends._expansion import Expansion
 from momentkv.backends.operators import DTYPES, decode
 from momentkv.backends.plain import decode_counted, decode_plain, unpack
 from momentkv.cache.layer import RECENT_QUERIES, LayerCache
 from momentkv.cache.ragged import RaggedCache
 from momentkv.hf.static_flush import Rules, derive, flush_operator, laid_out, observe_operator, read, revive
+from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
 from momentkv.statistics.summaries import Summaries
 
@@ -138,8 +138,8 @@ class StaticState:
                 new[name] = torch.cat([getattr(part, name) for part in heads], dim=1)
         if self.rules.order is not None:
             moments = joined([part.moments for part in heads])
-            new |= {f"part{n}": x for n, x in enumerate(laid_out(moments))}
-            derived = derive(moments)
+            new |= {f"part{n}": x for n, x in enumerate(laid_out(moments, self.rules))}
+            derived = derive(moments, self.rules)
             if len(derived) > 1:  # read at every step: in the dtype that attention reads
                 derived[1] = derived[1].to(one.keys.dtype)
             new |= {f"derived{n}": x for n, x in enumerate(derived)}

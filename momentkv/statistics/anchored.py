@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 
 from momentkv._array import Array, accumulate, array_namespace, nbytes
+from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.extent import Extent
 from momentkv.statistics.moments import Moments, check_broadcast
 
@@ -100,6 +101,19 @@ class AnchoredMoments:
     def order(self) -> int:
         """That of the moments."""
         return self.moments.order
+
+    def expansion(self, *, order: int | None = None, strength: float | None = None) -> Expansion:
+        """The estimate of the tokens, around the anchor; arguments as in `Moments.expansion`."""
+        plain = self.moments.expansion(order=order, strength=strength)
+        xp = array_namespace(self.log_scale)
+        some = plain.log_weight > -math.inf
+        log_weight = xp.where(some, plain.log_weight + self.log_scale[..., None], plain.log_weight)
+        return plain._replace(log_weight=log_weight, anchor=self.anchor)
+
+    @property
+    def extent(self) -> Extent | None:
+        """That of the moments."""
+        return self.moments.extent
 
     @property
     def weight(self) -> Array:

@@ -9,11 +9,13 @@ digits once the mean is large against the spread.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 from momentkv._array import Array, accumulate, array_namespace, nbytes
 from momentkv.attention import check_values
+from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.extent import Extent
 
 __all__ = ["Moments"]
@@ -141,6 +143,50 @@ class Moments:
     def order(self) -> int:
         """0 if only means are kept, 1 with the value-key co-moment, 2 with that of the keys too."""
         return 0 if self.value_key is None else 1 if self.key_key is None else 2
+
+    def expansion(self, *, order: int | None = None, strength: float | None = None) -> Expansion:
+        """The estimate of the tokens, as `momentkv.correction.estimate` evaluates it.
+
+        Parameters
+        ----------
+        order : {0, 1, 2}
+            1 by default; see `momentkv.correction.estimate`.
+        strength : float
+            Share of the gain of order 2 that is credited, 1 by default.
+
+        Raises
+        ------
+        ValueError
+            If ``order`` is higher than the moments' own, or ``strength`` is not within 0 and 1.
+        """
+        order, strength = 1 if order is None else order, 1.0 if strength is None else strength
+        check_order(order)
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength}; use 0 (no gain) to 1 (that of Gaussian logits)")
+        if order > self.order:
+            raise ValueError(
+                f"order is {order} but the moments are of order {self.order}; "
+                f"build them with Moments.from_tokens(..., order={order}), or estimate with order={self.order}"
+            )
+        xp = array_namespace(self.weight)
+        weight = positive(xp, self.weight)
+        # A decayed-away head keeps its means; without weight it must be the empty state all the same.
+        log_weight = xp.where(self.weight > 0, xp.log(weight), xp.full_like(weight, -math.inf))
+        slope = variance = full = None
+        if order >= 1 and self.value_key is not None:
+            slope = xp.matrix_transpose(self.value_key / weight[..., None, None])
+        if order == 2 and self.key_key is not None:
+            variance = self.key_key / weight[..., None, None]
+            full = xp.full_like(weight, strength)
+        return Expansion(
+            log_weight[..., None],
+            self.key_mean[..., None, :],
+            self.value_mean[..., None, :],
+            slope=slope,
+            variance=variance,
+            strength=full,
+            cap=None if variance is None else xp.full_like(weight, math.inf),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -21,9 +21,9 @@ from momentkv.attention import (
     group_queries,
     logits,
     softmax_state,
-    ungroup_queries,
 )
 from momentkv.statistics.clustering import centres, cluster, low_rank
+from momentkv.statistics.expansion import Expansion, estimate_expansion
 from momentkv.statistics.moments import Moments, check_broadcast, positive
 
 __all__ = ["QueryWindow", "Summaries", "estimate_summaries"]
@@ -336,6 +336,39 @@ class Summaries:
             value_mean=xp.matmul(share[..., None, :], self.value_mean)[..., 0, :],
         )
 
+    def expansion(self, *, order: int | None = None, strength: float | None = None) -> Expansion:
+        """The estimate of the tokens, as `estimate_summaries` evaluates it.
+
+        Parameters
+        ----------
+        order : {0, 1}
+            0 leaves the slope out; 1, the default, has what slope there is.
+        strength : None
+            Summaries have their own; see `calibrate`.
+
+        Raises
+        ------
+        ValueError
+            If the order is another one, or a strength is given.
+        """
+        if order not in (None, 0, 1) or strength is not None:
+            raise ValueError(
+                f"order is {order} and strength {strength}, but summaries are of order 0 or 1 and have a strength of "
+                "their own; choose rank= and strength= in Summaries.empty"
+            )
+        ranked = self.rank > 0 and order != 0
+        return Expansion(
+            self.log_weight,
+            self.key_mean,
+            self.value_mean,
+            anchor=self.anchor,
+            slope_left=self.slope_left if ranked else None,
+            slope_right=self.slope_right if ranked else None,
+            variance=self.key_variance,
+            strength=self.strength,
+            cap=self.cap,
+        )
+
     @property
     def slope(self) -> Array:
         """Pooled value-key covariance within groups, shape (..., dv, d)."""
@@ -440,24 +473,7 @@ def estimate_summaries(q: Array, summaries: Summaries, *, scale: float | None = 
     >>> bool(np.allclose(estimate_summaries(q, few).out, attend(q, k, v).out))
     True
     """
-    d = summaries.anchor.shape[-1]
-    if q.ndim < 3 or q.shape[-1] != d:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (..., q_head, q_len, {d}), as the summaries' keys")
-    xp = array_namespace(q, summaries.anchor)
-    q_heads, q_len = q.shape[-3], q.shape[-2]
-    queries = scaled_queries(q, summaries, scale)
-    off = queries - summaries.anchor[..., None, :]
-    products = summaries.log_weight[..., None, :] + xp.matmul(off, xp.matrix_transpose(summaries.key_mean))
-    state, _ = softmax_state(products[..., None, :, :], summaries.value_mean)
-    # softmax_state counts each KV head's queries as one query head of its own.
-    lse, out = state.lse, state.out
-    gain = summaries.strength[..., None] * summaries._half_variance(queries)
-    lse = lse + xp.minimum(gain, summaries.cap[..., None])
-    if summaries.rank:
-        step = xp.matmul(off, xp.matrix_transpose(summaries.slope_right))
-        out = out + xp.matmul(step, xp.matrix_transpose(summaries.slope_left))
-    out = xp.where((summaries.count > 0)[..., None, None], out, xp.zeros_like(out))
-    return AttentionState(ungroup_queries(out, q_heads, q_len), ungroup_queries(lse[..., None], q_heads, q_len)[..., 0])
+    return estimate_expansion(q, summaries.expansion(), scale=scale)
 
 
 def scaled_queries(q: Array, summaries: Summaries, scale: float | None) -> Array:

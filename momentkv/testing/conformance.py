@@ -115,7 +115,7 @@ def _check_correct(
     lse = (truth.lse + rng.standard_normal(truth.lse.shape)).astype(batch.dtype)
     retained = AttentionState(asarray(out[None, :, None]), asarray(lse[None, :, None]))
     for order in (0, 1):
-        got = asnumpy(backend.correct(retained, q, moments, order=order, scale=batch.scale))[0, :, 0]
+        got = asnumpy(backend.correct(retained, q, moments.expansion(order=order), scale=batch.scale))[0, :, 0]
         share = 1 / (1 + np.exp(np.clip(lse - truth.base, -1000, 1000)))[:, None]
         exact = out + share * (truth.value_mean + order * truth.slope - out)
         reading = bounds.read(q, moments, scale=batch.scale)
@@ -125,7 +125,7 @@ def _check_correct(
         error = 2 * size * np.tanh(base / 2 + u * (32 + np.abs(lse))) + tail + mean + 64 * u * size + truth.value_error
         _within(norm(got - exact), error + truth.tail, f"correct, order {order}, {where}")
     empty = Moments.empty(k, v)
-    got = asnumpy(backend.correct(retained, q, empty, order=1, scale=batch.scale))[0, :, 0]
+    got = asnumpy(backend.correct(retained, q, empty.expansion(), scale=batch.scale))[0, :, 0]
     if not (got == out).all():
         raise AssertionError(f"correct: changes the retained output where nothing was evicted, {where}")
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from momentkv.backends._expansion import Expansion
 from momentkv.backends.triton.decode_kernel import combine_kernel, decode_kernel
+from momentkv.statistics.expansion import Expansion
 
 __all__ = ["DecodeBlocks", "decode_blocks", "decode_triton", "estimate_flags", "number_of_splits"]
 
