@@ -20,7 +20,7 @@ from typing import Any
 
 from array_api_compat import array_namespace, device, size
 
-__all__ = ["Array", "accumulate", "accumulation_dtype", "array_namespace", "device", "nbytes"]
+__all__ = ["Array", "accumulate", "accumulation_dtype", "array_namespace", "check_broadcast", "device", "nbytes"]
 
 # Arrays of any library: the array API has no common base class to name here.
 Array = Any
@@ -57,3 +57,10 @@ def nbytes(x: Array) -> int:
     else:
         bits = xp.finfo(x.dtype).bits
     return (size(x) or 0) * bits // 8
+
+
+def check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:
+    """Raise unless ``x`` broadcasts to ``shape``."""
+    trailing = shape[len(shape) - x.ndim :] if x.ndim <= len(shape) else None
+    if trailing is None or any(mine not in (1, whole) for mine, whole in zip(x.shape, trailing, strict=True)):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, which does not broadcast to {tuple(shape)}")

@@ -15,7 +15,6 @@ MOVED = {
     f"momentkv.{old}": f"momentkv.{new}"
     for old, new in {
         "accounting": "cache.accounting",
-        "anchored": "statistics.anchored",
         "backends.array_api": "backends.base",
         "budgets": "cache.budgets",
         "clustering": "statistics.clustering",

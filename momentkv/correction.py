@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple, cast, overload
 from momentkv._array import Array
 from momentkv.attention import AttentionState, merge
 from momentkv.bounds import output_error
-from momentkv.statistics.anchored import AnchoredMoments
 from momentkv.statistics.expansion import Expandable, estimate_expansion
 from momentkv.statistics.moments import Moments
 
@@ -105,7 +104,7 @@ def correct(
 def correct(
     retained: AttentionState,
     q: Array,
-    moments: Moments | AnchoredMoments,
+    moments: Moments,
     *,
     order: int | None = None,
     scale: float | None = None,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, check_broadcast
 from momentkv.attention import AttentionState, check_values, default_scale, logits, merge, softmax_state
 from momentkv.correction import correct
 from momentkv.statistics.expansion import Expandable
-from momentkv.statistics.moments import Moments, check_broadcast
+from momentkv.statistics.moments import Moments
 
 __all__ = ["EvictionError", "eviction_error"]
 

@@ -81,11 +81,22 @@ def merge_moments(moments: Moments, group: Any = None) -> Moments:
     Moments
         The same on every rank.
 
+    Raises
+    ------
+    ValueError
+        If the moments are of order 2, or have an extent or an anchor.
+
     Notes
     -----
     Two all-reduces, the second one with order 1 only: means first, then deviations from them, so that nothing cancels.
     Equal to `Moments.merge` in any order, to rounding.
     """
+    for name in ("key_key", "extent", "anchor"):
+        if getattr(moments, name) is not None:
+            raise ValueError(
+                f"moments have {name}, which no all-reduce merges yet; gather the moments of every rank and use "
+                "Moments.merge, or build them without it"
+            )
     check_group()
     weight = moments.weight[..., None]
     sums = torch.cat([weight, weight * moments.key_mean, weight * moments.value_mean], -1)

@@ -16,7 +16,6 @@ from momentkv.bounds import output_error, read
 from momentkv.bounds.certificate import grouped, share_interval
 from momentkv.bounds.rounding import attention_error, state_error, unit
 from momentkv.bounds.theorems import Interval
-from momentkv.statistics.anchored import AnchoredMoments
 from momentkv.statistics.moments import Moments
 
 __all__ = ["Trust", "estimated_error", "trust"]
@@ -48,7 +47,7 @@ def norm(x: Array) -> Array:
 def estimated_error(
     retained: AttentionState,
     q: Array,
-    moments: Moments | AnchoredMoments,
+    moments: Moments,
     *,
     scale: float | None = None,
     calibration: float = 1.0,

@@ -15,7 +15,6 @@ from momentkv import LayerCache, Moments, attend, bounds, correct, estimate
 from momentkv.bounds.rounding import state_error
 from momentkv.cache.accounting import state_bytes
 from momentkv.cache.ragged import RaggedCache
-from momentkv.statistics.anchored import AnchoredMoments
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_same, attention_error, moments_error, unit
 from momentkv.testing.strategies import Case, cases, some_tokens
@@ -94,7 +93,7 @@ def test_misuse_of_extents_raises():
     with pytest.raises(ValueError, match="have no extent"):
         correct(attend(k[:, :1], k, v), k[:, :1], Moments.from_tokens(k, v), certify=True)
     with pytest.raises(ValueError, match="spread by"):
-        AnchoredMoments.from_tokens(k.astype(np.float32), v.astype(np.float32), np.full((2, 4), 100, np.float32))
+        Moments.from_tokens(k.astype(np.float32), v.astype(np.float32), anchor=np.full((2, 4), 100, np.float32))
     with pytest.raises(ValueError, match=r"tolerance is 0\.1"):
         LayerCache(40, tolerance=0.1)
     with pytest.raises(ValueError, match="keeps no evidence"):
@@ -134,8 +133,11 @@ def test_anchored_moments_are_exact_at_the_anchor_and_merge(backend: Library, ca
     q, k, v = case.arrays()
     anchor = (0.5 * q[..., 0, :]).astype(case.dtype)
     half = case.n // 2
-    state = AnchoredMoments.from_tokens(
-        backend.asarray(k[..., :half, :]), backend.asarray(v[..., :half, :]), backend.asarray(anchor), extent=True
+    state = Moments.from_tokens(
+        backend.asarray(k[..., :half, :]),
+        backend.asarray(v[..., :half, :]),
+        anchor=backend.asarray(anchor),
+        extent=True,
     ).update(backend.asarray(k[..., half:, :]), backend.asarray(v[..., half:, :]))
     got, exact = estimate(backend.asarray(q), state, scale=0.5), oracle.attend(q, k, v, 0.5)
     u = unit(case.dtype)

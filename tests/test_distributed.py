@@ -88,3 +88,13 @@ def test_without_a_process_group_the_error_says_so():
     ):
         with pytest.raises(RuntimeError, match=r"not initialised.*torchrun"):
             merge()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("key_key", {"order": 2}), ("extent", {"extent": True}), ("anchor", {"anchor": torch.ones(4)})],
+)
+def test_moments_that_no_reduction_merges_are_refused_by_name(name: str, options: dict[str, Any]):
+    k = v = torch.ones(2, 3, 4)
+    with pytest.raises(ValueError, match=f"moments have {name}"):
+        merge_moments(Moments.from_tokens(k, v, **options))

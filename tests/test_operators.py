@@ -15,7 +15,6 @@ from hypothesis import given
 from momentkv import Moments
 from momentkv.backends import plain
 from momentkv.backends.operators import decode, decode_operator, fold, fold_operator
-from momentkv.statistics.anchored import AnchoredMoments
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
@@ -67,7 +66,7 @@ def test_torch_estimates_an_expansion_as_the_core_does(case: Case):
     case = dataclasses.replace(case, dtype="float64")
     q, k, v = (torch.from_numpy(np.array(x)) for x in case.arrays())
     window = QueryWindow.from_queries(q, case.kv_heads)
-    anchored = AnchoredMoments.from_tokens(k, v, 0.1 * window.mean, order=2)
+    anchored = Moments.from_tokens(k, v, anchor=0.1 * window.mean, order=2)
     moments = Moments.from_tokens(k, v, order=2)
     summaries = Summaries.empty(k, v, summaries=2, rank=1).update(k, v, window)
     kinds = [summaries.expansion(), *(x.expansion(order=order) for x in (moments, anchored) for order in (0, 1, 2))]

@@ -20,7 +20,6 @@ from momentkv.bounds.theorems import (
     value_from_representation,
     value_from_residual,
 )
-from momentkv.statistics.anchored import AnchoredMoments
 from momentkv.statistics.moments import Moments
 
 __all__ = ["lse_interval", "output_error", "output_error_of_parts", "value_error"]
@@ -28,7 +27,7 @@ __all__ = ["lse_interval", "output_error", "output_error_of_parts", "value_error
 DINKELBACH_STEPS = 8
 
 
-def lse_interval(q: Array, moments: Moments | AnchoredMoments, *, scale: float | None = None) -> Interval:
+def lse_interval(q: Array, moments: Moments, *, scale: float | None = None) -> Interval:
     r"""Interval of the lse of the tokens that the moments stand for (Theorems B1 to B4).
 
     Parameters
@@ -59,7 +58,7 @@ def lse_interval(q: Array, moments: Moments | AnchoredMoments, *, scale: float |
 
 def value_error(
     q: Array,
-    moments: Moments | AnchoredMoments,
+    moments: Moments,
     estimate: Array,
     *,
     scale: float | None = None,
@@ -88,7 +87,7 @@ def value_error(
 def output_error(
     retained: AttentionState,
     q: Array,
-    moments: Moments | AnchoredMoments,
+    moments: Moments,
     output: Array,
     *,
     scale: float | None = None,
@@ -125,7 +124,7 @@ def output_error(
 def output_error_of_parts(
     retained: AttentionState,
     q: Array,
-    parts: Moments | AnchoredMoments,
+    parts: Moments,
     output: Array,
     *,
     scale: float | None = None,
@@ -134,7 +133,7 @@ def output_error_of_parts(
 
     Parameters
     ----------
-    parts : Moments or AnchoredMoments
+    parts : Moments
         With leading axes (..., kv_head, parts).
     retained, q, output, scale
         As in `output_error`.
@@ -149,21 +148,20 @@ def output_error_of_parts(
     13), and what the last step leaves open is added, so that the bound holds after any number of steps.
     """
     xp = array_namespace(q, parts.weight)
-    state = parts.moments if isinstance(parts, AnchoredMoments) else parts
-    d, kv_heads = state.key_mean.shape[-1], state.weight.shape[-2]
-    scaled = group_queries(xp.astype(q, state.key_mean.dtype, copy=False), kv_heads)
+    d, kv_heads = parts.key_mean.shape[-1], parts.weight.shape[-2]
+    scaled = group_queries(xp.astype(q, parts.key_mean.dtype, copy=False), kv_heads)
     scaled = scaled * (default_scale(d) if scale is None else scale)
     r = read_grouped(scaled[..., None, :, :], parts)
 
     def fold(x: Array) -> Array:
-        return group_queries(xp.astype(x, state.key_mean.dtype, copy=False), kv_heads)
+        return group_queries(xp.astype(x, parts.key_mean.dtype, copy=False), kv_heads)
 
     out, lse, estimate = fold(retained.out), fold(retained.lse[..., None])[..., 0], fold(output)
     error = parts_bound(r, out, lse, estimate)
     return ungroup_queries(error[..., None], q.shape[-3], q.shape[-2])[..., 0]
 
 
-def grouped(x: Array, moments: Moments | AnchoredMoments) -> Array:
+def grouped(x: Array, moments: Moments) -> Array:
     """Queries' arrays by KV head, in the dtype of the moments."""
     xp = array_namespace(x, moments.weight)
     return group_queries(xp.astype(x, moments.weight.dtype, copy=False), moments.weight.shape[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from momentkv._array import Array, array_namespace
-from momentkv.statistics.moments import positive
+from momentkv.statistics.weights import positive
 
 __all__ = ["eta", "excess", "two_point"]
 

@@ -16,8 +16,8 @@ from momentkv.bounds.theorems import (
     range_from_deviation,
     slope_from_tail,
 )
-from momentkv.statistics.anchored import AnchoredMoments
-from momentkv.statistics.moments import Moments, positive
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.weights import positive
 
 __all__ = ["CompactSlope", "Reading", "compact_slope", "read"]
 
@@ -99,9 +99,7 @@ class Reading(NamedTuple):
     value_error: Array
 
 
-def read(
-    q: Array, moments: Moments | AnchoredMoments, *, scale: float | None = None, slope: CompactSlope | None = None
-) -> Reading:
+def read(q: Array, moments: Moments, *, scale: float | None = None, slope: CompactSlope | None = None) -> Reading:
     """Read moments along queries, shape (..., kv_head * group, q_len, d).
 
     Parameters
@@ -117,39 +115,37 @@ def read(
         If the moments have no extent.
     """
     xp = array_namespace(q, moments.weight)
-    state = moments.moments if isinstance(moments, AnchoredMoments) else moments
-    d = state.key_mean.shape[-1]
+    d = moments.key_mean.shape[-1]
     if q.ndim < 3 or q.shape[-1] != d:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (..., q_head, q_len, {d}), as the moments' keys")
-    queries = group_queries(xp.astype(q, state.key_mean.dtype, copy=False), state.weight.shape[-1])
+    queries = group_queries(xp.astype(q, moments.key_mean.dtype, copy=False), moments.weight.shape[-1])
     return read_grouped(queries * (default_scale(d) if scale is None else scale), moments, slope)
 
 
-def read_grouped(queries: Array, moments: Moments | AnchoredMoments, slope: CompactSlope | None = None) -> Reading:
+def read_grouped(queries: Array, moments: Moments, slope: CompactSlope | None = None) -> Reading:
     """`read` for scaled queries, shape (..., m, d), of moments with leading axes (...)."""
-    state = moments.moments if isinstance(moments, AnchoredMoments) else moments
-    extent = state.extent
+    extent = moments.extent
     if extent is None:
         raise ValueError(
             "the moments have no extent, without which nothing bounds the farthest token; build them with "
             "Moments.from_tokens(..., extent=True)"
         )
-    xp = array_namespace(queries, state.weight)
-    u = unit(state.weight)
-    d = state.key_mean.shape[-1]
+    xp = array_namespace(queries, moments.weight)
+    u = unit(moments.weight)
+    d = moments.key_mean.shape[-1]
     error = state_error(extent)
-    weight = positive(xp, state.weight)
-    log_weight = xp.where(state.weight > 0, xp.log(weight), xp.full_like(weight, -math.inf))
+    weight = positive(xp, moments.weight)
+    log_weight = xp.where(moments.weight > 0, xp.log(weight), xp.full_like(weight, -math.inf))
     magnitude = xp.abs(xp.log(weight))
-    if isinstance(moments, AnchoredMoments):
+    if moments.anchor is not None and moments.log_scale is not None:
         full = norm(queries)
         queries = queries - moments.anchor[..., None, :]
-        log_weight = xp.where(state.weight > 0, log_weight + moments.log_scale, log_weight)
+        log_weight = xp.where(moments.weight > 0, log_weight + moments.log_scale, log_weight)
         finite = xp.where(xp.isfinite(moments.log_scale), moments.log_scale, xp.zeros_like(weight))
         magnitude = magnitude + xp.abs(finite)
         # Weights err by those of their logits and of exp: a set whose weights are off by e^(+-tilt).
         reach = norm(moments.anchor) * error.key_size
-        tilt = (u * (2 * d + 8) * reach + u * (2 * FUNCTION + 2 * extent.merges * FUNCTION))[..., None]
+        tilt = (u * (2 * d + 8) * reach + u * (2 * FUNCTION + 2 + 2 * extent.merges * FUNCTION))[..., None]
         subtraction = u * (full + norm(queries)) * error.key_size[..., None]
     else:
         tilt = subtraction = xp.zeros_like(queries[..., 0])
@@ -161,18 +157,18 @@ def read_grouped(queries: Array, moments: Moments | AnchoredMoments, slope: Comp
     def along(x: Array) -> Array:
         return xp.matmul(queries, x[..., None])[..., 0]
 
-    base = per_query(log_weight) + along(state.key_mean)
+    base = per_query(log_weight) + along(moments.key_mean)
     base_error = length * (error.key_mean + u * (d + 6) * error.key_size)[..., None] + subtraction
     base_error = base_error + (error.weight + u * (FUNCTION + FUNCTION * magnitude))[..., None] + 2 * tilt
     base_error = base_error + u * xp.where(base > -math.inf, xp.abs(base), xp.zeros_like(base))
     off = length * (error.key_mean + u * (3 * d + 20) * error.key_size)[..., None] + subtraction
-    ball = range_from_anchor(along(extent.key_anchor - state.key_mean), length, per_query(extent.key_radius))
+    ball = range_from_anchor(along(extent.key_anchor - moments.key_mean), length, per_query(extent.key_radius))
     logits = Interval(ball.low - off, ball.high + off)
-    if state.key_key is None:
+    if moments.key_key is None:
         # Nothing is known of the variance but what the range says.
         deviation = Interval(xp.zeros_like(length), xp.sqrt(-logits.low) * xp.sqrt(logits.high))
     else:
-        spread = xp.matmul(queries, state.key_key / weight[..., None, None])
+        spread = xp.matmul(queries, moments.key_key / weight[..., None, None])
         square = xp.sum(spread * queries, axis=-1)
         rest = (
             length
@@ -181,7 +177,9 @@ def read_grouped(queries: Array, moments: Moments | AnchoredMoments, slope: Comp
         )
         zero = xp.zeros_like(square)
         deviation = Interval(xp.sqrt(xp.maximum(square - rest, zero)), xp.sqrt(xp.maximum(square + rest, zero)))
-        ratio = per_query(xp.where(extent.least_weight > 0, state.weight / positive(xp, extent.least_weight), math.inf))
+        ratio = per_query(
+            xp.where(extent.least_weight > 0, moments.weight / positive(xp, extent.least_weight), math.inf)
+        )
         samuelson = range_from_deviation(
             deviation.high, ratio * (1 + error.weight + u * (8 + 2 * extent.merges))[..., None]
         )
@@ -191,28 +189,28 @@ def read_grouped(queries: Array, moments: Moments | AnchoredMoments, slope: Comp
     mass = Interval(xp.maximum(mass.low - step, xp.zeros_like(step)), mass.high + step)
 
     trace = (1 + 8 * u) * extent.value_trace / weight + error.value_trace + error.weight * error.value_spread**2
-    radius = extent.value_radius * (1 + (state.value_mean.shape[-1] + 8) * u) + error.value_mean
-    radius = radius + norm(state.value_mean - extent.value_anchor) + 8 * u * error.value_size
-    surplus = xp.where(extent.least_weight > 0, state.weight / positive(xp, extent.least_weight), math.inf)
+    radius = extent.value_radius * (1 + (moments.value_mean.shape[-1] + 8) * u) + error.value_mean
+    radius = radius + norm(moments.value_mean - extent.value_anchor) + 8 * u * error.value_size
+    surplus = xp.where(extent.least_weight > 0, moments.weight / positive(xp, extent.least_weight), math.inf)
     surplus = surplus * (1 + error.weight + u * (8 + 2 * extent.merges))
     surplus = xp.maximum(surplus - 1, xp.zeros_like(surplus))
     several = xp.where(trace > 0, xp.sqrt(trace) * xp.sqrt(surplus), xp.zeros_like(trace))
     radius = xp.minimum(radius, several + error.value_mean)
-    occupied = state.weight > 0
+    occupied = moments.weight > 0
     radius = xp.where(occupied, radius, xp.zeros_like(radius))
-    value_mean = state.value_mean[..., None, :] + xp.zeros_like(length)[..., None]
+    value_mean = moments.value_mean[..., None, :] + xp.zeros_like(length)[..., None]
     if slope is not None:
         g = xp.matmul(xp.matmul(queries, xp.matrix_transpose(slope.right)), xp.matrix_transpose(slope.left))
         missing = slope_from_tail(length, slope.tail[..., None])
-    elif state.value_key is not None:
-        matrix = state.value_key / weight[..., None, None]
+    elif moments.value_key is not None:
+        matrix = moments.value_key / weight[..., None, None]
         g = xp.matmul(queries, xp.matrix_transpose(matrix))
         missing = xp.zeros_like(length)
     else:
         # Cauchy and Schwarz: |E[X V]| <= sigma sqrt(E |V|^2).
         g = xp.zeros_like(value_mean)
         missing = deviation.high * xp.sqrt(trace)[..., None] * (1 + 16 * u)
-    if slope is not None or state.value_key is not None:
+    if slope is not None or moments.value_key is not None:
         per_spread = u * (2 * d + 16) + error.weight
         missing = missing + length * (error.value_key + per_spread * error.value_spread * error.key_spread)[..., None]
     value_error = per_query(error.value_mean) + 2 * per_query(radius) * xp.tanh(2 * tilt)

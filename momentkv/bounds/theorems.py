@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace
 from momentkv.bounds.functions import LARGE, eta, excess, safe_ratio, two_point
-from momentkv.statistics.moments import positive
+from momentkv.statistics.weights import positive
 
 __all__ = [
     "Interval",

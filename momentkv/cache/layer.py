@@ -6,15 +6,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, device, nbytes
+from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, check_broadcast, device, nbytes
 from momentkv.attention import check_values, default_scale, group_queries
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.base import causal_mask
 from momentkv.cache.step import CacheStep
 from momentkv.policies import Policy, Tokens, check_budget, get_policy, retain
+from momentkv.statistics.checks import check_order
 from momentkv.statistics.corrections import Correction, get_correction
 from momentkv.statistics.expansion import Expansion
-from momentkv.statistics.moments import Moments, check_broadcast, check_order
+from momentkv.statistics.moments import Moments
 from momentkv.statistics.summaries import QueryWindow
 from momentkv.trust import trust_of
 

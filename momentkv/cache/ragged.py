@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, check_broadcast
 from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache, remember
 from momentkv.cache.step import CacheStep
-from momentkv.statistics.moments import check_broadcast
 
 __all__ = ["RaggedCache"]
 

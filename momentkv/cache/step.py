@@ -5,9 +5,8 @@ from __future__ import annotations
 import abc
 from typing import Any
 
-from momentkv._array import Array
+from momentkv._array import Array, check_broadcast
 from momentkv.attention import check_keys
-from momentkv.statistics.moments import check_broadcast
 
 __all__ = ["CacheStep"]
 

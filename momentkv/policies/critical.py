@@ -9,7 +9,7 @@ from momentkv._array import Array, accumulate, array_namespace
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.novelty import ranks
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
-from momentkv.statistics.moments import positive
+from momentkv.statistics.weights import positive
 
 __all__ = ["CriticalKV"]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from momentkv._array import Array, accumulate, array_namespace, device
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
-from momentkv.statistics.moments import positive
+from momentkv.statistics.weights import positive
 
 __all__ = ["Novelty", "centred", "mahalanobis", "ranks"]
 

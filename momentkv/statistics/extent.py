@@ -194,14 +194,11 @@ class Extent:
         """
         xp = array_namespace(self.key_anchor, transposed)
         d = transposed.shape[-1]
-        eye = xp.eye(d, dtype=transposed.dtype, device=device(transposed))
-        off = xp.matmul(xp.matrix_transpose(transposed), transposed) - eye
-        error = float(xp.max(xp.abs(off)))
-        if not error <= 16 * d * xp.finfo(transposed.dtype).eps:
-            raise ValueError(
-                f"rotation is off orthogonal by {error:g}, which changes distances to the anchors; use an orthogonal "
-                "matrix, or drop the extent with dataclasses.replace(moments, extent=None)"
-            )
+        check_orthogonal(
+            transposed,
+            "which changes distances to the anchors; use an orthogonal matrix, or drop the extent with "
+            "dataclasses.replace(moments, extent=None)",
+        )
         turned = xp.matmul(self.key_anchor[..., None, :], transposed)[..., 0, :]
         # Rounding of the products and departure from orthogonality, in units that `terms` are counted in.
         steps = xp.where(self.occupied, xp.full_like(self.terms, 34.0 * d**2), xp.zeros_like(self.terms))
@@ -222,3 +219,13 @@ class Extent:
             return xp.where(some[..., None] if x.ndim > some.ndim else some, x, empty)
 
         return Extent(**{name: keep(name, x) for name, x in self.arrays().items()})
+
+
+def check_orthogonal(matrix: Array, consequence: str) -> None:
+    """Raise unless a rotation is orthogonal to rounding."""
+    xp = array_namespace(matrix)
+    d = matrix.shape[-1]
+    eye = xp.eye(d, dtype=matrix.dtype, device=device(matrix))
+    error = float(xp.max(xp.abs(xp.matmul(xp.matrix_transpose(matrix), matrix) - eye)))
+    if not error <= 16 * d * xp.finfo(matrix.dtype).eps:
+        raise ValueError(f"rotation is off orthogonal by {error:g}, {consequence}")

@@ -13,14 +13,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from momentkv._array import Array, accumulate, array_namespace, nbytes
+from momentkv._array import Array, accumulate, array_namespace, check_broadcast, nbytes
 from momentkv.attention import check_values
+from momentkv.statistics.checks import check_fits, check_order
 from momentkv.statistics.expansion import Expansion
-from momentkv.statistics.extent import Extent
+from momentkv.statistics.extent import Extent, check_orthogonal
+from momentkv.statistics.weights import attended, check_spread, outer, positive, weighted
 
 __all__ = ["Moments"]
 
-FIELDS = ("weight", "key_mean", "value_mean", "value_key", "key_key")
+FIELDS = ("weight", "key_mean", "value_mean", "value_key", "key_key", "anchor", "log_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +48,19 @@ class Moments:
         Centred co-moment of the keys, a sum too; None below order 2.
     extent : Extent, or None
         How far the tokens reach, for `momentkv.bounds`; None by default.
+    anchor : array, shape (..., d), or None
+        Scaled query :math:`a` (with the factor ``s``) whose attention the tokens are weighted by:
+        :math:`w_j e^{a \cdot k_j}`; None for the zero query, the paper's.
+    log_scale : array, shape (...), or None
+        Given with an anchor: natural log of the factor that all weights have yet to be multiplied by, ``-inf`` for the
+        empty set. The largest factor :math:`e^{a \cdot k_j}` of a set gathered at once is stored as 1.
 
     Notes
     -----
     Immutable: every operation returns a new object. Accumulated in float64 if an input is float64, else in float32
     (unit weights are counted exactly up to 2**24 tokens a head in float32).
+    Around a recent query instead of the zero query, logits vary less, and with them the error of an estimate: why an
+    anchor, docs/derivations/mass.md.
     Derivation: docs/derivations/moments.md. Merging: Chan, Golub, LeVeque (1983), *The American Statistician* 37.
 
     Examples
@@ -62,6 +72,11 @@ class Moments:
     >>> parts = Moments.from_tokens(k[:, :2], v[:, :2]).update(k[:, 2:], v[:, 2:])
     >>> bool(np.allclose(whole.value_key, parts.value_key)), whole.weight.tolist()
     (True, [6.0, 6.0])
+    >>> from momentkv import attend, estimate
+    >>> q = rng.normal(size=(2, 1, 4))
+    >>> anchored = Moments.from_tokens(k, v, anchor=q[:, 0] / 2)
+    >>> bool(np.allclose(estimate(q, anchored).out, attend(q, k, v).out))  # exact at the anchor
+    True
     """
 
     weight: Array
@@ -70,6 +85,8 @@ class Moments:
     value_key: Array | None = None
     key_key: Array | None = None
     extent: Extent | None = None
+    anchor: Array | None = None
+    log_scale: Array | None = None
 
     @classmethod
     def from_tokens(
@@ -81,6 +98,7 @@ class Moments:
         weights: Array | None = None,
         order: int = 1,
         extent: bool | Extent = False,
+        anchor: Array | None = None,
     ) -> Moments:
         """Moments of the given tokens.
 
@@ -96,6 +114,8 @@ class Moments:
             0 keeps the means only, 1 the value-key co-moment too, 2 also that of the keys.
         extent : bool or Extent
             Whether to keep how far the tokens reach; given an `Extent`, measured from its anchors.
+        anchor : array, broadcastable to (..., d), optional
+            Scaled query, by whose attention tokens are weighted.
 
         Returns
         -------
@@ -104,12 +124,16 @@ class Moments:
         Raises
         ------
         ValueError
-            If shapes do not fit, or ``order`` is not 0, 1 or 2.
+            If shapes do not fit, ``order`` is not 0, 1 or 2, or logits at the anchor spread so far that the dtype would
+            lose a weight beside the largest.
         """
         check_order(order)
         check_values(k, v)
         xp = array_namespace(k, v)
-        k, v = accumulate(xp, k, v)
+        if anchor is None:
+            k, v = accumulate(xp, k, v)
+        else:
+            k, v, anchor = accumulate(xp, k, v, anchor)
         w = xp.ones_like(k[..., 0]) if weights is None else weighted(xp, weights, k)
         if mask is not None:
             check_broadcast("mask", mask, k.shape[:-1])
@@ -118,6 +142,11 @@ class Moments:
             # Left-out slots may hold anything; times zero would keep their NaN and infinities.
             k = xp.where(mask[..., None], k, xp.zeros_like(k))
             v = xp.where(mask[..., None], v, xp.zeros_like(v))
+        log_scale = None
+        if anchor is not None:
+            check_broadcast("anchor", anchor, (*k.shape[:-2], k.shape[-1]))
+            anchor = xp.broadcast_to(anchor, (*k.shape[:-2], k.shape[-1]))
+            log_scale, w = attended(k, w, anchor)
         total = xp.sum(w, axis=-1)
         safe = positive(xp, total)[..., None]
         wk, wv = w[..., None] * k, w[..., None] * v
@@ -127,17 +156,17 @@ class Moments:
             like = extent if isinstance(extent, Extent) else None
             reach = Extent.of_tokens(k, v, w, key_mean, value_mean, like=like)
         if order == 0:
-            return cls(total, key_mean, value_mean, extent=reach)
+            return cls(total, key_mean, value_mean, extent=reach, anchor=anchor, log_scale=log_scale)
         deviations = w[..., None] * (v - value_mean[..., None, :])
         off = k - key_mean[..., None, :]
         value_key = xp.matmul(xp.matrix_transpose(deviations), off)
         key_key = xp.matmul(xp.matrix_transpose(w[..., None] * off), off) if order == 2 else None
-        return cls(total, key_mean, value_mean, value_key, key_key, reach)
+        return cls(total, key_mean, value_mean, value_key, key_key, reach, anchor, log_scale)
 
     @classmethod
-    def empty(cls, k: Array, v: Array, *, order: int = 1, extent: bool = False) -> Moments:
+    def empty(cls, k: Array, v: Array, *, order: int = 1, extent: bool = False, anchor: Array | None = None) -> Moments:
         """The empty set, the identity of `merge`, for tokens shaped and typed like ``k`` and ``v`` (none are read)."""
-        return cls.from_tokens(k[..., :0, :], v[..., :0, :], order=order, extent=extent)
+        return cls.from_tokens(k[..., :0, :], v[..., :0, :], order=order, extent=extent, anchor=anchor)
 
     @property
     def order(self) -> int:
@@ -171,7 +200,8 @@ class Moments:
         xp = array_namespace(self.weight)
         weight = positive(xp, self.weight)
         # A decayed-away head keeps its means; without weight it must be the empty state all the same.
-        log_weight = xp.where(self.weight > 0, xp.log(weight), xp.full_like(weight, -math.inf))
+        log_scale = xp.zeros_like(weight) if self.log_scale is None else self.log_scale
+        log_weight = xp.where(self.weight > 0, xp.log(weight) + log_scale, xp.full_like(weight, -math.inf))
         slope = variance = full = None
         if order >= 1 and self.value_key is not None:
             slope = xp.matrix_transpose(self.value_key / weight[..., None, None])
@@ -182,6 +212,7 @@ class Moments:
             log_weight[..., None],
             self.key_mean[..., None, :],
             self.value_mean[..., None, :],
+            anchor=self.anchor,
             slope=slope,
             variance=variance,
             strength=full,
@@ -208,7 +239,8 @@ class Moments:
     def update(self, k: Array, v: Array, *, mask: Array | None = None, weights: Array | None = None) -> Moments:
         """Add tokens: `merge` with the moments of ``k, v`` (arguments as in `from_tokens`)."""
         extent = False if self.extent is None else self.extent
-        return self.merge(Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=extent))
+        new = Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=extent, anchor=self.anchor)
+        return self.merge(new)
 
     def merge(self, other: Moments) -> Moments:
         r"""Moments of the union of two disjoint sets.
@@ -221,10 +253,15 @@ class Moments:
         Raises
         ------
         ValueError
-            If the two differ in shape, order or the anchors of their extents.
+            If the two differ in shape, order, anchor or the anchors of their extents, or the weights of one would
+            vanish beside those of the other.
         """
-        self._check_fits(other)
+        check_fits(FIELDS, self, other)
         xp = array_namespace(self.weight, other.weight)
+        if self.log_scale is not None and other.log_scale is not None:
+            nothing = xp.full_like(self.weight, -math.inf)
+            top = xp.maximum(*(xp.where(x.weight > 0, x.log_scale, nothing) for x in (self, other)))
+            self, other = self._by_scale(top), other._by_scale(top)
         total = self.weight + other.weight
         share = other.weight / positive(xp, total)
         dk, dv = other.key_mean - self.key_mean, other.value_mean - self.value_mean
@@ -262,16 +299,22 @@ class Moments:
         Raises
         ------
         ValueError
-            If a head would be left with less than no weight.
+            If a head would be left with less than no weight, or the moments have an anchor.
 
         Notes
         -----
         Exact in exact arithmetic. In floating point the error grows like the removed over the remaining weight:
-        meant for taking back a small part.
+        meant for taking back a small part. Weights at an anchor are exponentials, of which the removed ones may be all
+        that is known to rounding.
         """
+        if self.anchor is not None:
+            raise ValueError(
+                "cannot downdate moments with an anchor: what is left of exponential weights may be lost in rounding; "
+                "gather the moments of the remaining tokens anew"
+            )
         like = False if self.extent is None else self.extent
         part = Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=like)
-        self._check_fits(part)
+        check_fits(FIELDS, self, part)
         xp = array_namespace(self.weight, part.weight)
         left = self.weight - part.weight
         # Weights added in another order agree only to rounding; a remainder within it is an empty set.
@@ -305,12 +348,12 @@ class Moments:
         Parameters
         ----------
         rotation : array, shape (..., d, d)
-            Any matrix; an orthogonal one leaves estimates unchanged for queries rotated alike.
+            Any matrix; an orthogonal one leaves estimates unchanged for queries rotated alike. An anchor turns too.
 
         Raises
         ------
         ValueError
-            If its last two axes are not ``(d, d)``, or it is not orthogonal although the extent is kept.
+            If its last two axes are not ``(d, d)``, or it is not orthogonal although there is an extent or an anchor.
         """
         d = self.key_mean.shape[-1]
         if tuple(rotation.shape[-2:]) != (d, d):
@@ -325,7 +368,13 @@ class Moments:
         if self.key_key is not None:
             key_key = xp.matmul(xp.matmul(xp.matrix_transpose(transposed), self.key_key), transposed)
         extent = None if self.extent is None else self.extent.rotate(transposed)
-        return dataclasses.replace(self, key_mean=key_mean, value_key=value_key, key_key=key_key, extent=extent)
+        anchor = self.anchor
+        if anchor is not None:
+            check_orthogonal(transposed, "which changes the logits at the anchor; use an orthogonal matrix")
+            anchor = xp.matmul(anchor[..., None, :], transposed)[..., 0, :]
+        return dataclasses.replace(
+            self, key_mean=key_mean, value_key=value_key, key_key=key_key, extent=extent, anchor=anchor
+        )
 
     def decay(self, gamma: float | Array) -> Moments:
         """Multiply every token's weight by ``gamma`` (0 to 1; a number, or an array that broadcasts to ``weight``).
@@ -347,55 +396,12 @@ class Moments:
         extent = None if self.extent is None else self.extent.decay(gamma, weight)
         return dataclasses.replace(self, weight=weight, value_key=value_key, key_key=key_key, extent=extent)
 
-    def _check_fits(self, other: Moments) -> None:
-        if (self.extent is None) != (other.extent is None):
-            raise ValueError(
-                "cannot combine moments with and without extent; build both with the same extent= in from_tokens"
-            )
-        for name in FIELDS:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if (mine is None) != (theirs is None):
-                raise ValueError(
-                    f"cannot combine moments of order {self.order} with moments of order {other.order}; "
-                    "build both with the same order="
-                )
-            if mine is not None and tuple(mine.shape) != tuple(theirs.shape):
-                raise ValueError(
-                    f"cannot combine moments: {name} has shape {tuple(mine.shape)} here and "
-                    f"{tuple(theirs.shape)} there; batch, KV heads and dimensions must be equal"
-                )
-
-
-def check_order(order: int) -> None:
-    """Raise unless ``order`` is 0, 1 or 2."""
-    if order not in (0, 1, 2):
-        raise ValueError(
-            f"order is {order!r}; use 0 (means only), 1 (means and value-key co-moment) or 2 (the keys' co-moment too)"
-        )
-
-
-def check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:
-    """Raise unless ``x`` broadcasts to ``shape``."""
-    trailing = shape[len(shape) - x.ndim :] if x.ndim <= len(shape) else None
-    if trailing is None or any(mine not in (1, whole) for mine, whole in zip(x.shape, trailing, strict=True)):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, which does not broadcast to {tuple(shape)}")
-
-
-def weighted(xp: Any, weights: Array, k: Array) -> Array:
-    """Weights in the accumulation dtype of ``k``, one for every token of every head."""
-    check_broadcast("weights", weights, k.shape[:-1])
-    wrong = ~(xp.isfinite(weights) & (weights >= 0))
-    if bool(xp.any(wrong)):
-        first = float(xp.reshape(weights, (-1,))[int(xp.argmax(xp.astype(xp.reshape(wrong, (-1,)), xp.int32)))])
-        raise ValueError(f"weights has an entry {first:g}; every weight must be finite and at least 0")
-    return xp.astype(weights, k.dtype) * xp.ones_like(k[..., 0])
-
-
-def positive(xp: Any, x: Array) -> Array:
-    """``x`` where it is positive and 1 elsewhere, to divide by."""
-    return xp.where(x > 0, x, xp.ones_like(x))
-
-
-def outer(a: Array, b: Array) -> Array:
-    """Outer product of the last axes."""
-    return a[..., :, None] * b[..., None, :]
+    def _by_scale(self, log_scale: Array) -> Moments:
+        """The same moments, with weights in units of ``exp(log_scale)``; heads without weight count as they are."""
+        xp = array_namespace(self.weight)
+        some, zero = self.weight > 0, xp.zeros_like(self.weight)
+        below = xp.where(some, self.log_scale, zero) - xp.where(some, log_scale, zero)
+        check_spread(below)
+        # Where nothing changes, not even the extent counts a rounding: the empty set stays the identity of `merge`.
+        scaled = self.decay(xp.exp(below)) if bool(xp.any(below != 0)) else self
+        return dataclasses.replace(scaled, log_scale=log_scale)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, accumulate, array_namespace, device, nbytes
+from momentkv._array import Array, accumulate, array_namespace, check_broadcast, device, nbytes
 from momentkv.attention import (
     AttentionState,
     check_values,
@@ -24,7 +24,8 @@ from momentkv.attention import (
 )
 from momentkv.statistics.clustering import centres, cluster, low_rank
 from momentkv.statistics.expansion import Expansion, estimate_expansion
-from momentkv.statistics.moments import Moments, check_broadcast, positive
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.weights import positive
 
 __all__ = ["QueryWindow", "Summaries", "estimate_summaries"]
 

@@ -1,0 +1,45 @@
+"""What moments refuse, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from momentkv._array import array_namespace
+
+if TYPE_CHECKING:
+    from momentkv.statistics.moments import Moments
+
+__all__ = ["check_fits", "check_order"]
+
+
+def check_order(order: int) -> None:
+    """Raise unless ``order`` is 0, 1 or 2."""
+    if order not in (0, 1, 2):
+        raise ValueError(
+            f"order is {order!r}; use 0 (means only), 1 (means and value-key co-moment) or 2 (the keys' co-moment too)"
+        )
+
+
+def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:
+    """Raise unless two sets of moments can be combined: of the same fields, shapes and anchor."""
+    if (one.anchor is None) != (other.anchor is None):
+        raise ValueError("cannot combine moments with and without anchor; build both with the same anchor=")
+    if (one.extent is None) != (other.extent is None):
+        raise ValueError(
+            "cannot combine moments with and without extent; build both with the same extent= in from_tokens"
+        )
+    for name in fields:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if (mine is None) != (theirs is None):
+            raise ValueError(
+                f"cannot combine moments of order {one.order} with moments of order {other.order}; "
+                "build both with the same order="
+            )
+        if mine is not None and tuple(mine.shape) != tuple(theirs.shape):
+            raise ValueError(
+                f"cannot combine moments: {name} has shape {tuple(mine.shape)} here and "
+                f"{tuple(theirs.shape)} there; batch, KV heads and dimensions must be equal"
+            )
+    if one.anchor is not None and not bool(array_namespace(one.anchor).all(one.anchor == other.anchor)):
+        raise ValueError("cannot combine moments with other anchors; gather both around the same one")
