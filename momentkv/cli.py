@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 from momentkv import __version__
 from momentkv.policies import POLICIES
+from momentkv.statistics.corrections import CORRECTIONS
 
 __all__ = ["main"]
+
+CORRECTED = [name for name in CORRECTIONS if name != "moments"]  # which is "order-1"
 
 # Which extra brings a package that a command imports.
 EXTRAS = {
@@ -73,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("model", metavar="MODEL", help="a known model, a Hugging Face id, or the path of a config.json")
     plan.add_argument("--context", type=int, required=True, metavar="N", help="tokens read and generated")
     plan.add_argument("--budget", type=int, required=True, metavar="B", help="tokens retained per KV head")
-    plan.add_argument("--correction", default="summaries", choices=["none", "order-0", "order-1", "summaries"])
+    plan.add_argument("--correction", default="summaries", choices=CORRECTED)
     plan.add_argument("--batch", type=int, default=1, help="rows, each of N tokens")
     plan.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     plan.set_defaults(run=run_plan)
@@ -104,10 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--corrections",
         nargs="+",
         default=["none", "order-1", "summaries"],
-        choices=[
-            *("none", "order-0", "order-1", "summaries"),
-            *("none-layers", "summaries-layers", "none-heads", "summaries-heads"),
-        ],
+        choices=[*CORRECTED, "none-layers", "summaries-layers", "none-heads", "summaries-heads"],
         metavar="C",
         help="none, order-0 and order-1 (the paper's), summaries, and -layers, -heads: budgets by measured error",
     )
@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_source(gap, context=4096, following=128)
     gap.add_argument("--budget", type=int, default=128, help="tokens per KV head")
     gap.add_argument("--policy", default="momentkv", choices=list(POLICIES))
-    gap.add_argument("--correction", default="order-1", choices=["order-0", "order-1", "summaries"])
+    gap.add_argument("--correction", default="order-1", choices=[name for name in CORRECTED if name != "none"])
     gap.add_argument("--output", default="results/gap.json", help="data; the plot goes beside it")
     gap.set_defaults(run=run_gap)
 
@@ -174,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_source(trust, context=2048, following=128)
     trust.add_argument("--budget", type=int, default=256, help="tokens per KV head")
     trust.add_argument("--policy", default="balanced", choices=list(POLICIES))
-    trust.add_argument("--correction", default="summaries", choices=["none", "order-0", "order-1", "summaries"])
+    trust.add_argument("--correction", default="summaries", choices=CORRECTED)
     trust.add_argument("--output", default="results/trust.json", help="data; the plot goes beside it")
     trust.set_defaults(run=run_trust)
 
@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--corrections",
         nargs="+",
         default=["none", "order-1", "summaries"],
-        choices=["none", "order-0", "order-1", "summaries"],
+        choices=CORRECTED,
         metavar="C",
     )
     stream.add_argument("--chunk", type=int, default=512, help="tokens a chunk of the chunked prefill")

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "CORRECTION_NAMES",
     "DTYPES",
     "KNOWN",
     "Plan",
@@ -29,13 +28,6 @@ __all__ = [
 
 # Bytes of one number of keys and values, by the name of its type.
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Order and kind of each correction, by the names that the command line has for them.
-CORRECTION_NAMES: dict[str, tuple[int | None, str]] = {
-    "none": (None, "moments"),
-    "order-0": (0, "moments"),
-    "order-1": (1, "moments"),
-    "summaries": (1, "summaries"),
-}
 POSITION_BYTES = SCORE_BYTES = 4
 SLIDING = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 # What tells of models whose caches have another shape, or that momentkv cannot correct.
@@ -200,7 +192,7 @@ def plan(
     budget : int
         Tokens retained per KV head, as `momentkv.cache.layer.LayerCache` takes it: the correction comes on top.
     correction : str or Correction
-        A name of `CORRECTION_NAMES`, or an object.
+        As in `momentkv.cache.layer.LayerCache`.
     batch : int
         Rows, each of ``context`` tokens.
     dtype : str
@@ -237,7 +229,7 @@ def plan(
     if block < 1:
         raise ValueError(f"block is {block}; evict at least one token at a time")
     check_budget(budget, sinks, window)
-    order, kind = choose(correction)
+    kind = get_correction(correction)
     d, itemsize = shape.head_dim, DTYPES[dtype]
     heads = batch * shape.kv_heads * shape.full_layers
     token = 2 * d * itemsize
@@ -248,9 +240,9 @@ def plan(
     bounded = (
         batch * shape.kv_heads * (shape.layers - shape.full_layers) * min(context, max(shape.sliding_window - 1, 0))
     )
-    anchor = 2 * d * 4 if order is not None and kind.anchored else 0
+    anchor = 2 * d * 4 if kind.anchored else 0
     queries = 2 * d * 4 if get_policy(policy).needs_queries else anchor
-    equivalent = token_equivalents(kind, order=order, d=d, itemsize=itemsize)
+    equivalent = token_equivalents(kind, d=d, itemsize=itemsize)
     return Plan(
         shape=shape,
         context=context,
@@ -264,23 +256,11 @@ def plan(
         retained_bytes=heads * retained * token,
         waiting_bytes=heads * waiting * token,
         bookkeeping_bytes=heads * (retained + waiting) * (POSITION_BYTES + score),
-        state_bytes=heads * (state_bytes(kind, order=order, d=d) - anchor),
+        state_bytes=heads * (state_bytes(kind, d=d) - anchor),
         query_bytes=heads * queries,
         sliding_bytes=bounded * token,
         equivalent_tokens=retained + equivalent,
     )
-
-
-def choose(correction: str | Correction) -> tuple[int | None, Correction]:
-    """Order and kind of a correction by its name, or of an object."""
-    if isinstance(correction, Correction):
-        return 1, correction
-    if correction not in CORRECTION_NAMES:
-        raise ValueError(
-            f"correction is {correction!r}; use one of {', '.join(CORRECTION_NAMES)}, or a Correction object"
-        )
-    order, kind = CORRECTION_NAMES[correction]
-    return order, get_correction(kind)
 
 
 def find_shape(model: str) -> Shape:

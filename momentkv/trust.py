@@ -145,9 +145,8 @@ def trust_of(settings: Any, q: Array, k: Array, v: Array, positions: Array, mome
     scale = settings.attention_scale
     present = positions >= 0
     state, _ = backend.attend(q, k, v, scale=scale, mask=present[..., None, None, :])
-    out = state.out
-    if settings.order is not None:
-        out = backend.correct(state, q, settings.correction.expansion(moments, order=settings.order), scale=scale)
+    expansion = settings.correction.expansion(moments)
+    out = state.out if expansion is None else backend.correct(state, q, expansion, scale=scale)
     bound = output_error(state, q, evidence, out, scale=scale)
     u = unit(evidence.weight)
 
@@ -164,8 +163,7 @@ def trust_of(settings: Any, q: Array, k: Array, v: Array, positions: Array, mome
     reach = size + state_error(evidence.extent).value_size[..., None] if evidence.extent is not None else size
     rounding = of_out + 2 * reach * xp.tanh(of_lse / 4)
     bound = bound + ungroup_queries(rounding[..., None], q.shape[-3], q.shape[-2])[..., 0]
-    factor = 1.0 if settings.order is None else settings.correction.calibration
-    estimate = estimated_error(state, q, evidence, scale=scale, calibration=factor)
+    estimate = estimated_error(state, q, evidence, scale=scale, calibration=settings.correction.calibration)
     total = norm(xp.astype(out, evidence.weight.dtype))
     safe = xp.where(total > 0, total, xp.ones_like(total))
     infinite = xp.full_like(total, float("inf"))

@@ -11,7 +11,7 @@ from libraries import Library
 from momentkv import LayerCache, Moments, Policy, Tokens, attend, correct, estimate, get_policy
 from momentkv.backends import get_backend
 from momentkv.policies import MomentKV, Random, SnapKV
-from momentkv.statistics.corrections import get_correction
+from momentkv.statistics.corrections import Correction, PaperMoments, get_correction
 from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
 from momentkv.testing.rounding import assert_same
 
@@ -31,6 +31,13 @@ WINDOW = QueryWindow(zeros(2, 4), zeros(2, 4))
 
 def summaries(**settings: float) -> Summaries:
     return Summaries.empty(zeros(2, 5, 4), zeros(2, 5, 3), **settings)
+
+
+class OneOrder(PaperMoments):
+    """A correction that has no order but its own."""
+
+    name = "one order"
+    of_order = Correction.of_order
 
 
 # What is called, and parts of the message: the name of the argument and its value.
@@ -83,7 +90,10 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "cache: backend": (lambda: LayerCache(64, backend="jax"), ["backend is 'jax'", "numpy"]),
     "cache: attend on nothing": (lambda: LayerCache(64).attend(zeros(1, 2, 1, 4)), ["attend", "empty", "append"]),
     "cache: correction": (lambda: LayerCache(64, correction="mean"), ["correction is 'mean'", "moments", "summaries"]),
-    "correction: name": (lambda: get_correction("none"), ["correction is 'none'", "summaries", "order=None"]),
+    "correction: name": (lambda: get_correction("mean"), ["correction is 'mean'", "summaries", "none"]),
+    "correction: order": (lambda: get_correction("moments", order=2), ["order is 2", "None"]),
+    "correction: order of moments": (lambda: PaperMoments(order=2), ["order is 2", "1", "0"]),
+    "correction: no such order": (lambda: get_correction(OneOrder(), order=0), ["order is 0", "'one order'"]),
     "correction: no window": (
         lambda: get_correction("summaries").fold(
             summaries(), zeros(2, 5, 4), zeros(2, 5, 3), mask=zeros(2, 5) == 0, window=None

@@ -282,7 +282,7 @@ class Counting(Correction):
 
     name = "counting"
 
-    def empty(self, k: Any, v: Any, *, order: int) -> Any:
+    def empty(self, k: Any, v: Any) -> Any:
         return Moments.empty(k, v, order=0)
 
     def fold(self, state: Any, k: Any, v: Any, *, mask: Any, window: Any) -> Any:
@@ -295,7 +295,7 @@ CONSTRUCTIONS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "a correction of one's own": (
         "llama",
         {"correction": Counting()},
-        ["static=True with the correction", "order=None"],
+        ["static=True with the correction", "'none'"],
     ),
     "another backend": ("llama", {"backend": "array-api"}, ["static=True with the backend 'array-api'", "'torch'"]),
     "bytes": ("llama", {"budget": "1MiB"}, ["static=True with a budget of '1MiB'", "in tokens"]),

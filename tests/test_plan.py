@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 import momentkv.hf
 from momentkv import LayerCache
-from momentkv.cli import main
-from momentkv.plan import CORRECTION_NAMES, KNOWN, Shape, find_shape, plan, shape_from_config, size
-from momentkv.statistics.corrections import AnchoredSummaries
+from momentkv.cli import CORRECTED, main
+from momentkv.plan import KNOWN, Shape, find_shape, plan, shape_from_config, size
+from momentkv.statistics.corrections import CORRECTIONS, AnchoredSummaries
 
 SMALL = Shape(layers=1, kv_heads=2, q_heads=4, head_dim=16)
 
@@ -37,19 +37,19 @@ def filled(context: int, **options: object) -> LayerCache:
 
 
 @pytest.mark.parametrize("context", [20, 64, 80, 95, 300])
-@pytest.mark.parametrize("correction", CORRECTION_NAMES)
+@pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("policy", ["momentkv", "knorm", "expected-attention"])
 def test_planned_bytes_are_those_of_a_layer_between_steps(context: int, correction: str, policy: str):
-    order, kind = CORRECTION_NAMES[correction]
-    cache = filled(context, policy=policy, order=order, correction=kind)
+    cache = filled(context, policy=policy, correction=correction)
     # Between steps a block of 32 holds at most 31 tokens.
     result = plan(SMALL, context, 64, correction=correction, batch=3, dtype="float32", policy=policy, block=31)
     assert result.total == cache.nbytes
     assert result.retained + result.waiting == cache.keys.shape[-2]
     assert result.retained_bytes + result.waiting_bytes == cache.keys.nbytes + cache.values.nbytes
-    anchored = (order is not None and kind == "summaries") or policy == "expected-attention"
+    anchored = correction == "summaries" or policy == "expected-attention"
     assert result.query_bytes == (cache.query_mean.nbytes + cache.query_square.nbytes if anchored else 0)
-    assert result.state_bytes == (0 if order is None else cache.moments.nbytes)
+    assert result.state_bytes == cache.moments.nbytes
+    assert (result.state_bytes == 0) == (correction == "none")
 
 
 def test_the_plan_is_of_the_fullest_moment():
@@ -73,8 +73,7 @@ def test_planned_bytes_are_those_of_a_model(family: str, dtype: str, correction:
     model.config.save_pretrained(tmp_path)
     shape = find_shape(str(tmp_path))
     assert shape.layers == model.config.num_hidden_layers
-    order, kind = CORRECTION_NAMES[correction]
-    cache = momentkv.hf.MomentCache(model, 64, order=order, correction=kind, sharing="uniform")
+    cache = momentkv.hf.MomentCache(model, 64, correction=correction, sharing="uniform")
     ids = prompt(2, 211)
     model(ids[:, :180], past_key_values=cache)
     for t in range(180, 211):
@@ -163,7 +162,7 @@ def test_other_ids_are_looked_up_by_transformers(monkeypatch: pytest.MonkeyPatch
         ({"batch": 0}, r"batch is 0; use at least 1"),
         ({"block": 0}, r"block is 0"),
         ({"dtype": "int4"}, r"dtype is 'int4'; use one of bfloat16, float16, float32"),
-        ({"correction": "moments"}, r"correction is 'moments'; use one of none, order-0, order-1, summaries"),
+        ({"correction": "mean"}, r"correction is 'mean'; use one of none, order-0, order-1, summaries"),
     ],
 )
 def test_bad_arguments_are_named_with_a_remedy(options: dict[str, object], message: str):
@@ -221,7 +220,7 @@ def test_files_that_are_no_configuration_say_so(tmp_path: Path):
             find_shape(str(tmp_path))
 
 
-@pytest.mark.parametrize("correction", CORRECTION_NAMES)
+@pytest.mark.parametrize("correction", CORRECTED)
 def test_the_command_prints_every_part_and_fits_a_terminal(
     correction: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -19,7 +19,7 @@ def state_bytes(
     ----------
     correction : str or Correction
     order : {1, 0, None}
-        None for plain eviction, which costs nothing.
+        As a cache takes it.
     d, dv : int
         Dimension of keys and of values (``d`` by default).
     certify : {0, 1, 2, None}
@@ -33,18 +33,16 @@ def state_bytes(
     --------
     >>> state_bytes("moments", d=64) == 4 * (1 + 64 + 64 + 64 * 64)
     True
-    >>> state_bytes("moments", order=None, d=64)
+    >>> state_bytes("none", d=64)
     0
-    >>> state_bytes("moments", order=None, d=64, certify=0) == 4 * (1 + 64 + 64 + 64 + 64 + 7)
+    >>> state_bytes("none", d=64, certify=0) == 4 * (1 + 64 + 64 + 64 + 64 + 7)
     True
     """
     k, v = (np.zeros((0, size), dtype=np.float32) for size in (d, dv or d))
     evidence = 0 if certify is None else Moments.empty(k, v, order=certify, extent=True).nbytes
-    if order is None:
-        return evidence
-    kind = get_correction(correction)
+    kind = get_correction(correction, order=order)
     queries = 2 * d * k.itemsize if kind.anchored else 0
-    return int(kind.empty(k, v, order=order).nbytes) + queries + evidence
+    return int(kind.empty(k, v).nbytes) + queries + evidence
 
 
 def token_equivalents(

@@ -92,12 +92,11 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
     moments, correction = cache.moments, cache.correction
     if not cache.has_evicted:
         correction = correction.stand_in()
-        moments = correction.empty(cache.keys, cache.values, order=cache.order or 0)
+        moments = correction.empty(cache.keys, cache.values)
 
     def output(state: AttentionState, moments: Any, evicted: bool) -> Array:
-        if cache.order is None or not evicted:
-            return state.out
-        return backend.correct(state, q, correction.expansion(moments, order=cache.order), scale=scale)
+        expansion = correction.expansion(moments) if evicted else None
+        return state.out if expansion is None else backend.correct(state, q, expansion, scale=scale)
 
     exact = output(states[-1], moments, cache.has_evicted)
     norm = xp.sum(exact * exact, axis=-1)
@@ -106,7 +105,7 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
     for budget, state, (k, v, positions) in zip(
         reversed(grid), reversed(states[:-1]), reversed(segments[1:]), strict=True
     ):
-        if cache.order is not None and budget < n:
+        if budget < n:
             moments = correction.fold(moments, k, v, mask=positions >= 0, window=cache.query_window)
         off = output(state, moments, cache.has_evicted or budget < n) - exact
         relative = xp.sum(off * off, axis=-1) / xp.where(norm > 0, norm, xp.ones_like(norm))

@@ -37,10 +37,11 @@ class LayerCache(CacheStep):
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
-        Order of the correction; None for plain eviction, which keeps no moments.
+        Highest order of the correction that is used: with 0, moments keep no co-moment and summaries no slope. None is
+        ``correction="none"``.
     correction : str or Correction
-        What stands for the evicted tokens: ``"moments"`` (the paper's) or ``"summaries"`` (several, anchored); see
-        `momentkv.statistics.corrections.CORRECTIONS`. With order 0, summaries have no slope.
+        What stands for the evicted tokens: ``"moments"`` (the paper's), ``"summaries"`` (several, anchored), or
+        ``"none"`` for plain eviction; see `momentkv.statistics.corrections.CORRECTIONS`.
     sinks : int
         First tokens of every row, always retained.
     window : int
@@ -71,8 +72,8 @@ class LayerCache(CacheStep):
         Stored tokens, in order of position; ``n < budget + block`` after every `step`.
     positions : int32 array, shape (batch..., kv_head, n)
         Place in the sequence, -1 for a slot that holds no token (padding).
-    moments : Moments or Summaries
-        Of the tokens evicted so far; empty when ``order`` is None.
+    moments : Moments, Summaries or NoStatistics
+        Of the tokens evicted so far.
     query_mean, query_square : array, shape (batch..., kv_head, d), or None
         First and second moment of the scaled recent queries, where the correction is anchored at them or the policy
         needs them.
@@ -124,14 +125,12 @@ class LayerCache(CacheStep):
             raise ValueError(
                 f"tolerance is {tolerance} with certify={certify}; it must be at least 0 and needs certify=0, 1 or 2"
             )
-        if order not in (None, 0, 1):
-            raise ValueError(f"order is {order!r}; use None (plain eviction), 0 or 1")
         if block < 1:
             raise ValueError(f"block is {block}; evict at least one token at a time")
         self.budget, self.sinks, self.window, self.block = budget, sinks, window, block
         self.certify, self.tolerance = certify, tolerance
-        self.policy, self.order, self.scale = get_policy(policy), order, scale
-        self.correction, self.keep_queries = get_correction(correction), keep_queries
+        self.policy, self.scale, self.keep_queries = get_policy(policy), scale, keep_queries
+        self.correction = get_correction(correction, order=order)
         self.backend = None if backend is None else get_backend(backend)
         self.reset()
 
@@ -165,7 +164,7 @@ class LayerCache(CacheStep):
             zeros = xp.zeros(k.shape[:-1], dtype=accumulation_dtype(xp, k.dtype, v.dtype), device=device(k))
         if self.keys is None:
             self.keys, self.values, self.positions, self.score = k, v, new, zeros
-            self.moments = self.correction.empty(k, v, order=self.order or 0)
+            self.moments = self.correction.empty(k, v)
             if self.certify is not None:
                 self.evidence = Moments.empty(k, v, order=self.certify, extent=True)
         else:
@@ -284,10 +283,9 @@ class LayerCache(CacheStep):
                 window=self.window,
                 seen=self.seen,
             )
-            if self.order is not None:
-                moments = self.correction.fold(
-                    moments, self.keys, self.values, mask=selection.evicted, window=self.query_window
-                )
+            moments = self.correction.fold(
+                moments, self.keys, self.values, mask=selection.evicted, window=self.query_window
+            )
             positions = xp.where(selection.evicted, xp.full_like(positions, -1), positions)
         if newest is not None and self.order is not None:
             # Rows whose first eviction this is and whose newest queries are all real; others keep what they have.
@@ -350,12 +348,17 @@ class LayerCache(CacheStep):
     @property
     def expansion(self) -> Expansion | None:
         """The estimate of the evicted tokens, or None for plain eviction."""
-        return None if self.order is None else self.correction.expansion(self.moments, order=self.order)
+        return self.correction.expansion(self.moments)
+
+    @property
+    def order(self) -> int | None:
+        """Order of the correction; None for plain eviction."""
+        return self.correction.order
 
     @property
     def remembers_queries(self) -> bool:
         """Whether it keeps mean and variance of recent queries: for the correction, the policy or both."""
-        return self.policy.needs_queries or (self.order is not None and self.correction.anchored)
+        return self.policy.needs_queries or self.correction.anchored
 
     @property
     def attention_scale(self) -> float:
@@ -375,11 +378,8 @@ class LayerCache(CacheStep):
     @property
     def nbytes(self) -> int:
         """Bytes of all that is stored now: keys, values, positions, scores and moments."""
-        arrays = self.arrays()
-        if self.order is None:
-            arrays = {name: x for name, x in arrays.items() if not name.startswith("moments.")}
         # Evidence is counted: whoever certifies pays for it.
-        return sum(nbytes(x) for x in arrays.values())
+        return sum(nbytes(x) for x in self.arrays().values())
 
     def arrays(self) -> dict[str, Array]:
         """Every array of the state, by name (those of the moments as ``moments.weight`` and so on)."""

@@ -189,7 +189,7 @@ class RaggedCache(CacheStep):
         one.padded = any(part.padded for part in self.parts)
         # To measure with; evidence and refusals stay with the parts.
         one.certify = one.tolerance = one.evidence = one.recent_queries = None
-        one.moments = one.correction.empty(one.keys, one.values, order=one.order or 0)
+        one.moments = one.correction.empty(one.keys, one.values)
         return one
 
     def _decode(self, q: Array, valid: Array | None) -> Array:
@@ -204,7 +204,7 @@ class RaggedCache(CacheStep):
             q,
             self.keys,
             self.values,
-            first.correction.expansion(self._moments(), order=first.order) if corrects else None,
+            first.correction.expansion(self._moments()) if corrects else None,
             scale=first.attention_scale,
             valid=[part.positions >= 0 if part.padded else None for part in self.parts],
             weights=observed,
@@ -227,7 +227,7 @@ class RaggedCache(CacheStep):
             arrays = [moments.arrays() for moments in parts]
             one = type(parts[0])(**{name: xp.concat([each[name] for each in arrays], axis=axis) for name in arrays[0]})
             for head, part in enumerate(self.parts):  # what a head holds is now a part of it: nothing is stored twice
-                own = (slice(None),) * axis + (slice(head, head + 1),)
+                own = (slice(None),) * axis + (slice(head, head + 1), ...)
                 part.moments = one.map(lambda x, own=own: x[own])
             self._joined = held = ([part.moments for part in self.parts], one)
         return held[1]

@@ -17,22 +17,20 @@ from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
 from momentkv.hf.checks import SHARING, SHARING_BY_HEADS
 from momentkv.policies import Policy, get_policy
-from momentkv.statistics.corrections import Correction, get_correction
+from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correction
 
 __all__ = ["CHOICES", "Fidelity", "Setting", "compare", "empty_cache", "measure", "moment_tokens", "settings_grid"]
 
 # Query statistics are float32 whatever the cache stores.
 STATISTIC_BYTES = 4
-# Corrections by the names that the command line has for them: (order, kind, sharing of the budget).
+# Corrections by the names that the command line has for them: (order, kind, sharing of the budget). What "moments" is
+# called here is "order-1".
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "none": (None, "moments"),
-    "order-0": (0, "moments"),
-    "order-1": (1, "moments"),
-    "summaries": (1, "summaries"),
+    name: (correction.order, name) for name, correction in CORRECTIONS.items() if name != "moments"
 } | {
-    f"{name}-{sharing}": (order, kind, sharing)
+    f"{name}-{sharing}": (CORRECTIONS[name].order, name, sharing)
     for sharing in SHARING
-    for name, order, kind in (("none", None, "moments"), ("summaries", 1, "summaries"))
+    for name in ("none", "summaries")
     if sharing != "uniform"
 }
 
@@ -56,11 +54,8 @@ class Setting:
     @property
     def correction(self) -> str:
         """How the correction is called in tables."""
-        name = self.kind if isinstance(self.kind, str) else repr(self.kind)
-        if self.kind == "moments":
-            name = f"order {self.order}"
-        if self.order is None:
-            name = "none"
+        used = get_correction(self.kind, order=self.order)
+        name = next((name.replace("-", " ") for name, one in CORRECTIONS.items() if one == used), repr(used))
         return name if self.sharing == "uniform" else f"{name}, by {self.sharing}"
 
 
@@ -113,7 +108,7 @@ def moment_tokens(model: Any, setting: Setting) -> int:
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     itemsize = model.dtype.itemsize
     cost = token_equivalents(setting.kind, order=setting.order, d=d, itemsize=itemsize)
-    counted = setting.order is not None and get_correction(setting.kind).anchored
+    counted = get_correction(setting.kind, order=setting.order).anchored
     if get_policy(setting.policy).needs_queries and not counted:
         cost += STATISTIC_BYTES / itemsize  # mean and variance are as many numbers as a token has
     return math.ceil(cost)

@@ -65,7 +65,7 @@ def measure_gap(
     ids : int tensor, shape (1, context + T)
     context : int
     setting : Setting
-        Its order is that of the correction; None is taken as 1, since ``plain`` is reported anyway.
+        Without a correction the paper's moments are measured, since ``plain`` is reported anyway.
     sinks, window : int
 
     Returns
@@ -73,14 +73,11 @@ def measure_gap(
     Gap
     """
     ids = ids.to(model.device)
-    order = 1 if setting.order is None else setting.order
+    used = dataclasses.replace(setting, order=1, kind="moments") if setting.order is None else setting
     policy = get_policy(setting.policy)
     captured = CaptureCache(model, None if policy.observes is None else max(policy.observes, RECENT_QUERIES))
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
-    cache = replay(
-        captured,
-        empty_cache(model, dataclasses.replace(setting, order=order), sinks=sinks, window=window),
-    )
+    cache = replay(captured, empty_cache(model, used, sinks=sinks, window=window))
     for layer in captured.capture_layers.values():
         layer.keep = None
     model(ids[:, context:], past_key_values=captured, logits_to_keep=1)

@@ -113,11 +113,8 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
             q = layer.queries[:, group * heads.start : group * heads.stop, -(length - context) :: every].double()
             kept = (tokens >= context).expand(1, k.shape[1], -1).clone()
             kept.scatter_(2, part.positions.long(), True)
-            expansion, factor = None, 1.0
-            if part.order is not None:
-                state = part.moments.map(torch.Tensor.double)
-                expansion = part.correction.expansion(state, order=part.order)
-                factor = part.correction.calibration
+            expansion = part.correction.expansion(part.moments.map(torch.Tensor.double))
+            factor = part.correction.calibration
             parts.append(compare(q, k, v, kept, tokens[context::every], tokens, expansion, factor, layer.scaling))
         columns.append([np.concatenate(x) for x in zip(*parts, strict=True)])
     return TrustPoints(*(np.stack(x) for x in zip(*columns, strict=True)))

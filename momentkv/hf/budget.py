@@ -93,9 +93,7 @@ class TotalBytes(BudgetRule):
         pair = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
         sums = 8 if torch.float64 in (k.dtype, v.dtype) else 4
         token = pair + torch.int32.itemsize + (sums if one.policy.observes != 0 else 0)
-        state = 0
-        if one.order is not None:
-            state = one.correction.empty(k[:1, :1, :0], v[:1, :1, :0], order=one.order).nbytes
+        state = one.correction.empty(k[:1, :1, :0], v[:1, :1, :0]).nbytes
         if one.remembers_queries:
             state += 2 * k.shape[-1] * sums
         heads = layers * batch * kv_heads

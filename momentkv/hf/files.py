@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from momentkv.backends import BACKENDS, get_backend
 from momentkv.policies import POLICIES, Policy
-from momentkv.statistics.corrections import CORRECTIONS, Correction
+from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correction
 from momentkv.statistics.moments import Moments
 
 __all__ = ["FORMAT", "CacheFileError", "fingerprint", "load", "save"]
@@ -29,6 +29,7 @@ SCALARS = ("budget", "scale", "seen", "padded", "has_evicted", "refused")
 # What of a configuration decides whether a cache fits; a value that a model lacks is None.
 DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
 SAMPLED, ELEMENTS = 8, 64
+KINDS = {correction.name: type(correction) for correction in CORRECTIONS.values()}
 
 
 class CacheFileError(ValueError):
@@ -78,7 +79,7 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             "block": one.block,
             "backend": backend_name(one.backend),
             "policy": described(one.policy, POLICIES),
-            "correction": described(one.correction, CORRECTIONS),
+            "correction": described(one.correction, KINDS),
         }
         # What few caches have is written for those alone, so that a version without it reads the others.
         for name, value in (("certify", one.certify), ("tolerance", one.tolerance), ("static", cache.static)):
@@ -124,7 +125,11 @@ def load(
     average = settings.pop("average")
     if "policy" in settings:
         settings["policy"] = revived(settings["policy"], POLICIES, policy, "policy")
-        settings["correction"] = revived(settings["correction"], CORRECTIONS, correction, "correction")
+        order = settings["order"]
+        made = revived(
+            settings["correction"], KINDS, correction, "correction", lambda x: get_correction(x, order=order)
+        )
+        settings["correction"] = made
     cache = make(model, settings.pop("budget"), **settings)
     check_model(record, model_record(config, cache.layers), fingerprint(model), path)
     for shared in cache.shared_budgets:
@@ -185,8 +190,9 @@ def restore(part: Any, scalars: Mapping[str, Any], arrays: Mapping[str, torch.Te
     part.keys, part.values = arrays["keys"], arrays["values"]
     for name in ("positions", "score", "query_mean", "query_square", "recent_queries"):
         setattr(part, name, arrays.get(name))
-    empty = part.correction.empty(part.keys, part.values, order=part.order or 0)
-    part.moments = filled(empty, "moments.", arrays)
+    part.moments = part.correction.empty(part.keys, part.values)
+    if part.order is not None:  # version 0.1 wrote moments that nothing was ever added to
+        part.moments = filled(part.moments, "moments.", arrays)
     if part.moments is None:
         raise CacheFileError(
             f"{path} holds moments of another make than its correction, {part.correction!r}; pass the correction it had"
@@ -219,8 +225,14 @@ def described(choice: Any, known: Mapping[str, type[Any]]) -> dict[str, Any]:
     return {"name": choice.name, "parameters": dataclasses.asdict(choice)}
 
 
-def revived(record: Mapping[str, Any], known: Mapping[str, type[Any]], given: Any, what: str) -> Any:
-    """The policy or correction that was described."""
+def revived(
+    record: Mapping[str, Any],
+    known: Mapping[str, type[Any]],
+    given: Any,
+    what: str,
+    used: Callable[[Any], Any] = lambda choice: choice,
+) -> Any:
+    """The policy or correction that was described; ``used`` makes of a choice what a cache makes of it."""
     if record.get("own"):
         if given is None or record["name"] not in (given.name, type(given).__name__):
             raise ValueError(
@@ -228,9 +240,10 @@ def revived(record: Mapping[str, Any], known: Mapping[str, type[Any]], given: An
                 f"pass {what}=, an object like the one it had"
             )
         return given
-    if given is not None and described(given, known) != dict(record):
+    made = known[record["name"]](**record["parameters"])
+    if given is not None and used(given) != used(made):
         raise ValueError(f"{what} is {given!r}, but the cache was made with {record['name']!r}; leave {what} out")
-    return known[record["name"]](**record["parameters"])
+    return made
 
 
 def backend_name(backend: Any) -> str | None:

@@ -64,7 +64,7 @@ class DecodeGraphs:
             raise RuntimeError("cache has read nothing yet; read the prompt with the model first")
         rules = self.static.states[0].rules
         waits = rules.policy.name if rules.policy.name in WAITING_POLICIES else ""
-        if rules.order is not None and rules.correction.anchored:
+        if rules.correction.anchored:
             waits = waits or rules.correction.name
         if capture_flush and waits:
             raise ValueError(

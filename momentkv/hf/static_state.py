@@ -31,10 +31,10 @@ def check_static(core: LayerCache | RaggedCache) -> None:
         raise ValueError(
             f"static=True with certify={one.certify}: certificates decide on the host; use static=False for them"
         )
-    if one.correction.name not in ("moments", "summaries"):
+    if one.correction.name not in ("moments", "summaries", "none"):
         raise ValueError(
             f"static=True with the correction {one.correction!r}, whose state has no fixed buffers; use 'moments', "
-            "'summaries', order=None, or static=False"
+            "'summaries', 'none', or static=False"
         )
     if one.backend is not None and one.backend.name != "torch":
         raise ValueError(f"static=True with the backend {one.backend.name!r}; use 'torch', or static=False")
@@ -176,7 +176,7 @@ class StaticState:
                 setattr(part, name, buffers[name][:, own].clone() if name in buffers else None)
             part.seen = int(buffers["seen"])
             part.padded = bool((part.positions < 0).any())
-            part.moments = part.correction.empty(part.keys, part.values, order=part.order or 0)
+            part.moments = part.correction.empty(part.keys, part.values)
             if moments is not None:
                 part.moments = moments.map(functools.partial(of_heads, own))
             weight = part.moments.weight

@@ -37,7 +37,8 @@ class Expansion(NamedTuple):
 
     Notes
     -----
-    Leading axes are (batch..., kv_head). Evaluated by `estimate_expansion`.
+    Leading axes are (batch..., kv_head). Evaluated by `estimate_expansion`. But for slope and variance, the groups are
+    tokens with a `bias`: docs/derivations/summaries.md#pseudo-tokens.
     """
 
     log_weight: Array
@@ -50,6 +51,18 @@ class Expansion(NamedTuple):
     variance: Array | None = None
     strength: Array | None = None
     cap: Array | None = None
+
+    @property
+    def bias(self) -> Array:
+        r"""What makes a token of each group: :math:`\ell_c = s\, q \cdot \mu_c + b_c`, shape (..., m).
+
+        :math:`b_c = \log W_c - a \cdot \mu_c`: with keys :math:`\mu_c`, values :math:`\nu_c` and this bias on their
+        logits, which no query changes, the groups may stand beside retained tokens in one attention call.
+        """
+        if self.anchor is None:
+            return self.log_weight
+        xp = array_namespace(self.anchor, self.key_mean)
+        return self.log_weight - xp.matmul(self.key_mean, self.anchor[..., None])[..., 0]
 
     def expansion(self, *, order: int | None = None, strength: float | None = None) -> Expansion:
         """Itself, so that it can stand where statistics can.

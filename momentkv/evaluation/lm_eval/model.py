@@ -25,17 +25,10 @@ from momentkv.hf import MomentCache
 from momentkv.hf.budget import parse_budget
 from momentkv.hf.checks import NAME, SHARING
 from momentkv.policies import get_policy
+from momentkv.statistics.corrections import get_correction
 
-__all__ = ["CORRECTIONS", "MomentLM", "main"]
+__all__ = ["MomentLM", "main"]
 
-# Corrections by the names that `momentkv evaluate` has for them: order and kind. lm_eval reads "none" as None.
-CORRECTIONS: dict[str | None, tuple[int | None, str]] = {
-    "none": (None, "moments"),
-    None: (None, "moments"),
-    "order-0": (0, "moments"),
-    "order-1": (1, "moments"),
-    "summaries": (1, "summaries"),
-}
 # What is the same for a row whatever rows are beside it.
 ROWS_ALONE = ("uniform", "pyramid")
 
@@ -109,9 +102,8 @@ class MomentLM(HFLM):
         context_field: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if correction not in CORRECTIONS:
-            names = ", ".join(name for name in CORRECTIONS if name)
-            raise ValueError(f"correction is {correction!r}; use one of {names}")
+        correction = correction or "none"  # lm_eval reads "none" as None
+        get_correction(correction)
         get_policy(policy)
         if sharing is not None and sharing not in SHARING:
             raise ValueError(f"sharing is {sharing!r}; use one of {', '.join(map(repr, SHARING))}")
@@ -137,13 +129,11 @@ class MomentLM(HFLM):
             raise ValueError(f"attn_implementation is {implementation!r}, which would ignore the moments; leave it out")
         if not self.full:
             check_batch(kwargs.get("batch_size", 1), budget, sharing, prefill_chunk)
-        order, kind = CORRECTIONS[correction]
         self.budget, self.prefill_chunk, self.query_aware = budget, prefill_chunk, query_aware
         self.question_marker, self.context_field = question_marker, context_field
         self.settings: dict[str, Any] = {
             "policy": policy,
-            "order": order,
-            "correction": kind,
+            "correction": correction,
             "sharing": sharing,
             "sinks": sinks,
             "window": window,
