@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from momentkv import Tokens
 from momentkv.hf import CacheFileError, MomentCache, files
 from momentkv.policies import H2O, POLICIES, Policy
-from momentkv.statistics.corrections import AnchoredSummaries
+from momentkv.statistics.corrections import AnchoredSummaries, PaperMoments
 from momentkv.trust import trust
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 8, "block": 4}
@@ -231,6 +231,31 @@ def test_the_undamaged_file_is_read(saved: bytes, tmp_path: Path):
     assert MomentCache.load(tmp_path / "cache", tiny("llama")).get_seq_length() == 60
     (tmp_path / "cache").write_bytes(rewritten(saved, lambda *_: None, sign=True))
     assert MomentCache.load(tmp_path / "cache", tiny("llama")).get_seq_length() == 60
+
+
+def test_files_of_version_0_1_still_load(tmp_path: Path):
+    """Which named no correction "none" and no order in one, and wrote empty moments beside plain eviction."""
+    model = tiny("llama")
+    for order in (None, 0, 1):
+        cache = read(model, sharing="uniform", policy="knorm", correction="moments", order=order)
+        cache.save(tmp_path / "cache")
+
+        def former(record: Any, tensors: Any, order: int | None = order) -> None:
+            assert record["settings"]["order"] == order
+            record["settings"]["correction"] = {"name": "moments", "parameters": {}}
+            for n in range(len(record["layers"])) if order is None else ():
+                tensors[f"{n}.0.moments.weight"] = torch.zeros(2, 2)
+                for name in ("key_mean", "value_mean"):
+                    tensors[f"{n}.0.moments.{name}"] = torch.zeros(2, 2, 16)
+
+        (tmp_path / "cache").write_bytes(rewritten((tmp_path / "cache").read_bytes(), former, sign=True))
+        for correction in (None, PaperMoments(), PaperMoments(order=order or 0)):
+            loaded = MomentCache.load(tmp_path / "cache", model, correction=correction)
+            assert_same(state(loaded), state(cache))
+            assert loaded.nbytes == cache.nbytes
+        if order is not None:  # otherwise all corrections are none
+            with pytest.raises(ValueError, match="leave correction out"):
+                MomentCache.load(tmp_path / "cache", model, correction=AnchoredSummaries())
 
 
 def test_a_missing_file_is_missing(tmp_path: Path):

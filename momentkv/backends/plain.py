@@ -67,10 +67,11 @@ def estimate_expansion(q: torch.Tensor, expansion: Expansion, *, scale: float) -
     if expansion.slope_left is not None and expansion.slope_right is not None:
         out = out + torch.matmul(torch.matmul(x, expansion.slope_right.mT), expansion.slope_left.mT)
     if expansion.variance is not None and expansion.strength is not None and expansion.cap is not None:
-        diagonal = expansion.variance.ndim == expansion.log_weight.ndim
-        spread = expansion.variance.to(x.dtype)
-        moved = x * spread[..., None, :] if diagonal else torch.matmul(x, spread)
-        gain = 0.5 * expansion.strength[..., None, None] * (moved * x).sum(-1, keepdim=True)
+        spread, half = expansion.variance.to(x.dtype), 0.5 * expansion.strength
+        if spread.ndim == expansion.log_weight.ndim:
+            gain = torch.matmul(x * x, (half[..., None] * spread)[..., None])
+        else:
+            gain = half[..., None, None] * (torch.matmul(x, spread) * x).sum(-1, keepdim=True)
         lse = lse + torch.minimum(gain, expansion.cap[..., None, None])
     out = out.masked_fill(lse == -torch.inf, 0.0)
     heads = q.shape[:-1]

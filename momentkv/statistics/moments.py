@@ -200,8 +200,8 @@ class Moments:
         xp = array_namespace(self.weight)
         weight = positive(xp, self.weight)
         # A decayed-away head keeps its means; without weight it must be the empty state all the same.
-        log_scale = xp.zeros_like(weight) if self.log_scale is None else self.log_scale
-        log_weight = xp.where(self.weight > 0, xp.log(weight) + log_scale, xp.full_like(weight, -math.inf))
+        log_weight = xp.log(weight) if self.log_scale is None else xp.log(weight) + self.log_scale
+        log_weight = xp.where(self.weight > 0, log_weight, xp.full_like(weight, -math.inf))
         slope = variance = full = None
         if order >= 1 and self.value_key is not None:
             slope = xp.matrix_transpose(self.value_key / weight[..., None, None])
