@@ -16,11 +16,23 @@ With grouped queries ``q_head = kv_head * group``, and query head ``h`` reads KV
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from array_api_compat import array_namespace, device, size
 
-__all__ = ["Array", "accumulate", "accumulation_dtype", "array_namespace", "check_broadcast", "device", "nbytes"]
+__all__ = [
+    "Array",
+    "accumulate",
+    "accumulate_as",
+    "accumulation_dtype",
+    "array_namespace",
+    "check_arrays",
+    "check_broadcast",
+    "check_mask",
+    "device",
+    "nbytes",
+]
 
 # Arrays of any library: the array API has no common base class to name here.
 Array = Any
@@ -40,6 +52,24 @@ def accumulate(xp: Any, *arrays: Array) -> tuple[Array, ...]:
     return tuple(xp.astype(x, dtype, copy=False) for x in arrays)
 
 
+def accumulate_as(state: Array, name: str, **arrays: Array) -> tuple[Array, ...]:
+    """Cast tokens to the dtype of the state that they are to be added to; `name` is that of the state.
+
+    Raises
+    ------
+    ValueError
+        If that would lose digits which the tokens' own accumulation dtype has.
+    """
+    xp = check_arrays(**{name: state}, **arrays)
+    for own, x in arrays.items():
+        if accumulation_dtype(xp, x.dtype) == xp.float64 != state.dtype:
+            raise ValueError(
+                f"{own} is {x.dtype}, but the {name} it is added to are {state.dtype}; cast one of them: "
+                f"{own}, or the {name} with map()"
+            )
+    return tuple(xp.astype(x, state.dtype, copy=False) for x in arrays.values())
+
+
 def nbytes(x: Array) -> int:
     """Bytes that the elements of an array occupy.
 
@@ -57,6 +87,72 @@ def nbytes(x: Array) -> int:
     else:
         bits = xp.finfo(x.dtype).bits
     return (size(x) or 0) * bits // 8
+
+
+def check_arrays(**arrays: Array) -> Any:
+    """Raise unless all arguments are floating-point arrays of one library, whose namespace is returned.
+
+    Looks at types alone, never at numbers: those may be on a device, or not be there yet.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> check_arrays(q=np.zeros(3), k=np.zeros(3, dtype=int))
+    Traceback (most recent call last):
+    ValueError: k is int64 of shape (3,); it must be of floating point: convert it, to float32 say
+    """
+    try:
+        xp = array_namespace(*arrays.values())
+        floats = [floating(xp, x.dtype) for x in arrays.values()]
+    except (TypeError, AttributeError):
+        raise TypeError(mixed(arrays)) from None
+    if not all(floats):
+        name, x = next(item for item, right in zip(arrays.items(), floats, strict=True) if not right)
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {tuple(x.shape)}; it must be of floating point: convert it, to float32 say"
+        )
+    return xp
+
+
+@cache
+def floating(xp: Any, dtype: Any) -> bool:
+    """Whether a dtype is one of real floating-point numbers."""
+    return bool(xp.isdtype(dtype, "real floating"))
+
+
+def library(x: Any) -> str | None:
+    """Name of the library of an array; None of what is no array."""
+    try:
+        name: str = array_namespace(x).__name__
+    except TypeError:
+        return None
+    return name.rpartition(".")[2]
+
+
+def mixed(arrays: dict[str, Any]) -> str:
+    """What is wrong with arguments that are not arrays of one library."""
+    for name, x in arrays.items():
+        if library(x) is None or not hasattr(x, "dtype"):
+            return f"{name} is a {type(x).__name__}; pass an array of NumPy, PyTorch or another array-API library"
+    (first, one), *others = arrays.items()
+    name, other = next((name, x) for name, x in others if library(x) != library(one))
+    return (
+        f"{first} is an array of {library(one)}, {name} one of {library(other)}; convert one of them: all arrays of a "
+        "call must be of one library"
+    )
+
+
+def check_mask(name: str, mask: Array, shape: tuple[int, ...], like: Array) -> None:
+    """Raise unless a mask is a bool array of the library of ``like`` that broadcasts to ``shape``."""
+    xp = array_namespace(like)
+    if getattr(mask, "dtype", None) != xp.bool:
+        if library(mask) != library(like):
+            raise TypeError(mixed({name: mask, "tokens": like}))
+        raise ValueError(
+            f"{name} is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool, True for what counts: {name} != 0 "
+            f"makes it of ones and zeros, {name} == 0 of zeros and -inf"
+        )
+    check_broadcast(name, mask, shape)
 
 
 def check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, accumulate, array_namespace, device
+from momentkv._array import Array, accumulate, array_namespace, check_arrays, check_mask, device
 
 __all__ = ["AttentionState", "attend", "group_queries", "logits", "merge", "softmax_state", "ungroup_queries"]
 
@@ -79,8 +79,7 @@ def logits(q: Array, k: Array, *, scale: float | None = None, mask: Array | None
     array, shape (..., kv_head, group, q_len, n)
         In the accumulation dtype (float32, or float64 if an input is).
     """
-    xp = array_namespace(q, k)
-    check_keys(q, k)
+    xp = check_keys(q, k)
     q, k = accumulate(xp, q, k)
     kv_heads, n, d = k.shape[-3:]
     q_heads, q_len = q.shape[-3], q.shape[-2]
@@ -88,6 +87,7 @@ def logits(q: Array, k: Array, *, scale: float | None = None, mask: Array | None
     products = xp.matmul(group_queries(q, kv_heads) * scale, xp.matrix_transpose(k))
     products = xp.reshape(products, (*products.shape[:-2], q_heads // kv_heads, q_len, n))
     if mask is not None:
+        check_mask("mask", mask, products.shape, products)
         minus_inf = xp.asarray(-math.inf, dtype=products.dtype, device=device(products))
         products = xp.where(mask, products, minus_inf)
     return products
@@ -110,7 +110,7 @@ def softmax_state(products: Array, v: Array) -> tuple[AttentionState, Array]:
     weights : array, shape (..., kv_head, group, q_len, n)
         Softmax over the last axis; all zero for a query that sees no token.
     """
-    xp = array_namespace(products, v)
+    xp = check_arrays(products=products, v=v)
     products, v = accumulate(xp, products, v)
     *batch, kv_heads, group, q_len, n = products.shape
     dv = v.shape[-1]
@@ -119,15 +119,15 @@ def softmax_state(products: Array, v: Array) -> tuple[AttentionState, Array]:
         out = xp.zeros((*heads, dv), dtype=products.dtype, device=device(products))
         return AttentionState(out, xp.full(heads, -math.inf, dtype=products.dtype, device=device(products))), products
     top = xp.max(products, axis=-1, keepdims=True)
-    # A row that is masked everywhere has top = -inf; any finite shift keeps its weights at exp(-inf) = 0.
-    top = xp.where(top > -math.inf, top, xp.zeros_like(top))
+    # A row that is masked everywhere has top = -inf; any finite shift keeps its weights at exp(-inf) = 0. NaN stays: it
+    # must not pass for the empty set.
+    top = xp.where(top == -math.inf, xp.zeros_like(top), top)
     weights = xp.exp(products - top)
     total = xp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / xp.where(total > 0, total, xp.ones_like(total))
+    safe = xp.where(total == 0, xp.ones_like(total), total)
+    weights = weights / safe
     out = xp.matmul(xp.reshape(weights, (*batch, kv_heads, group * q_len, n)), v)
-    lse = xp.where(
-        total > 0, xp.log(xp.where(total > 0, total, xp.ones_like(total))) + top, -math.inf * xp.ones_like(top)
-    )
+    lse = xp.where(total == 0, xp.full_like(top, -math.inf), xp.log(safe) + top)
     return AttentionState(xp.reshape(out, (*heads, dv)), xp.reshape(lse, heads)), weights
 
 
@@ -155,7 +155,9 @@ def attend(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Ar
     Raises
     ------
     ValueError
-        If head counts or dimensions do not fit each other.
+        If head counts or dimensions do not fit each other, or an array is not of floating point, a mask not bool.
+    TypeError
+        If arrays are of several libraries, or no arrays.
 
     Notes
     -----
@@ -208,7 +210,7 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     >>> bool(np.allclose(whole.out, parts.out) and np.allclose(whole.lse, parts.lse))
     True
     """
-    xp = array_namespace(a.out, b.out)
+    xp = check_arrays(**{"a.out": a.out, "a.lse": a.lse, "b.out": b.out, "b.lse": b.lse})
     out_a, lse_a, out_b, lse_b = accumulate(xp, a.out, a.lse, b.out, b.lse)
     top = xp.maximum(lse_a, lse_b)
     shift = xp.where(top > -math.inf, top, xp.zeros_like(top))
@@ -226,20 +228,24 @@ def default_scale(d: int) -> float:
     return 1.0 / math.sqrt(d)
 
 
-def check_keys(q: Any, k: Any) -> None:
-    """Raise unless queries and keys share ``d`` and both have head and token axes."""
+def check_keys(q: Array, k: Array) -> Any:
+    """Raise unless queries and keys are floats, share ``d`` and have head and token axes; returns their namespace."""
+    xp = check_arrays(q=q, k=k)
     if q.ndim < 3 or k.ndim < 3:
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; both need at least the axes (head, token, d)"
         )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head dimension {q.shape[-1]} but k has {k.shape[-1]}; they must be equal")
+    return xp
 
 
-def check_values(k: Any, v: Any) -> None:
-    """Raise unless every key has a value."""
+def check_values(k: Array, v: Array) -> Any:
+    """Raise unless keys and values are floats and every key has a value; returns their namespace."""
+    xp = check_arrays(k=k, v=v)
     if k.ndim < 2 or k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; all axes but the last must be equal, "
             "(..., kv_head, n, d) and (..., kv_head, n, dv)"
         )
+    return xp

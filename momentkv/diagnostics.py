@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from momentkv._array import Array, array_namespace, check_broadcast
+from momentkv._array import Array, array_namespace, check_mask
 from momentkv.attention import AttentionState, check_values, default_scale, logits, merge, softmax_state
 from momentkv.correction import correct
 from momentkv.statistics.expansion import Expandable
@@ -81,9 +81,8 @@ def eviction_error(
     >>> bool((error.corrected < error.plain).all())
     True
     """
-    check_values(k, v)
-    check_broadcast("retained", retained, k.shape[:-1])
-    xp = array_namespace(q, k, v)
+    xp = check_values(k, v)
+    check_mask("retained", retained, k.shape[:-1], k)
     scale = default_scale(k.shape[-1]) if scale is None else scale
     products = logits(q, k, scale=scale, mask=mask)
     hidden = xp.full_like(products, -float("inf"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, check_arrays
 from momentkv.attention import AttentionState, default_scale, group_queries, ungroup_queries
 from momentkv.bounds.functions import safe_ratio
 from momentkv.bounds.reading import CompactSlope, Reading, read, read_grouped
@@ -79,6 +79,7 @@ def value_error(
     array, shape (..., q_head, q_len)
         For the empty set the norm of the estimate, which should be zero.
     """
+    check_arrays(moments=moments.weight, estimate=estimate)
     reading = read(q, moments, scale=scale, slope=slope)
     bound = value_bound(reading, grouped(estimate, moments))
     return ungroup_queries(bound[..., None], q.shape[-3], q.shape[-2])[..., 0]
@@ -115,6 +116,7 @@ def output_error(
     Sound, and near-sharp for what the state holds; it informs while logits of the evicted tokens vary little (a
     standard deviation up to about 0.3). See docs/certificates.md.
     """
+    check_arrays(moments=moments.weight, retained=retained.out, output=output)
     reading = read(q, moments, scale=scale, slope=slope)
     out, lse = grouped(retained.out, moments), grouped(retained.lse[..., None], moments)[..., 0]
     bound = output_bound(reading, out, lse, grouped(output, moments))
@@ -147,7 +149,7 @@ def output_error_of_parts(
     Every part is at one end of its mass; which ones is found by Dinkelbach's iteration (1967, *Management Science*
     13), and what the last step leaves open is added, so that the bound holds after any number of steps.
     """
-    xp = array_namespace(q, parts.weight)
+    xp = check_arrays(q=q, parts=parts.weight, retained=retained.out, output=output)
     d, kv_heads = parts.key_mean.shape[-1], parts.weight.shape[-2]
     scaled = group_queries(xp.astype(q, parts.key_mean.dtype, copy=False), kv_heads)
     scaled = scaled * (default_scale(d) if scale is None else scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, check_arrays
 from momentkv.attention import default_scale, group_queries
 from momentkv.bounds.rounding import FUNCTION, state_error, unit
 from momentkv.bounds.theorems import (
@@ -114,7 +114,7 @@ def read(q: Array, moments: Moments, *, scale: float | None = None, slope: Compa
     ValueError
         If the moments have no extent.
     """
-    xp = array_namespace(q, moments.weight)
+    xp = check_arrays(q=q, moments=moments.weight)
     d = moments.key_mean.shape[-1]
     if q.ndim < 3 or q.shape[-1] != d:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (..., q_head, q_len, {d}), as the moments' keys")

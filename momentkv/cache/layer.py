@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, check_broadcast, device, nbytes
+from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, check_mask, device, nbytes
 from momentkv.attention import check_values, default_scale, group_queries
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.backends.base import causal_mask
@@ -435,7 +435,7 @@ class LayerCache(CacheStep):
         """Empty the slots of padding among the newest tokens."""
         xp = array_namespace(self.positions, valid)
         newest = self.positions[..., -q_len:]
-        check_broadcast("valid", valid, newest.shape)
+        check_mask("valid", valid, newest.shape, newest)
         newest = xp.where(valid, newest, xp.full_like(newest, -1))
         self.padded = self.padded or not bool(xp.all(valid))
         self.positions = xp.concat([self.positions[..., :-q_len], newest], axis=-1)

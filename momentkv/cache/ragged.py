@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from momentkv._array import Array, array_namespace, check_broadcast
+from momentkv._array import Array, array_namespace, check_mask
 from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache, remember
 from momentkv.cache.step import CacheStep
@@ -125,7 +125,7 @@ class RaggedCache(CacheStep):
     def attend(self, q: Array, *, valid: Array | None = None) -> Array:
         """Attend from the queries of the tokens appended last, corrected by the moments (second part of `step`)."""
         if valid is not None:
-            check_broadcast("valid", valid, (*q.shape[:-3], len(self.parts), q.shape[-2]))
+            check_mask("valid", valid, (*q.shape[:-3], len(self.parts), q.shape[-2]), q)
 
         def attend(head: int, part: LayerCache) -> Array:
             return part.attend(self._queries(q, head), valid=of_head(valid, head))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from typing import Any
 
-from momentkv._array import Array, check_broadcast
+from momentkv._array import Array, check_mask
 from momentkv.attention import check_keys
 
 __all__ = ["CacheStep"]
@@ -55,7 +55,7 @@ class CacheStep(abc.ABC):
                 "axes must be equal, and the number of query heads a multiple of the number of KV heads"
             )
         if valid is not None:
-            check_broadcast("valid", valid, k.shape[:-1])
+            check_mask("valid", valid, k.shape[:-1], k)
         before = self.snapshot()
         try:
             self.append(k, v)

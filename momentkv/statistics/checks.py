@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from momentkv._array import array_namespace
+from momentkv._array import array_namespace, check_arrays
 
 if TYPE_CHECKING:
     from momentkv.statistics.moments import Moments
 
-__all__ = ["check_fits", "check_order"]
+__all__ = ["check_estimate", "check_fits", "check_order"]
 
 
 def check_order(order: int) -> None:
@@ -21,8 +21,21 @@ def check_order(order: int) -> None:
         )
 
 
+def check_estimate(order: int, strength: float, most: int) -> None:
+    """Raise unless moments of order ``most`` give an estimate of this order and strength."""
+    check_order(order)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}; use 0 (no gain) to 1 (that of Gaussian logits)")
+    if order > most:
+        raise ValueError(
+            f"order is {order} but the moments are of order {most}; "
+            f"build them with Moments.from_tokens(..., order={order}), or estimate with order={most}"
+        )
+
+
 def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:
-    """Raise unless two sets of moments can be combined: of the same fields, shapes and anchor."""
+    """Raise unless two sets of moments can be combined: of the same fields, shapes, dtypes and anchor."""
+    check_arrays(**{"the one's weight": one.weight, "the other's": other.weight})
     if (one.anchor is None) != (other.anchor is None):
         raise ValueError("cannot combine moments with and without anchor; build both with the same anchor=")
     if (one.extent is None) != (other.extent is None):
@@ -40,6 +53,10 @@ def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:
             raise ValueError(
                 f"cannot combine moments: {name} has shape {tuple(mine.shape)} here and "
                 f"{tuple(theirs.shape)} there; batch, KV heads and dimensions must be equal"
+            )
+        if mine is not None and mine.dtype != theirs.dtype:
+            raise ValueError(
+                f"cannot combine moments: {name} is {mine.dtype} here and {theirs.dtype} there; cast one with map()"
             )
     if one.anchor is not None and not bool(array_namespace(one.anchor).all(one.anchor == other.anchor)):
         raise ValueError("cannot combine moments with other anchors; gather both around the same one")

@@ -107,6 +107,9 @@ def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
     xp = array_namespace(matrix, deviation)
     p, d = matrix.shape[-2:]
     scaled = matrix * deviation[..., None, :]
+    # Decompositions refuse all matrices for one that is not finite; that one's factors are NaN.
+    finite = xp.all(xp.isfinite(scaled), axis=(-2, -1))[..., None, None]
+    scaled = xp.where(finite, scaled, xp.zeros_like(scaled))
     width = min(rank + OVERSAMPLING, p, d)
     # A fixed matrix without structure that a covariance could be orthogonal to.
     rows = xp.arange(1, d + 1, dtype=matrix.dtype, device=device(matrix))
@@ -118,4 +121,5 @@ def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
     inside = xp.matmul(xp.matrix_transpose(basis), scaled)
     _, vectors = xp.linalg.eigh(xp.matmul(inside, xp.matrix_transpose(inside)))
     left = xp.matmul(basis, vectors[..., -rank:])
+    left = xp.where(finite, left, xp.full_like(left, math.nan))
     return left, xp.matmul(xp.matrix_transpose(left), matrix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, check_arrays
 from momentkv.attention import AttentionState, default_scale, group_queries, softmax_state, ungroup_queries
 
 __all__ = ["Expandable", "Expansion", "estimate_expansion"]
@@ -107,7 +107,9 @@ def estimate_expansion(q: Array, expansion: Expansion, *, scale: float | None = 
     Raises
     ------
     ValueError
-        If shapes do not fit.
+        If shapes do not fit, or the queries are not of floating point.
+    TypeError
+        If queries and expansion are of several libraries, or no arrays.
 
     Examples
     --------
@@ -117,10 +119,10 @@ def estimate_expansion(q: Array, expansion: Expansion, *, scale: float | None = 
     >>> state.out.tolist(), state.lse.tolist()
     ([[[5.0]]], [[2.0]])
     """
+    xp = check_arrays(q=q, moments=expansion.log_weight)
     d = expansion.key_mean.shape[-1]
     if q.ndim < 3 or q.shape[-1] != d:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (..., q_head, q_len, {d}), as the evicted keys")
-    xp = array_namespace(q, expansion.log_weight)
     dtype = expansion.key_mean.dtype
     q_heads, q_len = q.shape[-3], q.shape[-2]
     kv_heads = expansion.log_weight.shape[-2] if expansion.log_weight.ndim > 1 else 0

@@ -13,12 +13,21 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from momentkv._array import Array, accumulate, array_namespace, check_broadcast, nbytes
+from momentkv._array import (
+    Array,
+    accumulate,
+    accumulate_as,
+    array_namespace,
+    check_arrays,
+    check_broadcast,
+    check_mask,
+    nbytes,
+)
 from momentkv.attention import check_values
-from momentkv.statistics.checks import check_fits, check_order
+from momentkv.statistics.checks import check_estimate, check_fits, check_order
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.extent import Extent, check_orthogonal
-from momentkv.statistics.weights import attended, check_spread, outer, positive, weighted
+from momentkv.statistics.weights import attended, common_scale, outer, positive, weighted
 
 __all__ = ["Moments"]
 
@@ -58,10 +67,8 @@ class Moments:
     Notes
     -----
     Immutable: every operation returns a new object. Accumulated in float64 if an input is float64, else in float32
-    (unit weights are counted exactly up to 2**24 tokens a head in float32).
-    Around a recent query instead of the zero query, logits vary less, and with them the error of an estimate: why an
-    anchor, docs/derivations/mass.md.
-    Derivation: docs/derivations/moments.md. Merging: Chan, Golub, LeVeque (1983), *The American Statistician* 37.
+    (unit weights are counted exactly up to 2**24 tokens a head in float32). Merging: Chan, Golub, LeVeque (1983), *The
+    American Statistician* 37. Derivation: docs/derivations/moments.md; of the anchor, docs/derivations/mass.md.
 
     Examples
     --------
@@ -128,15 +135,15 @@ class Moments:
             lose a weight beside the largest.
         """
         check_order(order)
-        check_values(k, v)
-        xp = array_namespace(k, v)
+        xp = check_values(k, v)
         if anchor is None:
             k, v = accumulate(xp, k, v)
         else:
+            check_arrays(k=k, anchor=anchor)
             k, v, anchor = accumulate(xp, k, v, anchor)
         w = xp.ones_like(k[..., 0]) if weights is None else weighted(xp, weights, k)
         if mask is not None:
-            check_broadcast("mask", mask, k.shape[:-1])
+            check_mask("mask", mask, k.shape[:-1], k)
             zero = xp.zeros_like(w)
             w = xp.where(mask, w, zero)
             # Left-out slots may hold anything; times zero would keep their NaN and infinities.
@@ -189,14 +196,7 @@ class Moments:
             If ``order`` is higher than the moments' own, or ``strength`` is not within 0 and 1.
         """
         order, strength = 1 if order is None else order, 1.0 if strength is None else strength
-        check_order(order)
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength is {strength}; use 0 (no gain) to 1 (that of Gaussian logits)")
-        if order > self.order:
-            raise ValueError(
-                f"order is {order} but the moments are of order {self.order}; "
-                f"build them with Moments.from_tokens(..., order={order}), or estimate with order={self.order}"
-            )
+        check_estimate(order, strength, self.order)
         xp = array_namespace(self.weight)
         weight = positive(xp, self.weight)
         # A decayed-away head keeps its means; without weight it must be the empty state all the same.
@@ -237,7 +237,8 @@ class Moments:
         return dataclasses.replace(self, **own, extent=None if self.extent is None else self.extent.map(function))
 
     def update(self, k: Array, v: Array, *, mask: Array | None = None, weights: Array | None = None) -> Moments:
-        """Add tokens: `merge` with the moments of ``k, v`` (arguments as in `from_tokens`)."""
+        """Add tokens: `merge` with the moments of ``k, v`` (arguments as in `from_tokens`), in the dtype there is."""
+        k, v = accumulate_as(self.weight, "moments", k=k, v=v)
         extent = False if self.extent is None else self.extent
         new = Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=extent, anchor=self.anchor)
         return self.merge(new)
@@ -259,9 +260,11 @@ class Moments:
         check_fits(FIELDS, self, other)
         xp = array_namespace(self.weight, other.weight)
         if self.log_scale is not None and other.log_scale is not None:
-            nothing = xp.full_like(self.weight, -math.inf)
-            top = xp.maximum(*(xp.where(x.weight > 0, x.log_scale, nothing) for x in (self, other)))
-            self, other = self._by_scale(top), other._by_scale(top)
+            top, *factors = common_scale(self.weight, self.log_scale, other.weight, other.log_scale)
+            self, other = (
+                dataclasses.replace(x if factor is None else x.decay(factor), log_scale=top)
+                for x, factor in zip((self, other), factors, strict=True)
+            )
         total = self.weight + other.weight
         share = other.weight / positive(xp, total)
         dk, dv = other.key_mean - self.key_mean, other.value_mean - self.value_mean
@@ -312,6 +315,7 @@ class Moments:
                 "cannot downdate moments with an anchor: what is left of exponential weights may be lost in rounding; "
                 "gather the moments of the remaining tokens anew"
             )
+        k, v = accumulate_as(self.weight, "moments", k=k, v=v)
         like = False if self.extent is None else self.extent
         part = Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=like)
         check_fits(FIELDS, self, part)
@@ -395,13 +399,3 @@ class Moments:
         weight = self.weight * gamma
         extent = None if self.extent is None else self.extent.decay(gamma, weight)
         return dataclasses.replace(self, weight=weight, value_key=value_key, key_key=key_key, extent=extent)
-
-    def _by_scale(self, log_scale: Array) -> Moments:
-        """The same moments, with weights in units of ``exp(log_scale)``; heads without weight count as they are."""
-        xp = array_namespace(self.weight)
-        some, zero = self.weight > 0, xp.zeros_like(self.weight)
-        below = xp.where(some, self.log_scale, zero) - xp.where(some, log_scale, zero)
-        check_spread(below)
-        # Where nothing changes, not even the extent counts a rounding: the empty set stays the identity of `merge`.
-        scaled = self.decay(xp.exp(below)) if bool(xp.any(below != 0)) else self
-        return dataclasses.replace(scaled, log_scale=log_scale)

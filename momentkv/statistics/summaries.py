@@ -11,51 +11,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
-from momentkv._array import Array, accumulate, array_namespace, check_broadcast, device, nbytes
-from momentkv.attention import (
-    AttentionState,
-    check_values,
-    default_scale,
-    group_queries,
-    logits,
-    softmax_state,
-)
-from momentkv.statistics.clustering import centres, cluster, low_rank
+from momentkv._array import Array, accumulate, accumulate_as, array_namespace, check_arrays, check_mask, device, nbytes
+from momentkv.attention import AttentionState, check_values
+from momentkv.statistics.calibration import fitted_strength
+from momentkv.statistics.clustering import low_rank
 from momentkv.statistics.expansion import Expansion, estimate_expansion
+from momentkv.statistics.grouping import part, shares, total_weights
 from momentkv.statistics.moments import Moments
 from momentkv.statistics.weights import positive
+from momentkv.statistics.window import QueryWindow
 
 __all__ = ["QueryWindow", "Summaries", "estimate_summaries"]
 
-# Tokens count for the grouping with the square root of their weight: between "every token alike" and "only the few
-# that the anchor attends to".
-GROUPING_POWER = 0.5
 # No query is credited with more than so many times the mean variance gain of the window. A quadratic has no bound.
 CAP = 3.0
-
-
-class QueryWindow(NamedTuple):
-    """What recent queries look like, per KV head; they are scaled (``s q``), so that products with keys are logits.
-
-    Attributes
-    ----------
-    mean : array, shape (..., kv_head, d)
-    variance : array, shape (..., kv_head, d)
-        Of each coordinate.
-    """
-
-    mean: Array
-    variance: Array
-
-    @classmethod
-    def from_queries(cls, q: Array, kv_heads: int, *, scale: float | None = None) -> QueryWindow:
-        """Window of the given queries, shape (..., kv_head * group, q_len, d); ``scale`` as in attention."""
-        xp = array_namespace(q)
-        (grouped,) = accumulate(xp, group_queries(q, kv_heads))
-        grouped = grouped * (default_scale(q.shape[-1]) if scale is None else scale)
-        return cls(xp.mean(grouped, axis=-2), xp.var(grouped, axis=-2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +102,7 @@ class Summaries:
         ValueError
             If an argument is out of range or shapes do not fit.
         """
-        check_values(k, v)
+        xp = check_values(k, v)
         d, dv = k.shape[-1], v.shape[-1]
         if summaries < 1:
             raise ValueError(f"summaries is {summaries}; use at least 1")
@@ -140,7 +110,6 @@ class Summaries:
             raise ValueError(f"rank is {rank}; use 0 to {min(d, dv)}, the smaller dimension of keys and values")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; use 0 (order 1) to 1")
-        xp = array_namespace(k, v)
         k, v = accumulate(xp, k, v)
         lead = k.shape[:-2]
 
@@ -204,25 +173,29 @@ class Summaries:
             If shapes do not fit.
         """
         check_values(k, v)
+        xp = check_arrays(summaries=self.anchor, window=window.mean)
         for name, x, mean in (("k", k, self.key_mean), ("v", v, self.value_mean)):
             if x.shape[:-2] != mean.shape[:-2] or x.shape[-1] != mean.shape[-1]:
                 raise ValueError(
                     f"{name} has shape {tuple(x.shape)}, but the summaries are of heads {tuple(mean.shape[:-2])} and "
                     f"dimension {mean.shape[-1]}"
                 )
-        xp = array_namespace(k, v)
-        k, v = accumulate(xp, k, v)
+        k, v = accumulate_as(self.anchor, "summaries", k=k, v=v)
         moved = self.reanchor(window.mean)
         count = xp.ones(k.shape[:-1], dtype=k.dtype, device=device(k))
         if mask is not None:
-            check_broadcast("mask", mask, k.shape[:-1])
+            check_mask("mask", mask, k.shape[:-1], k)
             # Left-out slots may hold anything; times a weight of zero would keep their NaN and infinities.
             count = xp.where(mask, count, xp.zeros_like(count))
             k, v = (xp.where(mask[..., None], x, xp.zeros_like(x)) for x in (k, v))
         tokens = xp.matmul(k, moved.anchor[..., None])[..., 0]
         tokens = xp.where(count > 0, tokens, xp.full_like(tokens, -math.inf))
         added = xp.sum(count, axis=-1)
-        new = moved._compress(tokens, k, v, window, self.count + added).arrays()
+        held = xp.concat([moved.log_weight, tokens], axis=-1)
+        # Share of the weight whose variance within groups is known already.
+        old = xp.sum(shares(held)[..., : moved.log_weight.shape[-1]], axis=-1)
+        k, v = xp.concat([moved.key_mean, k], axis=-2), xp.concat([moved.value_mean, v], axis=-2)
+        new = moved._group(held, k, v, moved.slope, old, window, self.count + added).arrays()
         # Grouping anew would move what a head holds; a row of a batch must not feel when other rows evict.
         return Summaries(
             **{
@@ -239,13 +212,17 @@ class Summaries:
         ValueError
             If the anchors differ or shapes do not fit.
         """
-        xp = array_namespace(self.anchor, other.anchor)
+        xp = check_arrays(**{"the one's anchor": self.anchor, "the other's": other.anchor})
+        if self.anchor.dtype != other.anchor.dtype:
+            raise ValueError(
+                f"cannot merge summaries of {self.anchor.dtype} and of {other.anchor.dtype}; cast one with map()"
+            )
         alike = self.anchor.shape == other.anchor.shape and self.value_mean.shape[-1] == other.value_mean.shape[-1]
         if not alike or not bool(xp.all(self.anchor == other.anchor)):
             raise ValueError(
                 "cannot merge summaries of different heads or anchors; bring both to one with reanchor(anchor)"
             )
-        mine, theirs = (total_weight(x, self, other) for x in (self, other))
+        mine, theirs = total_weights(self.log_weight, other.log_weight)
         share = theirs / positive(xp, mine + theirs)
         pooled = dataclasses.replace(
             self,
@@ -278,8 +255,7 @@ class Summaries:
         not drift. Damping the shift of the means but not that of the weights, or the other way round, breaks this
         and diverges.
         """
-        xp = array_namespace(self.anchor, anchor)
-        (anchor,) = accumulate(xp, anchor)
+        xp = check_arrays(summaries=self.anchor, anchor=anchor)
         anchor = xp.astype(anchor, self.anchor.dtype, copy=False)
         delta = anchor - self.anchor
         gain = self.strength[..., None] * self.key_variance * delta
@@ -308,23 +284,8 @@ class Summaries:
         scale, mask
             As in `momentkv.attention.attend`; the mask is broadcastable to (..., kv_head, n).
         """
-        xp = array_namespace(q, k)
-        seen = None if mask is None else mask[..., None, None, :]
-        state, _ = softmax_state(logits(q, k, scale=scale, mask=seen), k[..., :1])
-        kv_heads = k.shape[-3]
-        flat = dataclasses.replace(self, strength=xp.zeros_like(self.strength))
-        rough = estimate_summaries(q, flat, scale=scale).lse
-        rough = xp.where(xp.isfinite(rough), rough, xp.full_like(rough, math.nan))  # no tokens: nothing to fit
-        gap = group_queries((state.lse - rough)[..., None], kv_heads)[..., 0]
-        half = flat._half_variance(scaled_queries(q, self, scale))
-        some = xp.isfinite(gap) & (half > 0)
-        zero = xp.zeros_like(half)
-        half, gap = xp.where(some, half, zero), xp.where(some, gap, zero)
-        square = xp.sum(half * half, axis=-1)
-        fitted = (xp.sum(half * gap, axis=-1) + self.strength * square) / positive(xp, 2 * square)
-        fitted = xp.minimum(xp.maximum(fitted, xp.zeros_like(fitted)), xp.ones_like(fitted))
-        strength = xp.where(square > 0, fitted, self.strength)
-        ratio = strength / positive(xp, self.strength)
+        strength = fitted_strength(self, q, k, scale=scale, mask=mask)
+        ratio = strength / positive(array_namespace(strength), self.strength)
         return dataclasses.replace(self, strength=strength, cap=self.cap * ratio)
 
     def pooled(self) -> Moments:
@@ -375,22 +336,6 @@ class Summaries:
         """Pooled value-key covariance within groups, shape (..., dv, d)."""
         return array_namespace(self.slope_left).matmul(self.slope_left, self.slope_right)
 
-    def _half_variance(self, queries: Array) -> Array:
-        """``(q - a)^T D (q - a) / 2`` of scaled, grouped queries, shape (..., kv_head, group * q_len)."""
-        xp = array_namespace(queries)
-        off = queries - self.anchor[..., None, :]
-        return 0.5 * xp.matmul(off * off, self.key_variance[..., None])[..., 0]
-
-    def _compress(self, log_weight: Array, k: Array, v: Array, window: QueryWindow, count: Array) -> Summaries:
-        """Group the summaries together with new tokens, given the log-weights of the latter."""
-        xp = array_namespace(k)
-        held = xp.concat([self.log_weight, log_weight], axis=-1)
-        # Share of the weight whose variance within groups is known already.
-        old = xp.sum(shares(held)[..., : self.log_weight.shape[-1]], axis=-1)
-        keys = xp.concat([self.key_mean, k], axis=-2)
-        values = xp.concat([self.value_mean, v], axis=-2)
-        return self._group(held, keys, values, self.slope, old, window, count)
-
     def _group(
         self,
         log_weight: Array,
@@ -403,36 +348,24 @@ class Summaries:
     ) -> Summaries:
         """Part weighted points into groups; ``old`` is the share of weight that has ``key_variance`` and ``slope``."""
         xp = array_namespace(keys)
-        share = shares(log_weight)
         deviation = xp.sqrt(xp.astype(window.variance, keys.dtype, copy=False))
-        groups = self.log_weight.shape[-1]
-        if groups == 1:
-            member = xp.ones_like(keys[..., :1])
-        else:
-            features = xp.concat([keys * deviation[..., None, :], standardised(values, share)], axis=-1)
-            member = cluster(features, share**GROUPING_POWER, groups)
-        part, key_mean = centres(member, share, keys)
-        _, value_mean = centres(member, share, values)
-        off_keys, off_values = keys - xp.matmul(member, key_mean), values - xp.matmul(member, value_mean)
-        weighted = share[..., None] * off_keys
-        variance = xp.sum(weighted * off_keys, axis=-2) + old[..., None] * self.key_variance
+        groups = part(
+            log_weight, keys, values, deviation, self.log_weight.shape[-1], covariance=self.slope_left.shape[-1] > 0
+        )
+        variance = groups.variance + old[..., None] * self.key_variance
         left, right = self.slope_left, self.slope_right
-        if self.rank:
-            covariance = xp.matmul(xp.matrix_transpose(off_values), weighted) + old[..., None, None] * slope
-            left, right = low_rank(covariance, deviation, self.rank)
-        cap = CAP * 0.5 * self.strength * xp.sum(variance * deviation * deviation, axis=-1)
-        top = finite_max(log_weight)
-        total = xp.log(positive(xp, xp.sum(xp.exp(log_weight - top), axis=-1, keepdims=True))) + top
+        if groups.covariance is not None:
+            left, right = low_rank(groups.covariance + old[..., None, None] * slope, deviation, self.rank)
         return dataclasses.replace(
             self,
             count=count,
-            log_weight=xp.where(part > 0, xp.log(positive(xp, part)) + total, -math.inf * xp.ones_like(part)),
-            key_mean=key_mean,
-            value_mean=value_mean,
+            log_weight=groups.log_weight,
+            key_mean=groups.key_mean,
+            value_mean=groups.value_mean,
             key_variance=variance,
             slope_left=left,
             slope_right=right,
-            cap=cap,
+            cap=CAP * 0.5 * self.strength * xp.sum(variance * deviation * deviation, axis=-1),
         )
 
 
@@ -445,18 +378,7 @@ def estimate_summaries(q: Array, summaries: Summaries, *, scale: float | None = 
               \widehat{\mathrm{lse}} = \log \sum_c e^{\ell_c} + \min(\tfrac\alpha2\, \Delta^\top D\, \Delta, \kappa),
               \qquad \widehat{\mathrm{out}} = \sum_c \frac{e^{\ell_c}}{\sum e^{\ell}}\, \nu_c + B\, \Delta
 
-    Parameters
-    ----------
-    q : array, shape (..., kv_head * group, q_len, d)
-    summaries : Summaries
-        With leading axes ``(..., kv_head)``.
-    scale : float, optional
-        Factor ``s`` on ``q . k``; ``1 / sqrt(d)`` by default.
-
-    Returns
-    -------
-    AttentionState
-        An estimate, not a bound. ``out = 0`` and ``lse = -inf`` where nothing was evicted.
+    Arguments, result and errors are those of `momentkv.statistics.expansion.estimate_expansion`, of which it is a case.
 
     Notes
     -----
@@ -475,42 +397,3 @@ def estimate_summaries(q: Array, summaries: Summaries, *, scale: float | None = 
     True
     """
     return estimate_expansion(q, summaries.expansion(), scale=scale)
-
-
-def scaled_queries(q: Array, summaries: Summaries, scale: float | None) -> Array:
-    """Queries times the scale, grouped by KV head, in the dtype of the summaries."""
-    xp = array_namespace(q, summaries.anchor)
-    grouped = group_queries(xp.astype(q, summaries.anchor.dtype, copy=False), summaries.anchor.shape[-2])
-    return grouped * (default_scale(q.shape[-1]) if scale is None else scale)
-
-
-def finite_max(x: Array) -> Array:
-    """Maximum over the last axis, kept; 0 where all is ``-inf``."""
-    xp = array_namespace(x)
-    top = xp.max(x, axis=-1, keepdims=True)
-    return xp.where(top > -math.inf, top, xp.zeros_like(top))
-
-
-def shares(log_weight: Array) -> Array:
-    """Weights as shares of their sum over the last axis; all zero for the empty set."""
-    xp = array_namespace(log_weight)
-    weight = xp.exp(log_weight - finite_max(log_weight))
-    return weight / positive(xp, xp.sum(weight, axis=-1, keepdims=True))
-
-
-def total_weight(x: Summaries, *frame: Summaries) -> Array:
-    """Sum of the weights of ``x``, in units that all of ``frame`` share."""
-    xp = array_namespace(x.log_weight)
-    top = finite_max(xp.concat([each.log_weight for each in frame], axis=-1))
-    return xp.sum(xp.exp(x.log_weight - top), axis=-1)
-
-
-def standardised(values: Array, share: Array) -> Array:
-    """Values from their mean, in units of their mean distance from it; slots without weight are left out."""
-    xp = array_namespace(values)
-    some: Any = xp.astype(share > 0, values.dtype)
-    number = positive(xp, xp.sum(some, axis=-1))
-    mean = xp.sum(some[..., None] * values, axis=-2) / number[..., None]
-    off = some[..., None] * (values - mean[..., None, :])
-    spread = xp.sum(xp.linalg.vector_norm(off, axis=-1), axis=-1) / number
-    return off / positive(xp, spread)[..., None, None]

@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from momentkv._array import Array, array_namespace, check_broadcast
+from momentkv._array import Array, array_namespace, check_broadcast, library, mixed
 
-__all__ = ["attended", "check_spread", "outer", "positive", "weighted"]
+__all__ = ["attended", "check_spread", "common_scale", "outer", "positive", "weighted"]
 
 
 def weighted(xp: Any, weights: Array, k: Array) -> Array:
     """Weights in the accumulation dtype of ``k``, one for every token of every head."""
+    if library(weights) != library(k):
+        raise TypeError(mixed({"weights": weights, "k": k}))
+    if weights.dtype == xp.bool:
+        raise ValueError(
+            f"weights is {weights.dtype} of shape {tuple(weights.shape)}; pass numbers, or a mask as mask="
+        )
     check_broadcast("weights", weights, k.shape[:-1])
+    weights = xp.astype(weights, k.dtype, copy=False)
     wrong = ~(xp.isfinite(weights) & (weights >= 0))
     if bool(xp.any(wrong)):
         first = float(xp.reshape(weights, (-1,))[int(xp.argmax(xp.astype(xp.reshape(wrong, (-1,)), xp.int32)))])
         raise ValueError(f"weights has an entry {first:g}; every weight must be finite and at least 0")
-    return xp.astype(weights, k.dtype) * xp.ones_like(k[..., 0])
+    return weights * xp.ones_like(k[..., 0])
 
 
 def attended(k: Array, weight: Array, anchor: Array) -> tuple[Array, Array]:
@@ -48,6 +55,25 @@ def attended(k: Array, weight: Array, anchor: Array) -> tuple[Array, Array]:
     below = xp.where(some, logits - shift[..., None], zero)
     check_spread(below + xp.log(positive(xp, weight)))
     return top, xp.where(some, weight * xp.exp(below), zero)
+
+
+def common_scale(
+    weight: Array, log_scale: Array, other_weight: Array, other_scale: Array
+) -> tuple[Array, Array | None, Array | None]:
+    """The larger log-scale of two sets, of those with weight; and the factors that bring the weights of each to it.
+
+    A factor is None where all are one: nothing is rounded, and the empty set stays the identity of a merge.
+    """
+    xp = array_namespace(weight, other_weight)
+    nothing, zero = xp.full_like(weight, -math.inf), xp.zeros_like(weight)
+    sets = ((weight, log_scale), (other_weight, other_scale))
+    top = xp.maximum(*(xp.where(w > 0, scale, nothing) for w, scale in sets))
+    factors: list[Array | None] = []
+    for w, scale in sets:
+        below = xp.where(w > 0, scale, zero) - xp.where(w > 0, top, zero)
+        check_spread(below)
+        factors.append(xp.exp(below) if bool(xp.any(below != 0)) else None)
+    return top, factors[0], factors[1]
 
 
 def check_spread(below: Array) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from momentkv._array import Array
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
-from momentkv.statistics.summaries import QueryWindow
+from momentkv.statistics.window import QueryWindow
 
 __all__ = ["Correction"]
 

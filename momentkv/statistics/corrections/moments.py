@@ -9,7 +9,7 @@ from momentkv._array import Array
 from momentkv.statistics.corrections.base import Correction
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
-from momentkv.statistics.summaries import QueryWindow
+from momentkv.statistics.window import QueryWindow
 
 __all__ = ["PaperMoments"]
 

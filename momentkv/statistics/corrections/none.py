@@ -10,7 +10,7 @@ from momentkv._array import Array, array_namespace, device
 from momentkv.statistics.corrections.base import Correction
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
-from momentkv.statistics.summaries import QueryWindow
+from momentkv.statistics.window import QueryWindow
 
 __all__ = ["NoCorrection", "NoStatistics"]
 

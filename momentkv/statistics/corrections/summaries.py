@@ -8,7 +8,8 @@ from typing import ClassVar
 from momentkv._array import Array
 from momentkv.statistics.corrections.base import Correction
 from momentkv.statistics.moments import Moments
-from momentkv.statistics.summaries import QueryWindow, Summaries
+from momentkv.statistics.summaries import Summaries
+from momentkv.statistics.window import QueryWindow
 
 __all__ = ["AnchoredSummaries"]
 

@@ -1,0 +1,39 @@
+"""The strength of summaries, fitted to queries while the tokens that they stand for are still at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from momentkv._array import Array, check_arrays
+from momentkv.attention import default_scale, group_queries, logits, softmax_state
+from momentkv.statistics.expansion import estimate_expansion
+from momentkv.statistics.weights import positive
+
+if TYPE_CHECKING:
+    from momentkv.statistics.summaries import Summaries
+
+__all__ = ["fitted_strength"]
+
+
+def fitted_strength(summaries: Summaries, q: Array, k: Array, *, scale: float | None, mask: Array | None) -> Array:
+    """The strength that `Summaries.calibrate` finds; arguments as there."""
+    anchor = summaries.anchor
+    xp = check_arrays(q=q, k=k, summaries=anchor)
+    seen = None if mask is None else mask[..., None, None, :]
+    state, _ = softmax_state(logits(q, k, scale=scale, mask=seen), k[..., :1])
+    flat = dataclasses.replace(summaries, strength=xp.zeros_like(summaries.strength))
+    rough = estimate_expansion(q, flat.expansion(), scale=scale).lse
+    rough = xp.where(xp.isfinite(rough), rough, xp.full_like(rough, math.nan))  # no tokens: nothing to fit
+    gap = group_queries((state.lse - rough)[..., None], k.shape[-3])[..., 0]
+    off = group_queries(xp.astype(q, anchor.dtype, copy=False), anchor.shape[-2])
+    off = off * (default_scale(q.shape[-1]) if scale is None else scale) - anchor[..., None, :]
+    half = 0.5 * xp.matmul(off * off, summaries.key_variance[..., None])[..., 0]
+    some = xp.isfinite(gap) & (half > 0)
+    zero = xp.zeros_like(half)
+    half, gap = xp.where(some, half, zero), xp.where(some, gap, zero)
+    square = xp.sum(half * half, axis=-1)
+    fitted = (xp.sum(half * gap, axis=-1) + summaries.strength * square) / positive(xp, 2 * square)
+    fitted = xp.minimum(xp.maximum(fitted, xp.zeros_like(fitted)), xp.ones_like(fitted))
+    return xp.where(square > 0, fitted, summaries.strength)
