@@ -144,8 +144,7 @@ class Moments:
         w = xp.ones_like(k[..., 0]) if weights is None else weighted(xp, weights, k)
         if mask is not None:
             check_mask("mask", mask, k.shape[:-1], k)
-            zero = xp.zeros_like(w)
-            w = xp.where(mask, w, zero)
+            w = xp.where(mask, w, xp.zeros_like(w))
             # Left-out slots may hold anything; times zero would keep their NaN and infinities.
             k = xp.where(mask[..., None], k, xp.zeros_like(k))
             v = xp.where(mask[..., None], v, xp.zeros_like(v))
