@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from models import real, save_with_bytes
+from models import save_with_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of lm_eval's dependencies, as they are imported
@@ -451,8 +451,8 @@ def test_two_processes_find_what_one_does(by_command: tuple[int, Path], saved: s
 
 
 @pytest.mark.model
-def test_a_real_model_answers_from_a_compressed_prompt(tasks: str):
-    model, tokenizer = real()
+def test_a_real_model_answers_from_a_compressed_prompt(tasks: str, builtin: tuple[Any, Any]):
+    model, tokenizer = builtin
     found = evaluate(MomentLM(model, tokenizer=tokenizer, budget=64), tasks, ["own_needles"])
     right = [sample["doc"]["number"] in sample["resps"][0][0] for sample in found["samples"]["own_needles"]]
     assert sum(right) >= 4, [sample["resps"] for sample in found["samples"]["own_needles"]]
