@@ -1,9 +1,18 @@
-"""What every rank does in tests/test_distributed.py: run under torchrun, prints one line of JSON from rank 0."""
+"""What every rank does in tests/test_distributed.py; rank 0 prints one line of JSON.
+
+Under torchrun, `ranks.py context`; alone, `ranks.py FOLDER` forks the ranks of several groups, one group after the
+other, because importing takes each of them longer than its work.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
+import os
 import sys
+from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,11 +134,43 @@ def tensor_parallel(folder: str) -> dict[str, Any]:
     return found
 
 
+def forked(rank: int, ranks: int, work: str, folder: Path) -> None:
+    """One of the ranks, with the environment that torchrun would give it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    meeting = f"file://{folder / f'meeting {work} {ranks}'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    result = context() if work == "context" else tensor_parallel(str(folder))
+    if rank == 0:
+        (folder / f"{work} {ranks}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def fork(ranks: int, work: str, folder: Path) -> Any:
+    """What rank 0 of a group found."""
+    start = multiprocessing.get_context("fork").Process
+    processes = [start(target=forked, args=(rank, ranks, work, folder)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    while running := [process for process in processes if process.is_alive()]:
+        wait([process.sentinel for process in running])
+        if any(process.exitcode for process in processes):  # the others would wait for it
+            for process in running:
+                process.terminate()
+    assert [process.exitcode for process in processes] == [0] * ranks, work
+    return json.loads((folder / f"{work} {ranks}.json").read_text())
+
+
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    try:
-        result = context() if sys.argv[1] == "context" else tensor_parallel(sys.argv[2])
-        if dist.get_rank() == 0:
-            print(json.dumps(result))
-    finally:
-        dist.destroy_process_group()
+    if sys.argv[1] != "context":
+        for name in ("momentkv.hf", "transformers.distributed", "transformers.models.llama.modeling_llama"):
+            importlib.import_module(name)
+        groups = [(4, "context"), (2, "heads"), (4, "heads")]
+        print(json.dumps({f"{work} {ranks}": fork(ranks, work, Path(sys.argv[1])) for ranks, work in groups}))
+    else:
+        dist.init_process_group("gloo")
+        try:
+            result = context()
+            if dist.get_rank() == 0:
+                print(json.dumps(result))
+        finally:
+            dist.destroy_process_group()

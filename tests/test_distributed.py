@@ -22,34 +22,48 @@ from momentkv.statistics.summaries import QueryWindow, Summaries
 HERE = Path(__file__).parent
 
 
-def torchrun(ranks: int, *arguments: str) -> dict[str, Any]:
+pytestmark = pytest.mark.xdist_group("ranks")  # what the forked ranks find is found once
+
+
+def first_rank_of(*command: str) -> dict[str, Any]:
     """What rank 0 printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}",
     }
-    done = subprocess.run(
-        [*command, str(HERE / "ranks.py"), *arguments], capture_output=True, text=True, timeout=300, env=environment
-    )
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build(FAMILIES["llama"](num_key_value_heads=4))
+
+
+@pytest.fixture(scope="module")
+def forked(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What groups of ranks found that were forked from one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    model.save_pretrained(folder)
+    return first_rank_of(str(HERE / "ranks.py"), str(folder))
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_context_split_over_ranks_equals_one_process(ranks: int):
-    found = torchrun(ranks, "context")
+def test_a_context_split_over_ranks_equals_one_process(ranks: int, request: pytest.FixtureRequest):
+    if ranks == 2:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+        found = first_rank_of(*torchrun, str(HERE / "ranks.py"), "context")
+    else:
+        found = request.getfixturevalue("forked")[f"context {ranks}"]
     assert len(found) == 19
     for name, difference in found.items():
         assert difference <= 1e-12, name  # a few hundred roundings of float64
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_heads_split_over_ranks_equal_one_process(ranks: int, tmp_path: Path):
-    config = FAMILIES["llama"](num_key_value_heads=4)
-    model = build(config)
-    model.save_pretrained(tmp_path)
-    found = torchrun(ranks, "tensor parallel", str(tmp_path))
+def test_heads_split_over_ranks_equal_one_process(ranks: int, model: Any, forked: dict[str, Any]):
+    found = forked[f"heads {ranks}"]
     ids = prompt(2, 60)
     # A policy whose ranking has no near ties that the sums of sharded layers could tip over.
     for name, settings in {

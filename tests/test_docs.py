@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import io
 import pydoc
@@ -110,12 +109,6 @@ def load_hook(name: str):
     return module
 
 
-@pytest.fixture(scope="module")
-def load_once():
-    """The built-in model, loaded once for all pages."""
-    return functools.cache(importlib.import_module("momentkv.evaluation.sources").load_model)
-
-
 def test_shown_output_is_compared_but_for_the_last_digit_of_a_fraction():
     assert agrees("a 1.25\nb 97%\n", "a  1.26\nb 96%")
     assert not agrees("1.25", "1.27")
@@ -125,9 +118,9 @@ def test_shown_output_is_compared_but_for_the_last_digit_of_a_fraction():
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES], ids=name_of)
-def test_python_blocks_run_and_print_what_the_page_shows(page, request, monkeypatch):
+def test_python_blocks_run_and_print_what_the_page_shows(page, request):
     if needs_model(page):
-        monkeypatch.setattr("momentkv.evaluation.sources.load_model", request.getfixturevalue("load_once"))
+        request.getfixturevalue("builtin")
     namespace = {"__name__": page.stem}
     for block in code_blocks(page):
         code = compile(block.code, str(page), "exec", dont_inherit=True)

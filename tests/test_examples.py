@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from models import save_with_bytes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name: str, *arguments: str) -> str:
+    """What the script prints, in a process of its own."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def run_here(builtin, monkeypatch, capsys):
+    """The same in this process, where the built-in model is loaded already."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_arrays_shows_that_each_order_lowers_the_error():
@@ -23,9 +38,19 @@ def test_arrays_shows_that_each_order_lowers_the_error():
     assert one < zero < plain
 
 
+GENERATE = ("generate.py", "--tokens", "600", "--budget", "128", "--new-tokens", "4")
+
+
 @pytest.mark.model
-def test_generate_stays_within_its_budget():
-    out = run("generate.py", "--tokens", "600", "--budget", "128", "--new-tokens", "4")
+def test_generate_stays_within_its_budget(run_here):
+    check_generated(run_here(*GENERATE))
+
+
+def test_generate_takes_a_model_of_yours(tmp_path):
+    check_generated(run(*GENERATE, "--model", save_with_bytes(tmp_path)))
+
+
+def check_generated(out: str) -> None:
     seen, used, full = re.search(r"(\d+) tokens seen, cache ([\d.]+) MiB of ([\d.]+) MiB", out).groups()
     assert int(seen) == 603
     # 603 tokens against fewer than 128 + 32, moments and all.
@@ -33,9 +58,9 @@ def test_generate_stays_within_its_budget():
 
 
 @pytest.mark.model
-def test_document_is_compressed_once_and_asked_often():
+def test_document_is_compressed_once_and_asked_often(run_here):
     small = ("--tokens", "200", "--budget", "64", "--new-tokens", "1")
-    out = run("document.py", *small, "--question", "What is a loop?", "What is a class?")
+    out = run_here("document.py", *small, "--question", "What is a loop?", "What is a class?")
     assert out.count("  full  :") == out.count("  moment:") == 2
     full, used = (float(x) for x in re.search(r"cache, MiB +([\d.]+) +([\d.]+)", out).groups())
     # 200 tokens against 64, and summaries that cost as much as 16 of float32.
@@ -45,9 +70,9 @@ def test_document_is_compressed_once_and_asked_often():
 
 
 @pytest.mark.model
-def test_tradeoff_tries_every_correction():
+def test_tradeoff_tries_every_correction(run_here):
     small = ("--context", "500", "--following", "16", "--texts", "types", "--budget", "64")
-    out = run("summaries_tradeoff.py", *small)
+    out = run_here("summaries_tradeoff.py", *small)
     assert all(name in out for name in ("plain eviction", "one, compact", "12, rank 2", "24, rank 4"))
 
 

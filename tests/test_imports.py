@@ -1,4 +1,4 @@
-"""`import momentkv` is light: no torch, no transformers, no wait."""
+"""`import momentkv` is light: no torch, no transformers, little to wait for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from momentkv._moved import MOVED
 
 
-def fresh(code: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
+def fresh(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
 
 def test_importing_momentkv_imports_neither_torch_nor_transformers():
@@ -30,16 +30,19 @@ def test_using_numpy_arrays_does_not_import_torch():
     assert fresh(code).stdout.strip() == "False"
 
 
-def test_import_takes_less_than_three_tenths_of_a_second():
-    """The least of five runs: noise only ever adds."""
-
-    def seconds() -> float:
-        # Lines read "import time: self | cumulative | module", in microseconds.
-        lines = fresh("import momentkv", "-X", "importtime").stderr.splitlines()
-        (total,) = (line.split("|")[1] for line in lines if line.split("|")[-1].strip() == "momentkv")
-        return int(total) / 1e6
-
-    assert min(seconds() for _ in range(5)) < 0.3
+def test_importing_momentkv_costs_less_than_importing_numpy():
+    """In seconds of the processor, in one process: a busy or slow machine is so for both. Noise only ever adds."""
+    code = """
+import sys, time
+import array_api_compat.numpy
+numpy, before = time.process_time(), set(sys.modules)
+import momentkv
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
+print((time.process_time() - numpy) / numpy)
+"""
+    runs = [fresh(code).stdout.splitlines() for _ in range(5)]
+    assert {imported for imported, _ in runs} == {"['momentkv']"}
+    assert min(float(cost) for _, cost in runs) < 1
 
 
 def test_every_public_name_is_there():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from models import real, save_with_bytes
+from models import save_with_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of lm_eval's dependencies, as they are imported
@@ -413,6 +413,7 @@ def by_command(saved: str, tasks: str, tmp_path_factory: pytest.TempPathFactory)
         return main(["lm-eval", *arguments_of(saved, tasks, output)]), output
 
 
+@pytest.mark.xdist_group("lm-eval's command")
 def test_the_command_line_is_lm_evals(by_command: tuple[int, Path]):
     status, output = by_command
     assert status == 0
@@ -432,12 +433,13 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "momentkv: policy is 'lru'\n"
 
 
+@pytest.mark.xdist_group("lm-eval's command")
 def test_two_processes_find_what_one_does(by_command: tuple[int, Path], saved: str, tasks: str, tmp_path: Path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(
         [*launch, "-m", "momentkv.evaluation.lm_eval", *arguments_of(saved, tasks, tmp_path)],
-        capture_output=True, text=True, timeout=300, env=environment, check=False,
+        capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "on rank 1" in run.stderr + run.stdout
@@ -451,8 +453,8 @@ def test_two_processes_find_what_one_does(by_command: tuple[int, Path], saved: s
 
 
 @pytest.mark.model
-def test_a_real_model_answers_from_a_compressed_prompt(tasks: str):
-    model, tokenizer = real()
+def test_a_real_model_answers_from_a_compressed_prompt(tasks: str, builtin: tuple[Any, Any]):
+    model, tokenizer = builtin
     found = evaluate(MomentLM(model, tokenizer=tokenizer, budget=64), tasks, ["own_needles"])
     right = [sample["doc"]["number"] in sample["resps"][0][0] for sample in found["samples"]["own_needles"]]
     assert sum(right) >= 4, [sample["resps"] for sample in found["samples"]["own_needles"]]

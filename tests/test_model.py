@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import real
 from test_evaluation import is_image
 from transformers import DynamicCache
 
-from momentkv import demo
 from momentkv.cli import main
-from momentkv.evaluation import commands
 from momentkv.evaluation.report import read_json
 from momentkv.evaluation.sources import load_text, tokenize
 from momentkv.hf import MomentCache
 
 pytestmark = pytest.mark.model
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Iterator[tuple[Any, Any]]:
-    """Loaded once, which takes longer than all else here; commands that ask for the built-in model get it too."""
-    model, tokenizer = real()
-
-    def again(name: str | None) -> tuple[Any, Any]:
-        assert name is None
-        return model, tokenizer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "load_model", again)
-        patch.setattr(commands, "load_model", again)
-        yield model, tokenizer
 
 
 def text(tokenizer: Any, count: int) -> torch.Tensor:
@@ -49,8 +30,8 @@ def logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         return torch.cat([model(part, past_key_values=cache).logits for part in parts], dim=1)
 
 
-def test_nothing_evicted_equals_sdpa_on_real_text(loaded: tuple[Any, Any]):
-    model, tokenizer = loaded
+def test_nothing_evicted_equals_sdpa_on_real_text(builtin: tuple[Any, Any]):
+    model, tokenizer = builtin
     ids = text(tokenizer, 300)
     actual = logits(model, ids, MomentCache(model, 300))
     model.set_attn_implementation("sdpa")
@@ -65,8 +46,8 @@ def test_nothing_evicted_equals_sdpa_on_real_text(loaded: tuple[Any, Any]):
     assert (expected[:, :-1].argmax(-1) == ids[:, 1:]).float().mean() > 0.3
 
 
-def test_correction_comes_closer_to_the_full_cache_than_plain_eviction(loaded: tuple[Any, Any]):
-    model, tokenizer = loaded
+def test_correction_comes_closer_to_the_full_cache_than_plain_eviction(builtin: tuple[Any, Any]):
+    model, tokenizer = builtin
     ids, kl = text(tokenizer, 664), {}
     log_p = torch.log_softmax(predictions(model, ids, DynamicCache(config=model.config)).double(), -1)
     for order in (None, 1):
@@ -83,7 +64,7 @@ def predictions(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         return model(ids[:, 600:], past_key_values=cache).logits[0]
 
 
-@pytest.mark.usefixtures("loaded")
+@pytest.mark.usefixtures("builtin")
 def test_demo_reads_a_text_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -110,7 +91,7 @@ def test_demo_reads_a_text_and_answers(
     assert all(float(row[6]) > 0 for row in rows)
 
 
-@pytest.mark.usefixtures("loaded")
+@pytest.mark.usefixtures("builtin")
 def test_fidelity_is_finite(tmp_path: Path):
     path = tmp_path / "fidelity.json"
     small = ["--text", "compound", "--context", "600", "--following", "32", "--policies", "momentkv", "--budgets", "64"]
@@ -124,7 +105,7 @@ def test_fidelity_is_finite(tmp_path: Path):
     assert is_image(path.with_suffix(".png"))
 
 
-@pytest.mark.usefixtures("loaded")
+@pytest.mark.usefixtures("builtin")
 def test_gap_is_mended_by_the_correction(tmp_path: Path):
     path = tmp_path / "gap.json"
     small = ["--context", "400", "--following", "16", "--budget", "64"]

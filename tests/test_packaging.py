@@ -15,6 +15,8 @@ import yaml
 
 import momentkv
 
+pytestmark = pytest.mark.xdist_group("packages")  # built once
+
 ROOT = Path(__file__).parents[1]
 # Only for the repository itself.
 NOT_PUBLISHED = (".git", ".github")

@@ -22,6 +22,8 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("site")  # built once
+
 ROOT = Path(__file__).parents[1]
 CHROMIUM = os.environ.get("MOMENTKV_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -31,6 +33,8 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]  # fmt: skip
+# In milliseconds: much more than a busy machine needs, for what never comes.
+PATIENCE = 600_000
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 # What mathematics that was not rendered looks like to a reader.
 RAW_TEX = re.compile(r"\\\(|\\\[|\$\$|\\(?:frac|mathrm|sum|lVert|hat|mu|log|exp)\b|:math:")
@@ -55,7 +59,13 @@ BROKEN_IMAGES = """() => [...document.images].filter((x) => x.loading !== "lazy"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves files and says nothing."""
+    """Serves files, which the browser may keep, and says nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def end_headers(self):
+        self.send_header("Cache-Control", "max-age=3600")
+        super().end_headers()
 
     def log_message(self, *_):
         pass
@@ -75,6 +85,14 @@ class Elements(html.parser.HTMLParser):
                 self.targets.add(value)
             elif name == "id" and value:
                 self.ids.add(value)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder; connections that a browser leaves are nothing to tell."""
+
+    def handle_error(self, *_):
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*_)
 
 
 class Site:
@@ -104,15 +122,34 @@ def site(tmp_path_factory):
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    with served(folder) as address:
+        yield Site(folder, address)
+
+
+@contextlib.contextmanager
+def served(folder):
+    """The address of a folder's files."""
+    server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield Site(folder, f"http://127.0.0.1:{server.server_port}/")
+    yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def quick_site(site, tmp_path_factory):
+    """The same with one entry in the index of the search, of which every page that is shown makes a table."""
+    folder = tmp_path_factory.mktemp("quick") / "site"
+    shutil.copytree(site.folder, folder)
+    file = folder / "search" / "search_index.json"
+    index = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(index | {"docs": index["docs"][:1]}), encoding="utf-8")
+    with served(folder) as address:
+        yield Site(folder, address)
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +162,16 @@ def browser():
     else:
         api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=PATIENCE)
         yield chromium
         chromium.close()
+
+
+@contextlib.contextmanager
+def new_tab(browser, **options):
+    with browser.new_context(**options) as context:
+        context.set_default_timeout(PATIENCE)
+        yield context.new_page()
 
 
 @contextlib.contextmanager
@@ -151,8 +195,7 @@ def opened(browser, site, *pages: str, size=DESKTOP, scheme="light", **options):
         tab.goto(site.url(page), wait_until="load")
         return tab
 
-    with browser.new_context(viewport=size, color_scheme=scheme, **options) as context:
-        tab = context.new_page()
+    with new_tab(browser, viewport=size, color_scheme=scheme, **options) as tab:
         tab.on("request", requested)
         tab.on("response", answered)
         tab.on("console", logged)
@@ -161,10 +204,10 @@ def opened(browser, site, *pages: str, size=DESKTOP, scheme="light", **options):
     assert not complaints
 
 
-def test_every_page_loads_by_itself_with_its_mathematics(browser, site):
-    assert len(site.pages) > 40
-    with opened(browser, site) as show:
-        for page in site.pages:
+def test_every_page_loads_by_itself_with_its_mathematics(browser, quick_site):
+    assert len(quick_site.pages) > 40
+    with opened(browser, quick_site) as show:
+        for page in quick_site.pages:
             tab = show(page)
             found = RAW_TEX.search(tab.evaluate(MEANT_FOR_READERS))
             assert not found, f"{page} shows raw TeX: {found[0]}"
@@ -176,9 +219,9 @@ def test_every_page_loads_by_itself_with_its_mathematics(browser, site):
             assert tab.evaluate("document.body.dataset.mdColorScheme") == "default"
 
 
-def test_every_page_fits_a_phone_in_the_dark(browser, site):
-    with opened(browser, site, size=PHONE, scheme="dark") as show:
-        for page in site.pages:
+def test_every_page_fits_a_phone_in_the_dark(browser, quick_site):
+    with opened(browser, quick_site, size=PHONE, scheme="dark") as show:
+        for page in quick_site.pages:
             tab = show(page)
             width, wide = tab.evaluate("document.documentElement.scrollWidth"), tab.evaluate(WIDE)
             assert width <= PHONE["width"], f"{page} is {width} wide on a phone: {wide}"
@@ -223,17 +266,14 @@ def test_search_finds_the_anchor(browser, site):
     with opened(browser, site, ".") as tab:
         tab.keyboard.press("/")
         tab.locator("input.md-search__input").fill("anchor")
-        results = tab.locator(".md-search-result__item a")
-        results.first.wait_for(timeout=15000)
-        links = [results.nth(index).get_attribute("href") for index in range(results.count())]
-        assert any("derivations/summaries" in link for link in links), links
-        assert "matching" in tab.locator(".md-search-result__meta").inner_text()
+        tab.locator(".md-search-result__meta", has_text="matching").wait_for()
+        tab.locator(".md-search-result__item a[href*='derivations/summaries']").first.wait_for(state="attached")
 
 
 def test_a_reader_can_turn_the_light_off(browser, site):
     with opened(browser, site, ".") as tab:
         tab.locator("label[title='Switch to dark mode']").click()
-        assert tab.evaluate("document.body.dataset.mdColorScheme") == "slate"
+        tab.wait_for_function("document.body.dataset.mdColorScheme === 'slate'")
 
 
 def errors(tab) -> dict[str, float]:
@@ -287,21 +327,20 @@ def test_the_figure_is_named_for_those_who_do_not_see_it(browser, site):
 
 
 def test_the_figure_does_not_move_for_those_who_want_rest(browser, site):
-    moving = "getComputedStyle(document.querySelector('.explore-bar')).transitionDuration"
+    moving = "bar => getComputedStyle(bar).transitionDuration"
     with opened(browser, site, "explore", reduced_motion="reduce") as tab:
-        assert tab.evaluate(moving) == "0s"
+        assert tab.locator(".explore-bar").first.evaluate(moving) == "0s"
     with opened(browser, site, "explore", reduced_motion="no-preference") as tab:
-        assert tab.evaluate(moving) != "0s"
+        assert tab.locator(".explore-bar").first.evaluate(moving) != "0s"
 
 
 def test_the_figure_says_why_it_is_missing(browser, site):
     with opened(browser, site, "explore", java_script_enabled=False) as tab:
         assert "needs JavaScript" in tab.locator("#explore").inner_text()
-    with browser.new_context() as context:
-        tab = context.new_page()
+    with new_tab(browser) as tab:
         tab.route("**/heads.json", lambda route: route.fulfill(status=404))
         tab.goto(site.url("explore"))
-        tab.get_by_text("could not be drawn (404").wait_for(timeout=5000)
+        tab.get_by_text("could not be drawn (404").wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
