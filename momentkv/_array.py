@@ -16,6 +16,7 @@ With grouped queries ``q_head = kv_head * group``, and query head ``h`` reads KV
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "check_mask",
     "device",
     "nbytes",
+    "take_rows",
 ]
 
 # Arrays of any library: the array API has no common base class to name here.
@@ -160,3 +162,23 @@ def check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:
     trailing = shape[len(shape) - x.ndim :] if x.ndim <= len(shape) else None
     if trailing is None or any(mine not in (1, whole) for mine, whole in zip(x.shape, trailing, strict=True)):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, which does not broadcast to {tuple(shape)}")
+
+
+def take_rows(x: Array, index: Array) -> Array:
+    """Rows of the last but one axis, by an index for each of the leading axes: (..., n, d) by (..., m) is (..., m, d).
+
+    As ``take_along_axis`` of a broadcast index, without an index for every number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> take_rows(np.asarray([[[1.0], [2.0]], [[3.0], [4.0]]]), np.asarray([[1], [0]])).tolist()
+    [[[2.0]], [[3.0]]]
+    """
+    xp = array_namespace(x, index)
+    *lead, n, d = x.shape
+    count = math.prod(lead)
+    first = xp.arange(count, dtype=index.dtype, device=device(x)) * n
+    flat = xp.reshape(index, (count, index.shape[-1])) + first[:, None]
+    rows = xp.take(xp.reshape(x, (count * n, d)), xp.reshape(flat, (-1,)), axis=0)
+    return xp.reshape(rows, (*lead, index.shape[-1], d))

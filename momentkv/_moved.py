@@ -11,19 +11,19 @@ from types import ModuleType
 
 __all__ = ["MOVED", "MovedModules"]
 
-MOVED = {
-    f"momentkv.{old}": f"momentkv.{new}"
+# By former name: where the module is now, or all modules that its names are parted among.
+MOVED: dict[str, tuple[str, ...]] = {
+    f"momentkv.{old}": tuple(f"momentkv.{name}" for name in new)
     for old, new in {
-        "accounting": "cache.accounting",
-        "backends.array_api": "backends.base",
-        "budgets": "cache.budgets",
-        "clustering": "statistics.clustering",
-        "corrections": "statistics.corrections",
-        "extent": "statistics.extent",
-        "moments": "statistics.moments",
-        "ragged": "cache.ragged",
-        "sharing": "cache.sharing",
-        "summaries": "statistics.summaries",
+        "accounting": ["cache.accounting"],
+        "backends.array_api": ["backends.base"],
+        "budgets": ["cache.allocation", "cache.curves"],
+        "clustering": ["statistics.clustering"],
+        "corrections": ["statistics.corrections"],
+        "extent": ["statistics.extent"],
+        "moments": ["statistics.moments"],
+        "sharing": ["cache.allocation"],
+        "summaries": ["statistics.summaries"],
     }.items()
 }
 
@@ -38,8 +38,12 @@ class MovedModules(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module all names of the one that took its place."""
-        there = MOVED[module.__name__]
-        warnings.warn(f"{module.__name__} is now {there}; import it from there", DeprecationWarning, stacklevel=2)
+        """Give the module all names of the one, or the ones, that took its place."""
+        places = MOVED[module.__name__]
+        warnings.warn(
+            f"{module.__name__} is now {' and '.join(places)}; import it from there", DeprecationWarning, stacklevel=2
+        )
         own = set(vars(module))
-        vars(module).update({name: x for name, x in vars(importlib.import_module(there)).items() if name not in own})
+        for place in places:
+            there = vars(importlib.import_module(place))
+            vars(module).update({name: x for name, x in there.items() if name not in own})

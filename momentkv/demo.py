@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.cache_utils import DynamicCache
 
-from momentkv.cache.layer import RECENT_QUERIES
+from momentkv.cache.config import RECENT_QUERIES
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import CHOICES, Fidelity, Setting, compare, empty_cache, settings_grid
-from momentkv.evaluation.report import progress_bar
+from momentkv.evaluation.report import progress_bar, show
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
+from momentkv.evaluation.steps import Step, Typical, evicted_tokens, typical
 from momentkv.hf import MomentCache
 from momentkv.policies import get_policy
 
@@ -47,7 +50,7 @@ class Reading:
     tokens: int
     nbytes: int
     fidelity: Fidelity
-    tokens_per_second: float
+    speed: Typical
     continuation: str
     answer: str
     secret: str
@@ -89,9 +92,10 @@ def demo(options: argparse.Namespace) -> int:
             readings.append(judge(model, tokenizer, cache, name, ids, question, full_logits, options))
             progress.advance(task)
     title = f"{options.model or BUILTIN_MODEL} reads {options.context} tokens of {Path(options.text).name!r}"
-    console.print(table_of(readings, title))
+    show(console, table_of(readings, title))
+    console.print()
     console.print(texts_of(readings, options.question))
-    console.print(f"plot: {plot(readings, options.output, title)}")
+    console.print(f"plot: {plot(readings, options.output, title)}", soft_wrap=True)
     return 0
 
 
@@ -145,7 +149,7 @@ def judge(
     """Compare with the full cache, continue the text, and answer the question, each from a copy of the cache."""
     context = options.context
     if isinstance(cache, MomentCache):
-        counts = [part.stored for core in cache.moment_layers.values() for part in core.parts]
+        counts = [stored for core in cache.moment_layers.values() for stored in core.stored_by_head]
         tokens, nbytes = round(sum(counts) / len(counts)), cache.nbytes
     else:
         tokens = cache.layers[0].keys.shape[2]
@@ -153,7 +157,7 @@ def judge(
     with torch.inference_mode():
         logits = model(ids[:, context:-1], past_key_values=copy.deepcopy(cache)).logits[0]
     # One token more than the cache has read: generate() would read its whole input again if there were nothing new.
-    continued, seconds = generate(model, tokenizer, copy.deepcopy(cache), ids[:, : context + 1], options.new_tokens)
+    continued, steps = generate(model, tokenizer, copy.deepcopy(cache), ids[:, : context + 1], options.new_tokens)
     asked = torch.cat([ids[:, :context], question], dim=1)
     answered, _ = generate(model, tokenizer, copy.deepcopy(cache), asked, options.new_tokens)
     # Asked as a sentence of the text itself: a small model that has read raw text does not take it for an order.
@@ -165,7 +169,7 @@ def judge(
         tokens=tokens,
         nbytes=nbytes,
         fidelity=compare(full_logits, logits, ids[0, context + 1 :]),
-        tokens_per_second=(options.new_tokens - 1) / seconds,
+        speed=typical(steps),
         continuation=continued,
         answer=answered,
         secret=secret,
@@ -173,19 +177,27 @@ def judge(
 
 
 class Clock:
-    """Stopping criterion that never stops, and notes when the first and the last token came."""
+    """Stopping criterion that never stops, and notes how long each step took and whether it evicted a block."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.steps: list[Step] = []
+        self.evicted = 0.0
+        self.started: float | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
+        now = time.perf_counter()
+        evicted = evicted_tokens(self.cache)
+        if self.started is not None:  # the first token is that of the pass over what is new
+            self.steps.append(Step(now - self.started, evicted > self.evicted))
+        self.evicted = evicted
+        self.started = time.perf_counter()  # what is looked up here is no part of a step
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def generate(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, count: int) -> tuple[str, float]:
-    """Greedy text after ``ids``, most of which the cache has read, and the seconds from the first to the last token."""
-    clock = Clock()
+def generate(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, count: int) -> tuple[str, list[Step]]:
+    """Greedy text after ``ids``, most of which the cache has read, and the steps from the first to the last token."""
+    clock = Clock(cache)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -197,7 +209,7 @@ def generate(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, count: i
         pad_token_id=tokenizer.eos_token_id,
     )
     text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split()), clock.times[-1] - clock.times[0]
+    return " ".join(text.split()), clock.steps
 
 
 def question_ids(tokenizer: Any, question: str) -> torch.Tensor:
@@ -214,9 +226,10 @@ def question_ids(tokenizer: Any, question: str) -> torch.Tensor:
 
 def table_of(readings: list[Reading], title: str) -> Table:
     """Numbers side by side."""
-    table = Table(title=title, title_style="bold", header_style="bold")
-    for column in ("cache", "tokens/head", "MiB", "of full", "KL to full", "same top-1", "tokens/s", "secret"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
+    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("cache")
+    for column in ("kept", "MiB", "share", "KL", "top-1", "tokens/s", "flush", "found"):
+        table.add_column(column, justify="right", no_wrap=True)
     full = readings[0]
     order = [name for name, _, _ in ROWS]
     for index, x in enumerate(readings):
@@ -227,18 +240,21 @@ def table_of(readings: list[Reading], title: str) -> Table:
         table.add_row(
             x.name,
             str(x.tokens),
-            f"{x.nbytes / 2**20:.1f}",
-            f"{x.nbytes / full.nbytes:.1%}",
+            f"{x.nbytes / 2**20:.{1 if x.nbytes < 1000 * 2**20 else 0}f}",
+            "100%" if exact else f"{x.nbytes / full.nbytes:.1%}",
             "0" if exact else f"{x.fidelity.kl:.3f}",
             "100%" if exact else f"{x.fidelity.top1:.0%}",
-            f"{x.tokens_per_second:.1f}",
-            "found" if found(x.secret) else "lost",
+            f"{1 / x.speed.seconds:.1f}",
+            "" if x.speed.flush is None else f"{1000 * x.speed.flush:.0f}",
+            "yes" if found(x.secret) else "no",
             style="bold green" if x.name == ROWS[-1][0] else "",
         )
     table.caption = (
-        "moments are counted in MiB; KL in nats, over the text's own next tokens;\n"
-        f"secret: {NEEDLE!r} is hidden in the text, and asked for after compression"
+        "kept: tokens a KV head; MiB: moments counted; share: of the full cache's; KL: in nats, and top-1: the same "
+        "most likely token, over the text's own next tokens; tokens/s: of the median step; flush: ms of a step that "
+        f"evicts a block; found: {NEEDLE!r} is hidden in the text, and asked for after compression"
     )
+    table.caption_justify = "left"
     return table
 
 
@@ -249,13 +265,16 @@ def found(secret: str) -> bool:
 
 def texts_of(readings: list[Reading], question: str) -> Table:
     """What each cache wrote."""
-    table = Table(title=f"Asked: {question}", title_style="bold", header_style="bold", show_lines=True)
-    table.add_column("cache", no_wrap=True)
-    table.add_column("continuation of the text", ratio=1)
-    table.add_column("answer", ratio=1)
-    table.add_column("secret number", ratio=1)
+    table = Table(
+        title=Text(f"Asked: {question}"), title_style="bold", show_header=False, box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    table.add_column("what", no_wrap=True, style="bold")
+    table.add_column("text", ratio=1, overflow="fold")
     for x in readings:
-        table.add_row(f"{x.name}\n{x.tokens} tokens/head", x.continuation, x.answer, x.secret)
+        table.add_row(x.name, f"{x.tokens} tokens kept a KV head", style="bold")
+        for what, text in (("continues", x.continuation), ("answers", x.answer), ("number", x.secret)):
+            table.add_row(what, Text(text))
+        table.add_section()
     return table
 
 
@@ -268,11 +287,11 @@ def plot(readings: list[Reading], path: str | Path, title: str) -> Path:
         chosen = [x for x in readings if x.name == name]
         sizes = [x.nbytes / 2**20 for x in chosen]
         left.plot(sizes, [x.fidelity.kl for x in chosen], "o-", color=colour, label=name)
-        right.plot(sizes, [x.tokens_per_second for x in chosen], "o-", color=colour, label=name)
-    right.plot(full.nbytes / 2**20, full.tokens_per_second, "s", color="0.3", label="full cache")
+        right.plot(sizes, [1 / x.speed.seconds for x in chosen], "o-", color=colour, label=name)
+    right.plot(full.nbytes / 2**20, 1 / full.speed.seconds, "s", color="0.3", label="full cache")
     left.set_ylabel("KL to the full cache, nats")
     left.set_ylim(bottom=0)
-    right.set_ylabel("tokens/s")
+    right.set_ylabel("tokens/s of the median step")
     right.set_ylim(bottom=0)
     for axis in (left, right):
         axis.set_xscale("log", base=2)

@@ -91,7 +91,7 @@ def trust(cache: Any, q: Array) -> Trust:
 
     Parameters
     ----------
-    cache : LayerCache or RaggedCache
+    cache : LayerCache
         Made with ``certify=``.
     q : array, shape (batch..., kv_head * group, q_len, d)
         Recent ones, say. The result says nothing of other queries.
@@ -118,35 +118,36 @@ def trust(cache: Any, q: Array) -> Trust:
     >>> report.certified.shape, bool((report.certified < 0.1).all())
     ((1, 4, 1), True)
     """
-    xp = array_namespace(q)
-    results, first = [], 0
-    kv_heads = sum(part.keys.shape[-3] for part in cache.parts if part.keys is not None)
-    for part in cache.parts:
-        if part.evidence is None:
-            raise ValueError(
-                "the cache keeps no evidence of what it evicted; make it with certify=0, 1 or 2 and fill it"
-            )
-        group = q.shape[-3] // kv_heads
-        count = group * part.keys.shape[-3]
-        results.append(
-            trust_of(
-                part, q[..., first : first + count, :, :], part.keys, part.values, part.positions, part.moments,
-                part.evidence,
-            )
-        )  # fmt: skip
-        first += count
-    return Trust(*(xp.concat(list(x), axis=-2) if len(x) > 1 else x[0] for x in zip(*results, strict=True)))
+    state = cache.state
+    if state is None or state.evidence is None:
+        raise ValueError("the cache keeps no evidence of what it evicted; make it with certify=0, 1 or 2 and fill it")
+    view = cache.view()
+    return trust_of(
+        cache.config, q, view.keys, view.values, view.positions, state.evicted, state.evidence,
+        scale=cache.attention_scale,
+    )  # fmt: skip
 
 
-def trust_of(settings: Any, q: Array, k: Array, v: Array, positions: Array, moments: Any, evidence: Moments) -> Trust:
+def trust_of(
+    config: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    evicted: Any,
+    evidence: Moments,
+    *,
+    scale: float,
+) -> Trust:
     """Trust in retained tokens (those of positions >= 0) with a correction, given evidence of all evicted ones."""
     xp = array_namespace(q, k)
-    backend = settings.backend or get_backend(q)
-    scale = settings.attention_scale
+    backend = config.backend or get_backend(q)
     present = positions >= 0
     state, _ = backend.attend(q, k, v, scale=scale, mask=present[..., None, None, :])
-    expansion = settings.correction.expansion(moments)
-    out = state.out if expansion is None else backend.correct(state, q, expansion, scale=scale)
+    out = state.out
+    expansion = config.correction.expansion(evicted)
+    if expansion is not None:
+        out = backend.correct(state, q, expansion, scale=scale)
     bound = output_error(state, q, evidence, out, scale=scale)
     u = unit(evidence.weight)
 
@@ -163,7 +164,8 @@ def trust_of(settings: Any, q: Array, k: Array, v: Array, positions: Array, mome
     reach = size + state_error(evidence.extent).value_size[..., None] if evidence.extent is not None else size
     rounding = of_out + 2 * reach * xp.tanh(of_lse / 4)
     bound = bound + ungroup_queries(rounding[..., None], q.shape[-3], q.shape[-2])[..., 0]
-    estimate = estimated_error(state, q, evidence, scale=scale, calibration=settings.correction.calibration)
+    factor = config.correction.calibration
+    estimate = estimated_error(state, q, evidence, scale=scale, calibration=factor)
     total = norm(xp.astype(out, evidence.weight.dtype))
     safe = xp.where(total > 0, total, xp.ones_like(total))
     infinite = xp.full_like(total, float("inf"))

@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 from expansions import Decode, expected, f64, make
-from folds import Fold, check_folded, make_fold
 
 from momentkv.backends.triton.decode import decode_triton
-from momentkv.backends.triton.fold import fold_triton
 from momentkv.testing.rounding import assert_within
 
 HALF = torch.float16
@@ -93,21 +91,3 @@ def test_float32_errs_by_less_than_the_target(case: Decode):
     exact, _, _ = expected(case, x)
     assert np.linalg.norm(f64(out) - exact.out) <= 2e-6 * np.linalg.norm(exact.out)
     assert np.abs(f64(lse) - exact.lse).max() <= 1e-5
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Fold(),
-        Fold(order=0),
-        Fold(d=128, dv=96, block=32, capacity=80, dtype=HALF),
-        Fold(block=1, capacity=3),
-        Fold(block=40, capacity=40),  # all that there is
-        Fold(first=True),
-    ],
-    ids=str,
-)
-def test_fold_kernel_agrees_with_the_oracle(case: Fold):
-    before, after = make_fold(case), make_fold(case)
-    fold_triton(*after.arguments())
-    check_folded(case, before, after)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from models import FAMILIES, left_padded, prompt, tiny
+from sweep import EQUAL, read_table
 from transformers import DynamicCache
 
 from momentkv.hf import MomentCache
@@ -132,15 +133,6 @@ TITLES = {
     "gemma3 full": "Gemma 3, full attention only",
     "phi3": "Phi-3",
 }
-# Model types that are refused, and why; `tests/test_hf_refusals.py` makes one of each.
-REFUSED = {
-    "gemma2": "soft-capped logits",
-    "gpt_oss": "attention sinks as parameters",
-    "deepseek_v2": "multi-head latent attention",
-    "deepseek_v3": "multi-head latent attention",
-    "gemma3n_text": "layers that share caches",
-    "t5": "encoder-decoder",
-}
 
 
 def stock(model: Any) -> DynamicCache:
@@ -148,14 +140,42 @@ def stock(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
+def types() -> list[str]:
+    """The part of the page about every model type, from the table that the sweep wrote."""
+    version, outcomes = read_table()
+    by_outcome: dict[str, list[str]] = {}
+    for kind, said in outcomes.items():
+        by_outcome.setdefault(said, []).append(f"`{kind}`")
+    equal = by_outcome.pop(EQUAL)
+    groups = sorted(by_outcome.items(), key=lambda group: (group[0].startswith("not tried"), -len(group[1]), group[0]))
+    return [
+        "## Every model type { #types }",
+        "",
+        f"All {len(outcomes)} causal and image-text model types that transformers {version} knows, each as a tiny",
+        "model with random weights (`tests/test_hf_sweep.py`; image-text models with text alone). The logits of a",
+        "prompt, a chunk and a token, with padding and without, equal those of the model's own attention with its own",
+        f"cache, to rounding, for {len(equal)}:",
+        "",
+        ", ".join(equal) + ".",
+        "",
+        "The others, by what their models are. Each is refused by name, when the cache is made or in the first pass,",
+        "unless the table says something else, and equals its own attention with a `DynamicCache` under",
+        '`attn_implementation="momentkv"` if transformers can use it so at all.',
+        "",
+        "| what it is | model types |",
+        "|---|---|",
+        *(f"| {said} | {', '.join(kinds)} |" for said, kinds in groups),
+        "",
+    ]
+
+
 def page() -> str:
     """docs/support.md."""
     head = "| | " + " | ".join(TITLES[family] for family in FAMILIES) + " |"
     rows = [f"| {mode} |" + " ✓ |" * len(FAMILIES) for mode in MODES]
-    refused = [f"| `{kind}` | {reason} |" for kind, reason in REFUSED.items()]
     return "\n".join(
         [
-            "# Families and modes",
+            "# Families, modes and model types",
             "",
             "<!-- Written by tests/matrix.py. -->",
             "",
@@ -169,17 +189,12 @@ def page() -> str:
             "|---|" + "---|" * len(FAMILIES),
             *rows,
             "",
-            "Refused by name, each tested:",
-            "",
-            "| model type | why |",
-            "|---|---|",
-            *refused,
-            "",
             "With `static=True` ([static buffers](transformers.md#static)) every mode but assisted decoding and prompt",
             "lookup equals the cache that is not static (`tests/test_hf_static.py`, Llama; greedy, families with full",
             "attention only). Weights of 8 and 4 bits: `tests/test_hf_modes.py`, for each of torchao, quanto and",
             "bitsandbytes that is installed.",
             "",
+            *types(),
             "What else raises: [In transformers](transformers.md#raises).",
             "",
         ]

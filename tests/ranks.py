@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from heads import heads_of
 
 from momentkv.attention import AttentionState, attend
 from momentkv.correction import correct
@@ -115,7 +116,7 @@ def tensor_parallel(folder: str) -> dict[str, Any]:
             return_dict_in_generate=True,
             output_logits=True,
         )
-        parts = [part for core in cache.moment_layers.values() for part in core.parts]
+        parts = [part for core in cache.moment_layers.values() for part in heads_of(core)]
         found[name] = {
             "tokens": out.sequences.tolist(),
             "logits": torch.stack(out.logits).tolist(),

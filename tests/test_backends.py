@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -14,8 +15,18 @@ from libraries import LIBRARIES, Library
 from momentkv import Moments, attend
 from momentkv.backends import BACKENDS, ArrayBackend, get_backend
 from momentkv.testing import oracle
-from momentkv.testing.rounding import UNIT_BFLOAT16, assert_same, assert_within, attention_error, unit
+from momentkv.testing.rounding import (
+    UNIT_BFLOAT16,
+    StateError,
+    assert_same,
+    assert_within,
+    attention_error,
+    longest,
+    merge_error,
+    unit,
+)
 from momentkv.testing.strategies import MASKS, Case, cases, some_tokens
+from momentkv.testing.tiers import lay_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +122,137 @@ def test_correct_conforms(subject: Subject, case: Case, cut: int, order: int):
     assert_within(subject.library.numpy(out), exact.out, error.out)
     if case.n <= cut:  # nothing evicted: to the last bit
         assert_same(subject.library.numpy(out), subject.library.numpy(retained.out))
+
+
+@st.composite
+def layouts(draw: st.DrawFn, heads: int, n: int) -> dict[str, object]:
+    """How many tokens of each head are retained, and how many slots there are beside: alike in all heads, or not."""
+    number, more = st.integers(0, n), st.integers(0, 2)
+    if draw(st.booleans()):
+        width, spare = draw(number), draw(more)
+        return {"widths": [width] * heads, "spare": [spare] * heads, "told": draw(st.booleans())}
+    each = st.lists(number, min_size=heads, max_size=heads)
+    return {"widths": draw(each), "spare": [draw(more) for _ in range(heads)], "told": draw(st.booleans())}
+
+
+def stored_error(q: np.ndarray, k: np.ndarray, v: np.ndarray, u: float, scale: float) -> StateError:
+    """Of attention to two sets that are merged; the lse of a part is at most the largest logit and log n from zero."""
+    keys = oracle.to_query_heads(np.abs(oracle.f64(k)), q.shape[-3], -3)
+    products = np.einsum("...hid,...hjd->...hij", np.abs(oracle.f64(q)), keys)
+    reach = scale * products.max(axis=-1, initial=0.0) + math.log(max(k.shape[-2], 1))
+    part = attention_error(q, k, v, reach, u, scale)
+    size = oracle.to_query_heads(longest(v), q.shape[-3], -1)[..., None, None]
+    return merge_error(part, part, size, reach, u)
+
+
+@given(data=st.data(), case=cases(masks=("none", "tokens", "rows", "all")))
+def test_attend_stored_conforms(subject: Subject, case: Case, data: st.DataObject):
+    """Whatever the tiers, in heads alike or each of its own, with padding and with slots that hold no token."""
+    q, k, v = case.arrays()
+    scale, u, valid = case.factor(), unit(case.dtype), case.token_mask()
+    stored = lay_out(k, v, valid=valid, **data.draw(layouts(case.kv_heads, case.n)))
+    mask = None if valid is None else valid[..., None, None, :]
+    exact, error = oracle.attend(q, k, v, scale, mask), stored_error(q, k, v, u, scale)
+    tiers = stored.arrays(subject.library.asarray)
+    for wanted in (False, True):
+        state, weights = subject.backend.attend_stored(subject.library.asarray(q), tiers, scale=scale, weights=wanted)
+        assert_within(subject.library.numpy(state.out), exact.out, error.out)
+        assert_within(subject.library.numpy(state.lse), exact.lse, error.lse)
+        assert (weights is not None) == wanted
+    shape = (*case.lead, case.group, case.q_len, case.n)
+    shares = oracle.softmax(oracle.logits(q, k, scale, mask))[0].reshape(shape)
+    # A weight is an output whose values are bounded by one.
+    of_weights = stored_error(q, k, np.ones((*k.shape[:-1], 1)), u, scale).out.reshape(*shape[:-1], 1)
+    assert_within(subject.library.numpy(weights), stored.spread(shares), of_weights)
+
+
+@given(
+    data=st.data(),
+    case=cases(masks=("none",)),
+    cut=st.integers(0, 12),
+    order=st.sampled_from([0, 1]),
+    prepared=st.booleans(),
+    weights=st.booleans(),
+)
+def test_decode_conforms(subject: Subject, case: Case, cut, order, prepared, weights, data: st.DataObject):
+    """Of the first tokens, stored in tiers, and the moments of the others."""
+    kept, gone, exact, error = correction(case, cut, order)
+    q, scale, u = case.arrays()[0], case.factor(), unit(case.dtype)
+    stored = lay_out(*kept, **data.draw(layouts(case.kv_heads, kept[0].shape[-2])))
+    moments = Moments.from_tokens(*subject.arrays(*gone))
+    expansion = moments.expansion(order=order)
+    # The retained state is then one of two that are merged first.
+    first = stored_error(q, *kept, u, scale)
+    size = max(np.linalg.norm(x, axis=-1).max(initial=0.0) for x in (case.tokens()[1], exact.out))
+    more = first.out + 2 * size * np.tanh(first.lse)[..., None]
+    arguments = subject.library.asarray(q), stored.arrays(subject.library.asarray)
+    given_expansion = subject.backend.prepare(expansion) if prepared else expansion
+    out, of_stored = subject.backend.decode(*arguments, given_expansion, scale=scale, weights=weights)
+    assert_within(subject.library.numpy(out), exact.out, error.out + more)
+    plain, alone = subject.backend.decode(*arguments, None, scale=scale, weights=weights)
+    retained = oracle.attend(q, *kept, scale)
+    assert_within(subject.library.numpy(plain), retained.out, first.out)
+    assert (of_stored is not None) == (alone is not None) == weights
+    if weights:  # over the stored tokens alone
+        assert_same(subject.library.numpy(of_stored), subject.library.numpy(alone))
+        assert of_stored.shape == (*case.lead, case.group, case.q_len, stored.places.shape[-1])
+
+
+SHAPES = st.tuples(st.sampled_from([(), (2,), (2, 3)]), st.integers(1, 9), st.integers(1, 3))
+
+
+@given(shape=SHAPES, vectors=st.booleans(), seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(["float32", "int32"]))
+def test_slots_in_a_row_are_written(subject: Subject, shape, vectors: bool, seed: int, dtype: str):
+    (batch, n, d), rng = shape, np.random.default_rng(seed)
+    last, axis = ((d,), -2) if vectors else ((), -1)
+    count = int(rng.integers(0, n + 1))
+    start = int(rng.integers(0, n - count + 1))
+    x, new = (rng.integers(-9, 9, (*batch, m, *last)).astype(dtype) for m in (n, count))
+    expected = x.copy()
+    expected.reshape(*batch, n, -1)[..., start : start + count, :] = new.reshape(*batch, count, d if vectors else 1)
+    given_new = subject.library.asarray(new)
+    written = subject.backend.write_at(subject.library.asarray(x), start, given_new, axis=axis)
+    assert_same(subject.library.numpy(written), subject.library.numpy(subject.library.asarray(expected)))
+    assert_same(subject.library.numpy(given_new), subject.library.numpy(subject.library.asarray(new)))
+    assert subject.library.dtype(written) == dtype
+
+
+@given(shape=SHAPES, vectors=st.booleans(), seed=st.integers(0, 2**32 - 1), one=st.booleans())
+def test_slots_of_each_row_are_written_but_negative_ones(subject: Subject, shape, vectors, seed: int, one: bool):
+    """Of several; a single slot is always meant."""
+    (batch, n, d), rng = shape, np.random.default_rng(seed)
+    last, axis = ((d,), -2) if vectors else ((), -1)
+    count = 1 if one else int(rng.integers(2, n + 3))
+    places = rng.permuted(np.broadcast_to(np.arange(max(n, count)), (*batch, max(n, count))), axis=-1)[..., :count]
+    index = np.where((places < n) & ((rng.random(places.shape) < 0.7) | one), places, -1 - places).astype(np.int32)
+    x = rng.integers(-9, 9, (*batch, n, *last)).astype("float64")
+    new = rng.integers(-9, 9, (*batch, count, *last)).astype("float32")
+    expected = x.copy()
+    for row in np.ndindex(batch):
+        for j, slot in enumerate(index[row]):
+            if slot >= 0:
+                expected[row][slot] = new[row][j]
+    arguments = subject.arrays(x, index, new)
+    written = subject.backend.write(*arguments, axis=axis)
+    assert_same(subject.library.numpy(written), expected)
+    assert subject.library.dtype(written) == "float64"
+    assert_same(subject.library.numpy(arguments[1]), index)
+    assert_same(subject.library.numpy(arguments[2]), new.astype(np.float64))
+
+
+def test_copies_share_no_memory_and_overwriting_takes_all(subject: Subject):
+    rng = np.random.default_rng(0)
+    x, new = (rng.standard_normal((2, 3, 4)) for _ in range(2))
+    array = subject.library.asarray(x)
+    copies = [subject.backend.copy(array), subject.backend.fixed(array)]
+    part = subject.backend.copy(array[:1, :, :2])
+    taken = subject.backend.overwrite(array, subject.library.asarray(new))
+    assert_same(subject.library.numpy(taken), new)
+    for copy in copies:
+        assert_same(subject.library.numpy(copy), x)
+    assert_same(subject.library.numpy(part), x[:1, :, :2])
+    for same in (subject.backend.compact(taken[:, 1:, :]), subject.backend.detach(taken[:, 1:, :])):
+        assert_same(subject.library.numpy(same), new[:, 1:])
 
 
 def test_more_queries_than_a_block(subject: Subject):

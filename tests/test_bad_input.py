@@ -17,7 +17,6 @@ from libraries import LIBRARIES, Library
 from momentkv import LayerCache, Moments, attend, bounds, correct, estimate, merge
 from momentkv.attention import logits, softmax_state
 from momentkv.backends import get_backend
-from momentkv.cache.ragged import RaggedCache
 from momentkv.diagnostics import eviction_error
 from momentkv.statistics.corrections import AnchoredSummaries
 from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
@@ -150,7 +149,7 @@ MASKED: dict[str, tuple[str, Callable[[Arrays, Any], Any]]] = {
     "calibrate": ("mask", lambda a, m: summaries(a).calibrate(a["q"], a["k"], mask=m)),
     "eviction error": ("retained", lambda a, m: eviction_error(a["q"], a["k"], a["v"], m)),
     "cache": ("valid", lambda a, m: step(LayerCache(8, window=2), a, m)),
-    "ragged cache": ("valid", lambda a, m: step(RaggedCache([8, 9], window=2), a, m)),
+    "ragged cache": ("valid", lambda a, m: step(LayerCache([8, 9], window=2), a, m)),
 }
 
 

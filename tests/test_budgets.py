@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import prompt, tiny
 
-from momentkv import LayerCache
-from momentkv.cache.budgets import budget_grid, error_curve, error_curves, refine, share_budget
-from momentkv.cache.ragged import RaggedCache
+from momentkv import AttentionState, LayerCache
+from momentkv.backends import get_backend
+from momentkv.cache.allocation import budget_grid, refine, share_budget
+from momentkv.cache.curves import error_curve, error_curves
 from momentkv.hf import MomentCache
 from momentkv.statistics.corrections import AnchoredSummaries
 
@@ -94,10 +95,7 @@ def test_curve_is_the_error_that_eviction_then_causes(options: dict):
         kept = np.stack([np.isin(np.arange(200), head) for head in stored])[None, :, None, None, :]
         part = weights * kept
         out = np.einsum("bhgqn,bhnd->bhgqd", part / part.sum(-1, keepdims=True), v)
-        if trial.order is not None and trial.has_evicted:
-            from momentkv import AttentionState
-            from momentkv.backends import get_backend
-
+        if trial.config.corrects and trial.has_evicted:
             state = AttentionState(out.reshape(1, 4, 32, 8), np.log(part.sum(-1)).reshape(1, 4, 32))
             corrected = get_backend(q).correct(state, q, trial.moments.expansion(), scale=1 / np.sqrt(8))
             out = corrected.reshape(out.shape)
@@ -121,30 +119,38 @@ def test_refined_curves_pass_through_what_was_measured_and_never_rise():
 
 @pytest.mark.parametrize("correction", ["moments", "summaries"])
 def test_curves_of_heads_are_those_of_each_head_alone(correction: str):
+    """Also where heads hold different numbers, after an eviction."""
     rng = np.random.default_rng(3)
-    q, k, v = (rng.standard_normal((1, heads, 200, 8)) for heads in (4, 2, 2))
+    q, k, v = (rng.standard_normal((1, heads, 260, 8)) for heads in (4, 2, 2))
     options = {"correction": correction, "window": 8, "block": 1, "keep_queries": True}
-    layer, ragged = LayerCache(40, **options), RaggedCache([40, 40], **options)
-    for cache in (layer, ragged):
-        cache.append(k, v)
-        cache.attend(q)
-    curves = error_curves(layer, [20, 60])
-    alone = [error_curve(part, [20, 60]) for part in ragged.parts]
-    together = ragged.together()
-    assert together is not None
-    # The same sums in arrays of another shape.
-    np.testing.assert_allclose(curves, alone, rtol=1e-9)
-    np.testing.assert_allclose(error_curves(together, [20, 60]), alone, rtol=1e-9)
-    np.testing.assert_allclose(error_curve(layer, [20, 60]), np.mean(alone, axis=0), rtol=1e-9)
-    ragged.evict()
-    assert ragged.together() is None
+    layer = LayerCache([40, 55], **options)
+    alone = [LayerCache(budget, **options) for budget in (40, 55)]
+    for start, stop in ((0, 200), (200, 260)):
+        layer.append(k[:, :, start:stop], v[:, :, start:stop])
+        layer.attend(q[:, :, start:stop])
+        expected = []
+        for head, each in enumerate(alone):
+            each.append(*(x[:, head : head + 1, start:stop] for x in (k, v)))
+            each.attend(q[:, 2 * head : 2 * head + 2, start:stop])
+            expected.append(error_curve(each, [20, 50, 90]))
+            each.evict()
+        # The same sums in arrays of another shape; where all is retained, their rounding is all there is.
+        np.testing.assert_allclose(error_curves(layer, [20, 50, 90]), expected, rtol=1e-9, atol=1e-24)
+        np.testing.assert_allclose(error_curve(layer, [20, 50, 90]), np.mean(expected, axis=0), rtol=1e-9)
+        layer.evict()
+        with pytest.raises(ValueError, match="the cache holds no newest queries"):
+            error_curves(layer, [20, 50])
+    assert layer.stored_by_head == [40, 55]
 
 
 def test_curves_leave_the_cache_as_it_was():
     cache = waiting(correction="summaries")
-    before = cache.snapshot()
+    before, arrays = cache.held(), {name: x.copy() for name, x in cache.arrays().items()}
+    waiting_tokens = [x.copy() for x in cache.new[:4]]
     error_curve(cache, [20, 60])
-    assert cache.snapshot() == before
+    assert cache.held() == before  # the very objects
+    assert all(np.array_equal(x, cache.arrays()[name]) for name, x in arrays.items())
+    assert all(np.array_equal(x, y) for x, y in zip(waiting_tokens, cache.new, strict=False))
 
 
 def test_curves_without_queries_are_refused():
@@ -181,7 +187,7 @@ def test_chunks_share_anew_and_stay_bounded():
     model.generate(prompt(1, 300), past_key_values=cache, prefill_chunk_size=64, max_new_tokens=4, do_sample=False)
     cores = cache.moment_layers.values()
     assert sum(core.budget for core in cores) <= 60 * len(cores)
-    assert all(core.keys.shape[2] < core.budget + core.block for core in cores)
+    assert all(core.keys.shape[2] < core.budget + core.config.block for core in cores)
 
 
 def test_contexts_within_the_budget_are_not_touched():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
 
-from momentkv import POLICIES, LayerCache, Moments
+from momentkv import POLICIES, LayerCache, Moments, get_policy
 from momentkv.testing import oracle
 from momentkv.testing.rounding import (
     UNIT_BFLOAT16,
@@ -28,11 +28,15 @@ names = st.sampled_from(sorted(POLICIES))
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Steps of a cache: two rows, left padding in the second, settings, and the length of each step."""
+    """Steps of a cache: two rows, left padding in the second, settings, and the length of each step.
+
+    With ``more``, the last of two heads has a larger budget than the first.
+    """
 
     policy: str
     order: int | None
     budget: int
+    more: int  # that the last head may retain
     sinks: int
     window: int
     block: int
@@ -48,6 +52,11 @@ class Run:
     def n(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def heads(self) -> int:
+        """KV heads of both rows."""
+        return 2 * self.kv_heads
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng(self.seed)
         heads = (self.kv_heads * self.group, self.kv_heads, self.kv_heads)
@@ -60,9 +69,13 @@ class Run:
         """Shape (2, 1, n)."""
         return np.arange(self.n) >= np.array([0, self.padding])[:, None, None]
 
-    def cache(self) -> LayerCache:
+    @property
+    def budgets(self) -> list[int]:
+        return [self.budget, self.budget + self.more][-self.kv_heads :]
+
+    def cache(self, **options: object) -> LayerCache:
         settings = {name: getattr(self, name) for name in ("policy", "order", "sinks", "window", "block")}
-        return LayerCache(self.budget, **settings)
+        return LayerCache(self.budgets if self.more else self.budget, **settings, **options)
 
     def steps(self) -> list[slice]:
         ends = np.cumsum(self.lengths).tolist()
@@ -75,16 +88,19 @@ def runs(draw: st.DrawFn, *, orders: tuple[int | None, ...] = (0, 1, None), room
     sinks, window = draw(st.integers(0, 2)), draw(st.integers(0, 3))
     prefill = draw(st.sampled_from([1, 2, 7, 25]))
     later = draw(st.sampled_from([(1,) * 9, (1, 1, 4, 1, 1, 1), (6, 6), ()]))
+    policy, kv_heads = draw(names), draw(st.integers(1, 2))
+    ragged = kv_heads == 2 and not get_policy(policy).couples_heads
     return Run(
-        policy=draw(names),
+        policy=policy,
         order=draw(st.sampled_from(orders)),
         budget=room + sinks + window + draw(st.integers(1, 5)),
+        more=draw(st.sampled_from([0, 1, 4])) if ragged else 0,
         sinks=sinks,
         window=window,
         block=draw(st.integers(1, 4)),
         lengths=(prefill, *later),
         padding=draw(st.sampled_from([0, prefill // 2, prefill - 1])),
-        kv_heads=draw(st.integers(1, 2)),
+        kv_heads=kv_heads,
         group=draw(st.integers(1, 3)),
         law=draw(st.sampled_from(["gaussian", "ties", "offset", "huge keys"])),
         dtype=draw(st.sampled_from(["float64", "float32"])),
@@ -109,7 +125,8 @@ def test_stored_tokens_never_exceed_the_budget_and_a_block(backend: Library, run
     cache = run.cache()
     for part in run.steps():
         advance(backend, run, cache, part)
-        assert cache.keys.shape[-2] < run.budget + run.block
+        assert cache.stored == cache.keys.shape[-2]
+        assert all(n < budget + run.block for n, budget in zip(cache.stored_by_head, run.budgets, strict=True))
         assert cache.keys.shape[-2] == cache.values.shape[-2] == cache.positions.shape[-1]
         assert cache.seen == part.stop
 
@@ -121,7 +138,8 @@ def test_eviction_leaves_exactly_the_budget(backend: Library, run: Run):
         advance(backend, run, cache, part)
         for head, held in stored(backend, cache).items():
             arrived = before[head] + run.valid()[head[0], 0, part].sum()
-            assert len(held) == (run.budget if arrived >= run.budget + run.block else arrived)
+            budget = run.budgets[head[1]]
+            assert len(held) == (budget if arrived >= budget + run.block else arrived)
             before[head] = len(held)
 
 
@@ -167,7 +185,7 @@ def test_moments_are_those_of_the_evicted_tokens(backend: Library, run: Run):
         gone = [p for p in range(run.padding * head[0], run.n) if p not in held]
         exact = oracle.moments(k[head][gone], v[head][gone])
         # At most one merge a round, and as many rounds a step as the policy makes.
-        merges = len(run.lengths) * cache.policy.rounds
+        merges = len(run.lengths) * cache.config.policy.rounds
         error = moments_error(k[head], v[head], unit(run.dtype), merges=merges)
         for name, x in cache.moments.arrays().items():
             assert_within(backend.numpy(x)[head], getattr(exact, name), getattr(error, name))
@@ -181,13 +199,21 @@ def test_plain_eviction_keeps_no_moments(backend: Library, run: Run):
         advance(backend, run, cache, part)
     for x in cache.moments.arrays().values():
         assert (backend.numpy(x) == 0).all()
-    optional = (x for x in (cache.score, cache.query_mean, cache.query_square) if x is not None)
-    sizes = (cache.keys, cache.values, cache.positions, *optional)
-    assert cache.nbytes == sum(backend.numpy(x).size * (4 if x is cache.positions else bytes_of(run)) for x in sizes)
+    queries = run.heads * 2 * 4 if cache.config.policy.needs_queries else 0
+    assert cache.nbytes == bytes_of_tiers(run, cache) + np.dtype(run.dtype).itemsize * queries
 
 
-def bytes_of(run: Run) -> int:
-    return np.dtype(run.dtype).itemsize
+def bytes_of_tiers(run: Run, cache: LayerCache) -> int:
+    """By hand: recent slots that are always there, those of retained tokens, and two counts a row and head.
+
+    A slot has a key, a value, a position of 4 bytes and, where attention is observed, what was made of it.
+    """
+    number = np.dtype(run.dtype).itemsize
+    slot = (4 + 3 + (cache.config.policy.observes != 0)) * number + 4
+    recent = run.sinks + run.window + run.block
+    widths = cache.state.layout.widths
+    assert all(width <= budget - run.sinks - run.window for width, budget in zip(widths, run.budgets, strict=True))
+    return 2 * sum(slot * (recent + width) + 2 * 4 for width in widths)
 
 
 @given(run=runs())

@@ -15,7 +15,7 @@ from test_cache import Run, advance, runs, stored
 from momentkv import LayerCache, Moments
 from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.diagnostics import eviction_error
-from momentkv.statistics.corrections import AnchoredSummaries, NoStatistics
+from momentkv.statistics.corrections import AnchoredSummaries
 from momentkv.statistics.summaries import Summaries
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_same, assert_within, unit
@@ -24,8 +24,7 @@ FEW = AnchoredSummaries(summaries=3, rank=2)
 
 
 def cache_of(run: Run) -> LayerCache:
-    settings = {name: getattr(run, name) for name in ("policy", "order", "sinks", "window", "block")}
-    return LayerCache(run.budget, correction=FEW, **settings)
+    return run.cache(correction=FEW)
 
 
 @given(run=runs())
@@ -34,10 +33,14 @@ def test_each_token_is_stored_or_counted_exactly_once(backend: Library, run: Run
     for part in run.steps():
         out = backend.numpy(advance(backend, run, cache, part))
         assert np.isfinite(out).all()
-        assert cache.keys.shape[-2] < run.budget + run.block
-        assert isinstance(cache.moments, NoStatistics if run.order is None else Summaries)
-        assert getattr(cache.moments, "rank", 0) == (2 if run.order else 0)
-        count = backend.numpy(cache.moments.weight)
+        assert all(n < budget + run.block for n, budget in zip(cache.stored_by_head, run.budgets, strict=True))
+        if run.order is None:
+            assert not any(name.startswith("evicted") for name in cache.arrays())
+            count = backend.numpy(cache.moments.weight)
+        else:
+            assert isinstance(cache.moments, Summaries)
+            assert cache.moments.rank == (2 if run.order else 0)
+            count = backend.numpy(cache.moments.count)
         for head, held in stored(backend, cache).items():
             real = part.stop - run.padding * head[0]
             assert count[head] == (real - len(held) if run.order is not None else 0)
@@ -45,7 +48,7 @@ def test_each_token_is_stored_or_counted_exactly_once(backend: Library, run: Run
 
 @given(run=runs(room=60))
 def test_nothing_evicted_is_plain_eviction_to_the_last_bit(backend: Library, run: Run):
-    cache, plain = cache_of(run), LayerCache(run.budget, policy=run.policy, order=None)
+    cache, plain = cache_of(run), dataclasses.replace(run, order=None).cache()
     for part in run.steps():
         assert_same(*(backend.numpy(advance(backend, run, x, part)) for x in (cache, plain)))
 
@@ -76,15 +79,15 @@ def test_recent_queries_are_remembered_and_padding_is_not(backend: Library, run:
     cache = cache_of(run)
     for part in run.steps():
         advance(backend, run, cache, part)
-    if run.order is None and not cache.policy.needs_queries:
-        assert cache.query_mean is cache.query_square is None
+    if run.order is None and not cache.config.policy.needs_queries:
+        assert cache.state.query_mean is cache.state.query_square is None
         return
     largest = np.abs(run.arrays()[0].astype(np.float64)).max()
     error = unit(run.dtype) * (run.group * 32 + 8 * len(run.lengths))
     for row, head in np.ndindex(2, run.kv_heads):
         mean, square = remembered(run, row, head)
-        assert_within(backend.numpy(cache.query_mean)[row, head], mean, error * largest)
-        assert_within(backend.numpy(cache.query_square)[row, head], square, 2 * error * largest**2)
+        assert_within(backend.numpy(cache.state.query_mean)[row, head], mean, error * largest)
+        assert_within(backend.numpy(cache.state.query_square)[row, head], square, 2 * error * largest**2)
 
 
 def structured(rows: int, n: int, heads: int = 2, group: int = 2, d: int = 8) -> tuple[np.ndarray, ...]:
@@ -139,15 +142,16 @@ def test_snapshot_map_and_bytes_hold_the_whole_state(backend: Library):
     cache.step(*(x[:, :, :50, :] for x in (q, k, v)))
     alone.step(*(x[1:, :, :50, :] for x in (q, k, v)))
     before, arrays = cache.snapshot(), {name: backend.numpy(x) for name, x in cache.arrays().items()}
-    assert {"query_mean", "query_square", "moments.anchor", "moments.cap"} <= arrays.keys()
-    sizes = {name: backend.numpy(x).size * (4 if name == "positions" else 8) for name, x in cache.arrays().items()}
+    assert {"query_mean", "query_square", "evicted.anchor", "evicted.cap"} <= arrays.keys()
+    whole = ("positions", "recent_positions", "counts", "recent_count")  # int32 numbers beside float64 ones
+    sizes = {name: backend.numpy(x).size * (4 if name in whole else 8) for name, x in cache.arrays().items()}
     assert cache.nbytes == sum(sizes.values())
     heads = 2 * 2
-    kept = ("moments", "query")
+    kept = ("evicted", "query")
     state = sum(size for name, size in sizes.items() if name.startswith(kept))
     assert state == heads * 2 * state_bytes(FEW, order=1, d=8)  # float64, twice float32
     cache.step(*(x[:, :, 50:, :] for x in (q, k, v)))
-    assert (backend.numpy(cache.query_mean) != arrays["query_mean"]).all()
+    assert (backend.numpy(cache.state.query_mean) != arrays["query_mean"]).all()
     cache.restore(before)
     for name, x in arrays.items():
         assert_same(backend.numpy(cache.arrays()[name]), x)
@@ -198,9 +202,10 @@ def test_bytes_of_a_state_are_those_that_a_cache_holds(correction: str, order: i
     q, k, v = (x.astype(np.float32) for x in structured(1, 60, d=16))
     cache = LayerCache(12, policy="streaming", order=order, correction=correction, **CUT)
     cache.step(q, k, v)
-    held = {name: x.nbytes for name, x in cache.arrays().items() if name.startswith(("moments", "query"))}
+    held = {name: x.nbytes for name, x in cache.arrays().items() if name.startswith(("evicted", "query"))}
     assert sum(held.values()) == 2 * state_bytes(correction, order=order, d=16)
-    assert cache.nbytes == sum(held.values()) + 2 * 12 * (2 * 16 * 4 + 4)
+    # A budget of tokens and a block, with a position each; two counts a head.
+    assert cache.nbytes == sum(held.values()) + 2 * ((12 + 3) * (2 * 16 * 4 + 4) + 2 * 4)
     assert isinstance(cache.moments, Moments if correction == "moments" else Summaries)
 
 

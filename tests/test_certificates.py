@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from libraries import LIBRARIES, Library
 
 from momentkv import LayerCache, Moments, attend, bounds, correct, estimate
+from momentkv.backends import get_backend
 from momentkv.bounds.rounding import state_error
 from momentkv.cache.accounting import state_bytes
-from momentkv.cache.ragged import RaggedCache
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_same, attention_error, moments_error, unit
 from momentkv.testing.strategies import Case, cases, some_tokens
@@ -211,45 +211,42 @@ def test_mass_from_range_is_mass_from_the_largest_variance():
 
 @pytest.mark.parametrize("correction", ["moments", "summaries"])
 @pytest.mark.parametrize("certify", [0, 1, 2])
-def test_trust_dominates_the_error_of_a_long_decode(correction: str, certify: int):
+@pytest.mark.parametrize("budget", [40, [40, 60]], ids=["one", "heads"])
+def test_trust_dominates_the_error_of_a_long_decode(correction: str, certify: int, budget: int | list[int]):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, heads, 160, 4)).astype(np.float32) for heads in (4, 2, 2))
     k = 0.3 * k
-    cache = LayerCache(40, window=8, block=8, correction=correction, certify=certify)
-    ragged = RaggedCache([40, 60], window=8, block=8, correction=correction, certify=certify)
-    for each in (cache, ragged):
-        each.step(q[:, :, :100], k[:, :, :100], v[:, :, :100])
-        for t in range(100, 160):
-            each.step(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
-        probe = rng.standard_normal((1, 4, 5, 4)).astype(np.float32)
-        report = trust(each, probe)
-        exact = oracle.attend(probe, k, v)
-        before = each.snapshot()
-        got = []
-        for i in range(5):  # what the cache answers, without the probe's own token
-            outs = []
-            for head, part in enumerate(each.parts):
-                heads = slice(0, 4) if len(each.parts) == 1 else slice(2 * head, 2 * head + 2)
-                mask = part.positions[..., None, None, :] >= 0
-                state = attend(probe[:, heads, i : i + 1], part.keys, part.values, mask=mask)
-                backend_out = _backend().correct(
-                    state, probe[:, heads, i : i + 1], part.expansion, scale=part.attention_scale
-                )
-                outs.append(backend_out)
-            got.append(np.concatenate(outs, axis=1))
-        out = np.concatenate(got, axis=2)
-        each.restore(before)
-        error = np.linalg.norm(out - exact.out, axis=-1) / np.linalg.norm(out, axis=-1)
-        assert report.certified.shape == report.estimated.shape == error.shape
-        assert (error <= report.certified).all()
-        assert np.isfinite(report.certified).all()
-        assert (report.estimated > 0).all()
+    cache = LayerCache(budget, window=8, block=8, correction=correction, certify=certify)
+    cache.step(q[:, :, :100], k[:, :, :100], v[:, :, :100])
+    for t in range(100, 160):
+        cache.step(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+    probe = rng.standard_normal((1, 4, 5, 4)).astype(np.float32)
+    report = trust(cache, probe)
+    exact = oracle.attend(probe, k, v)
+    # What the cache answers, without the probe's own token.
+    expansion = cache.config.correction.expansion(cache.moments)
+    out, _ = get_backend("numpy").decode(probe, cache.state.tiers(), expansion, scale=cache.attention_scale)
+    error = np.linalg.norm(out - exact.out, axis=-1) / np.linalg.norm(out, axis=-1)
+    assert report.certified.shape == report.estimated.shape == error.shape
+    assert (error <= report.certified).all()
+    assert np.isfinite(report.certified).all()
+    assert (report.estimated > 0).all()
 
 
-def _backend():
-    from momentkv.backends import get_backend
-
-    return get_backend("numpy")
+def test_trust_in_heads_is_that_in_each_head_alone():
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, heads, 100, 4)) for heads in (4, 2, 2))
+    probe = rng.standard_normal((1, 4, 3, 4))
+    cache = LayerCache([40, 60], window=8, block=8, certify=2)
+    cache.step(q, 0.3 * k, v)
+    report = trust(cache, probe)
+    for head, budget in enumerate((40, 60)):
+        alone, own = LayerCache(budget, window=8, block=8, certify=2), slice(2 * head, 2 * head + 2)
+        alone.step(q[:, own], 0.3 * k[:, head : head + 1], v[:, head : head + 1])
+        expected = trust(alone, probe[:, own])
+        np.testing.assert_allclose(report.estimated[:, own], expected.estimated, rtol=1e-9)
+        # Rounding is bounded by the number of slots, and a head may show more of them than it has tokens.
+        np.testing.assert_allclose(report.certified[:, own], expected.certified, rtol=1e-6)
 
 
 def test_a_cache_with_tolerance_refuses_what_it_cannot_certify():
@@ -269,13 +266,36 @@ def test_a_cache_with_tolerance_refuses_what_it_cannot_certify():
     np.testing.assert_array_equal(easy.evidence.weight, easy.moments.weight)
 
 
-@pytest.mark.parametrize("heads", [False, True])
-def test_an_eviction_while_decoding_is_judged_by_the_queries_before_it(heads: bool):
-    """Heads of their own are decoded together, and hold their queries all the same."""
+def test_each_head_refuses_for_itself():
+    """A head whose keys hardly differ evicts; one that cannot be certified keeps its tokens, and its budget grows."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, 100, 4)) for _ in range(3))
+    k[:, 1] *= 1e-5
+    settings = {"window": 8, "block": 8, "certify": 2, "tolerance": 1e-3}
+    cache, alone = LayerCache(40, **settings), LayerCache(40, **settings)
+    with pytest.warns(UserWarning, match="an eviction was refused"):
+        cache.step(q[:, :, :60], k[:, :, :60], v[:, :, :60])
+    alone.step(q[:, 1:, :60], k[:, 1:, :60], v[:, 1:, :60])
+    assert (cache.budget, cache.stored_by_head, cache.refused) == ([60, 40], [60, 40], 1)
+    assert cache.moments.weight.tolist() == cache.evidence.weight.tolist() == [[0.0, 20.0]]
+    for t in range(60, 100):
+        x = [part[:, :, t : t + 1] for part in (q, k, v)]
+        out = cache.step(*x)
+        np.testing.assert_allclose(out[:, 1:], alone.step(*(part[:, 1:] for part in x)), rtol=1e-9)
+        exact = oracle.attend(x[0][:, :1], k[:, :1, : t + 1], v[:, :1, : t + 1]).out
+        np.testing.assert_allclose(out[:, :1], exact, rtol=1e-9, atol=1e-12)
+    assert cache.budget == [100, 40]
+    assert alone.refused == 0
+    assert cache.positions[0, 0].tolist() == list(range(100))
+    held = cache.positions[0, 1]
+    assert held[held >= 0].tolist() == alone.positions[0, 0].tolist()
+
+
+@pytest.mark.parametrize("budget", [40, [40, 42]], ids=["one", "heads"])
+def test_an_eviction_while_decoding_is_judged_by_the_queries_before_it(budget: int | list[int]):
     rng = np.random.default_rng(3)
     q, k, v = (rng.standard_normal((1, 2, 60, 4)) for _ in range(3))
-    settings = {"window": 8, "block": 4, "certify": 2, "tolerance": 1e-3}
-    cache = RaggedCache([40, 40], **settings) if heads else LayerCache(40, **settings)
+    cache = LayerCache(budget, window=8, block=4, certify=2, tolerance=1e-3)
     cache.step(q[:, :, :30], k[:, :, :30], v[:, :, :30])  # within the budget: nothing to judge
 
     def decode() -> None:
@@ -284,11 +304,9 @@ def test_an_eviction_while_decoding_is_judged_by_the_queries_before_it(heads: bo
 
     with pytest.warns(UserWarning, match="an eviction was refused"):
         decode()
-    for part in cache.parts:
-        assert part.refused > 0
-        assert part.stored == 60
-    held = np.concatenate([part.recent_queries for part in cache.parts], axis=1)
-    np.testing.assert_array_equal(held, q[:, :, -32:])
+    assert cache.refused > 0
+    assert cache.stored_by_head == [60, 60]
+    np.testing.assert_array_equal(cache.state.recent_queries, q[:, :, -32:])
 
 
 def test_state_errors_are_attained_within_reason():

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import math
+import re
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from models import save_with_bytes
 from test_evaluation import is_image
+from test_tables import demo_rows
 
 import momentkv
 from momentkv import demo
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import commands, speed
+from momentkv.evaluation.fidelity import DEFAULT
 from momentkv.evaluation.report import read_json
 from momentkv.policies import POLICIES
 
@@ -45,6 +49,56 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"momentkv {momentkv.__version__}\n"
 
 
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "momentkv", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"momentkv {momentkv.__version__}\n"
+
+
+def test_output_that_nobody_reads_is_no_error():
+    """As with `momentkv plan --list | head -1`."""
+    command = [sys.executable, "-m", "momentkv", "plan", "--list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait()
+    process.stderr.close()
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Every parser by its command."""
+    found = {}
+
+    def walk(parser: argparse.ArgumentParser) -> None:
+        found[parser.prog] = parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, each in action.choices.items():
+                    if name != "lm-eval":
+                        walk(each)
+
+    walk(build_parser())
+    return found
+
+
+@pytest.mark.parametrize("name", list(parsers()))
+def test_help_fits_and_shows_defaults(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = parsers()[name]
+    text = parser.format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "None" not in text
+    assert not re.search(r"\[['\d]", text)  # no list as Python writes it
+    words = " ".join(text.split())
+    for action in parser._actions:
+        default = action.default
+        if not isinstance(action, argparse._SubParsersAction) and action.dest != "help":
+            assert action.help, action.dest
+        if default in (None, False, argparse.SUPPRESS) or default == list(POLICIES):
+            continue
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        assert f"(default: {shown})" in words
+
+
 @pytest.mark.parametrize("arguments", [[], ["evaluate"], ["evaluate", "fidelity", "--policies", "lru"]])
 def test_incomplete_commands_show_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
@@ -56,20 +110,21 @@ def test_incomplete_commands_show_the_usage(arguments: list[str], capsys: pytest
 def test_demo_shows_and_draws_every_cache(
     saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("COLUMNS", "200")  # no cell is wrapped
+    monkeypatch.setenv("COLUMNS", "80")
     plot = tmp_path / "new" / "demo.png"
-    budgets = ["--budgets", "64", "60", "--new-tokens", "3", "--question", "What is it?"]
+    # So many that a block of 32 is evicted while they are generated.
+    budgets = ["--budgets", "64", "60", "--new-tokens", "36", "--question", "What is it?"]
     assert main(["demo", "--model", saved, *SOURCE, *budgets, "--output", str(plot)]) == 0
     out = capsys.readouterr().out
     assert is_image(plot)
-    table = [line.split("│")[1:-1] for line in out.splitlines() if line.count("│") == 9]
-    found = [(row[0].strip(), int(row[1])) for row in table]
+    names = ["plain eviction", "paper's moments", "summaries", "the default"]
+    found = demo_rows(out)
     # Equal bytes: the paper's moments cost ten tokens of dimension 16, summaries seventeen.
-    sizes = [60, 50, 43, 43, 64, 54, 47, 47]
-    names = ["plain eviction", "paper's moments", "summaries", "the default"] * 2
-    assert found == [("full cache", 200), *zip(names, sizes, strict=True)]
-    assert [row[4].strip() == "0" for row in table] == [True, *[False] * 8]
-    assert all(float(row[4]) >= 0 and float(row[6]) > 0 for row in table)
+    sizes = ["60", "50", "43", "43", "64", "54", "47", "47"]
+    assert [x[:2] for x in found] == [("full cache", "200"), *zip(names * 2, sizes, strict=True)]
+    assert [x[4] == "0" for x in found] == [True, *[False] * 8]
+    assert all(float(x[6]) > 0 for x in found)
+    assert [x[7] is None for x in found] == [True, *[False] * 8]  # ms of a step that evicts
     assert "Asked: What is it?" in out
 
 
@@ -93,37 +148,92 @@ def test_what_the_demo_hides_is_read(text: str, before: int):
     assert hidden == f"{text[:before]}\n\n{demo.NEEDLE}{text[before:]}"
 
 
-def test_fidelity_writes_every_setting_and_a_plot(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+# Of dimension 16, the paper's moments cost 289 numbers of 32 bits, its order 0 33, and summaries 527; a token has 32.
+@pytest.mark.parametrize(
+    ("counted", "size", "budgets"),
+    [
+        ([], 80, {"none": 80, "order 0": 77, "order 1": 61, "summaries": 47}),
+        (["--bytes", "16"], 80, {"none": 80, "order 0": 77, "order 1": 61, "summaries": 47}),
+        (["--bytes", "32"], 60, {"none": 60, "order 0": 58, "order 1": 50, "summaries": 43}),
+    ],
+)
+def test_fidelity_writes_every_setting_and_a_plot(
+    counted: list[str],
+    size: int,
+    budgets: dict[str, int],
+    saved: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
     own = tmp_path / "own.txt"
     own.write_text("How much is lost? " * 100)
     path = tmp_path / "fidelity.json"
     corrections = ["none", "order-0", "order-1", "summaries"]
-    grid = ["--policies", "snapkv", "knorm", "--budgets", "60", "--corrections", *corrections]
+    grid = ["--policies", "snapkv", "knorm", "--budgets", str(size), "--corrections", *corrections, *counted]
     texts = ["--text", str(own), "types", "--skip", "7"]
     assert main(["evaluate", "fidelity", "--model", saved, *SOURCE, *texts, *grid, "--output", str(path)]) == 0
     content = read_json(path)
-    assert {(row["text"], row["policy"], row["correction"]) for row in content["rows"]} == {
-        (text, policy, correction)
+    assert {(row["text"], row["method"], row["policy"], row["correction"]) for row in content["rows"]} == {
+        (text, f"{policy}/{correction}", policy, correction.replace("-", " "))
         for text in ("own.txt", "types")
         for policy in ("snapkv", "knorm")
-        for correction in ("none", "order 0", "order 1", "summaries")
+        for correction in corrections
     }
     for row in content["rows"]:
         assert math.isfinite(row["kl"])
         assert row["kl"] > 0
         assert row["head_error"] > 0
     # Columns of the table are equal bytes: tokens, and what stands for the others.
-    assert {row["bytes_as_tokens"] for row in content["rows"]} == {60}
-    budgets = {row["correction"]: row["budget"] for row in content["rows"]}
-    assert budgets == {"none": 60, "order 0": 58, "order 1": 50, "summaries": 43}
-    # Of 2 layers and 2 KV heads, each token of 128 bytes: less than a token a head apart, beside positions and scores.
+    assert {row["bytes_as_tokens"] for row in content["rows"]} == {size}
+    assert {row["correction"]: row["budget"] for row in content["rows"]} == budgets
+    # Of 2 layers and 2 KV heads, each token of 128 bytes as it is stored, beside positions and scores, with the slot of
+    # a block of one and two counts; what is left are
+    # statistics, which are less than a token a head short of what their tokens would have been.
+    token = 2 * 16 * (4 if "32" in counted else 2)
     for policy, extra in (("snapkv", 8), ("knorm", 4)):
-        sizes = [row["nbytes"] / 4 - extra * row["budget"] for row in content["rows"] if row["policy"] == policy]
-        assert 60 * 128 - 128 < min(sizes) <= max(sizes) == 60 * 128
-    assert content["protocol"] | {"model": saved, "context": 200, "following": 16, "skip": 7} == content["protocol"]
+        for row in (row for row in content["rows"] if row["policy"] == policy):
+            statistics = row["nbytes"] / 4 - (extra + 128) * (row["budget"] + 1) - 8
+            assert size * token - token < row["budget"] * token + statistics <= size * token
+    expected = {"model": saved, "bytes": 32 if "32" in counted else 16, "context": 200, "following": 16, "skip": 7}
+    assert content["protocol"] | expected == content["protocol"]
     assert content["protocol"]["texts"] == ["own.txt", "types"]
     assert is_image(path.with_suffix(".png"))
-    assert "snapkv" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "snapkv" in out
+    assert f"of so many {expected['bytes']}-bit tokens" in out
+
+
+def test_methods_are_measured_as_they_were_named_and_once(
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "fidelity.json"
+    command = [
+        "evaluate",
+        "fidelity",
+        "--model",
+        saved,
+        *SOURCE,
+        "--text",
+        "types",
+        "--budgets",
+        "80",
+        "--output",
+        str(path),
+    ]
+    assert main([*command, "--methods", "default", "snapkv/none-layers"]) == 0
+    rows = read_json(path)["rows"]
+    assert [(row["method"], row["policy"], row["correction"]) for row in rows] == [
+        ("default", DEFAULT.policy_name, DEFAULT.correction),
+        ("snapkv/none-layers", "snapkv", "none, by layers"),
+    ]
+    # The default by its other name is there already.
+    assert main([*command, "--methods", "balanced/summaries-heads"]) == 0
+    assert read_json(path)["rows"] == rows
+    capsys.readouterr()
+    err = failure(capsys, *command, "--methods", "default", "balanced/summaries-heads")
+    assert "methods has 'default' and 'balanced/summaries-heads', which are the same" in err
+    # Bytes of other tokens are another protocol.
+    assert "holds results of another protocol" in failure(capsys, *command, "--bytes", "32", "--methods", "default")
 
 
 @pytest.mark.parametrize("correction", ["order-0", "summaries"])
@@ -153,28 +263,27 @@ def test_evaluate_trust_finds_no_error_above_its_certificate(saved: str, tmp_pat
     assert is_image(path.with_suffix(".png"))
 
 
-class Here(ThreadPoolExecutor):
-    """In place of fresh processes, each of which would import torch again."""
-
-    def __init__(self, max_workers: int, mp_context: object) -> None:
-        super().__init__(max_workers)
-
-
 def test_speed_measures_every_cache(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(speed, "ProcessPoolExecutor", Here)
+    # In place of fresh processes, each of which would import torch again.
+    monkeypatch.setattr(speed, "in_a_process", lambda function, *arguments: function(*arguments))
     path = tmp_path / "speed.json"
-    small = ["--context", "300", "--budget", "64", "--steps", "4"]
+    small = ["--context", "300", "--budget", "64", "--steps", "36"]
     assert main(["evaluate", "speed", "--model", saved, *small, "--output", str(path)]) == 0
     rows = read_json(path)["rows"]
     assert [row["cache"] for row in rows] == list(speed.KINDS)
     head = 2 * 2  # layers and KV heads
     token = 2 * 16 * 4  # keys and values of float32
-    assert rows[0]["cache_bytes"] == head * 304 * token
-    assert rows[1]["cache_bytes"] == head * 68 * (token + 4 + 4)  # position and score
+    assert rows[0]["cache_bytes"] == head * 336 * token
+    # Budget and block, each token with position and score, and the counts of two tiers.
+    assert rows[1]["cache_bytes"] == head * ((64 + 32) * (token + 4 + 4) + 8)
     assert rows[2]["cache_bytes"] - rows[1]["cache_bytes"] == head * 4 * (1 + 2 * 16 + 16 * 16)
-    assert rows[3]["cache_bytes"] == rows[5]["cache_bytes"]  # heads hold their own, nothing twice
+    assert rows[3]["cache_bytes"] == rows[4]["cache_bytes"]  # heads hold their own, nothing twice
     for row in rows:
-        assert row["seconds_per_step"]["min"] <= 1 / row["tokens_per_second"] <= row["seconds_per_step"]["max"]
+        seconds = row["seconds_per_step"]
+        assert seconds["min"] <= 1 / row["tokens_per_second"] <= seconds["max"]
+        assert seconds["min"] <= row["seconds_between_flushes"] <= seconds["max"]
+    assert rows[0]["seconds_of_a_flush"] is None
+    assert all(0 < row["seconds_of_a_flush"] <= row["seconds_per_step"]["max"] for row in rows[1:])
 
 
 @pytest.mark.parametrize("command", [["demo"], ["evaluate", "gap"], ["evaluate", "fidelity"]])

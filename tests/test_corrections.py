@@ -11,8 +11,7 @@ from libraries import LIBRARIES, Library
 
 from momentkv import LayerCache, Moments, attend, correct
 from momentkv.cache.accounting import state_bytes
-from momentkv.cache.budgets import error_curve
-from momentkv.cache.ragged import RaggedCache
+from momentkv.cache.curves import error_curve
 from momentkv.policies import POLICIES
 from momentkv.statistics.corrections import (
     CORRECTIONS,
@@ -77,10 +76,10 @@ class Centres(Correction):
         return state.moments()
 
 
-def stepped(library: Library, *, make: Any = LayerCache, budget: Any = 24, **settings: Any) -> tuple[Any, list[Any]]:
+def stepped(library: Library, *, budget: Any = 24, **settings: Any) -> tuple[Any, list[Any]]:
     """A cache after a prefill and forty tokens, and what it answered."""
     rng = np.random.default_rng(0)
-    cache, outs = make(budget, window=8, block=4, **settings), []
+    cache, outs = LayerCache(budget, window=8, block=4, **settings), []
     for count in (60, *[1] * 40):
         q, k, v = (library.asarray(rng.standard_normal((2, heads, count, 8))) for heads in (4, 2, 2))
         outs.append(library.numpy(cache.step(q, k, v)))
@@ -91,14 +90,14 @@ def stepped(library: Library, *, make: Any = LayerCache, budget: Any = 24, **set
 @pytest.mark.parametrize("correction", ["none", "order-0", "moments", "summaries"])
 def test_every_name_is_a_correction_for_every_policy(correction: str, policy: str):
     cache, outs = stepped(LIBRARIES["numpy"], correction=correction, policy=policy)
-    assert cache.correction == CORRECTIONS[correction]
+    assert cache.config.correction == CORRECTIONS[correction]
     assert all(np.isfinite(out).all() for out in outs)
     state = cache.moments
     assert state.nbytes == sum(x.nbytes for x in state.arrays().values())
     assert (state.weight == (0 if correction == "none" else 100 - cache.stored)).all()
-    known = cache.correction.known(state)
+    known = cache.config.correction.known(state)
     assert (known.weight.shape, known.key_mean.shape, known.value_mean.shape) == ((2, 2), (2, 2, 8), (2, 2, 8))
-    expansion = cache.correction.expansion(state)
+    expansion = cache.config.correction.expansion(state)
     assert (expansion is None) == (correction == "none")
 
 
@@ -115,11 +114,10 @@ def test_every_name_is_a_correction_for_every_policy(correction: str, policy: st
     ],
     ids=str,
 )
-@pytest.mark.parametrize("make", [LayerCache, RaggedCache])
-def test_an_order_is_a_choice_of_the_correction(one: dict[str, Any], other: dict[str, Any], make: Any):
+@pytest.mark.parametrize("budget", [24, [20, 28]], ids=str)
+def test_an_order_is_a_choice_of_the_correction(one: dict[str, Any], other: dict[str, Any], budget: Any):
     """So that each has two spellings, whose caches are equal to the last bit."""
-    budget = 24 if make is LayerCache else [20, 28]
-    caches = [stepped(LIBRARIES["numpy"], make=make, budget=budget, policy="snapkv", **x) for x in (one, other)]
+    caches = [stepped(LIBRARIES["numpy"], budget=budget, policy="snapkv", **x) for x in (one, other)]
     for x, y in zip(*(outs for _, outs in caches), strict=True):
         assert_same(x, y)
     first, second = (cache.arrays() for cache, _ in caches)
@@ -166,8 +164,8 @@ def test_a_correction_is_one_class_and_nothing_else_knows_it(backend: Library, p
         assert_same(x, y)
     assert own.nbytes == paper.nbytes
     assert state_bytes(Centres(), d=8) == state_bytes("order-0", d=8)
-    assert {"moments.number", "moments.keys", "moments.values"} <= own.arrays().keys()
-    ragged, _ = stepped(backend, make=RaggedCache, budget=[20, 28], correction=Centres(), policy=policy)
+    assert {"evicted.number", "evicted.keys", "evicted.values"} <= own.arrays().keys()
+    ragged, _ = stepped(backend, budget=[20, 28], correction=Centres(), policy=policy)
     assert ragged.nbytes > 0
 
 

@@ -10,6 +10,7 @@ from libraries import Library
 
 from momentkv import LayerCache, Moments, Policy, Tokens, attend, correct, estimate, get_policy
 from momentkv.backends import get_backend
+from momentkv.cache.state import HOST
 from momentkv.policies import MomentKV, Random, SnapKV
 from momentkv.statistics.corrections import Correction, PaperMoments, get_correction
 from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
@@ -85,6 +86,9 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "cache: sinks": (lambda: LayerCache(64, sinks=-1), ["sinks is -1"]),
     "cache: window": (lambda: LayerCache(64, window=-2), ["window is -2"]),
     "cache: order": (lambda: LayerCache(64, order=3), ["order is 3"]),
+    "cache: certify": (lambda: LayerCache(64, certify=3), ["certify is 3", "0, 1 or 2"]),
+    "cache: scale": (lambda: LayerCache(64, scale="1"), ["scale is '1'", "finite"]),
+    "cache: scale NaN": (lambda: LayerCache(64, scale=float("nan")), ["scale is nan", "finite"]),
     "cache: block": (lambda: LayerCache(64, block=0), ["block is 0"]),
     "cache: policy": (lambda: LayerCache(64, policy="lru"), ["policy is 'lru'", "snapkv"]),
     "cache: backend": (lambda: LayerCache(64, backend="jax"), ["backend is 'jax'", "numpy"]),
@@ -138,6 +142,54 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
 }
 
 
+NO_WHOLE_NUMBERS = [float("nan"), 40.0, np.float64(40), None, "40", True, np.True_, {}, np.array([40.0, 41.0])]
+
+
+@pytest.mark.parametrize("bad", NO_WHOLE_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", ["budget", "budget of a head", "sinks", "window", "block"])
+def test_what_is_no_whole_number_is_refused_by_name(name: str, bad: object):
+    """NaN above all, below which every comparison is false."""
+    argument = name.partition(" ")[0]
+    value = [40, bad] if name == "budget of a head" else bad
+    with pytest.raises(TypeError, match=f"{argument} is ") as caught:
+        LayerCache(**({"budget": 64} | {argument: value}))
+    assert repr(bad) in str(caught.value)
+    assert "whole number" in str(caught.value)
+    if argument == "budget":
+        cache = LayerCache(64)
+        with pytest.raises(TypeError, match="budget is "):
+            cache.budget = value
+        assert cache.budget == 64
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, lambda x: np.array(x, dtype=np.int32)], ids=repr)
+def test_whole_numbers_of_every_library_are_taken(kind: Callable[[int], object]):
+    one, heads = (
+        LayerCache(kind(8), window=kind(2), block=kind(2), sinks=kind(1)),
+        LayerCache([kind(8), kind(9)], window=2),
+    )
+    for cache in (one, heads):
+        cache.step(*np.random.default_rng(0).standard_normal((3, 1, 2, 30, 4)))
+    assert (one.budget, heads.budget) == (8, [8, 9])
+    assert {type(x) for x in (one.budget, *heads.budget, *one.budgets, one.config.window)} == {int}
+    assert one.stored_by_head == [8, 8]
+    one.budget = kind(20)
+    assert one.budget == 20
+
+
+def test_a_budget_for_other_heads_than_there_are_is_refused_by_name():
+    cache, coupled = LayerCache(8, window=2), LayerCache(8, window=2, policy="tova")
+    for each in (cache, coupled):
+        each.step(*np.random.default_rng(0).standard_normal((3, 1, 2, 30, 4)))
+    with pytest.raises(ValueError, match=r"budget is \[8, 9, 10\], for 3 KV heads, but the cache holds 2"):
+        cache.budget = [8, 9, 10]
+    with pytest.raises(ValueError, match="policy is 'tova', which looks across"):
+        coupled.budget = [8, 9]
+    assert (cache.budget, coupled.budget) == (8, 8)
+    cache.budget = [9, 12]
+    assert cache.budget == [9, 12]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_message_names_the_argument_and_its_value(name: str):
     make, parts = CASES[name]
@@ -169,7 +221,8 @@ LATER_STEPS = {
 def snapshot(backend: Library, cache: LayerCache) -> tuple[dict[str, np.ndarray], dict[str, object]]:
     """Arrays, and everything else but the settings that never change."""
     arrays = {name: backend.numpy(x) for name, x in cache.arrays().items()}
-    return arrays, {name: getattr(cache, name) for name in ("seen", "padded", "has_evicted")}
+    rest = {name: getattr(cache, name) for name in ("seen", "budget", "stored_by_head", "refused")}
+    return arrays, rest | {name: getattr(cache.state, name, None) for name in HOST}
 
 
 def fail(backend: Library, cache: LayerCache, shapes: list[tuple[int, ...]], parts: list[str]) -> None:

@@ -17,7 +17,16 @@ from momentkv import POLICIES
 from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
 from momentkv.evaluation.capture import CaptureCache, replay
-from momentkv.evaluation.fidelity import Setting, compare, measure, moment_tokens, settings_grid
+from momentkv.evaluation.fidelity import (
+    CHOICES,
+    DEFAULT,
+    Setting,
+    compare,
+    measure,
+    moment_tokens,
+    setting_of,
+    settings_grid,
+)
 from momentkv.evaluation.gap import measure_gap, plot_gap
 from momentkv.evaluation.report import average, fidelity_table, plot_fidelity, read_json, write_json
 from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
@@ -146,18 +155,18 @@ def test_measurement_is_a_prefill_and_one_pass_over_what_follows(order: int | No
 CORRECTIONS = [(None, "moments"), (0, "moments"), (1, "moments"), (0, "summaries"), (1, "summaries")]
 
 
-def test_grid_compares_at_equal_bytes():
+@pytest.mark.parametrize(("itemsize", "budgets"), [(None, [35, 40]), (4, [35, 40]), (2, [44, 50])])
+def test_grid_compares_at_equal_bytes(itemsize: int | None, budgets: list[int]):
     """Keys, values and what stands for the others: at most those of the budget, and less than one token a head less."""
     model, ids = tiny("llama"), prompt(1, CONTEXT)
-    budgets = [35, 40]
-    grid = settings_grid(model, ["momentkv", "knorm"], budgets, CORRECTIONS, least=10)
+    grid = settings_grid(model, ["momentkv", "knorm"], budgets, CORRECTIONS, least=10, itemsize=itemsize)
     assert [(x.policy, x.order, x.kind) for x in grid] == [
         (policy, *correction) for _ in budgets for policy in ("momentkv", "knorm") for correction in CORRECTIONS
     ]
-    token = 2 * 16 * 4
+    stored, counted = 2 * 16 * 4, 2 * 16 * (itemsize or 4)
     for index, setting in enumerate(grid):
         budget = budgets[index // 10]
-        assert setting.budget == budget - moment_tokens(model, setting)
+        assert setting.budget == budget - moment_tokens(model, setting, itemsize=itemsize)
         cache = MomentCache(
             model,
             setting.budget,
@@ -168,9 +177,17 @@ def test_grid_compares_at_equal_bytes():
             **UNIFORM,
         )
         replay(capture("llama", ids, 32), cache)
-        besides = sum(x.nbytes for core in cache.moment_layers.values() for x in (core.positions, core.score)
-                      if x is not None)  # fmt: skip
-        assert 0 <= budget * token - (cache.nbytes - besides) / (2 * 2) < token
+        cores = cache.moment_layers.values()
+        arrays = [(name, x) for core in cores for name, x in core.arrays().items()]
+        assert {core.stored for core in cores} == {setting.budget}
+        # The model stores numbers of 32 bits, whatever they are counted in; statistics are counted as they are stored.
+        vectors = sum(x.nbytes for name, x in arrays if name.endswith(("keys", "values")))
+        assert vectors == 2 * 2 * stored * (setting.budget + 1)  # a slot for the token to come
+        held = sum(x.nbytes for name, x in arrays if name.startswith(("evicted.", "query_")))
+        besides = sum(x.nbytes for name, x in arrays if name.endswith(("positions", "attention", "nt_count", "counts")))
+        assert cache.nbytes == vectors + held + besides
+        statistics = held / (2 * 2)
+        assert 0 <= budget * counted - (setting.budget * counted + statistics) < counted
 
 
 def test_grid_leaves_out_heads_where_a_policy_looks_across_them():
@@ -189,10 +206,16 @@ def test_grid_leaves_out_what_would_retain_too_few_and_is_never_empty():
         settings_grid(tiny("llama"), ["knorm"], [34, 50], corrections[2:])
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_moments_are_counted_in_tokens_rounded_up(dtype: str, size: int):
+@pytest.mark.parametrize(
+    ("dtype", "itemsize", "size"), [("float32", None, 4), ("bfloat16", None, 2), ("float32", 2, 2), ("bfloat16", 4, 4)]
+)
+def test_moments_are_counted_in_tokens_rounded_up(dtype: str, itemsize: int | None, size: int):
     model = tiny("qwen3", "momentkv", dtype)
     token = 2 * 16 * size
+
+    def cost(*setting: Any) -> int:
+        return moment_tokens(model, Setting(*setting), itemsize=itemsize)
+
     state = {
         (0, "moments"): 1 + 2 * 16,
         (1, "moments"): 1 + 2 * 16 + 16 * 16,
@@ -201,12 +224,25 @@ def test_moments_are_counted_in_tokens_rounded_up(dtype: str, size: int):
         (1, "summaries"): 3 + 12 * (1 + 2 * 16) + 4 * 16 + 2 * 2 * 16,
     }
     for (order, kind), numbers in state.items():
-        assert moment_tokens(model, Setting("knorm", 64, order, kind)) == math.ceil(4 * numbers / token)
+        assert cost("knorm", 64, order, kind) == math.ceil(4 * numbers / token)
         # Summaries keep the statistics of queries that the policy needs; with others they come on top.
         numbers += 2 * 16 * (kind == "moments")
-        assert moment_tokens(model, Setting("balanced", 64, order, kind)) == math.ceil(4 * numbers / token)
-    assert moment_tokens(model, Setting("knorm", 64, None, "summaries")) == 0
-    assert moment_tokens(model, Setting("expected-attention", 64, None)) == 4 // size
+        assert cost("balanced", 64, order, kind) == math.ceil(4 * numbers / token)
+    assert cost("knorm", 64, None, "summaries") == 0
+    assert cost("expected-attention", 64, None) == 4 // size
+
+
+def test_methods_are_settings_by_name():
+    for policy in POLICIES:
+        for name, correction in CHOICES.items():
+            setting = setting_of(f"{policy}/{name}")
+            assert setting == Setting(policy, 0, *correction)
+            assert setting.method == f"{policy}/{name}"
+    assert setting_of("default") == setting_of("balanced/summaries-heads") == DEFAULT
+    assert setting_of("default").method == "default"
+    for method in ("", "snapkv", "snapkv/", "/none", "snapkv/none/none", "Default"):
+        with pytest.raises(ValueError, match=f"methods has '{method}'; use default, or POLICY/CORRECTION"):
+            setting_of(method)
 
 
 def test_settings_have_names():
@@ -275,7 +311,7 @@ def test_table_and_average_are_means_over_texts():
     assert averaged[138, "snapkv", "none"]["kl"] == (1 + 5) / 2
     assert averaged[266, "snapkv", "order 1"]["kl"] == (4 + 8) / 2
     assert (averaged[266, "snapkv", "order 1"]["kl_min"], averaged[266, "snapkv", "order 1"]["kl_max"]) == (4, 8)
-    table = fidelity_table(rows(), title="title")
+    table = fidelity_table(rows(), title="title", bits=16)
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["bytes"] == ["138", "", "266", ""]
     # Of 1 and 5, 2 and 6, 3 and 7, 4 and 8: each pair is 4 apart, so that its standard error is 2.
@@ -284,6 +320,8 @@ def test_table_and_average_are_means_over_texts():
     assert cells["kept"] == ["128", "128", "256", "256"]
     assert (cells["top-1"], cells["NLL"], cells["error"]) == (["50%"] * 4, ["-0.250"] * 4, ["0.125"] * 4)
     assert [row.style for row in table.rows] == ["bold green", "", "bold green", ""]
+    assert "of so many 16-bit tokens a KV head" in str(table.caption)
+    assert "tokens as the model stores them" in str(fidelity_table(rows(), title="title", bits=None).caption)
 
 
 def is_image(path: Path) -> bool:
@@ -296,7 +334,7 @@ def is_image(path: Path) -> bool:
 def test_reports_write_images_and_json(tmp_path: Path):
     gap = measure_gap(tiny("llama"), prompt(1, CONTEXT + 4), CONTEXT, Setting("h2o", 20, 1), **SMALL)
     assert is_image(plot_gap(gap, tmp_path / "new" / "gap.png", title="title"))
-    assert is_image(plot_fidelity(rows(), tmp_path / "newer" / "fidelity.png", title="title"))
+    assert is_image(plot_fidelity(rows(), tmp_path / "newer" / "fidelity.png", title="title", bits=16))
     path = write_json(tmp_path / "newest" / "rows.json", {"rows": rows()})
     assert read_json(path) == {"rows": rows()}
     assert [x.name for x in path.parent.iterdir()] == ["rows.json"]

@@ -63,8 +63,8 @@ def test_document_is_compressed_once_and_asked_often(run_here):
     out = run_here("document.py", *small, "--question", "What is a loop?", "What is a class?")
     assert out.count("  full  :") == out.count("  moment:") == 2
     full, used = (float(x) for x in re.search(r"cache, MiB +([\d.]+) +([\d.]+)", out).groups())
-    # 200 tokens against 64, and summaries that cost as much as 16 of float32.
-    assert used < full * 90 / 200
+    # 200 tokens against 64 and a block of 32, and summaries that cost as much as 16 of float32.
+    assert used < full * 115 / 200
     held = float(re.search(r"file, MiB +([\d.]+)", out).group(1))
     assert used <= held < used + 0.5
 

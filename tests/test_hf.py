@@ -164,7 +164,7 @@ def test_every_token_is_stored_or_folded_under_every_policy_and_order(policy: st
         stored, folded = core.keys.shape[2], core.moments.weight
         assert (stored + folded == core.seen).all() if order is not None else (folded == 0).all()
         assert core.seen == 55
-        assert core.order == order
+        assert core.config.order == order
         assert getattr(core.moments, "order", None) == order
 
 

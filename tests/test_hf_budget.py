@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from heads import heads_of
 from models import left_padded, prompt, tiny
 
 from momentkv.hf import CacheSummary, MomentCache
@@ -20,11 +21,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {"sharing": "uniform", "order": None, "policy": H2O()},
     "ada-kv": {"sharing": "ada-kv", "policy": "snapkv"},
     "queries without correction": {"order": None, "policy": "expected-attention"},
+    "certified": {"certify": 1},
 }
 
 
 def parts(cache: MomentCache) -> list[Any]:
-    return [part for core in cache.moment_layers.values() for part in core.parts]
+    return [part for core in cache.moment_layers.values() for part in heads_of(core)]
 
 
 def generate(model: Any, cache: MomentCache, ids: torch.Tensor, mask: Any = None, **settings: Any) -> torch.Tensor:
@@ -35,7 +37,7 @@ def generate(model: Any, cache: MomentCache, ids: torch.Tensor, mask: Any = None
 
 def test_a_model_is_all_that_is_needed():
     cache = MomentCache(tiny("llama"))
-    assert {part.budget for part in parts(cache)} == {512}
+    assert [core.budget for core in cache.moment_layers.values()] == [[512, 512]] * 2
     assert generate(tiny("llama"), cache, prompt(1, 20)).shape == (1, 28)
 
 
@@ -169,7 +171,7 @@ def test_a_summary_says_what_each_layer_holds():
     estimates = [layer.trust for layer in certified.summary().layers]
     for estimate, core in zip(estimates, certified.moment_layers.values(), strict=True):
         # Scores are scaled queries times keys: the mean query that a cache holds is scaled, the trust's is not.
-        mean = torch.cat([part.query_mean for part in core.parts], dim=1)[:, :, None] * 16**0.5
+        mean = core.state.query_mean[:, :, None] * 16**0.5
         assert estimate == pytest.approx(float(trust(core, mean).estimated.mean()), rel=1e-5)
     trusted = cache.summary(trust=lambda core: core.seen / 100)
     assert [layer.trust for layer in trusted.layers] == [None, 0.62] * 2

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import MODES, PAGE, REFUSED, TITLES, TOLERANCES, page, stock
+from heads import heads_of
+from matrix import MODES, PAGE, TITLES, TOLERANCES, page, stock
 from models import COMPRESSED, FAMILIES, tiny
-from transformers import AutoConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.hf import MomentCache
@@ -50,7 +50,7 @@ def test_bounded_counted_once_and_the_same_again(family: str, mode: str):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 assert layer.keys.shape[2] <= layer.sliding_window - 1
         for core in cache.moment_layers.values():
-            for part in core.parts:
+            for part in heads_of(core):
                 assert part.stored < part.budget + part.block
                 counted = (part.positions >= 0).sum(-1) + part.moments.weight
                 assert counted[0].eq(part.seen).all() or mode == "rows moved"
@@ -62,11 +62,3 @@ def test_bounded_counted_once_and_the_same_again(family: str, mode: str):
 def test_the_page_shows_this_table():
     assert set(TITLES) == set(FAMILIES)
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/matrix.py"
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_refused_families_are_refused_by_name(kind: str):
-    settings = {"num_kv_shared_layers": 3} if kind == "gemma3n_text" else {}
-    config = AutoConfig.for_model(kind, attn_implementation="momentkv", **settings)
-    with pytest.raises(ValueError, match=f"model type '{kind}' is not supported: .*use a DynamicCache"):
-        MomentCache(config, 64)

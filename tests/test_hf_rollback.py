@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from contents import assert_same, contents
+from heads import heads_of
 from models import left_padded, prompt, tiny
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -54,18 +56,7 @@ def step(cache: MomentCache, count: int, seed: int, keep: int | None = None, pad
 
 
 def state(cache: MomentCache) -> dict[str, Any]:
-    held: dict[str, Any] = {}
-    for index, core in cache.moment_layers.items():
-        for n, part in enumerate(core.parts):
-            held |= {f"{index}.{n}.{name}": x for name, x in part.arrays().items()}
-            held |= {f"{index}.{n}.{name}": getattr(part, name) for name in ("seen", "budget", "has_evicted", "padded")}
-    return held
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name, x in a.items():
-        assert torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name], name
+    return {f"{index}.{name}": x for index, core in cache.moment_layers.items() for name, x in contents(core).items()}
 
 
 def recording(kind: str, budget: int = 20) -> tuple[MomentCache, MomentCache]:
@@ -87,7 +78,7 @@ def test_recorded_tokens_that_are_taken_back_leave_no_trace(kind: str, padding: 
             step(fresh, count, seed, keep=stays, padding=padding)
         assert_same(state(recorded), state(fresh))
         assert recorded.nbytes == fresh.nbytes
-    assert all(part.has_evicted for core in fresh.moment_layers.values() for part in core.parts)
+    assert all(core.has_evicted for core in fresh.moment_layers.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +86,7 @@ def test_several_passes_are_taken_back_at_once(kind: str):
     recorded, fresh = recording(kind)
     for count, seed in ((50, 0), (1, 1), (1, 2), (3, 3), (1, 4)):
         step(recorded, count, seed)
-    assert all((part.positions >= 0).all() for core in recorded.moment_layers.values() for part in core.parts)
+    assert all((part.positions >= 0).all() for core in recorded.moment_layers.values() for part in heads_of(core))
     recorded.crop(-3)  # the last one, and two of the three before
     for count, seed, keep in ((50, 0, 50), (1, 1, 1), (1, 2, 1), (3, 3, 1)):
         step(fresh, count, seed, keep=keep)
@@ -117,7 +108,7 @@ def test_a_cache_that_records_without_crop_stays_bounded(kind: str):
         step(recorded, 1, seed)
         step(fresh, 1, seed)
         for core in recorded.moment_layers.values():
-            assert all(part.stored < part.budget + part.block + 16 for part in core.parts)
+            assert all(part.stored < part.budget + part.block + 16 for part in heads_of(core))
     recorded.crop(0)
     assert_same(state(recorded), state(fresh))
     assert recorded.nbytes == fresh.nbytes
@@ -162,7 +153,7 @@ def test_a_crop_that_fails_changes_nothing(sharing: str):
     assert_same(state(cache), before)
     cache.crop(-2)
     assert cache.get_seq_length() == 58
-    assert all(part.has_evicted for core in cache.moment_layers.values() for part in core.parts)
+    assert all(core.has_evicted for core in cache.moment_layers.values())
 
 
 def proceed(model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -206,7 +197,7 @@ def test_crop_within_the_window_takes_out_the_newest_tokens_alone(kind: str):
     step(cache, 8, 2, padding=3)
     assert cache.get_seq_length() == 64
     for core in cache.moment_layers.values():
-        for part in core.parts:
+        for part in heads_of(core):
             assert (part.positions < 64).all()
             assert ((part.positions >= 56).sum(-1) == 8).all()
             if part.order is not None:
@@ -278,7 +269,7 @@ def test_assisted_decoding_is_bounded_and_counts_each_token_once(
                 assert layer.keys.shape[2] <= 15
                 continue
             assert not layer.passes
-            for part in self.moment_layers[index].parts:
+            for part in heads_of(self.moment_layers[index]):
                 assert part.stored < part.budget + part.block
                 assert ((part.positions >= 0).sum(-1) + part.moments.weight == part.seen).all()
 
@@ -293,7 +284,7 @@ def test_assisted_decoding_is_bounded_and_counts_each_token_once(
     generate(model, cache, more, 25)
     for index, core in cache.moment_layers.items():
         assert cache.layers[index].record_past
-        assert all(part.stored < part.budget + part.block + 16 for part in core.parts)
+        assert all(part.stored < part.budget + part.block + 16 for part in heads_of(core))
     assert all(x.keys.shape[2] <= 15 + 17 for x in cache.layers if isinstance(x, DynamicSlidingWindowLayer))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import CompileConfig
 
-from momentkv.cache.ragged import RaggedCache
+from momentkv import LayerCache
+from momentkv.cache.state import LayerState
 from momentkv.hf import DecodeGraphs, FinishedRows, MomentCache
-from momentkv.hf.static import ring
-from momentkv.hf.static_flush import flush
-from momentkv.hf.static_state import StaticState
+from momentkv.hf.clock import Clock, ring
+from momentkv.hf.steps import static_step, step_in_place
 from momentkv.policies import POLICIES, SnapKV
 from momentkv.policies.critical import CriticalKV
 from momentkv.statistics.corrections import AnchoredSummaries, Correction
@@ -29,6 +30,49 @@ PAPER: dict[str, Any] = SMALL | {"policy": "momentkv", "correction": "moments", 
 # Averages over neighbouring positions are equal for neighbours that have no others, up to the order of a sum: which of
 # two such tokens goes is then decided by rounding. Without the average, no tie is left.
 NO_TIES = {"snapkv": SnapKV(kernel=1), "criticalkv": CriticalKV(kernel=1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """Moments, and a number that momentkv knows nothing of."""
+
+    moments: Moments
+    folds: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.moments.weight
+
+    @property
+    def nbytes(self) -> int:
+        return self.moments.nbytes + self.folds.nbytes
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        return self.moments.arrays() | {"folds": self.folds}
+
+    def map(self, function: Any) -> Counted:
+        return Counted(self.moments.map(function), function(self.folds))
+
+
+class Counting(Correction):
+    """Of one's own."""
+
+    name = "counting"
+
+    def empty(self, k: Any, v: Any) -> Counted:
+        moments = Moments.empty(k, v, order=1)
+        return Counted(moments, torch.zeros_like(moments.weight))
+
+    def fold(self, state: Counted, k: Any, v: Any, *, mask: Any, window: Any) -> Counted:
+        return Counted(state.moments.update(k, v, mask=mask), state.folds + mask.any(-1))
+
+    def expansion(self, state: Counted) -> Any:
+        return state.moments.expansion()
+
+    def known(self, state: Counted) -> Moments:
+        return state.moments
+
+
 STEPS = 15  # at least three flushes
 # Models of float64 normalise in float32.
 TOLERANCE = 1e-6
@@ -43,6 +87,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("heads, observed", {"policy": "h2o"}),
     ("layers", {"sharing": "layers"}),
     ("no rank", {"correction": AnchoredSummaries(rank=0)}),
+    ("a correction of one's own", {"correction": Counting(), "policy": "momentkv"}),
     ("tokens one by one", {"block": 1}),
     ("share", {"budget": 0.5}),
 ]
@@ -74,16 +119,14 @@ def test_static_equals_dynamic(name: str):
     results = [generate(model, cache, *rows(), new=STEPS) for cache in caches]
     assert_same(*results)
     assert caches[1].static is not None
-    assert caches[1].static.frozen
+    assert caches[1].static.runs
     for a, b in zip(*(cache.moment_layers.values() for cache in caches), strict=True):
         assert a.seen == b.seen
-        for one, other in zip(a.parts, b.parts, strict=True):
-            assert torch.equal(one.moments.weight, other.moments.weight)
-            real = [(part.positions >= 0).sum(-1) for part in (one, other)]
-            assert torch.equal(*real)
-            for row, count in enumerate(real[0].squeeze(-1).tolist() if len(a.parts) > 1 else []):
-                assert torch.equal(*(part.positions[row][part.positions[row] >= 0] for part in (one, other)))
-                assert count < one.budget + one.block
+        assert a.budgets == b.budgets
+        assert torch.equal(a.moments.weight, b.moments.weight)
+        for row, (one, other) in enumerate(zip(a.positions.flatten(0, 1), b.positions.flatten(0, 1), strict=True)):
+            assert torch.equal(one[one >= 0], other[other >= 0])
+            assert (one >= 0).sum() < a.budgets[row % len(a.budgets)] + a.config.block
 
 
 @pytest.mark.parametrize("family", FULL)
@@ -152,7 +195,7 @@ def test_a_compiled_forward_is_the_same_without_positions_or_mask(dynamo: Any):
 
 def tensors(cache: MomentCache) -> list[torch.Tensor]:
     assert cache.static is not None
-    return [x for state in cache.static.states for x in state.buffers.values()]
+    return [x for core in cache.static.cores for x in core.stored_state.arrays().values()]
 
 
 @pytest.mark.parametrize("settings", [{"sharing": "uniform"}, PAPER], ids=["summaries", "paper"])
@@ -178,32 +221,26 @@ def faked(x: Any, mode: FakeTensorMode) -> Any:
     return mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
 
 
-def fake_state(settings: dict[str, Any], mode: FakeTensorMode) -> StaticState:
-    """The state of a layer of a model, of tensors that have no data: whoever asks for some fails."""
+def fake_state(settings: dict[str, Any], mode: FakeTensorMode) -> tuple[LayerCache, LayerState]:
+    """A layer of a model, and its state of tensors that have no data: whoever asks for some fails."""
     model = tiny("llama")
     cache = pair(model, **settings)[1]
     generate(model, cache, *rows(), new=3)
-    assert cache.static is not None
-    state = cache.static.states[0]
-    state.buffers = {name: faked(x, mode) for name, x in state.buffers.items()}
-    return state
+    core = cache.moment_layers[0]
+    return core, core.stored_state.map(lambda x: faked(x, mode))
 
 
 @pytest.mark.parametrize("name", ["default", *(name for name, _ in CASES if name != "bytes")])
 def test_step_and_flush_never_ask_the_device(name: str):
     mode = FakeTensorMode()
-    state = fake_state(dict(CASES).get(name, {}), mode)
+    core, state = fake_state(dict(CASES).get(name, {}), mode)
     q, k = (faked(torch.zeros(3, heads, 1, 16), mode) for heads in (4, 2))
     valid = faked(torch.ones(3, 1, 1, dtype=torch.bool), mode)
-    buffers = state.buffers
     with mode, torch.no_grad():
-        state.append(k, k)
-        assert state.attend(q, valid).shape == (3, 4, 1, 16)
-        arguments = [buffers[x] for x in ("keys", "values", "positions", "score", "counts", "ticks")]
-        arguments += [state.parts, state.derived, buffers.get("starts"), buffers["budgets"], buffers["seen"]]
-        flush(*arguments, buffers.get("query_mean"), buffers.get("query_square"), 0.25, state.rules)
+        assert step_in_place(core, state, q, k, k, valid).shape == (3, 4, 1, 16)
+        assert core.flushed(state).shapes() == state.shapes()
         with pytest.raises(DataDependentOutputException):
-            bool((buffers["counts"] > 0).any())
+            bool((state.counts > 0).any())
 
 
 def record(function: Any) -> Any:
@@ -242,8 +279,7 @@ def test_recorded_steps_equal_the_model(settings: dict[str, Any], captured: bool
             assert (step(ids, places) - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert int(static.get_seq_length()) == dynamic.get_seq_length()
     for a, b in zip(*(cache.moment_layers.values() for cache in (dynamic, static)), strict=True):
-        for one, other in zip(a.parts, b.parts, strict=True):
-            assert torch.equal((one.positions >= 0).sum(-1), (other.positions >= 0).sum(-1))
+        assert torch.equal((a.positions >= 0).sum(-1), (b.positions >= 0).sum(-1))
 
 
 def test_recorded_steps_are_refused_by_name():
@@ -277,26 +313,9 @@ def test_beats_flush_when_the_ring_says():
     assert copy.deepcopy(beat) is beat
 
 
-class Counting(Correction):
-    """Of its own, with a state that no buffer is known for."""
-
-    name = "counting"
-
-    def empty(self, k: Any, v: Any) -> Any:
-        return Moments.empty(k, v, order=0)
-
-    def fold(self, state: Any, k: Any, v: Any, *, mask: Any, window: Any) -> Any:
-        return state
-
-
 CONSTRUCTIONS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "sliding layers": ("gemma3", {}, ["static=True, but layer 0", "'sliding_attention'", "static=False"]),
     "certificates": ("llama", {"certify": 1}, ["static=True with certify=1", "static=False"]),
-    "a correction of one's own": (
-        "llama",
-        {"correction": Counting()},
-        ["static=True with the correction", "'none'"],
-    ),
     "another backend": ("llama", {"backend": "array-api"}, ["static=True with the backend 'array-api'", "'torch'"]),
     "bytes": ("llama", {"budget": "1MiB"}, ["static=True with a budget of '1MiB'", "in tokens"]),
 }
@@ -341,12 +360,6 @@ USES: dict[str, tuple[Any, type[Exception], list[str]]] = {
         RuntimeError,
         ["crop of one layer", "of the cache"],
     ),
-    "one layer's rows": (
-        lambda _, cache: cache.layers[0].reorder_cache(torch.tensor([1, 0])),
-        RuntimeError,
-        ["reorder_cache of one layer"],
-    ),
-    "one layer's move": (lambda _, cache: cache.layers[0].offload(), RuntimeError, ["offload of one layer"]),
     "a compiled prefill": (compile_prefill, Exception, ["MomentCache supports torch.compile for steps", "static=True"]),
 }
 
@@ -425,29 +438,31 @@ def test_a_row_that_lags_behind_by_padding_never_runs_over(settings: dict[str, A
             assert (a[0] - b[0]).abs().max() <= TOLERANCE * a[0].abs().max()
             assert b.isfinite().all()
     for core in caches[1].moment_layers.values():
-        for part in core.parts:
-            stored = (part.positions >= 0).sum(-1)
-            assert (stored < part.budget + part.block).all()
-            assert (stored >= part.budget).all()
-            if part.order is not None:
-                assert (stored + part.moments.weight).tolist() == [[70] * stored.shape[1], [60] * stored.shape[1]]
+        stored, budgets = (core.positions >= 0).sum(-1), torch.tensor(core.budgets)
+        assert (stored < budgets + core.config.block).all()
+        assert (stored >= budgets).all()
+        if core.config.order is not None:
+            assert (stored + core.moments.weight).tolist() == [[70] * 2, [60] * 2]
 
 
-def test_what_moment_layers_shows_is_a_copy():
+def test_looking_at_a_static_cache_changes_nothing():
     cache = pair(tiny("llama"))[1]
     generate(tiny("llama"), cache, *rows(), new=3)
-    before = [x.clone() for x in tensors(cache)]
+    before = [(x, x.clone()) for x in tensors(cache)]
     for core in cache.moment_layers.values():
-        core.map(lambda x: torch.zeros_like(x))
+        for x in (core.keys, core.values, core.positions, core.attention):
+            assert x is None or x.zero_().eq(0).all()  # what is shown is the caller's
+        assert core.stored >= max(core.budgets)
+        core.importance()
     print(cache, cache.summary(), cache.layers[0])
-    assert all(torch.equal(x, y) for x, y in zip(before, tensors(cache), strict=True))
-    assert cache.nbytes == sum(x.nbytes for x in before)
+    assert all(x is y and torch.equal(x, old) for (x, old), y in zip(before, tensors(cache), strict=True))
+    assert cache.nbytes == sum(x.nbytes for x, _ in before)
 
 
 @pytest.mark.parametrize("budgets", [[12, 12], [12, 15]])
 def test_what_padding_held_is_never_read(budgets: list[int]):
-    """NaN in slots of padding, which a row shorter than its budget keeps until it evicts, does not get into buffers."""
-    cores = [RaggedCache(budgets, policy="streaming", sinks=1, window=6, block=4) for _ in range(2)]
+    """NaN in slots of padding, which a row shorter than its budget has beside its tokens, is not in what is stored."""
+    cores = [LayerCache(budgets, policy="streaming", sinks=1, window=6, block=4, static=x) for x in (False, True)]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 13, 8, generator=generator) for heads in (4, 2, 2))
     valid = torch.ones(2, 1, 13, dtype=torch.bool)
@@ -455,38 +470,63 @@ def test_what_padding_held_is_never_read(budgets: list[int]):
     k[0, :, :9], v[0, :, :9] = torch.nan, torch.nan
     cores[0].step(q, k.nan_to_num(), v.nan_to_num(), valid=valid)
     cores[1].step(q, k, v, valid=valid)
-    state = StaticState(cores[1])
-    beat = ring(4, state.freeze(cores[1]))
+    clock = Clock([cores[1]])
+    clock.set()
     for _ in range(STEPS):
         q, k, v = (torch.randn(2, heads, 1, 8, generator=generator) for heads in (4, 2, 2))
         expected = cores[0].step(q, k, v)
-        state.append(k, v)
-        out = state.attend(q, None)
-        beat = beat.next
-        if beat.flushes:
-            state.flush()
+        clock.tick()
+        out = static_step(cores[1], q, k, v, None, clock.beat.flushes)
+        clock.open = False
         assert (out - expected).abs().max() <= 2e-5
-    assert all(x.isfinite().all() or name == "derived0" for name, x in state.buffers.items())
+    assert all(x.isfinite().all() for x in cores[1].arrays().values())
 
 
 def test_slots_of_heads_are_packed():
-    """Keys and values take the budgets' bytes, whatever the largest budget of a head."""
+    """Retained keys and values take the budgets' bytes, whatever the largest budget of a head."""
     cache = pair(tiny("llama"), budget=20)[1]
     generate(tiny("llama"), cache, prompt(2, 60), new=2)
     assert cache.static is not None
-    for core, state in zip(cache.moment_layers.values(), cache.static.states, strict=True):
-        assert len(set(core.budget)) > 1
-        assert state.buffers["keys"].shape == (2 * sum(budget + 4 for budget in core.budget), 16)
+    for core in cache.moment_layers.values():
+        assert len(set(core.budgets)) > 1
+        assert core.stored_state.keys.shape == (2, sum(budget - 1 - 6 for budget in core.budgets), 16)
+        assert core.stored_state.recent_keys.shape == (2, 2, 1 + 6 + 4, 16)
 
 
-def test_a_cache_on_its_way_to_the_cpu_lets_go_of_its_buffers():
+def test_rows_of_layers_move_one_by_one_as_together():
+    model = tiny("llama", dtype="float64")
+    caches = pair(model)
+    with torch.no_grad():
+        for cache in caches:
+            model(prompt(2, 40), past_key_values=cache)
+            model(prompt(2, 1), past_key_values=cache)
+        caches[0].reorder_cache(torch.tensor([1, 0]))
+        for layer in caches[1].layers:
+            layer.reorder_cache(torch.tensor([1, 0]))
+        for seed in range(STEPS):
+            a, b = (model(prompt(2, 1, seed=seed), past_key_values=cache).logits for cache in caches)
+            assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
+
+
+def test_an_offloaded_static_cache_goes_on():
+    """On a GPU the next step brings it back; here it is there already, and stays in its arrays."""
     model = tiny("llama", dtype="float64")
     dynamic, static = pair(model)
     with torch.no_grad():
         for cache in (dynamic, static):
             model(prompt(2, 40), past_key_values=cache)
+        before = tensors(static)
         static.offload()
-        assert not tensors(static)
-        for seed in range(6):
+        for seed in range(STEPS):
             a, b = (model(prompt(2, 1, seed=seed), past_key_values=cache).logits for cache in (dynamic, static))
             assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
+    assert all(x is y for x, y in zip(before, tensors(static), strict=True))
+
+
+def test_a_static_layer_that_is_moved_lets_go_of_its_arrays_and_is_fixed_where_it_comes_to():
+    cache = pair(tiny("llama"))[1]
+    generate(tiny("llama"), cache, *rows(), new=3)
+    layer = cache.layers[0]
+    layer.come_to(torch.device("meta"))
+    assert layer.core.fixed is layer.core.state
+    assert {x.device.type for x in layer.core.arrays().values()} == {"meta"}

@@ -284,7 +284,7 @@ def test_generation_is_scored_against_the_values(model: Any, haystack: Haystack,
 
 
 def arguments(saved: str, path: Path, *more: str) -> list[str]:
-    grid = ["--lengths", "400", "--depths", "0.2", "0.8", "--samples", "1", "--budgets", "60"]
+    grid = ["--lengths", "400", "--depths", "0.2", "0.8", "--samples", "1", "--budgets", "80"]
     return ["evaluate", "needles", "--model", saved, *grid, "--output", str(path), *more]
 
 
@@ -298,7 +298,9 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
         for depth in (0.2, 0.8)
         for question, policy in (("", "full cache"), ("unseen", "snapkv"), ("seen", "snapkv"))
     ]
-    assert {row["bytes_as_tokens"] for row in first} == {None, 60}
+    assert {row["bytes_as_tokens"] for row in first} == {None, 80}
+    assert {row["method"] for row in first} == {"full cache", "snapkv/none"}
+    assert read_json(path)["protocol"]["bytes"] == 16
     assert is_image(path.with_suffix(".png"))
     counted = []
 
@@ -315,8 +317,8 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
     assert len(counted) == 2
     assert rows[: len(first)] == first
     assert [(row["question"], row["correction"], row["budget"]) for row in rows[len(first) :]] == [
-        ("unseen", "summaries", 43),
-        ("seen", "summaries", 43),
+        ("unseen", "summaries", 47),
+        ("seen", "summaries", 47),
     ] * 2
     assert main(arguments(saved, path, *few, "--fresh")) == 0
     assert read_json(path)["rows"] == first
@@ -328,8 +330,9 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
         (["--corrections", "none", "magic"], "corrections has 'magic'; use some of none, "),
         (["--depths", "1.5"], "depths has 1.5; use shares of the context from 0 to 1"),
         (["--keys", "0"], "keys is 0; use 1 to "),
-        (["--methods", "snapkv"], "methods has 'snapkv'; use POLICY/CORRECTION"),
-        (["--methods", "magic/none"], "methods has 'magic/none'; use POLICY/CORRECTION"),
+        (["--methods", "snapkv"], "methods has 'snapkv'; use default, or POLICY/CORRECTION"),
+        (["--methods", "default", "balanced/summaries-heads"], "which are the same; name it once"),
+        (["--methods", "magic/none"], "methods has 'magic/none'; use default, or POLICY/CORRECTION"),
         (["--samples", "0"], "samples is 0; use at least 1"),
         (["--seed", "-1"], "seed is -1; use 0 or"),
         (["--lengths", "20"], "length is 20, but the needle and the chat template take"),
@@ -382,12 +385,13 @@ def test_table_gives_shares_and_says_where_there_is_no_signal(tmp_path: Path):
     assert (x["share"], x["of"], x["haystacks"], x["signal"]) == (0.75, 4, 4, True)
     assert x["interval"] == bootstrap([(1, 1)] * 3 + [(0, 1)])
     for full, expected in ((True, ["100%", *["75%"] * 4]), (False, ["no signal"] * 5)):
-        table = needles_table(made_rows(full), title="title")
+        table = needles_table(made_rows(full), title="title", bits=32)
         cells = {str(column.header): list(column.cells) for column in table.columns}
         assert cells["found"] == expected
         assert cells["question"] == ["single, 100:", "unseen", "", "seen", ""]
         assert cells["bytes"] == ["", "64", "128", "64", "128"]
-    assert is_image(plot_needles(made_rows(True), tmp_path / "new" / "needles.png", title="title"))
+        assert "bytes: of so many 32-bit tokens a KV head" in str(table.caption)
+    assert is_image(plot_needles(made_rows(True), tmp_path / "new" / "needles.png", title="title", bits=32))
 
 
 def test_intervals_are_over_haystacks():

@@ -1,4 +1,4 @@
-"""The operators `decode` and `fold` as PyTorch sees them; on a CPU they are plain PyTorch."""
+"""The operator `decode` as PyTorch sees it, and what a backend makes of it; on a CPU it is plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from expansions import Decode, expected, f64, make
-from folds import Fold, check_folded, make_fold
 from hypothesis import given
 
 from momentkv import Moments
-from momentkv.backends import plain
-from momentkv.backends.operators import decode, decode_operator, fold, fold_operator
+from momentkv.backends import ArrayBackend, plain
+from momentkv.backends.layout import Layout, Tiers
+from momentkv.backends.operators import decode, decode_operator
+from momentkv.backends.plain import prepare
+from momentkv.backends.torch import TorchBackend, decode_tiers
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
@@ -71,41 +73,66 @@ def test_torch_estimates_an_expansion_as_the_core_does(case: Case):
     summaries = Summaries.empty(k, v, summaries=2, rank=1).update(k, v, window)
     kinds = [summaries.expansion(), *(x.expansion(order=order) for x in (moments, anchored) for order in (0, 1, 2))]
     for expansion in kinds:
-        made = plain.estimate_expansion(q, expansion, scale=0.3)
         exact = estimate_expansion(q, expansion, scale=0.3)
-        torch.testing.assert_close(made.lse, exact.lse, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(made.out, exact.out, rtol=1e-12, atol=1e-12)
+        made = [plain.estimate_expansion(q, expansion, scale=0.3)]
+        if q.ndim == 4:
+            made.append(plain.prepare(expansion).estimate(q, scale=0.3))
+        for state in made:
+            torch.testing.assert_close(state.lse, exact.lse, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(state.out, exact.out, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [Fold(), Fold(order=0), Fold(first=True), Fold(block=40, capacity=40)], ids=str)
-def test_fold_agrees_with_the_oracle(case: Fold):
-    before, after = make_fold(case), make_fold(case)
-    fold(*after.arguments())
-    check_folded(case, before, after)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("widths", [(5, 5), (7, 2), (4, 0), (0, 0)], ids=str)
+def test_a_decoding_step_joins_both_tiers_and_the_estimate(widths: tuple[int, int], masked: bool):
+    """By the operator, as on CUDA, and prepared, as on a CPU; as the array API does, weights as well."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    q, gone = normal(2, 4, 1, 8), (normal(2, 2, 30, 8), normal(2, 2, 30, 8))
+    recent, packed = (normal(2, 2, 3, 8), normal(2, 2, 3, 8)), (normal(2, sum(widths), 8), normal(2, sum(widths), 8))
+    seen = valid = None
+    if masked:
+        seen, valid = (
+            torch.tensor([True, True, False]).expand(2, 2, 3),
+            torch.arange(max(widths)) < torch.tensor([[[min(widths[0], 3)], [widths[1]]], [[widths[0]], [0]]]),
+        )
+    tiers = Tiers(*recent, seen, *packed, valid, Layout(1, 3, widths))
+    expansion = Summaries.empty(*gone).update(*gone, QueryWindow.from_queries(q, 2)).expansion()
+    for of, prepared in ((None, None), (expansion, prepare(expansion))):
+        exact, weights = ArrayBackend().decode(q, tiers, of, scale=0.3, weights=True)
+        for scored in (False, True):
+            for out, attention in (
+                decode_tiers(q, tiers, of, scale=0.3, weights=scored),
+                TorchBackend().decode(q, tiers, prepared, scale=0.3, weights=scored),
+            ):
+                torch.testing.assert_close(out, exact, rtol=2e-5, atol=2e-6)
+                if scored:
+                    torch.testing.assert_close(attention, weights, rtol=2e-5, atol=2e-6)
+                else:
+                    assert attention is None
 
 
-def test_operators_tell_pytorch_the_truth():
+def test_the_operator_tells_pytorch_the_truth():
     """Schema, mutated arguments, fake kernels: PyTorch's own check."""
     for case in (Decode(d=8, capacity=5, estimate="summaries x 2", scored=True), Decode(d=8, capacity=5, packed=True)):
         x = make(case)
         parts = (None,) * 10 if x.expansion is None else x.expansion
         where = x.positions, x.counts, x.starts
         torch.library.opcheck(decode_operator, (x.q, x.k, x.v, *where, 5, case.scale, case.scored, *parts))
-    torch.library.opcheck(fold_operator, make_fold(Fold(d=4, dv=3, capacity=9, block=2)).arguments())
 
 
-def test_compiled_code_contains_them_without_a_break():
+def test_compiled_code_contains_it_without_a_break():
     x = make(Decode(d=8, capacity=5, estimate="order 1", scored=True, masked=True))
-    shapes = Fold(d=8, dv=8, capacity=9, block=2)
 
-    def step(*arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        fold(*arguments)
-        out, lse, logits = decode(x.q, x.k, x.v, x.expansion, scale=0.1, positions=x.positions, scored=True)
-        return out + 1, lse, logits, arguments[0] + 1
+    def step(q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out, lse, logits = decode(q, x.k, x.v, x.expansion, scale=0.1, positions=x.positions, scored=True)
+        return out + 1, lse, logits
 
-    plain = step(*make_fold(shapes).arguments())
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*make_fold(shapes).arguments())
-    for one, other in zip(plain, compiled, strict=True):
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for one, other in zip(step(x.q), compiled(x.q), strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
 
 
@@ -135,12 +162,6 @@ def test_arguments_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             decode(x.q, x.k, x.v, x.expansion._replace(**change), scale=0.1)
-    state = make_fold(Fold())
-    for place, message in ((2, "positions is"), (0, "keys is"), (11, "give both or neither")):
-        arguments = list(state.arguments())
-        arguments[place] = None if place == 11 else arguments[place].mT if place == 0 else arguments[place].long()
-        with pytest.raises(ValueError, match=message):
-            fold(*arguments)
 
 
 def test_the_oracle_of_expansions_is_that_of_moments():

@@ -87,9 +87,9 @@ def test_the_wheel_installs_and_its_command_runs(built: Path, tmp_path: Path):
     run("-m", "pip", "install", *options, path, folder=tmp_path)
     where = run("-c", "import momentkv; print(momentkv.__file__)", folder=tmp_path, path=target)
     assert Path(where.strip()).is_relative_to(target)
-    assert run("-m", "momentkv.cli", "--version", folder=tmp_path, path=target) == f"momentkv {momentkv.__version__}\n"
+    assert run("-m", "momentkv", "--version", folder=tmp_path, path=target) == f"momentkv {momentkv.__version__}\n"
     plan = ["plan", "llama-3.1-8b", "--context", "32000", "--budget", "512"]
-    assert "MiB" in run("-m", "momentkv.cli", *plan, folder=tmp_path, path=target)
+    assert "MiB" in run("-m", "momentkv", *plan, folder=tmp_path, path=target)
 
 
 def test_tests_run_from_the_unpacked_sdist(built: Path, tmp_path: Path):

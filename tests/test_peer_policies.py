@@ -52,7 +52,7 @@ def numbers_of(case: Case) -> dict[str, np.ndarray]:
     k[empty], v[empty], score[empty] = np.nan, np.nan, 0.0
     mean = case.rounded(case.rng(32).standard_normal((*case.lead, case.d)))
     variance = case.rounded(case.rng(33).random((*case.lead, case.d)))
-    shown = {"keys": k, "values": v, "positions": positions, "score": score}
+    shown = {"keys": k, "values": v, "positions": positions, "attention": score}
     return shown | {"query_mean": mean, "query_variance": variance}
 
 
@@ -88,8 +88,8 @@ def test_caote_is_the_distance_that_the_output_moves(backend: Library, case: Cas
     numbers, u = numbers_of(case), unit(case.dtype)
     got = importance(backend, CAOTE(fast=fast), numbers)
     for head, real, own in heads(numbers):
-        exact = peer_formulas.caote(own["score"], own["values"], fast)
-        score, values = own["score"].astype(float), own["values"].astype(float)
+        exact = peer_formulas.caote(own["attention"], own["values"], fast)
+        score, values = own["attention"].astype(float), own["values"].astype(float)
         a = score / (score.sum() or 1.0)
         rest = a.sum() - a if len(a) > 1 else 1 + 0 * a
         # Sums of n terms, then some ten operations on each component; the fast one is divided by what others have.
@@ -104,7 +104,7 @@ def test_caote_is_what_eviction_does_to_the_output():
     """Attention of one query: the output with and without each token."""
     rng = np.random.default_rng(0)
     powers, values = np.exp(2 * rng.standard_normal(9)), rng.standard_normal((9, 4))
-    numbers = {"keys": values[None], "values": values[None], "positions": np.arange(9)[None], "score": powers[None]}
+    numbers = {"keys": values[None], "values": values[None], "positions": np.arange(9)[None], "attention": powers[None]}
     whole = powers @ values / powers.sum()
     moved = [
         np.linalg.norm(whole - np.delete(powers, j) @ np.delete(values, j, 0) / np.delete(powers, j).sum())
@@ -118,7 +118,7 @@ def test_caote_is_what_eviction_does_to_the_output():
 def test_caote_keeps_a_token_with_all_attention(backend: Library, fast: bool, other: float):
     values = np.array([[[1.0], [2.0], [6.0]]], dtype=np.float32)
     score = np.array([[other, 1.0, other]], dtype=np.float32)
-    numbers = {"keys": values, "values": values, "positions": np.arange(3)[None], "score": score}
+    numbers = {"keys": values, "values": values, "positions": np.arange(3)[None], "attention": score}
     got = importance(backend, CAOTE(fast=fast), numbers)
     assert np.isfinite(got).all()
     assert got[0].argmax() == 1
@@ -131,7 +131,7 @@ def test_criticalkv_takes_two_rankings_in_turn(backend: Library, case: Case, ker
     policy = CriticalKV(first=first, kernel=kernel)
     got = importance(backend, policy, numbers)
     for head, real, own in heads(numbers):
-        arguments = own["score"], own["positions"], own["values"]
+        arguments = own["attention"], own["positions"], own["values"]
         attention, both = (peer_formulas.criticalkv(*arguments, first=x, kernel=kernel) for x in (1, 0))
         errors = [u * (case.n + kernel + case.dv + 8) * 2 * np.abs(x) for x in (attention, both)]
         if first in (0.0, 1.0):
@@ -145,7 +145,7 @@ def test_criticalkv_takes_two_rankings_in_turn(backend: Library, case: Case, ker
 def test_criticalkv_keeps_the_share_of_each_stage(first: float, budget: int):
     rng = np.random.default_rng(1)
     values = rng.standard_normal((1, 40, 6))
-    numbers = {"keys": values, "values": values, "positions": np.arange(40)[None], "score": rng.random((1, 40))}
+    numbers = {"keys": values, "values": values, "positions": np.arange(40)[None], "attention": rng.random((1, 40))}
     mixed, attention, both = (
         np.argsort(-importance(NUMPY, CriticalKV(first=x, kernel=1), numbers)[0]) for x in (first, 1.0, 0.0)
     )
@@ -156,7 +156,7 @@ def test_criticalkv_keeps_the_share_of_each_stage(first: float, budget: int):
 
 def test_criticalkv_does_not_depend_on_how_many_queries_were_observed():
     numbers = numbers_of(Case((2,), 2, 1, 1, 30, 4, 4, "gaussian", "none", "float64", 3))
-    more = {**numbers, "score": 8 * numbers["score"]}
+    more = {**numbers, "attention": 8 * numbers["attention"]}
     for first in (0.0, 0.5, 1.0):
         policy = CriticalKV(first=first)
         real = numbers["positions"] >= 0
@@ -222,7 +222,7 @@ def test_leverage_is_a_quadratic_form_of_the_inverse_gram_matrix(
 def test_leverages_add_up_to_the_dimension():
     rng = np.random.default_rng(0)
     k = rng.standard_normal((1, 500, 4))
-    numbers = {"keys": k, "values": k, "positions": np.arange(500)[None], "score": np.zeros((1, 500))}
+    numbers = {"keys": k, "values": k, "positions": np.arange(500)[None], "attention": np.zeros((1, 500))}
     got = importance(NUMPY, Leverage(), numbers)
     assert ((got > 0) & (got <= 1)).all()
     # trace(G (G + ridge)^-1) is d less the ridge's share, at most 0.1 % each here.
@@ -238,7 +238,7 @@ def test_leverage_with_values_and_centred_ranks_as_novelty():
 
 def test_a_key_that_repeats_others_has_little_leverage():
     k = np.repeat(np.eye(4)[None], 10, axis=1)[:, :-9]  # ten of each direction, but one of the last
-    numbers = {"keys": k, "values": k, "positions": np.arange(31)[None], "score": np.zeros((1, 31))}
+    numbers = {"keys": k, "values": k, "positions": np.arange(31)[None], "attention": np.zeros((1, 31))}
     got = importance(NUMPY, Leverage(), numbers)[0]
     assert got[-1] > 0.98
     assert (got[:-1] < 0.11).all()
@@ -265,7 +265,7 @@ def test_expected_attention_is_that_of_gaussian_queries():
     mean, sd = rng.standard_normal((1, 3)), rng.random((1, 3))
     q = mean + sd * rng.standard_normal((1_000_000, 3))
     sampled = np.exp(q @ k[0].T).mean(axis=0) * np.linalg.norm(v[0], axis=-1)
-    numbers = {"keys": k, "values": v, "positions": np.arange(5)[None], "score": np.zeros((1, 5))}
+    numbers = {"keys": k, "values": v, "positions": np.arange(5)[None], "attention": np.zeros((1, 5))}
     numbers |= {"query_mean": mean, "query_variance": sd**2}
     # The relative sd of an exponential with variance s is sqrt(exp(s) - 1), at most 20 here, over a thousand.
     np.testing.assert_allclose(np.exp(importance(NUMPY, ExpectedAttention(), numbers)[0]), sampled, rtol=0.06)
@@ -296,7 +296,8 @@ def test_expected_attention_needs_queries():
 def test_queries_are_remembered_only_where_they_are_needed(policy: str | Policy, order: int | None):
     cache = LayerCache(20, policy=policy, order=order, window=4)
     cache.step(*np.random.default_rng(0).standard_normal((3, 1, 2, 30, 4)))
-    assert (cache.query_mean is not None) == cache.remembers_queries == (policy != "knorm")
+    held = {"query_mean", "query_square"} & cache.arrays().keys()
+    assert len(held) == 2 * cache.config.remembers_queries == 2 * (policy != "knorm")
 
 
 # Laws of all of them.
@@ -329,7 +330,7 @@ def test_order_of_tokens_changes_nothing(backend: Library, policy: Policy):
 @pytest.mark.parametrize("policy", PEERS, ids=repr)
 def test_one_token_is_finite(backend: Library, policy: Policy):
     x = np.ones((2, 1, 3))
-    numbers = {"keys": x, "values": x, "positions": np.zeros((2, 1), dtype=np.int32), "score": x[..., 0]}
+    numbers = {"keys": x, "values": x, "positions": np.zeros((2, 1), dtype=np.int32), "attention": x[..., 0]}
     numbers |= {name: np.ones((2, 3)) for name in OF_HEAD}
     assert np.isfinite(importance(backend, policy, numbers)).all()
 

@@ -183,7 +183,7 @@ def observed(
     error = attention_error(q, k, v, np.zeros(1), unit())
     # A weight errs like an output whose values are bounded by 1; up to n queries are added up.
     size = np.linalg.norm(v, axis=-1).max(axis=-1).min()
-    return backend.numpy(cache.score), weights, n * (error.out.max() / size + (n + FUNCTION) * unit())
+    return backend.numpy(cache.attention), weights, n * (error.out.max() / size + (n + FUNCTION) * unit())
 
 
 @pytest.mark.parametrize("lengths", [[20], [1] * 8, [9, 1, 1, 5], [530]])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from models import left_padded, prompt, tiny
 
 from momentkv import POLICIES, LayerCache, get_policy
-from momentkv.cache.ragged import RaggedCache
 from momentkv.hf import MomentCache
 
 OPTIONS = {"window": 8, "block": 4}
@@ -26,112 +25,147 @@ def heads_of(q: np.ndarray, k: np.ndarray, v: np.ndarray, head: int) -> tuple[np
     return q[:, 2 * head : 2 * head + 2], k[:, head : head + 1], v[:, head : head + 1]
 
 
+def held(cache: LayerCache, row: int, head: int) -> list[int]:
+    """Positions that a head of a row holds, in the order in which they are shown."""
+    return [int(p) for p in cache.positions[row, head] if p >= 0]
+
+
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
-    budgets=st.tuples(st.integers(12, 50), st.integers(12, 50)),
+    budgets=st.tuples(st.integers(12, 100), st.integers(12, 50)),
     correction=st.sampled_from(["moments", "summaries"]),
     policy=st.sampled_from(["momentkv", "snapkv", "balanced", "keydiff"]),
+    prefill=st.sampled_from([5, 14, 60]),
+    padding=st.sampled_from([(0, 0), (5, 5), (2, 13)]),
 )
-def test_every_head_is_a_cache_of_its_own(seed: int, budgets: tuple[int, int], correction: str, policy: str):
-    settings = {"correction": correction, "policy": policy, **OPTIONS}
-    cache = RaggedCache(budgets, **settings)
-    alone = [LayerCache(budget, **settings) for budget in budgets]
+def test_every_head_is_a_cache_of_its_own(seed, budgets, correction, policy, prefill, padding):
+    """Full or not, padded alike or each in its own way, in a prefill, a chunk and decoding."""
+    options = {"correction": correction, "policy": policy, **OPTIONS}
+    cache = LayerCache(budgets, **options)
+    alone = [LayerCache(budget, **options) for budget in budgets]
     q, k, v = tokens(90, seed)
-    valid = np.ones((2, 1, 90), dtype=bool)
-    valid[0, :, :5] = False
-    for start, stop in [(0, 60), (60, 76), *((t, t + 1) for t in range(76, 90))]:
+    valid = np.ones((2, 2, 90), dtype=bool)
+    for head, count in enumerate(padding):
+        valid[0, head, :count] = False
+    for start, stop in [(0, prefill), (prefill, prefill + 16), *((t, t + 1) for t in range(prefill + 16, 90))]:
         x = tuple(part[..., start:stop, :] for part in (q, k, v))
         out = cache.step(*x, valid=valid[..., start:stop])
-        expected = [part.step(*heads_of(*x, head), valid=valid[..., start:stop]) for head, part in enumerate(alone)]
-        assert np.array_equal(out, np.concatenate(expected, axis=1))
-        assert all(stored < budget + 4 for stored, budget in zip(cache.stored, budgets, strict=True))
-    assert cache.nbytes == sum(part.nbytes for part in alone)
+        for head, part in enumerate(alone):
+            own = valid[:, head : head + 1, start:stop]
+            expected = part.step(*heads_of(*x, head), valid=own)
+            # The same sums in arrays of another shape, float64.
+            np.testing.assert_allclose(out[:, 2 * head : 2 * head + 2], expected, rtol=1e-8, atol=1e-9)
+            assert [held(cache, row, head) for row in range(2)] == [held(part, row, 0) for row in range(2)]
+            for name, one in part.moments.arrays().items():
+                if not name.startswith("slope"):  # directions have no sign
+                    got = cache.moments.arrays()[name][:, head : head + 1]
+                    np.testing.assert_allclose(got, one, rtol=1e-7, atol=1e-8, err_msg=name)
+            assert cache.stored_by_head[head] < budgets[head] + 4
+    assert cache.nbytes <= sum(part.nbytes for part in alone)
     assert cache.seen == 90
     assert cache.budget == list(budgets)
-    assert [x.shape[-2] for x in cache.keys] == [x.shape[-2] for x in cache.values] == cache.stored
+    assert cache.stored == max(cache.stored_by_head)
 
 
-def test_equal_budgets_are_a_layer_cache():
-    ragged, one = RaggedCache([30, 30], **OPTIONS), LayerCache(30, **OPTIONS)
+def test_bytes_are_those_of_the_heads_budgets():
+    """Each head takes what it would take alone, once all of them are full."""
+    cache, alone = LayerCache([20, 50], **OPTIONS), [LayerCache(budget, **OPTIONS) for budget in (20, 50)]
+    q, k, v = tokens(70)
+    cache.step(q, k, v)
+    for head, part in enumerate(alone):
+        part.step(*heads_of(q, k, v, head))
+    assert cache.nbytes == sum(part.nbytes for part in alone)
+    # By hand: float64 keys and values of 8, a position and attention a slot; budget and block; counts; moments.
+    slot, moments = 2 * 8 * 8 + 4 + 8, (1 + 8 + 8 + 64) * 8
+    assert cache.nbytes == 2 * sum((budget + 4) * slot + 2 * 4 + moments for budget in (20, 50))
+
+
+def test_equal_budgets_are_one_budget():
+    ragged, one = LayerCache([30, 30], **OPTIONS), LayerCache(30, **OPTIONS)
     q, k, v = tokens(64)
     for start, stop in [(0, 50), *((t, t + 1) for t in range(50, 64))]:
         x = tuple(part[..., start:stop, :] for part in (q, k, v))
-        # The same sums over an axis of another length; a few units in the last place.
-        np.testing.assert_allclose(ragged.step(*x), one.step(*x), rtol=1e-12, atol=1e-14)
-    assert ragged.nbytes == one.nbytes
+        assert np.array_equal(ragged.step(*x), one.step(*x))
+    assert ragged.arrays().keys() == one.arrays().keys()
+    assert all(np.array_equal(ragged.arrays()[name], x) for name, x in one.arrays().items())
+    assert (ragged.budget, one.budget) == ([30, 30], 30)
 
 
-def test_valid_may_differ_from_head_to_head():
-    cache, alone = RaggedCache([20, 20], **OPTIONS), LayerCache(20, **OPTIONS)
-    q, k, v = tokens(40)
-    valid = np.ones((2, 2, 40), dtype=bool)
-    valid[:, 1, :7] = False
-    np.testing.assert_allclose(cache.step(q, k, v, valid=valid), alone.step(q, k, v, valid=valid), rtol=1e-12)
+@given(budgets=st.tuples(st.integers(10, 40), st.integers(10, 40)), first=st.integers(1, 50), chunk=st.integers(1, 9))
+@settings(max_examples=20)
+def test_sinks_and_window_stay_and_every_token_is_held_or_folded_once(budgets, first, chunk):
+    cache = LayerCache(budgets, sinks=2, window=6, block=3)
+    q, k, v = tokens(60)
+    gone: list[set[int]] = [set(), set()]
+    for start in [0, *range(first, 60, chunk)]:
+        stop = first if start == 0 else min(start + chunk, 60)
+        cache.step(*(x[..., start:stop, :] for x in (q, k, v)))
+        for row, head in np.ndindex(2, 2):
+            there = held(cache, row, head)
+            assert there == sorted(set(there))
+            assert {p for p in range(stop) if p < 2 or p >= stop - 6} <= set(there) <= set(range(stop))
+            assert len(there) <= max(budgets[head] + 2, 0)
+            assert len(there) + cache.moments.weight[row, head] == stop
+            if row == 0:
+                assert not gone[head] & set(there)  # none comes back
+                gone[head] = set(range(stop)) - set(there)
 
 
-def test_a_step_that_fails_in_a_later_head_changes_none():
-    cache = RaggedCache([20, 20], **OPTIONS)
+def test_heads_that_wait_rank_as_each_alone():
+    """Between attention and eviction, where budgets are shared; also of heads that hold different numbers."""
+    options = {"keep_queries": True, "correction": "summaries", **OPTIONS}
+    cache, alone = LayerCache([20, 33], **options), [LayerCache(budget, **options) for budget in (20, 33)]
+    q, k, v = tokens(120)
+    valid = np.ones((2, 2, 120), dtype=bool)
+    valid[0, 1, :3] = False  # padding in one head alone
+    for part in (slice(0, 60), slice(60, 120)):
+        x = tuple(each[..., part, :] for each in (q, k, v))
+        cache.append(*x[1:])
+        cache.attend(x[0], valid=valid[..., part])
+        importance, shown = cache.importance(), cache.positions
+        for head, one in enumerate(alone):
+            own = heads_of(*x, head)
+            one.append(*own[1:])
+            one.attend(own[0], valid=valid[:, head : head + 1, part])
+            for row in range(2):
+                mine, other = shown[row, head] >= 0, one.positions[row, 0] >= 0
+                assert held(cache, row, head) == held(one, row, 0)
+                expected = one.importance()[row, 0, other]
+                np.testing.assert_allclose(importance[row, head, mine], expected, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(cache.newest_queries[:, 2 * head : 2 * head + 2], one.newest_queries)
+            one.evict()
+        cache.evict()
+        assert cache.newest_queries is None
+
+
+def test_a_map_that_fails_at_any_array_changes_none():
+    cache = LayerCache([20, 24], certify=1, **OPTIONS)
     q, k, v = tokens(40)
     cache.step(q, k, v)
+    cache.append(*(x[..., :3, :] for x in (k, v)))
     before = {name: x.copy() for name, x in cache.arrays().items()}
-    cache.parts[1].policy = None  # what the second head raises with
-    with pytest.raises(AttributeError):
-        cache.step(q[..., :8, :], k[..., :8, :], v[..., :8, :])
-    assert cache.seen == 40
-    assert before.keys() == cache.arrays().keys()
-    assert all(np.array_equal(before[name], x) for name, x in cache.arrays().items())
+    seen: list[int] = []
+    cache.map(lambda x: seen.append(1) or x)
+    assert len(seen) == len(before) + 4  # and those of the tokens that wait
+    for fails_at in range(len(seen)):
+        calls = iter(range(len(seen)))
 
+        def select(x: np.ndarray, calls=calls, fails_at: int = fails_at) -> np.ndarray:
+            if next(calls) == fails_at:
+                raise MemoryError
+            return x[1:]
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda cache, x: cache.append(*x[1:]),
-        lambda cache, x: cache.observe(x[0]),
-        lambda cache, x: cache.evict(),
-        lambda cache, x: cache.map(lambda a: a[1:]),
-    ],
-    ids=["append", "observe", "evict", "map"],
-)
-def test_a_part_of_a_step_that_fails_in_a_later_head_changes_none(act, monkeypatch: pytest.MonkeyPatch):
-    cache = RaggedCache([20, 20], **OPTIONS)
-    cache.append(*tokens(40)[1:])
-    before = {name: x.copy() for name, x in cache.arrays().items()}
-
-    def fail(*arguments: object, **named: object) -> None:
-        raise MemoryError
-
-    for name in ("append", "observe", "evict", "map"):
-        monkeypatch.setattr(cache.parts[1], name, fail)
-    with pytest.raises(MemoryError):
-        act(cache, tokens(40, seed=1))
-    assert before.keys() == cache.arrays().keys()
-    assert all(np.array_equal(before[name], x) for name, x in cache.arrays().items())
-
-
-def test_heads_put_together_are_the_layer_that_they_are_parts_of():
-    settings = {"keep_queries": True, "correction": "summaries", **OPTIONS}
-    ragged, one = RaggedCache([20, 20], **settings), LayerCache(20, **settings)
-    q, k, v = tokens(60)
-    valid = np.ones((2, 2, 60), dtype=bool)
-    valid[0, 1, :3] = False  # padding in one head alone
-    for cache in (ragged, one):
-        cache.append(k, v)
-        cache.attend(q, valid=valid)
-    together = ragged.together()
-    assert together.padded
-    assert together.arrays().keys() == one.arrays().keys()
-    for name, x in one.arrays().items():
-        np.testing.assert_allclose(together.arrays()[name], x, rtol=1e-12, atol=1e-14, err_msg=name)
-    together.observe(q)
-    one.observe(q)
-    np.testing.assert_allclose(together.importance(), one.importance(), rtol=1e-12, atol=1e-14)
-    ragged.evict()
-    assert ragged.together() is None
+        with pytest.raises(MemoryError):
+            cache.map(select)
+        assert cache.seen == 43
+        assert before.keys() == cache.arrays().keys()
+        assert all(np.array_equal(before[name], x) for name, x in cache.arrays().items())
+    assert cache.attend(q[..., :3, :]).shape == (2, 4, 3, 8)
 
 
 def test_rows_can_be_selected_and_all_forgotten():
-    cache, row = RaggedCache([20, 24], **OPTIONS), RaggedCache([20, 24], **OPTIONS)
+    cache, row = LayerCache([20, 24], **OPTIONS), LayerCache([20, 24], **OPTIONS)
     q, k, v = tokens(40)
     cache.step(q, k, v)
     row.step(q[1:], k[1:], v[1:])
@@ -140,16 +174,19 @@ def test_rows_can_be_selected_and_all_forgotten():
         np.testing.assert_allclose(cache.arrays()[name], x, rtol=1e-12, err_msg=name)
     cache.reset()
     assert cache.seen == cache.nbytes == 0
+    assert cache.stored_by_head == [0, 0]
+    assert cache.budget == [20, 24]
 
 
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: RaggedCache([]), "budgets is empty"),
-        (lambda: RaggedCache([40, 20]), "budget is 20"),
-        (lambda: RaggedCache([40]).step(*tokens(9)), "budgets were given for 1 KV heads"),
-        (lambda: RaggedCache([40, 40]).append(tokens(9)[1], tokens(8)[2]), "must agree up to the last axis"),
-        (lambda: RaggedCache([40, 40]).step(*tokens(9), valid=np.ones((2, 3, 9), dtype=bool)), "valid has shape"),
+        (lambda: LayerCache([]), "budget is empty"),
+        (lambda: LayerCache([40, 20]), "budget is 20"),
+        (lambda: LayerCache([40]).step(*tokens(9)), "budgets were given for 1 KV heads"),
+        (lambda: LayerCache([40, 40]).append(tokens(9)[1], tokens(8)[2]), "all axes but the last must be equal"),
+        (lambda: LayerCache([40, 40]).step(*tokens(9), valid=np.ones((2, 3, 9), dtype=bool)), "valid has shape"),
+        (lambda: LayerCache([40, 41], policy="tova"), "policy is 'tova', which looks across"),
     ],
 )
 def test_what_does_not_fit_is_refused(act, message: str):
@@ -165,8 +202,8 @@ def test_heads_of_a_model_share_one_total(family: str):
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
     cores = cache.moment_layers.values()
-    assert sum(sum(core.budget) for core in cores) <= 60 * 2 * len(cores)
-    assert len({budget for core in cores for budget in core.budget}) > 1
+    assert sum(sum(core.budgets) for core in cores) <= 60 * 2 * len(cores)
+    assert len({budget for core in cores for budget in core.budgets}) > 1
     out = model.generate(
         torch.cat([ids, ids[:, -2:]], 1),
         attention_mask=torch.cat([mask, mask[:, -2:]], 1),
@@ -176,7 +213,7 @@ def test_heads_of_a_model_share_one_total(family: str):
     )
     assert out.shape == (2, 322)
     for core in cores:
-        assert all(stored < budget + 8 for stored, budget in zip(core.stored, core.budget, strict=True))
+        assert all(stored < budget + 8 for stored, budget in zip(core.stored_by_head, core.budgets, strict=True))
 
 
 def test_heads_within_the_budget_are_the_full_cache():
@@ -201,14 +238,22 @@ def test_rows_of_a_shared_cache_can_be_reordered():
 
 
 def test_defaults_share_among_heads_where_that_is_possible():
-    model = tiny("llama")
-    parts = [part for core in MomentCache(model, 60).moment_layers.values() for part in core.parts]
-    assert len(parts) == 2 * 2
-    assert {(part.policy.name, part.order, part.correction.name) for part in parts} == {("balanced", 1, "summaries")}
-    for budget, policy, sharing in ((60, "tova", True), ([60, 50], "balanced", False), ([60, 50], "tova", False)):
+    model, ids = tiny("llama"), prompt(1, 300)
+    shares = {}
+    for budget, policy in ((60, "balanced"), (60, "tova"), ([60, 50], "balanced"), ([60, 50], "tova")):
         cache = MomentCache(model, budget, policy=policy)
-        assert all(isinstance(core, LayerCache) for core in cache.moment_layers.values())
-        assert bool(cache.shared_budgets) == sharing
+        assert bool(cache.shared_budgets) == (budget == 60)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        configs = [core.config for core in cache.moment_layers.values()]
+        assert {(x.policy.name, x.order, x.correction.name) for x in configs} == {(policy, 1, "summaries")}
+        shares[str(budget), policy] = [core.budgets for core in cache.moment_layers.values()]
+    assert shares["60", "balanced"] != [[60, 60], [60, 60]]
+    assert any(len(set(budgets)) > 1 for budgets in shares["60", "balanced"])
+    # A policy that looks across heads shares among layers, and budgets that are given are kept.
+    assert all(len(set(budgets)) == 1 for budgets in shares["60", "tova"])
+    assert len({budgets[0] for budgets in shares["60", "tova"]}) > 1
+    assert shares["[60, 50]", "balanced"] == shares["[60, 50]", "tova"] == [[60, 60], [50, 50]]
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

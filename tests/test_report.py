@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import re
 import shutil
-import subprocess
-import sys
-import threading
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +17,8 @@ from test_needles import byte_tokenizer
 
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import suite as module
-from momentkv.evaluation.gather import BANDS, DEFAULT, DEFAULT_METHOD, gather, results_in
+from momentkv.evaluation.fidelity import DEFAULT
+from momentkv.evaluation.gather import BANDS, DEFAULT_METHOD, gather, results_in
 from momentkv.evaluation.needles_report import bootstrap
 from momentkv.evaluation.report import read_json, write_json
 from momentkv.evaluation.report_page import SPACE, markdown_of, write_report
@@ -47,8 +46,10 @@ def needle_rows(found: dict[tuple[str, str], list[float]], task: str = "single")
     return rows
 
 
-def written(path: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
+def written(path: Path, rows: list[dict[str, Any]], bits: int | None = 16, **more: Any) -> Path:
     protocol = {"model": "m", "seed": 7, "momentkv": "0", "unseen": "the question afterwards"}
+    if bits is not None:  # results of before there was a choice have none
+        protocol["bytes"] = bits
     return write_json(path, {"command": "momentkv x", "protocol": protocol, "environment": {}, "rows": rows, **more})
 
 
@@ -111,6 +112,34 @@ def test_all_kinds_are_gathered_and_others_named(folder: Path):
         summary["lm_eval"][0] | {"task": "niah_single_1", "metric": "4096", "value": 0.75, "n": 40}
         == (summary["lm_eval"][0])
     )
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        (16, "of so many 16-bit tokens"),
+        (32, "of so many 32-bit tokens"),
+        (None, "of so many tokens as the model stores"),
+    ],
+)
+def test_the_page_says_what_bytes_are_of(bits: int | None, said: str, tmp_path: Path):
+    written(tmp_path / "fidelity.json", fidelity_rows(), bits)
+    text = write_report([tmp_path], tmp_path / "report").with_suffix(".md").read_text()
+    assert said in text
+    assert ("add `--bytes 32` to the commands" in text) == (bits == 32)  # these do not name it
+    written(tmp_path / "fidelity.json", fidelity_rows(), bits, command=f"momentkv x --bytes {bits}")
+    assert "add `--bytes" not in write_report([tmp_path], tmp_path / "report").with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("other", [32, None])
+def test_bytes_of_different_tokens_are_not_put_together(
+    other: int | None, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    written(folder / "fidelity.json", fidelity_rows(), other)
+    assert main(["evaluate", "report", str(folder), "--output", str(folder / "report")]) == 1
+    err = capsys.readouterr().err
+    assert "results count bytes in 16-bit tokens (hard.json, needles.json) and in " in err
+    assert "(fidelity.json); report them apart" in err
 
 
 def test_differences_are_paired_by_question(folder: Path):
@@ -208,19 +237,22 @@ def test_the_whole_suite_runs_resumes_and_reports(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     started: list[str] = []
-    process, alone = subprocess.run, threading.Lock()
+    in_a_process = module.start
 
-    def run(command: list[str], *, stdout: Any, **options: Any) -> Any:
+    def start(command: list[str], log: Path) -> Any:
         """One measurement starts its process; the others run in this one, which has imported everything already."""
-        (name,) = {x.name for x in PLAN if str(folder / f"{x.name}.json") in command}
-        started.append(name)
-        if name in ("gap", *own_process):
-            return process(command, stdout=stdout, **options)
-        assert command[:3] == [sys.executable, "-m", "momentkv.cli"]
-        with alone, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            return subprocess.CompletedProcess(command, main(command[3:]))
+        started.append(log.stem)
+        if log.stem in ("gap", *own_process):
+            return in_a_process(command, log)
+        with (
+            log.open("w", encoding="utf-8") as file,
+            redirect_stdout(file),
+            redirect_stderr(file),
+        ):
+            code = main(command)
+        return SimpleNamespace(poll=lambda: code, returncode=code)
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(module, "start", start)
     folder, own_process = tmp_path / "suite", []
     command = ["evaluate", "suite", "--smoke", "--model", tiny, "--output", str(folder)]
     assert main(command) == 0, capsys.readouterr().out
@@ -259,6 +291,16 @@ def test_a_file_is_complete_for_its_command_alone(tmp_path: Path):
     path.write_text(json.dumps(content)[:-5])
     assert not complete(path, ["a", "b"])
     assert not complete(tmp_path / "missing.json", ["a", "b"])
+
+
+def test_the_suite_says_how_its_measurements_count(tmp_path: Path):
+    options = build_parser().parse_args(["evaluate", "suite", "--bytes", "32"])
+    for measurement in PLAN:
+        words = module.command_of(measurement, tmp_path, options)
+        if words[1] in ("needles", "fidelity"):
+            assert build_parser().parse_args(words).bytes == 32
+        else:
+            build_parser().parse_args(words)
 
 
 def test_suite_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

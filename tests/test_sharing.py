@@ -8,20 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import left_padded, prompt, tiny
 
-from momentkv.cache.ragged import RaggedCache
-from momentkv.cache.sharing import SharedBudget, by_error, by_importance, importances_of, pyramid_budgets
+from momentkv import LayerCache
+from momentkv.cache.allocation import SharedBudget, by_importance, minimise_error, pyramid_budgets
 from momentkv.hf import MomentCache
 
 SINKS, WINDOW, AVERAGE = 1, 8, 40
 
 
-def waiting(seed: int = 0, batch: int = 1, peaked: float = 1.0, count: int = 200, **options) -> RaggedCache:
+def waiting(seed: int = 0, batch: int = 1, peaked: float = 1.0, count: int = 200, **options) -> LayerCache:
     """A layer of two heads after the attention of a prefill; queries of the second fit its keys ``peaked`` times."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((batch, heads, count, 8)) for heads in (4, 2, 2))
     q[:, 2:] *= peaked
     settings = {"sinks": SINKS, "window": WINDOW, "block": 1, "keep_queries": True, "policy": "snapkv"}
-    cache = RaggedCache([AVERAGE, AVERAGE], **(settings | options))
+    cache = LayerCache(AVERAGE, **(settings | options))
     cache.append(k, v)
     cache.attend(q)
     return cache
@@ -33,61 +33,81 @@ def test_ada_kv_counts_the_tokens_of_a_head_among_the_most_important_of_all(seed
     free = AVERAGE - SINKS - WINDOW
     won = np.zeros(2)
     for row in range(batch):
-        pairs = [
-            (-part.importance()[row, 0, j], head, j)
-            for head, part in enumerate(cache.parts)
-            for j in range(SINKS, 200 - WINDOW)
-        ]
+        importance = cache.importance()[row]
+        pairs = [(-importance[head, j], head, j) for head in range(2) for j in range(SINKS, 200 - WINDOW)]
         for _, head, _ in sorted(pairs)[: 2 * free]:
             won[head] += 1 / batch
     expected = [SINKS + WINDOW + int(0.2 * free + 0.8 * count + 1e-9) for count in won]
-    assert by_importance([cache], [importances_of(cache)], AVERAGE) == expected
+    assert by_importance([cache], [cache.importance()], AVERAGE, True) == expected
     assert sum(expected) <= 2 * AVERAGE
 
 
 def test_ada_kv_gives_more_to_the_head_whose_attention_is_spread():
-    cache = RaggedCache([AVERAGE, AVERAGE], sinks=SINKS, window=WINDOW, keep_queries=True, policy="snapkv")
+    cache = LayerCache([AVERAGE, AVERAGE], sinks=SINKS, window=WINDOW, keep_queries=True, policy="snapkv")
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, heads, 200, 8)) for heads in (4, 2, 2))
     q[:, 2:], k[:, 1, 50] = 1.0, 10.0  # all queries of the second head want one token
     cache.append(k, v)
     cache.attend(q)
-    spread, sharp = by_importance([cache], [importances_of(cache)], AVERAGE)
+    spread, sharp = by_importance([cache], [cache.importance()], AVERAGE, True)
     assert spread > AVERAGE > sharp
 
 
 def test_heads_of_different_lengths_compete_too():
     cache = waiting()
-    SharedBudget([cache], by_importance).evict(cache)
-    assert len(set(cache.stored)) == 2
+    SharedBudget([cache], by_importance, by_head=True).evict(cache)
+    assert len(set(cache.stored_by_head)) == 2
     rng = np.random.default_rng(1)
     q, k, v = (rng.standard_normal((1, heads, 64, 8)) for heads in (4, 2, 2))
     cache.append(k, v)
     cache.attend(q)
-    again = by_importance([cache], [importances_of(cache)], AVERAGE)
+    again = by_importance([cache], [cache.importance()], AVERAGE, True)
     assert sum(again) <= 2 * AVERAGE
     assert min(again) > SINKS + WINDOW
 
 
-@pytest.mark.parametrize("rule", [by_error, by_importance])
+@pytest.mark.parametrize("rule", [minimise_error, by_importance])
 def test_each_head_keeps_what_it_would_keep_with_its_share_alone(rule):
-    cache, alone = waiting(policy="attention"), waiting(policy="attention")
-    SharedBudget([cache], rule).evict(cache)
-    for part, own in zip(cache.parts, alone.parts, strict=True):
-        own.budget = part.budget
+    cache = waiting(policy="attention")
+    SharedBudget([cache], rule, by_head=True).evict(cache)
+    assert len(set(cache.budgets)) == 2
+    for head, budget in enumerate(cache.budgets):
+        own = waiting(policy="attention")
+        own.budget = budget
         own.evict()
-        assert np.array_equal(part.positions, own.positions)
+        positions = cache.positions[0, head]
+        assert np.array_equal(positions[positions >= 0], own.positions[0, head])
+        assert cache.moments.weight[0, head] == own.moments.weight[0, head]
 
 
-@pytest.mark.parametrize("rule", [by_error, by_importance])
+@pytest.mark.parametrize("rule", [minimise_error, by_importance])
 def test_a_layer_that_shares_by_itself_evicts_at_once(rule):
     cache = waiting(policy="attention", order=1, correction="summaries")
-    shared = SharedBudget([cache], rule)
+    shared = SharedBudget([cache], rule, by_head=True)
     shared.evict(cache)
-    assert cache.stored == cache.budget
-    assert sum(cache.budget) <= 2 * AVERAGE
+    assert cache.stored_by_head == cache.budgets
+    assert sum(cache.budgets) <= 2 * AVERAGE
     shared.reset()
-    assert cache.budget == [AVERAGE, AVERAGE]
+    assert cache.budget == AVERAGE
+
+
+def test_layers_that_share_wait_for_the_last_and_then_evict_all_or_none():
+    layers = [waiting(seed, peaked=peaked) for seed, peaked in ((0, 0.2), (1, 3.0))]
+    shared = SharedBudget(layers, minimise_error, by_head=False)
+    shared.evict(layers[0])
+    assert [layer.stored for layer in layers] == [200, 200]
+    layers[1].config = None  # what the second layer raises with, after the first has been cut
+    before = [layer.held() for layer in layers]
+    with pytest.raises(AttributeError):
+        shared.evict(layers[1])
+    assert [layer.held() for layer in layers] == before
+    layers[1].config = layers[0].config
+    for layer in layers:
+        shared.evict(layer)
+    assert [layer.stored for layer in layers] == [layer.budget for layer in layers]
+    assert sum(layer.budget for layer in layers) <= 2 * AVERAGE
+    assert layers[0].budget != layers[1].budget
+    assert all(len(set(layer.budgets)) == 1 for layer in layers)
 
 
 @given(free=st.integers(1, 5000), layers=st.integers(1, 80))
@@ -105,12 +125,12 @@ def test_pyramid_budgets_fall_linearly_within_the_total(free: int, layers: int):
 @given(heads=st.integers(1, 8), free=st.integers(1, 6), seed=st.integers(0, 10**6))
 def test_ada_kv_keeps_to_the_total_however_small(heads: int, free: int, seed: int):
     average = SINKS + WINDOW + free
-    cache = RaggedCache([average] * heads, sinks=SINKS, window=WINDOW, keep_queries=True, policy="snapkv")
+    cache = LayerCache([average] * heads, sinks=SINKS, window=WINDOW, keep_queries=True, policy="snapkv")
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((1, heads, 60, 4)) * 10 for _ in range(3))
     cache.append(k, v)
     cache.attend(q)
-    budgets = by_importance([cache], [importances_of(cache)], average)
+    budgets = by_importance([cache], [cache.importance()], average, True)
     assert sum(budgets) <= average * heads
     assert min(budgets) > SINKS + WINDOW
 
@@ -129,11 +149,11 @@ def test_models_keep_to_the_total_and_go_on(sharing: str):
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False, prefill_chunk_size=128
     )
     assert out.shape == (2, 312)
-    parts = [part for core in cache.moment_layers.values() for part in core.parts]
-    heads = 2 if sharing == "pyramid" else 1
-    assert heads * sum(part.budget for part in parts) <= 60 * 2 * len(cache.moment_layers)
-    assert len({part.budget for part in parts}) > 1
-    assert all(part.stored < part.budget + 8 for part in parts)
-    if sharing != "pyramid":
-        for core in cache.moment_layers.values():
-            assert sum(core.budget) <= 2 * 60
+    cores = list(cache.moment_layers.values())
+    budgets = [budget for core in cores for budget in core.budgets]
+    assert sum(budgets) <= 60 * 2 * len(cores)
+    assert len(set(budgets)) > 1
+    for core in cores:
+        assert all(stored < budget + 8 for stored, budget in zip(core.stored_by_head, core.budgets, strict=True))
+        assert sum(core.budgets) <= 2 * 60 or sharing == "pyramid"
+        assert len(set(core.budgets)) == 1 or sharing != "pyramid"

@@ -15,6 +15,8 @@ from momentkv import POLICIES, Policy, get_policy
 from momentkv.attention import AttentionState
 from momentkv.backends import get_backend
 from momentkv.backends.base import ArrayBackend
+from momentkv.backends.layout import Layout
+from momentkv.backends.numpy import NumpyBackend
 from momentkv.testing import check_backend, check_library, check_policy
 
 PAIRS = [("numpy", "numpy"), ("array-api", "array-api-strict"), ("array-api", "torch"), ("torch", "torch")]
@@ -65,7 +67,81 @@ class Rounding(ArrayBackend):
         return super().prefill(q, k, v, scale=scale, valid=valid).astype("float16").astype(v.dtype)
 
 
-@pytest.mark.parametrize(("broken", "where"), [(Leaky, "lse"), (Blurred, "correct"), (Rounding, "prefill")])
+class Unmasked(ArrayBackend):
+    """Reads slots that hold no token."""
+
+    def attend_stored(self, q, tiers, *, scale, weights=False):
+        return super().attend_stored(q, tiers._replace(valid=None), scale=scale, weights=weights)
+
+
+class Square(ArrayBackend):
+    """Takes packed heads for heads of as many slots."""
+
+    def attend_retained(self, q, tiers, *, scale, weights):
+        layout = tiers.layout
+        each = sum(layout.widths) // layout.heads
+        if layout.equal or each == 0:
+            return super().attend_retained(q, tiers, scale=scale, weights=weights)
+        short = Layout(layout.sinks, layout.recent, (each,) * layout.heads)
+        k, v = (x[..., : sum(short.widths), :] for x in (tiers.keys, tiers.values))
+        state, got = super().attend_retained(
+            q, tiers._replace(keys=k, values=v, valid=None, layout=short), scale=scale, weights=weights
+        )
+        if got is None:
+            return state, None
+        rest = np.zeros((*got.shape[:-1], layout.width - each))
+        return state, np.concatenate([got, rest], axis=-1)
+
+
+class Apart(ArrayBackend):
+    """Weights of recent tokens first, then those of retained ones."""
+
+    def attend_stored(self, q, tiers, *, scale, weights=False):
+        state, got = super().attend_stored(q, tiers, scale=scale, weights=weights)
+        return state, None if got is None else np.roll(got, -tiers.layout.width, axis=-1)
+
+
+class Raw(ArrayBackend):
+    """Prepares expansions without their slope."""
+
+    def prepare(self, expansion):
+        return expansion._replace(slope=None)
+
+
+class Wrapping(ArrayBackend):
+    """Takes negative slots as NumPy does, from behind."""
+
+    def write(self, x, index, new, *, axis):
+        return super().write(x, np.where(index < 0, index + x.shape[axis], index), new, axis=axis)
+
+
+class Late(ArrayBackend):
+    def write_at(self, x, start, new, *, axis):
+        return super().write_at(x, start + (start + new.shape[axis] < x.shape[axis]), new, axis=axis)
+
+
+class Shared(NumpyBackend):
+    """Copies nothing."""
+
+    def copy(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("broken", "where"),
+    [
+        (Leaky, "lse"),
+        (Blurred, "correct"),
+        (Rounding, "prefill"),
+        (Unmasked, "attend_stored: output"),
+        (Square, "attend_stored: output"),
+        (Apart, "attend_stored: weights"),
+        (Raw, "decode: corrected"),
+        (Wrapping, "write: "),
+        (Late, "write_at: "),
+        (Shared, "copy: "),
+    ],
+)
 def test_broken_backends_are_caught(broken, where: str):
     with pytest.raises(AssertionError, match=where):
         check_backend(broken(), batches=10)
@@ -101,7 +177,8 @@ class Contagious(Policy):
 
 
 @pytest.mark.parametrize(
-    ("broken", "law"), [(Fickle, "differs when asked"), (Undefined, "finite"), (Contagious, "padding|other rows")]
+    ("broken", "law"),
+    [(Fickle, "differs when asked"), (Undefined, "finite"), (Contagious, "other rows|without a token")],
 )
 def test_broken_policies_are_caught(broken, law: str):
     with pytest.raises((AssertionError, ValueError), match=law):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import warnings
 from typing import Any
@@ -9,14 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momentkv import Moments, attend, correct
 from momentkv.backends import get_backend, plain
 from momentkv.backends import torch as torch_backend
 from momentkv.backends.base import ArrayBackend
+from momentkv.backends.layout import Layout, Tiers
+from momentkv.statistics.expansion import estimate_expansion
+from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
-from momentkv.testing.rounding import assert_within, attention_error, unit
+from momentkv.testing.rounding import assert_within, attention_error, merge_error, unit
+from momentkv.testing.strategies import Case, cases
+from momentkv.testing.tiers import lay_out
 
 BACKEND = get_backend("torch")
 
@@ -26,22 +33,59 @@ def arrays(n: int = 20, dtype: torch.dtype = torch.float32, d: int = 8) -> list[
     return [torch.from_numpy(rng.standard_normal((2, heads, m, d))).to(dtype) for heads, m in ((6, 1), (2, n), (2, n))]
 
 
+def laid_out(
+    k: torch.Tensor, v: torch.Tensor, widths: list[int], *, told: bool = False, valid: torch.Tensor | None = None
+) -> Tiers:
+    """The first tokens of each head retained, the others recent."""
+    mask = None if valid is None else valid.numpy()
+    tiers = lay_out(*(x.double().numpy() for x in (k, v)), widths, told=told, valid=mask).arrays(torch.from_numpy)
+    given = {name: getattr(tiers, name).to(k.dtype) for name in ("recent_keys", "recent_values", "keys", "values")}
+    return tiers._replace(**given)
+
+
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("n", [0, 1, 20])
-def test_decode_is_attention_corrected(n: int, dtype: torch.dtype, weights: bool):
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("widths", [[0, 0], [1, 1], [12, 12], [20, 20], [3, 12]], ids=str)
+def test_decode_is_attention_corrected(widths: list[int], dtype: torch.dtype, prepared: bool, weights: bool):
     """Exact to the rounding of float32, or float64, whichever way is taken."""
-    q, k, v = arrays(n, dtype)
-    out, attention = BACKEND.decode(q, k, v, None, scale=0.3, weights=weights)
-    exact = oracle.attend(*(x.double().numpy() for x in (q, k, v)), 0.3)
-    u = unit("float64" if dtype == torch.float64 else "float32")
-    error = attention_error(*(x.double().numpy() for x in (q, k, v)), exact.lse, u, 0.3)
+    q, k, v = arrays(20, dtype)
+    tiers = laid_out(k, v, widths)
+    out, attention = BACKEND.decode(q, tiers, None, scale=0.3, weights=weights)
+    numbers = [x.double().numpy() for x in (q, k, v)]
+    exact, u = oracle.attend(*numbers, 0.3), unit("float64" if dtype == torch.float64 else "float32")
+    part = attention_error(*numbers, exact.lse, u, 0.3)
+    # Merged from two parts, whose lse are of the size of the largest logit.
+    largest = 0.3 * float(q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max()) + 3
+    error = merge_error(part, part, float(v.double().norm(dim=-1).max()), np.array(largest), u)
     assert_within(out.double().numpy(), exact.out, error.out)
     assert (attention is None) == (not weights)
     moments = Moments.from_tokens(*arrays(7, dtype)[1:])
-    corrected, _ = BACKEND.decode(q, k, v, moments.expansion(), scale=0.3, weights=weights)
+    expansion = BACKEND.prepare(moments.expansion()) if prepared else moments.expansion()
+    corrected, _ = BACKEND.decode(q, tiers, expansion, scale=0.3, weights=weights)
     reference = correct(attend(q, k, v, scale=0.3), q, moments, scale=0.3).out
     torch.testing.assert_close(corrected, reference, rtol=1e-5, atol=1e-5)
+
+
+@given(case=cases(laws=("gaussian", "ties"), masks=("none", "rows")))
+def test_prepared_expansions_are_evaluated_as_the_core_does(case: Case):
+    """Of moments of every order, of summaries and around an anchor, some of no token; to rounding, in float64."""
+    case = dataclasses.replace(case, dtype="float64", batch=(2,))
+    q, k, v = (torch.from_numpy(np.array(x)) for x in case.arrays())
+    mask = case.token_mask()
+    mask = torch.ones(k.shape[:-1], dtype=torch.bool) if mask is None else torch.from_numpy(mask)
+    window = QueryWindow.from_queries(q, case.kv_heads)
+    moments, anchored = (
+        Moments.from_tokens(k, v, mask=mask, order=2, anchor=anchor) for anchor in (None, 0.1 * window.mean)
+    )
+    summaries = [Summaries.empty(k, v, summaries=m, rank=1).update(k, v, window, mask=mask) for m in (1, 3)]
+    kinds = [x.expansion() for x in summaries]
+    kinds += [x.expansion(order=order) for x in (moments, anchored) for order in (0, 1, 2)]
+    for expansion in kinds:
+        made = BACKEND.prepare(expansion).estimate(q, scale=0.3)
+        exact = estimate_expansion(q, expansion, scale=0.3)
+        torch.testing.assert_close(made.lse, exact.lse, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(made.out, exact.out, rtol=1e-12, atol=1e-12)
 
 
 def test_flash_is_used_where_it_may_be_and_only_there(monkeypatch: pytest.MonkeyPatch):
@@ -49,25 +93,43 @@ def test_flash_is_used_where_it_may_be_and_only_there(monkeypatch: pytest.Monkey
     flash = plain.flash
     monkeypatch.setattr(torch_backend, "flash", lambda *xs, **options: calls.append(1) or flash(*xs, **options))
 
-    def used(*xs: torch.Tensor, **options: Any) -> bool:
+    def used(q: torch.Tensor, tiers: Tiers, prepared: bool = True, **options: Any) -> int:
         calls.clear()
-        BACKEND.decode(*xs, None, scale=0.3, **options)
-        return bool(calls)
+        expansion = Moments.from_tokens(tiers.recent_keys, tiers.recent_values).expansion()
+        BACKEND.decode(q, tiers, BACKEND.prepare(expansion) if prepared else expansion, scale=0.3, **options)
+        return len(calls)
 
-    assert used(*arrays())
-    assert not used(*arrays(), weights=True)
-    assert not used(*arrays(), valid=torch.ones(2, 2, 20, dtype=torch.bool))
-    assert not used(*arrays(0))
-    assert not used(*arrays(dtype=torch.bfloat16))
-    assert not used(*(x[0] for x in arrays()))
     q, k, v = arrays()
-    assert not used(q, k, v[..., :3])
+    halves, rows = arrays(dtype=torch.bfloat16), [x[0] for x in arrays()]
+    for prepared in (True, False):
+        # Once for recent tokens, and once for retained ones, or for each head of its own.
+        assert used(q, Tiers.of(k, v), prepared) == 1
+        assert used(q, laid_out(k, v, [5, 5]), prepared) == 2
+        assert used(q, laid_out(k, v, [5, 6]), prepared) == 3
+        assert used(q, laid_out(k, v, [0, 6]), prepared) == 2
+        assert used(q, laid_out(k, v, [5, 6], valid=torch.rand(2, 2, 20) < 0.5), prepared) == 3
+        assert not used(q, laid_out(k, v, [5, 6]), prepared, weights=True)
+        assert not used(halves[0], Tiers.of(*halves[1:]), prepared)
+        assert not used(q, Tiers.of(k, v[..., :3]), prepared)
+        assert not used(rows[0], Tiers.of(*rows[1:]), prepared)
     monkeypatch.setattr(plain, "FLASH", None)  # as in a PyTorch that has no such operator
-    assert not used(*arrays())
+    assert not used(q, Tiers.of(k, v))
 
 
-def test_cuda_tensors_go_to_the_operator():
+def on_cuda(k: torch.Tensor, v: torch.Tensor, widths: tuple[int, ...]) -> Tiers:
+    """Tiers of no numbers, with ``k`` and ``v`` as recent tokens."""
+    packed = (torch.empty(k.shape[0], sum(widths), x.shape[-1], dtype=x.dtype, device="cuda") for x in (k, v))
+    return Tiers(k, v, None, *packed, None, Layout(1, k.shape[-2], widths))
+
+
+def test_cuda_tensors_go_to_the_operator(monkeypatch: pytest.MonkeyPatch):
     """With tensors that are on CUDA by name only; the operator tells what it would return."""
+
+    def packed_slots(layout: Layout, batch: int, where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        of = (batch, layout.heads)
+        return torch.empty(of, dtype=torch.int64, device=where), torch.empty(of, dtype=torch.int32, device=where)
+
+    monkeypatch.setattr(torch_backend, "packed_slots", packed_slots)
     with FakeTensorMode():
         q, k, v = (x.to(torch.bfloat16) for x in (torch.empty(2, 6, 1, 8), *[torch.empty(2, 2, 20, 8)] * 2))
         q, k, v = (torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in (q, k, v))
@@ -75,15 +137,16 @@ def test_cuda_tensors_go_to_the_operator():
         assert not torch_backend.fuses(q.double(), k.double(), v.double())
         query = torch.empty(q.shape, dtype=q.dtype, device="cuda")
         assert not torch_backend.fuses(q.requires_grad_(), k, v)
-        with torch.no_grad():
-            out, weights = BACKEND.decode(q, k, v, None, scale=0.3, weights=True)
-        assert out.dtype == torch.bfloat16 or not torch_backend.has_triton()
-        heads = [torch.empty(2, 1, n, 8, dtype=torch.bfloat16, device="cuda") for n in (20, 5)]
-        ragged = BACKEND.decode_ragged(query, heads, heads, None, scale=0.3, valid=[None] * 2)
-        assert (ragged[0].device.type, ragged[0].shape, ragged[1]) == ("cuda", (2, 6, 1, 8), None)
-        assert weights is not None
-        assert weights.shape == (2, 2, 3, 1, 20)
-        assert (out.device.type, out.shape) == ("cuda", (2, 6, 1, 8))
+        for widths, slots in (((0, 0), 0), ((20, 5), 20)):
+            tiers = on_cuda(k, v, widths)
+            with torch.no_grad():
+                out, weights = BACKEND.decode(q, tiers, None, scale=0.3, weights=True)
+            assert weights is not None
+            assert weights.shape == (2, 2, 3, 1, slots + 20)
+            assert (out.device.type, out.shape) == ("cuda", (2, 6, 1, 8))
+            assert out.dtype == torch.bfloat16 or not torch_backend.has_triton()
+            without = BACKEND.decode(query, tiers, None, scale=0.3)
+            assert (without[0].device.type, without[0].shape, without[1]) == ("cuda", (2, 6, 1, 8), None)
 
 
 def test_without_triton_it_says_so_once_and_decodes_plainly(monkeypatch: pytest.MonkeyPatch):
@@ -94,40 +157,48 @@ def test_without_triton_it_says_so_once_and_decodes_plainly(monkeypatch: pytest.
         with FakeTensorMode():
             q, k, v = (torch.empty(shape, device="cuda") for shape in ((1, 2, 1, 8), (1, 1, 4, 8), (1, 1, 4, 8)))
             with pytest.warns(RuntimeWarning, match="Triton is not installed: momentkv.backends.torch"):
-                out, _ = BACKEND.decode(q, k, v, None, scale=0.3)
+                out, _ = BACKEND.decode(q, on_cuda(k, v, (0,)), None, scale=0.3)
             assert out.shape == (1, 2, 1, 8)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                BACKEND.decode(q, k, v, None, scale=0.3)
+                BACKEND.decode(q, on_cuda(k, v, (0,)), None, scale=0.3)
     finally:
         torch_backend.has_triton.cache_clear()
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_packed_heads_are_decoded_as_they_are_one_by_one(masked: bool):
-    """Heads of 5, 1 and 9 tokens; the operator on packed tokens against plain attention head by head."""
+@pytest.mark.parametrize("widths", [[5, 1, 9], [4, 4, 4], [0, 0, 0]], ids=str)
+def test_the_operator_decodes_tiers_as_plain_attention_does(widths: list[int], masked: bool):
+    """Heads of different numbers, packed, some slots in use: once for each tier, against both in the open."""
     rng = np.random.default_rng(0)
-    q = torch.from_numpy(rng.standard_normal((2, 6, 1, 8))).float()
-    keys, values = ([torch.from_numpy(rng.standard_normal((2, 1, n, 8))).float() for n in (5, 1, 9)] for _ in range(2))
-    valid = [None, None, torch.from_numpy(rng.random((2, 1, 9)) < 0.5) if masked else None]
-    gone = (torch.from_numpy(rng.standard_normal((2, 3, 7, 8))).float() for _ in range(2))
-    moments = Moments.from_tokens(*gone)
-    each = BACKEND.decode_ragged(q, keys, values, moments.expansion(), scale=0.3, valid=valid, weights=True)
-    expansion = moments.expansion()
-    packed = torch_backend.decode_packed(q, keys, values, expansion, scale=0.3, valid=valid, weights=True)
-    torch.testing.assert_close(packed[0], each[0])
-    for one, other in zip(packed[1], each[1], strict=True):
-        torch.testing.assert_close(one, other)
-    without, none = torch_backend.decode_packed(q, keys, values, expansion, scale=0.3, valid=valid, weights=False)
-    torch.testing.assert_close(without, each[0])
-    assert none is None
+    q, k, v = (
+        torch.from_numpy(rng.standard_normal((2, heads, n, 8))).float() for heads, n in ((6, 1), (3, 12), (3, 12))
+    )
+    tiers = laid_out(k, v, widths)
+    if masked:
+        # Of each row and head the first slots, as caches use them; one has none at all.
+        retained = np.array(widths)[:, None]
+        counts, recent = (torch.from_numpy(rng.integers(0, n + 1, (2, 3, 1))) for n in (retained, 12 - retained))
+        counts[0, 0], recent[0, 0] = 0, 0
+        tiers = tiers._replace(
+            valid=torch.arange(tiers.layout.width) < counts, recent_valid=torch.arange(tiers.layout.recent) < recent
+        )
+    moments = Moments.from_tokens(*(torch.from_numpy(rng.standard_normal((2, 3, 7, 8))).float() for _ in range(2)))
+    for expansion in (moments.expansion(), None):
+        expected = ArrayBackend().decode(q, tiers, expansion, scale=0.3, weights=True)
+        fused = torch_backend.decode_tiers(q, tiers, expansion, scale=0.3, weights=True)
+        for one, other in zip(fused, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        without, none = torch_backend.decode_tiers(q, tiers, expansion, scale=0.3, weights=False)
+        torch.testing.assert_close(without, expected[0])
+        assert none is None
 
 
 def test_every_backend_decodes_alike():
     q, k, v = arrays(dtype=torch.float64)
-    valid = torch.rand(2, 2, 20) < 0.5
+    tiers = laid_out(k, v, [7, 12], valid=torch.rand(2, 2, 20) < 0.5)
     moments = Moments.from_tokens(*arrays(7, torch.float64)[1:])
-    one = BACKEND.decode(q, k, v, moments.expansion(), scale=0.3, valid=valid, weights=True)
-    other = ArrayBackend().decode(q, k, v, moments.expansion(), scale=0.3, valid=valid, weights=True)
+    one = BACKEND.decode(q, tiers, moments.expansion(), scale=0.3, weights=True)
+    other = ArrayBackend().decode(q, tiers, moments.expansion(), scale=0.3, weights=True)
     for x, y in zip(one, other, strict=True):
         torch.testing.assert_close(x, y)

@@ -66,6 +66,7 @@ def test_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["evaluate", "tradeoff", *files, "--output", str(plot)]) == 0
     out = capsys.readouterr().out
     assert "m: KL over 2 texts of 4096 tokens" in out
+    assert "bytes: of so many 16-bit tokens" in out
     assert [line.split() for line in out.splitlines() if "% of 4" in line] == [
         ["64", "snapkv", "none", "0.250", *["25%", "of", "4"] * 2],
         ["novelty", "none", "0.500", *["75%", "of", "4"] * 2],
@@ -87,10 +88,18 @@ def test_what_cannot_be_joined_is_refused(
     assert message in capsys.readouterr().err
 
 
-def written(folder: Path, first: str, second: str, needles: list[dict[str, Any]]) -> list[str]:
+def test_bytes_of_different_tokens_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    files = written(tmp_path, "m", "m", needle_rows({"snapkv": 1}), bits=(16, 32))
+    assert main(["evaluate", "tradeoff", *files]) == 1
+    assert "count bytes in 16-bit tokens and in 32-bit tokens; measure both" in capsys.readouterr().err
+
+
+def written(
+    folder: Path, first: str, second: str, needles: list[dict[str, Any]], bits: tuple[int, int] = (16, 16)
+) -> list[str]:
     """Both results as files."""
     contents = {
-        "fidelity.json": {"protocol": {"model": first, "context": 4096}, "rows": fidelity_rows()},
-        "needles.json": {"protocol": {"model": second}, "rows": needles},
+        "fidelity.json": {"protocol": {"model": first, "context": 4096, "bytes": bits[0]}, "rows": fidelity_rows()},
+        "needles.json": {"protocol": {"model": second, "bytes": bits[1]}, "rows": needles},
     }
     return [str(write_json(folder / name, content)) for name, content in contents.items()]

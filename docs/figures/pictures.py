@@ -4,8 +4,8 @@ Run: python docs/figures/pictures.py [--output docs/assets]
 
 - heads.json is made by docs/figures/heads.py;
 - gap.json by momentkv evaluate gap --text compound --budget 128 --policy momentkv --output docs/data/gap.json;
-- fidelity.json by momentkv evaluate fidelity --policies momentkv --corrections none order-1 summaries summaries-layers
-  --output docs/data/fidelity.json.
+- fidelity.json by momentkv evaluate fidelity --bytes 32 --policies momentkv --corrections none order-1 summaries
+  summaries-layers --output docs/data/fidelity.json.
 
 Each picture is drawn twice, for light and for dark pages.
 """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+import math
+from typing import Any, ClassVar
 
 from momentkv._array import Array, array_namespace, device
 from momentkv.attention import AttentionState, logits, merge, softmax_state
+from momentkv.backends.layout import Tiers
 from momentkv.statistics.expansion import Expansion, estimate_expansion
 
 __all__ = ["ArrayBackend", "causal_mask"]
@@ -78,82 +79,143 @@ class ArrayBackend:
         """Output of attention over retained tokens merged with the estimate of the evicted ones."""
         return merge(retained, estimate_expansion(q, expansion, scale=scale)).out
 
-    def decode(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        expansion: Expansion | None,
-        *,
-        scale: float,
-        valid: Array | None = None,
-        weights: bool = False,
-    ) -> tuple[Array, Array | None]:
-        """Output of queries that see all tokens, corrected: `attend`, then `correct`, or both in one.
+    def attend_stored(
+        self, q: Array, tiers: Tiers, *, scale: float, weights: bool = False
+    ) -> tuple[AttentionState, Array | None]:
+        """Attention state of queries that see all stored tokens; nothing stored is copied.
 
         Parameters
         ----------
-        q, k, v, scale
-            As in `attend`.
-        expansion : Expansion or None
-            Of the evicted tokens; None for no correction.
-        valid : bool array, shape (..., kv_head, n), optional
-            False for slots that hold no token.
+        q : array, shape (..., kv_head * group, q_len, d)
+        tiers : Tiers
+        scale : float
         weights : bool
             Whether to return the attention weights, which a fused kernel never holds otherwise.
 
         Returns
         -------
-        out : array, shape (..., kv_head * group, q_len, dv)
-        weights : array, shape (..., kv_head, group, q_len, n), or None
-            Over the retained tokens alone.
+        state : AttentionState
+        weights : array, shape (..., kv_head, group, q_len, width + m), or None
+            Of retained tokens, as the rectangle of `Layout`, and behind them of recent ones.
         """
-        mask = None if valid is None else valid[..., None, None, :]
-        state, attention = self.attend(q, k, v, scale=scale, mask=mask)
-        out = state.out if expansion is None else self.correct(state, q, expansion, scale=scale)
-        return out, attention if weights else None
+        retained, of_retained = self.attend_retained(q, tiers, scale=scale, weights=weights)
+        mask = None if tiers.recent_valid is None else tiers.recent_valid[..., None, None, :]
+        recent, of_recent = self.attend(q, tiers.recent_keys, tiers.recent_values, scale=scale, mask=mask)
+        if retained is None:
+            return recent, of_recent if weights else None
+        state = merge(retained, recent)
+        if not weights:
+            return state, None
+        # Each set's weights add up to one; of both together they add up to its share.
+        parts = ((retained, of_retained), (recent, of_recent))
+        return state, array_namespace(q).concat([share(one, state, w) for one, w in parts], axis=-1)
 
-    def decode_ragged(
-        self,
-        q: Array,
-        keys: Sequence[Array],
-        values: Sequence[Array],
-        expansion: Expansion | None,
-        *,
-        scale: float,
-        valid: Sequence[Array | None],
-        weights: bool = False,
-    ) -> tuple[Array, list[Array] | None]:
-        """`decode` where each KV head has tokens of its own number.
+    def attend_retained(
+        self, q: Array, tiers: Tiers, *, scale: float, weights: bool
+    ) -> tuple[AttentionState | None, Array | None]:
+        """`attend_stored` of the retained tokens alone; None where no head has a slot."""
+        layout = tiers.layout
+        if layout.width == 0:
+            return None, None
+        mask = None if tiers.valid is None else tiers.valid[..., None, None, :]
+        if layout.equal:
+            k, v = (layout.rectangle(x, vectors=True) for x in (tiers.keys, tiers.values))
+            return self.attend(q, k, v, scale=scale, mask=mask)
+        xp, group = array_namespace(q), q.shape[-3] // layout.heads
+        states, parts = [], []
+        for head, (start, width) in enumerate(zip(layout.starts, layout.widths, strict=True)):
+            own = q[..., head * group : (head + 1) * group, :, :]
+            k, v = (x[..., None, start : start + width, :] for x in (tiers.keys, tiers.values))
+            seen = None if mask is None else mask[..., head : head + 1, :, :, :width]
+            state, part = self.attend(own, k, v, scale=scale, mask=seen)
+            states.append(state)
+            if weights:
+                rest = xp.zeros((*part.shape[:-1], layout.width - width), dtype=part.dtype, device=device(part))
+                parts.append(xp.concat([part, rest], axis=-1))
+        out = xp.concat([each.out for each in states], axis=-3)
+        lse = xp.concat([each.lse for each in states], axis=-2)
+        return AttentionState(out, lse), xp.concat(parts, axis=-4) if weights else None
+
+    def prepare(self, expansion: Expansion) -> Any:
+        """An expansion in the form that `decode` evaluates fastest; worth its while where it is evaluated often."""
+        return expansion
+
+    def decode(
+        self, q: Array, tiers: Tiers, expansion: Any, *, scale: float, weights: bool = False
+    ) -> tuple[Array, Array | None]:
+        """Output of queries that see all stored tokens, corrected: `attend_stored`, then `correct`, or both in one.
 
         Parameters
         ----------
-        q : array, shape (..., kv_head * group, q_len, d)
-        keys, values : sequence of array, shape (..., 1, n, d) and (..., 1, n, dv), one for each KV head
-        expansion : Expansion or None
-            Of all heads together.
-        scale, weights
-            As in `decode`.
-        valid : sequence of bool array or None, shape (..., 1, n), one for each KV head
+        q, tiers, scale, weights
+            As in `attend_stored`.
+        expansion : Expansion, or what `prepare` made of one, or None
+            Of the evicted tokens; None for no correction.
 
         Returns
         -------
         out : array, shape (..., kv_head * group, q_len, dv)
-        weights : list of array, shape (..., 1, group, q_len, n), one for each KV head, or None
+        weights : array, shape (..., kv_head, group, q_len, width + m), or None
+            Over the stored tokens alone.
         """
-        xp, group = array_namespace(q), q.shape[-3] // len(keys)
-        states, attention = [], []
-        for head, (k, v, seen) in enumerate(zip(keys, values, valid, strict=True)):
-            mask = None if seen is None else seen[..., None, None, :]
-            own = q[..., head * group : (head + 1) * group, :, :]
-            state, of_head = self.attend(own, k, v, scale=scale, mask=mask)
-            states.append(state)
-            attention.append(of_head)
-        state = AttentionState(
-            xp.concat([each.out for each in states], axis=-3), xp.concat([each.lse for each in states], axis=-2)
-        )
-        out = state.out if expansion is None else self.correct(state, q, expansion, scale=scale)
-        return out, attention if weights else None
+        state, attention = self.attend_stored(q, tiers, scale=scale, weights=weights)
+        return state.out if expansion is None else self.correct(state, q, expansion, scale=scale), attention
+
+    def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
+        """``x`` with the slots from ``start`` on along ``axis`` (-1, -2) replaced by ``new``; it may consume ``x``."""
+        xp = array_namespace(x, new)
+        stop = start + new.shape[axis]
+        before, after = (x[..., :start], x[..., stop:]) if axis == -1 else (x[..., :start, :], x[..., stop:, :])
+        return xp.concat([before, xp.astype(new, x.dtype, copy=False), after], axis=axis)
+
+    def write(self, x: Array, index: Array, new: Array, *, axis: int) -> Array:
+        """``x`` with slots along ``axis`` (-1 or -2) replaced by ``new``; it may consume ``x``.
+
+        Parameters
+        ----------
+        x : array, shape (..., n) or (..., n, d)
+        index : int array, shape (..., m)
+            Different slots for each row; of several, a negative one writes nothing.
+        new : array, shape (..., m) or (..., m, d)
+        """
+        xp = array_namespace(x, index, new)
+        slots = xp.arange(x.shape[axis], dtype=index.dtype, device=device(x))
+        hit = index[..., None, :] == slots[:, None]  # (..., n, m)
+        some = xp.any(hit, axis=-1)
+        source = xp.argmax(xp.astype(hit, xp.int8), axis=-1)
+        new = xp.astype(new, x.dtype, copy=False)
+        if axis == -1:
+            return xp.where(some, xp.take_along_axis(new, source, axis=-1), x)
+        return xp.where(some[..., None], xp.take_along_axis(new, source[..., None], axis=-2), x)
+
+    def overwrite(self, x: Array, new: Array) -> Array:
+        """An array with all elements of ``new``, in the memory of ``x`` where arrays can be written to."""
+        return new
+
+    def fixed(self, x: Array) -> Array:
+        """A copy whose place in memory later steps rely on."""
+        return self.copy(x)
+
+    def copy(self, x: Array) -> Array:
+        """A copy that shares no memory with ``x``."""
+        return array_namespace(x).asarray(x, copy=True)
+
+    def compact(self, x: Array) -> Array:
+        """``x``, or a copy of it if it keeps a larger array alive."""
+        return x
+
+    def detach(self, x: Array) -> Array:
+        """``x`` without what a library remembers of how it was computed."""
+        return x
+
+
+def share(part: AttentionState, whole: AttentionState, weights: Array) -> Array:
+    """Weights (..., kv_head, group, q_len, n) over a part of the tokens, as weights over all of them."""
+    xp = array_namespace(weights)
+    some = whole.lse > -math.inf
+    shift = xp.where(some, whole.lse, xp.zeros_like(whole.lse))
+    factor = xp.exp(xp.where(some, part.lse, xp.zeros_like(shift)) - shift)
+    return weights * xp.reshape(factor, weights.shape[:-1])[..., None]
 
 
 def causal_mask(k: Array, q_len: int, start: int, stop: int, valid: Array | None) -> Array:

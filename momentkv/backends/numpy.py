@@ -36,3 +36,23 @@ class NumpyBackend(ArrayBackend):
         with np.errstate(divide="ignore"):
             lse = np.log(total) + shift
         return AttentionState(out.reshape(*heads, v.shape[-1]), lse.reshape(heads)), weights
+
+    def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
+        stop = start + new.shape[axis]
+        if axis == -1:
+            x[..., start:stop] = new
+        else:
+            x[..., start:stop, :] = new
+        return x
+
+    def write(self, x: Array, index: Array, new: Array, *, axis: int) -> Array:
+        row = np.nonzero(index >= 0)
+        x[(*row[:-1], index[row])] = np.broadcast_to(new, (*index.shape, *new.shape[index.ndim :]))[row]
+        return x
+
+    def overwrite(self, x: Array, new: Array) -> Array:
+        x[...] = new
+        return x
+
+    def compact(self, x: Array) -> Array:
+        return x if x.base is None else x.copy()

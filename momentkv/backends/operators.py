@@ -1,7 +1,7 @@
-"""The fused operators, known to PyTorch by name: ``torch.ops.momentkv.decode`` and ``torch.ops.momentkv.fold``.
+"""The fused operator, known to PyTorch by name: ``torch.ops.momentkv.decode``.
 
-On CUDA they are Triton kernels, on a CPU plain PyTorch; their fake kernels tell `torch.compile` the shapes of results,
-so that a compiled or captured step contains them without a break. Nothing in them waits for the device.
+On CUDA it is a Triton kernel, on a CPU plain PyTorch; its fake kernel tells `torch.compile` the shapes of results, so
+that a compiled or captured step contains it without a break. Nothing in it waits for the device.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from momentkv.backends.plain import decode_plain, fold_plain
+from momentkv.backends.plain import decode_plain
 from momentkv.statistics.expansion import Expansion
 
-__all__ = ["decode", "decode_operator", "fold", "fold_operator"]
+__all__ = ["decode", "decode_operator"]
 
 Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,46 +87,6 @@ def decode_shapes(
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
     logits = lse.new_empty((batch, kv_heads, q_heads // kv_heads, q_len, capacity) if scored else (0,))
     return q.new_empty((batch, q_heads, q_len, v.shape[-1])), lse, logits
-
-
-@torch.library.custom_op(
-    "momentkv::fold",
-    mutates_args=(
-        *("keys", "values", "positions", "score", "counts"),
-        *("weight", "log_weight", "key_mean", "value_mean", "key_value", "slope"),
-    ),
-    device_types="cuda",
-)
-def fold_operator(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    score: torch.Tensor,
-    counts: torch.Tensor,
-    evicted: torch.Tensor,
-    weight: torch.Tensor,
-    log_weight: torch.Tensor,
-    key_mean: torch.Tensor,
-    value_mean: torch.Tensor,
-    key_value: torch.Tensor | None,
-    slope: torch.Tensor | None,
-) -> None:
-    """`fold` without its checks."""
-    from momentkv.backends.triton.fold import fold_triton
-
-    with torch.cuda.device(keys.device):
-        fold_triton(
-            keys, values, positions, score, counts, evicted,
-            weight, log_weight, key_mean, value_mean, key_value, slope,
-        )  # fmt: skip
-
-
-fold_operator.register_kernel("cpu")(fold_plain)
-
-
-@fold_operator.register_fake
-def fold_shapes(*arguments: Tensor | None) -> None:
-    return None
 
 
 def assemble(*parts: Any) -> Expansion | None:
@@ -260,82 +220,3 @@ def check_expansion(expansion: Expansion, lead: tuple[int, ...], d: int, dv: int
         raise ValueError("slope_left and slope_right are factors of one matrix; give both or neither")
     if expansion.variance is not None and (expansion.strength is None or expansion.cap is None):
         raise ValueError("variance is given, so that strength and cap must be, too")
-
-
-def fold(
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    score: Tensor,
-    counts: Tensor,
-    evicted: Tensor,
-    weight: Tensor,
-    log_weight: Tensor,
-    key_mean: Tensor,
-    value_mean: Tensor,
-    key_value: Tensor | None = None,
-    slope: Tensor | None = None,
-) -> None:
-    r"""Fold tokens into the paper's moments and close the gaps they leave with the last tokens, all in place.
-
-    With the evicted block :math:`B` of each head (`momentkv.statistics.moments.Moments.merge`):
-    :math:`S \leftarrow S + S_B + \tfrac{W W_B}{W + W_B}\, \delta_k \delta_v^\top`.
-
-    Parameters
-    ----------
-    keys, values : tensor, shape (batch, kv_head, capacity, d) and (batch, kv_head, capacity, dv)
-    positions : int32 tensor, shape (batch, kv_head, capacity)
-        -1 afterwards for the slots that have become free.
-    score : float32 tensor, shape (batch, kv_head, capacity)
-        Moves with the tokens.
-    counts : int32 tensor, shape (batch, kv_head)
-        Slots in use, the first of each head.
-    evicted : int32 tensor, shape (batch, kv_head, block)
-        Distinct slots in use, in any order; negative entries stand for none.
-    weight, log_weight : float32 tensor, shape (batch, kv_head)
-        Of the moments, and its natural log.
-    key_mean, value_mean : float32 tensor, shape (batch, kv_head, d) and (batch, kv_head, dv)
-    key_value : float32 tensor, shape (batch, kv_head, d, dv), optional
-        Centred co-moment, keys first; None for moments of order 0.
-    slope : tensor, shape (batch, kv_head, d, dv), optional
-        ``key_value / weight`` in the dtype that attention reads; goes with ``key_value``.
-
-    Raises
-    ------
-    ValueError
-        If shapes, dtypes or memory layouts do not fit.
-
-    Notes
-    -----
-    Cost: the evicted tokens, as many that move, and the moments, whatever the capacity.
-    Slots are not kept in order of position; attention does not depend on it.
-    """
-    lead, capacity = tuple(keys.shape[:2]), keys.shape[2]
-    d, dv = keys.shape[-1], values.shape[-1]
-    single, whole = torch.float32, torch.int32
-    for name, x, shape, dtype in (
-        ("keys", keys, (*lead, capacity, d), keys.dtype),
-        ("values", values, (*lead, capacity, dv), keys.dtype),
-        ("positions", positions, (*lead, capacity), whole),
-        ("score", score, (*lead, capacity), single),
-        ("counts", counts, lead, whole),
-        ("evicted", evicted, (*lead, evicted.shape[-1]), whole),
-        ("weight", weight, lead, single),
-        ("log_weight", log_weight, lead, single),
-        ("key_mean", key_mean, (*lead, d), single),
-        ("value_mean", value_mean, (*lead, dv), single),
-        ("key_value", key_value, (*lead, d, dv), single),
-        ("slope", slope, (*lead, d, dv), None),
-    ):
-        if x is None:
-            continue
-        if tuple(x.shape) != shape or (dtype is not None and x.dtype != dtype) or not x.is_contiguous():
-            raise ValueError(
-                f"{name} is {x.dtype} of shape {tuple(x.shape)}{'' if x.is_contiguous() else ', not contiguous'}; it "
-                f"must be {'' if dtype is None else f'{dtype}, '}contiguous and of shape {shape}"
-            )
-    if (key_value is None) != (slope is None):
-        raise ValueError("key_value and slope are two forms of one matrix; give both or neither")
-    fold_operator(
-        keys, values, positions, score, counts, evicted, weight, log_weight, key_mean, value_mean, key_value, slope
-    )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from momentkv.attention import AttentionState
 from momentkv.statistics.expansion import Expansion
-from momentkv.statistics.moments import Moments
 
 __all__ = [
-    "decode_counted",
+    "Prepared",
     "decode_plain",
     "estimate_expansion",
     "flash",
     "flash_fits",
-    "fold_plain",
     "join",
+    "join_all",
     "joined_output",
-    "unpack",
+    "prepare",
 ]
 
 FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -39,14 +39,26 @@ def flash_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     )
 
 
-def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> AttentionState:
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, valid: torch.Tensor | None = None
+) -> AttentionState:
     """Attention state of queries that see all tokens, by the flash kernel for CPUs: no weights are ever held.
 
-    The group is folded into the query axis: the kernel then reads keys and values once for all of it.
+    The group is folded into the query axis: the kernel then reads keys and values once for all of it. ``valid``, bool
+    (batch, kv_head, n), hides slots, which must hold finite numbers all the same: their weight is zero.
     """
     heads = q.shape[:3]
-    batch, kv_heads, _, d = k.shape
-    out, lse = FLASH(q.reshape(batch, kv_heads, -1, d), k, v, scale=scale)
+    batch, kv_heads, n, d = k.shape
+    folded = q.reshape(batch, kv_heads, -1, d)
+    mask = None
+    if valid is not None:
+        mask = torch.zeros_like(valid, dtype=q.dtype).masked_fill(~valid, -torch.inf)[..., None, :]
+        mask = mask.expand(*folded.shape[:3], n)
+    out, lse = FLASH(folded, k, v, attn_mask=mask, scale=scale)
+    if valid is not None:
+        # A query that sees no token: the kernel gives NaN, the empty state is zero.
+        none = ~valid.any(-1)[..., None]
+        out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
     return AttentionState(out.reshape(*heads, d), lse.reshape(heads))
 
 
@@ -78,6 +90,93 @@ def estimate_expansion(q: torch.Tensor, expansion: Expansion, *, scale: float) -
     return AttentionState(out.reshape(*heads, out.shape[-1]), lse.reshape(heads))
 
 
+class Prepared(NamedTuple):
+    """An expansion laid out so that decoding evaluates it in few dispatches; made once, at an eviction.
+
+    Attributes
+    ----------
+    against : tensor, shape (..., m + r, d)
+        Keys of the groups, and below them the right factor of a slope of low rank.
+    into : tensor, shape (..., m + r, dv)
+        Values of the groups, and below them the left factor.
+    log_weight : tensor, shape (..., 1, m)
+    less_anchor : tensor, shape (..., 1, d), or None
+    slope : tensor, shape (..., d, dv), or None
+    half : tensor, shape (..., d, 1) or (..., d, d), or None
+        Variance times half the strength.
+    cap : tensor, shape (..., 1, 1), or None
+    empty : bool
+        Whether any head stands for no token.
+    """
+
+    against: torch.Tensor
+    into: torch.Tensor
+    log_weight: torch.Tensor
+    less_anchor: torch.Tensor | None
+    slope: torch.Tensor | None
+    half: torch.Tensor | None
+    cap: torch.Tensor | None
+    empty: bool
+
+    def estimate(self, q: torch.Tensor, *, scale: float) -> AttentionState:
+        """The state for queries (batch, kv_head * group, q_len, d), as `estimate_expansion` gives it."""
+        batch, kv_heads, _, d = self.against.shape
+        m, x = self.log_weight.shape[-1], q.reshape(batch, kv_heads, -1, d)
+        x = x * scale if self.less_anchor is None else torch.add(self.less_anchor, x, alpha=scale)
+        products = torch.matmul(x, self.against.mT)
+        logits = products[..., :m] + self.log_weight
+        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        shares = torch.exp(logits - (lse.nan_to_num(neginf=0.0) if self.empty else lse))
+        if products.shape[-1] > m:
+            shares = torch.cat([shares, products[..., m:]], dim=-1)
+        out = torch.matmul(shares, self.into)
+        if self.slope is not None:
+            out = out + torch.matmul(x, self.slope)
+        if self.half is not None and self.cap is not None:
+            full = self.half.shape[-1] > 1
+            gain = (torch.matmul(x, self.half) * x).sum(-1, keepdim=True) if full else torch.matmul(x * x, self.half)
+            lse = lse + torch.minimum(gain, self.cap)
+        if self.empty:
+            out = out.masked_fill(lse == -torch.inf, 0.0)
+        heads = q.shape[:-1]
+        return AttentionState(out.reshape(*heads, out.shape[-1]), lse.reshape(heads))
+
+
+def prepare(expansion: Expansion) -> Prepared:
+    """`Prepared` of an expansion of tensors (batch, kv_head, ...) on a CPU."""
+    against, into = expansion.key_mean, expansion.value_mean
+    if expansion.slope_right is not None and expansion.slope_left is not None:
+        against = torch.cat([against, expansion.slope_right], dim=-2)
+        into = torch.cat([into, expansion.slope_left.mT], dim=-2)
+    half = cap = None
+    if expansion.variance is not None and expansion.strength is not None and expansion.cap is not None:
+        diagonal = expansion.variance.ndim == expansion.log_weight.ndim
+        spread = expansion.variance[..., None] if diagonal else expansion.variance
+        half, cap = 0.5 * expansion.strength[..., None, None] * spread, expansion.cap[..., None, None]
+    return Prepared(
+        against=against,
+        into=into,
+        log_weight=expansion.log_weight[..., None, :],
+        less_anchor=None if expansion.anchor is None else -expansion.anchor[..., None, :],
+        slope=expansion.slope,
+        half=half,
+        cap=cap,
+        empty=bool((expansion.log_weight == -torch.inf).all(-1).any()),
+    )
+
+
+def join_all(states: Sequence[AttentionState], *, empty: bool) -> torch.Tensor:
+    """Output of the union of several sets, each without a token for some queries only if ``empty``."""
+    shares = torch.softmax(torch.stack([state.lse for state in states]), dim=0)
+    if empty:
+        shares = shares.nan_to_num(nan=0.0)
+    first, *rest = shares[..., None].unbind(0)
+    out = states[0].out * first
+    for state, share in zip(states[1:], rest, strict=True):
+        out = torch.addcmul(out, state.out, share)
+    return out
+
+
 def join(retained: AttentionState, evicted: AttentionState) -> AttentionState:
     """Merge two states of any shapes that agree, in few dispatches and in the dtype of the first."""
     return AttentionState(
@@ -88,7 +187,7 @@ def join(retained: AttentionState, evicted: AttentionState) -> AttentionState:
 def joined_output(retained: AttentionState, evicted: AttentionState) -> torch.Tensor:
     """The output of `join` alone."""
     share = torch.sigmoid(evicted.lse - retained.lse).masked_fill(evicted.lse == -torch.inf, 0.0)
-    return torch.lerp(retained.out, evicted.out.to(retained.out.dtype), share[..., None].to(retained.out.dtype))
+    return torch.lerp(retained.out, evicted.out.to(retained.out.dtype), share.unsqueeze(-1).to(retained.out.dtype))
 
 
 def unpack(
@@ -145,73 +244,3 @@ def decode_plain(
     if expansion is not None:
         state = join(state, estimate_expansion(q, expansion, scale=scale))
     return state.out.to(q.dtype), state.lse.to(torch.float32), logits if scored else None
-
-
-def decode_counted(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    counts: torch.Tensor,
-    expansion: Expansion | None,
-    *,
-    scale: float,
-) -> torch.Tensor:
-    """Output of `decode_plain` for heads whose first ``counts`` slots are in use, by one fused call where it fits.
-
-    Unlike there, the other slots must hold finite numbers: they are read, and their weight is zero.
-    """
-    if not flash_fits(q, k, v):
-        return decode_plain(q, k, v, None, counts, None, k.shape[2], expansion, scale, False)[0]
-    batch, kv_heads, capacity, d = k.shape
-    free = torch.arange(capacity, device=k.device) >= counts[..., None]
-    mask = torch.zeros_like(free, dtype=q.dtype).masked_fill(free, -torch.inf)[..., None, :]
-    folded = q.reshape(batch, kv_heads, -1, d)
-    out, lse = FLASH(folded, k, v, attn_mask=mask.expand(*folded.shape[:3], capacity), scale=scale)
-    state = AttentionState(out.reshape(q.shape), lse.reshape(q.shape[:3]))
-    return state.out if expansion is None else join(state, estimate_expansion(q, expansion, scale=scale)).out
-
-
-def fold_plain(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    positions: torch.Tensor,
-    score: torch.Tensor,
-    counts: torch.Tensor,
-    evicted: torch.Tensor,
-    weight: torch.Tensor,
-    log_weight: torch.Tensor,
-    key_mean: torch.Tensor,
-    value_mean: torch.Tensor,
-    key_value: torch.Tensor | None,
-    slope: torch.Tensor | None,
-) -> None:
-    """What the fold kernel of `momentkv.backends.triton` does, in PyTorch; which token fills which gap may differ."""
-    capacity = keys.shape[-2]
-    slots = evicted.clamp(min=0).long()
-    real = evicted >= 0
-    some = real.any(-1)
-    k, v = (torch.take_along_dim(x, slots[..., None], dim=-2) for x in (keys, values))
-    held = Moments(weight, key_mean, value_mean, None if key_value is None else key_value.mT)
-    new = held.update(k, v, mask=real)
-    weight.copy_(torch.where(some, new.weight, weight))
-    log_weight.copy_(torch.where(some, new.weight.log(), log_weight))
-    key_mean.copy_(torch.where(some[..., None], new.key_mean, key_mean))
-    value_mean.copy_(torch.where(some[..., None], new.value_mean, value_mean))
-    if key_value is not None and slope is not None and new.value_key is not None:
-        whole = new.value_key.mT
-        key_value.copy_(torch.where(some[..., None, None], whole, key_value))
-        per_weight = whole / new.weight.masked_fill(new.weight == 0, 1.0)[..., None, None]
-        slope.copy_(torch.where(some[..., None, None], per_weight.to(slope.dtype), slope))
-    # As in the kernel: the last tokens that stay go to the gaps before them, in order of rank.
-    left = counts - real.sum(-1).to(counts.dtype)
-    tail = left[..., None] + torch.arange(evicted.shape[-1], device=keys.device)
-    stays = (tail < counts[..., None]) & ~(tail[..., :, None] == evicted[..., None, :]).any(-1)
-    gap = real & (slots < left[..., None])
-    moving = torch.take_along_dim(tail, torch.argsort(stays.logical_not().to(torch.int8), dim=-1, stable=True), dim=-1)
-    source = torch.take_along_dim(moving, (gap.cumsum(-1) - 1).clamp(min=0), dim=-1)
-    row, head, _ = gap.nonzero(as_tuple=True)
-    for x in (keys, values, positions, score):
-        x[row, head, slots[gap]] = x[row, head, source[gap].long()]
-    free = torch.arange(capacity, device=keys.device) >= left[..., None]
-    positions.masked_fill_(free, -1)
-    counts.copy_(left)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
-from functools import cache
-from typing import ClassVar
+from functools import cache, lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,8 +13,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from momentkv._array import Array
 from momentkv.attention import AttentionState
 from momentkv.backends.base import ArrayBackend, causal_mask
+from momentkv.backends.layout import Layout, Tiers
 from momentkv.backends.operators import DTYPES, decode
-from momentkv.backends.plain import estimate_expansion, flash, flash_fits, joined_output
+from momentkv.backends.plain import (
+    Prepared,
+    estimate_expansion,
+    flash,
+    flash_fits,
+    join,
+    join_all,
+    joined_output,
+    prepare,
+)
 from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
@@ -53,41 +62,62 @@ class TorchBackend(ArrayBackend):
             weights.reshape(*batch, kv_heads, -1, q_len, n),
         )
 
-    def decode(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        expansion: Expansion | None,
-        *,
-        scale: float,
-        valid: Array | None = None,
-        weights: bool = False,
-    ) -> tuple[Array, Array | None]:
-        if fuses(q, k, v):
-            positions = None if valid is None else valid.expand(k.shape[:-1]).to(torch.int32) - 1
-            out, _, logits = decode(q, k, v, expansion, scale=scale, positions=positions, scored=weights)
-            # A query that sees nothing has logits of -inf alone; all its weights are zero.
-            return out, None if logits is None else torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)
-        if not weights and valid is None and flash_fits(q, k, v):
-            state = flash(q, k, v, scale=scale)
-            return (state.out if expansion is None else self.correct(state, q, expansion, scale=scale)), None
-        return super().decode(q, k, v, expansion, scale=scale, valid=valid, weights=weights)
+    def attend_stored(
+        self, q: Array, tiers: Tiers, *, scale: float, weights: bool = False
+    ) -> tuple[AttentionState, Array | None]:
+        if weights and tiers.layout.equal and tiers.layout.width:
+            return attend_both(q, tiers, scale=scale)
+        if weights or not flash_fits(q, tiers.recent_keys, tiers.recent_values):
+            return super().attend_stored(q, tiers, scale=scale, weights=weights)
+        recent = flash(q, tiers.recent_keys, tiers.recent_values, scale=scale, valid=tiers.recent_valid)
+        if tiers.layout.width == 0:
+            return recent, None
+        return join(flash_retained(q, tiers, scale=scale), recent), None
 
-    def decode_ragged(
-        self,
-        q: Array,
-        keys: Sequence[Array],
-        values: Sequence[Array],
-        expansion: Expansion | None,
-        *,
-        scale: float,
-        valid: Sequence[Array | None],
-        weights: bool = False,
-    ) -> tuple[Array, list[Array] | None]:
-        if fuses(q, keys[0], values[0]):
-            return decode_packed(q, keys, values, expansion, scale=scale, valid=valid, weights=weights)
-        return super().decode_ragged(q, keys, values, expansion, scale=scale, valid=valid, weights=weights)
+    def prepare(self, expansion: Expansion) -> Any:
+        on_cpu = expansion.key_mean.ndim == 4 and expansion.key_mean.device.type == "cpu"
+        return prepare(expansion) if on_cpu else expansion
+
+    def decode(
+        self, q: Array, tiers: Tiers, expansion: Any, *, scale: float, weights: bool = False
+    ) -> tuple[Array, Array | None]:
+        if isinstance(expansion, Prepared):
+            return decode_prepared(self, q, tiers, expansion, scale=scale, weights=weights)
+        if fuses(q, tiers.recent_keys, tiers.recent_values):
+            return decode_tiers(q, tiers, expansion, scale=scale, weights=weights)
+        return super().decode(q, tiers, expansion, scale=scale, weights=weights)
+
+    def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
+        x.narrow(axis, start, new.shape[axis]).copy_(new)
+        return x
+
+    def write(self, x: Array, index: Array, new: Array, *, axis: int) -> Array:
+        new, vectors = new.to(x.dtype), axis == -2
+        if index.shape[-1] == 1:
+            slots = index.long()
+            slots = slots[..., None].expand(*slots.shape, x.shape[-1]) if vectors else slots
+            return x.scatter_(axis, slots, new.expand(slots.shape))
+        rows = (index >= 0).nonzero(as_tuple=True)
+        x[(*rows[:-1], index[rows].long())] = new.expand(*index.shape, *((x.shape[-1],) if vectors else ()))[rows]
+        return x
+
+    def overwrite(self, x: Array, new: Array) -> Array:
+        x.copy_(new)
+        return x
+
+    def fixed(self, x: Array) -> Array:
+        fixed = self.copy(x)
+        torch._dynamo.mark_static_address(fixed)
+        return fixed
+
+    def copy(self, x: Array) -> Array:
+        return x.detach().clone(memory_format=torch.contiguous_format)
+
+    def compact(self, x: Array) -> Array:
+        return x if x.untyped_storage().nbytes() == x.nbytes else self.copy(x)
+
+    def detach(self, x: Array) -> Array:
+        return x.detach()
 
     def correct(self, retained: AttentionState, q: Array, expansion: Expansion, *, scale: float) -> Array:
         return joined_output(retained, estimate_expansion(q, expansion, scale=scale))
@@ -118,43 +148,120 @@ class TorchBackend(ArrayBackend):
         return torch.cat(blocks, dim=-2)
 
 
-def decode_packed(
-    q: torch.Tensor,
-    keys: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
-    expansion: Expansion | None,
-    *,
-    scale: float,
-    valid: Sequence[torch.Tensor | None],
-    weights: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """`TorchBackend.decode_ragged` by one call of the operator, for which the tokens of all heads are packed."""
-    numbers = [k.shape[-2] for k in keys]
-    batch, capacity = q.shape[0], max(numbers)
-    before = [batch * sum(numbers[:head]) for head in range(len(numbers))]
-    starts = [[first + row * n for first, n in zip(before, numbers, strict=True)] for row in range(batch)]
-    positions = None
-    if any(seen is not None for seen in valid):
-        every = (
-            torch.ones_like(k[..., 0], dtype=torch.bool) if x is None else x for k, x in zip(keys, valid, strict=True)
-        )
-        positions = torch.cat([seen.reshape(-1) for seen in every]).to(torch.int32) - 1
-    out, _, logits = decode(
+def flash_retained(q: torch.Tensor, tiers: Tiers, *, scale: float) -> AttentionState:
+    """Attention state over retained tokens, by one call where heads have as many, else by one for each."""
+    layout = tiers.layout
+    if layout.equal:
+        k, v = (layout.rectangle(x, vectors=True) for x in (tiers.keys, tiers.values))
+        return flash(q, k, v, scale=scale, valid=tiers.valid)
+    group = q.shape[-3] // layout.heads
+    states = []
+    for head, (start, width) in enumerate(zip(layout.starts, layout.widths, strict=True)):
+        k, v = (x[:, None, start : start + width] for x in (tiers.keys, tiers.values))
+        own, valid = q[:, head * group : (head + 1) * group], tiers.valid
+        if width == 0:
+            dead = own.new_full(own.shape[:-1], -torch.inf)
+            states.append(AttentionState(own.new_zeros((*own.shape[:-1], v.shape[-1])), dead))
+            continue
+        seen = None if valid is None else valid[:, head : head + 1, :width]
+        states.append(flash(own, k, v, scale=scale, valid=seen))
+    return AttentionState(torch.cat([x.out for x in states], dim=1), torch.cat([x.lse for x in states], dim=1))
+
+
+def decode_prepared(
+    backend: TorchBackend, q: torch.Tensor, tiers: Tiers, expansion: Prepared, *, scale: float, weights: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`TorchBackend.decode` on a CPU: retained, recent and evicted tokens joined at once."""
+    attention = None
+    if weights or not flash_fits(q, tiers.recent_keys, tiers.recent_values):
+        state, attention = backend.attend_stored(q, tiers, scale=scale, weights=weights)
+        states = [state]
+    else:
+        states = [flash(q, tiers.recent_keys, tiers.recent_values, scale=scale, valid=tiers.recent_valid)]
+        if tiers.layout.width:
+            states.insert(0, flash_retained(q, tiers, scale=scale))
+    dtype = expansion.into.dtype
+    evicted = expansion.estimate(q.to(dtype), scale=scale)
+    if states[0].out.dtype != dtype:
+        states = [AttentionState(state.out.to(dtype), state.lse.to(dtype)) for state in states]
+    # Where all recent slots hold a token, every query sees one.
+    empty = tiers.recent_valid is not None or tiers.recent_keys.shape[-2] == 0
+    return join_all([*states, evicted], empty=empty), attention
+
+
+def attend_both(q: torch.Tensor, tiers: Tiers, *, scale: float) -> tuple[AttentionState, torch.Tensor]:
+    """Attention state and weights over retained and recent tokens, by one softmax over the logits of both."""
+    layout = tiers.layout
+    parts = [
+        (layout.rectangle(tiers.keys, vectors=True), layout.rectangle(tiers.values, vectors=True), tiers.valid),
+        (tiers.recent_keys, tiers.recent_values, tiers.recent_valid),
+    ]
+    dtype = torch.float64 if torch.float64 in (q.dtype, tiers.keys.dtype, tiers.values.dtype) else torch.float32
+    *batch, kv_heads, _, d = tiers.recent_keys.shape
+    folded = (q.to(dtype) * scale).reshape(*batch, kv_heads, -1, d)
+    logits = torch.cat([torch.matmul(folded, k.to(dtype).mT) for k, _, _ in parts], dim=-1)
+    if tiers.valid is not None or tiers.recent_valid is not None:
+        valid = torch.cat([torch.ones_like(k[..., 0], dtype=torch.bool) if x is None else x for k, _, x in parts], -1)
+        logits = logits.masked_fill(~valid[..., None, :], -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    # A query that sees nothing has lse = -inf; shifting by 0 instead leaves all its weights at zero.
+    weights = torch.exp(logits - (lse if tiers.valid is None else lse.nan_to_num(neginf=0.0)))
+    old, new = weights[..., : layout.width], weights[..., layout.width :]
+    out = torch.matmul(old, parts[0][1].to(dtype)) + torch.matmul(new, parts[1][1].to(dtype))
+    heads = q.shape[:-1]
+    weights = weights.reshape(*batch, kv_heads, -1, q.shape[-2], weights.shape[-1])
+    return AttentionState(out.reshape(*heads, out.shape[-1]), lse.reshape(heads)), weights
+
+
+def decode_tiers(
+    q: torch.Tensor, tiers: Tiers, expansion: Expansion | None, *, scale: float, weights: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`TorchBackend.decode` by the fused operator, once for each tier; the estimate goes with the first."""
+    layout = tiers.layout
+    batch = tiers.recent_keys.shape[0]
+
+    def positions(valid: torch.Tensor | None) -> torch.Tensor | None:
+        return None if valid is None else valid.to(torch.int32) - 1
+
+    out, lse, logits = decode(
         q,
-        torch.cat([k.reshape(-1, k.shape[-1]) for k in keys]),
-        torch.cat([v.reshape(-1, v.shape[-1]) for v in values]),
-        expansion,
+        tiers.recent_keys,
+        tiers.recent_values,
+        expansion if layout.width == 0 else None,
         scale=scale,
-        positions=positions,
-        counts=torch.tensor([numbers] * batch, dtype=torch.int32, device=q.device),
-        starts=torch.tensor(starts, dtype=torch.int64, device=q.device),
-        capacity=capacity,
+        positions=positions(tiers.recent_valid),
         scored=weights,
     )
-    if logits is None:
-        return out, None
-    each = [logits[:, head : head + 1, ..., :n] for head, n in enumerate(numbers)]
-    return out, [torch.softmax(x, dim=-1).nan_to_num(nan=0.0) for x in each]
+    if layout.width:
+        starts, counts = packed_slots(layout, batch, q.device)
+        slots = sum(layout.widths)
+        if tiers.valid is not None:
+            counts = tiers.valid.sum(-1, dtype=torch.int32)
+        of_retained = decode(
+            q,
+            tiers.keys.reshape(batch * slots, -1),
+            tiers.values.reshape(batch * slots, -1),
+            expansion,
+            scale=scale,
+            counts=counts,
+            starts=starts,
+            capacity=layout.width,
+            scored=weights,
+        )
+        both = join(AttentionState(of_retained[0], of_retained[1]), AttentionState(out, lse))
+        out = both.out
+        if logits is not None and of_retained[2] is not None:
+            logits = torch.cat([of_retained[2], logits], dim=-1)
+    # A query that sees nothing has logits of -inf alone; all its weights are zero.
+    return out, None if logits is None else torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)
+
+
+@lru_cache(maxsize=1024)
+def packed_slots(layout: Layout, batch: int, where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """First slot and number of slots of each row and head, where rows lie one after the other."""
+    rows = torch.arange(batch, device=where)[:, None] * sum(layout.widths)
+    starts = rows + torch.tensor(layout.starts, device=where)
+    return starts, torch.tensor(layout.widths, dtype=torch.int32, device=where).expand(batch, -1).contiguous()
 
 
 def fuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

@@ -1,47 +1,41 @@
-"""One layer's cache: append tokens, attend, evict, fold what was evicted into moments."""
+"""One layer's cache: append tokens, attend, evict, fold what was evicted into statistics."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, check_mask, device, nbytes
-from momentkv.attention import check_values, default_scale, group_queries
+from momentkv._array import Array, array_namespace, device
+from momentkv.attention import check_values, default_scale
 from momentkv.backends import ArrayBackend, get_backend
-from momentkv.backends.base import causal_mask
-from momentkv.cache.step import CacheStep
-from momentkv.policies import Policy, Tokens, check_budget, get_policy, retain
-from momentkv.statistics.checks import check_order
-from momentkv.statistics.corrections import Correction, get_correction
-from momentkv.statistics.expansion import Expansion
-from momentkv.statistics.moments import Moments
-from momentkv.statistics.summaries import QueryWindow
-from momentkv.trust import trust_of
+from momentkv.cache.config import RECENT_QUERIES, CacheConfig, checked_budget, make_config
+from momentkv.cache.eviction import evicted_state, importance_of, without_newest
+from momentkv.cache.holdings import Holdings
+from momentkv.cache.observing import observed_queries
+from momentkv.cache.state import LayerState, NewTokens, hidden, joined, place
+from momentkv.cache.step import arrived, attended, check_like_stored, check_step, decoded, fresh, remembered, started
+from momentkv.policies import Policy, PolicyName
+from momentkv.statistics.corrections import Correction, CorrectionName
 
 __all__ = ["LayerCache"]
 
-OWN_ARRAYS = ("keys", "values", "positions", "score", "query_mean", "query_square", "recent_queries")
-# Queries that the correction is anchored at: the last of a prefill, and while decoding an average that fades at this
-# rate. RoPE turns queries, so that an average over many positions says little about the next ones.
-RECENT_QUERIES = 32
 
-
-class LayerCache(CacheStep):
-    """Keys and values of one attention layer within a budget, and the moments of what did not fit.
+class LayerCache(Holdings):
+    """Keys and values of one attention layer within a budget, and what stands for the tokens that did not fit.
 
     Parameters
     ----------
-    budget : int
-        Tokens retained per KV head, sinks and window included.
+    budget : int or sequence of int
+        Tokens retained per KV head, sinks and window included: one number for all, or one for each.
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
-        Highest order of the correction that is used: with 0, moments keep no co-moment and summaries no slope. None is
-        ``correction="none"``.
+        Order of the correction; None for plain eviction, which keeps no moments.
     correction : str or Correction
-        What stands for the evicted tokens: ``"moments"`` (the paper's), ``"summaries"`` (several, anchored), or
-        ``"none"`` for plain eviction; see `momentkv.statistics.corrections.CORRECTIONS`.
+        What stands for the evicted tokens: ``"moments"`` (the paper's) or ``"summaries"`` (several, anchored); see
+        `momentkv.statistics.corrections.CORRECTIONS`. With order 0, summaries have no slope.
     sinks : int
         First tokens of every row, always retained.
     window : int
@@ -53,42 +47,40 @@ class LayerCache(CacheStep):
     backend : str or ArrayBackend, optional
         By default the one of the arrays that arrive.
     keep_queries : bool
-        Hold the newest queries of a prefill between `attend` and `evict`, for `momentkv.cache.budgets.error_curve`.
-
+        Hold the newest queries of a prefill between `attend` and `evict`, for `momentkv.cache.allocation.error_curves`.
     certify : {0, 1, 2, None}
         Keep evidence for `momentkv.trust.trust`: exact moments of this order, with extent, of all evicted tokens.
     tolerance : float, optional
-        Refuse an eviction after which the certified error, relative to the output, of a recent query (one of the last
-        32 since the last eviction) would be larger. The budget then grows to what is stored; the first time it warns.
+        Refuse to evict from a KV head if the certified error, relative to the output, of a recent query (one of the
+        last 32 since the last eviction) would be larger. The head's budget then grows to what it stores; the first time
+        it warns.
+    static : bool
+        Whether steps of one token are done in arrays that keep their size and place, by the device's own count: nothing
+        then waits for the device, and a graph can hold a step. The caller says when to `flush`; see
+        `momentkv.hf.DecodeGraphs`.
 
     Raises
     ------
     ValueError
         If an argument is out of range, ``budget < sinks + window + 1``, or a tolerance is given without ``certify``.
+    TypeError
+        If a whole number is none.
 
     Attributes
     ----------
-    keys, values : array, shape (batch..., kv_head, n, d) and (batch..., kv_head, n, dv)
-        Stored tokens, in order of position; ``n < budget + block`` after every `step`.
-    positions : int32 array, shape (batch..., kv_head, n)
-        Place in the sequence, -1 for a slot that holds no token (padding).
-    moments : Moments, Summaries or NoStatistics
-        Of the tokens evicted so far.
-    query_mean, query_square : array, shape (batch..., kv_head, d), or None
-        First and second moment of the scaled recent queries, where the correction is anchored at them or the policy
-        needs them.
-    evidence : Moments or None
-        See ``certify``.
+    state : LayerState or None
+        All that is stored, see `momentkv.cache.state`; None before the first token.
+    budgets : list of int, or None
+        Budget of each KV head, once their number is known.
     refused : int
         Evictions refused for the tolerance.
-    seen : int
-        Length of the sequence so far, padding and evicted tokens included.
 
     Notes
     -----
     Eviction comes after attention, so that every evicted token precedes all later queries and no mask is needed for
     the moments. Queries are always corrected by the moments of the tokens evicted in earlier steps.
     A prefill of any length is attended exactly first; then it is cut to the budget.
+    The cache keeps copies of what it is given, without gradients. One thread at a time may use it.
 
     Examples
     --------
@@ -104,11 +96,11 @@ class LayerCache(CacheStep):
 
     def __init__(
         self,
-        budget: int,
+        budget: int | Sequence[int],
         *,
-        policy: str | Policy = "momentkv",
+        policy: PolicyName | Policy = "momentkv",
         order: int | None = 1,
-        correction: str | Correction = "moments",
+        correction: CorrectionName | Correction = "moments",
         sinks: int = 1,
         window: int = 32,
         block: int = 32,
@@ -117,110 +109,164 @@ class LayerCache(CacheStep):
         keep_queries: bool = False,
         certify: int | None = None,
         tolerance: float | None = None,
+        static: bool = False,
     ) -> None:
-        check_budget(budget, sinks, window)
-        if certify is not None:
-            check_order(certify)
-        if tolerance is not None and (certify is None or not tolerance >= 0):
-            raise ValueError(
-                f"tolerance is {tolerance} with certify={certify}; it must be at least 0 and needs certify=0, 1 or 2"
-            )
-        if block < 1:
-            raise ValueError(f"block is {block}; evict at least one token at a time")
-        self.budget, self.sinks, self.window, self.block = budget, sinks, window, block
-        self.certify, self.tolerance = certify, tolerance
-        self.policy, self.scale, self.keep_queries = get_policy(policy), scale, keep_queries
-        self.correction = get_correction(correction, order=order)
-        self.backend = None if backend is None else get_backend(backend)
+        self.config: CacheConfig = make_config(
+            policy=policy,
+            order=order,
+            correction=correction,
+            sinks=sinks,
+            window=window,
+            block=block,
+            scale=scale,
+            backend=backend,
+            keep_queries=keep_queries,
+            certify=certify,
+            tolerance=tolerance,
+            static=static,
+        )
+        self._budget = checked_budget(self.config, budget)
+        self.scale = self.config.scale
+        self.take_number()
+        self.fixed: LayerState | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; settings stay."""
-        self.keys: Array = None
-        self.values: Array = None
-        self.positions: Array = None
-        self.score: Array = None
-        self.moments: Any = None
-        self.evidence: Moments | None = None
-        self.recent_queries: Array = None
-        self.refused = 0
-        self.query_mean: Array = None
-        self.query_square: Array = None
+        """Forget everything; settings stay, and so do the arrays of static steps."""
+        self.state: LayerState | None = None
+        # Tokens that were appended and have not been evicted or placed yet.
+        self.new: NewTokens | None = None
         self.newest_queries: Array = None
-        self.seen = 0
-        self.padded = False
-        self.has_evicted = False
+        # Statistics, and what the backend made of their estimate.
+        self.prepared: tuple[Any, Any] | None = None
+        # While set, tokens may be taken back: nothing is observed or evicted.
+        self.recording = self.torn = False
+        self.refused = 0
+        self.budgets: list[int] | None = None if isinstance(self._budget, int) else list(self._budget)
+
+    @property
+    def budget(self) -> int | list[int]:
+        """Tokens retained per KV head; a list where heads were given, or have come to have, budgets of their own."""
+        if self.budgets is None or (isinstance(self._budget, int) and len(set(self.budgets)) == 1):
+            return self._budget if self.budgets is None else self.budgets[0]  # type: ignore[return-value]
+        return list(self.budgets)
+
+    @budget.setter
+    def budget(self, budget: int | Sequence[int]) -> None:
+        checked = checked_budget(self.config, budget)
+        heads = None if self.state is None else self.state.layout.heads
+        if heads is not None and not isinstance(checked, int) and len(checked) != heads:
+            raise ValueError(
+                f"budget is {list(checked)}, for {len(checked)} KV heads, but the cache holds {heads}; give one number "
+                "for all, or one for each"
+            )
+        self._budget = checked
+        if isinstance(self._budget, int):
+            self.budgets = None if heads is None else [self._budget] * heads
+        else:
+            self.budgets = list(self._budget)
+
+    def step(self, q: Array, k: Array, v: Array, *, valid: Array | None = None) -> Array:
+        """Append tokens, attend from their queries, then evict down to the budget if the block is full.
+
+        Parameters
+        ----------
+        q : array, shape (batch..., kv_head * group, m, d)
+        k, v : array, shape (batch..., kv_head, m, d) and (batch..., kv_head, m, dv)
+        valid : bool array, broadcastable to (batch..., kv_head, m), optional
+            False for padding, which is never attended to, retained or folded.
+
+        Returns
+        -------
+        array, shape (batch..., kv_head * group, m, dv)
+            In the dtype of ``q``.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit; the cache is then unchanged.
+        RuntimeError
+            If an earlier step was interrupted while a static state's own arrays were written.
+
+        Notes
+        -----
+        A step that fails, for whatever reason, leaves the cache as it was; Ctrl-C within a static step's last lines
+        alone leaves one that refuses to go on.
+        """
+        check_step(q, k, v, valid)
+        before = self.held()
+        try:
+            self.append(k, v)
+            out = self.attend(q, valid=valid)
+            self.evict()
+            self.fix()
+        except BaseException:
+            self.go_back(before)
+            raise
+        return out
 
     def append(self, k: Array, v: Array) -> None:
-        """Store new tokens (first part of `step`)."""
+        """Take new tokens (first part of `step`)."""
+        self.check_whole()
         check_values(k, v)
         if k.shape[-2] == 0:
             raise ValueError(f"k has shape {tuple(k.shape)}: no tokens to append")
+        backend = self.config.backend or get_backend(k)
+        k, v = backend.detach(k), backend.detach(v)
+        if self.state is None:
+            self.state, self.budgets = started(self.config, k, v, self._budget)
+        state = self.state
+        for name, old, given in (("k", state.recent_keys, k), ("v", state.recent_values, v)):
+            check_like_stored(name, given, old)
         xp = array_namespace(k, v)
-        new = xp.arange(self.seen, self.seen + k.shape[-2], dtype=xp.int32, device=device(k))
-        new = xp.broadcast_to(new, k.shape[:-1])
-        zeros = None
-        if self.policy.observes != 0:
-            zeros = xp.zeros(k.shape[:-1], dtype=accumulation_dtype(xp, k.dtype, v.dtype), device=device(k))
-        if self.keys is None:
-            self.keys, self.values, self.positions, self.score = k, v, new, zeros
-            self.moments = self.correction.empty(k, v)
-            if self.certify is not None:
-                self.evidence = Moments.empty(k, v, order=self.certify, extent=True)
-        else:
-            for name, old, fresh in (("k", self.keys, k), ("v", self.values, v)):
-                if old.shape[:-2] != fresh.shape[:-2] or old.shape[-1] != fresh.shape[-1]:
-                    raise ValueError(
-                        f"{name} has shape {tuple(fresh.shape)}, but the cache holds {tuple(old.shape)}; "
-                        "batch, KV heads and dimension must stay the same"
-                    )
-            self.keys = xp.concat([self.keys, k], axis=-2)
-            self.values = xp.concat([self.values, v], axis=-2)
-            self.positions = xp.concat([self.positions, new], axis=-1)
-            if zeros is not None:
-                self.score = xp.concat([self.score, zeros], axis=-1)
-        self.seen += k.shape[-2]
+        if self.is_fixed and k.shape[-2] == 1:
+            self.new = arrived(self.config, state, k, v)
+            return
+        positions = xp.arange(self.seen, self.seen + k.shape[-2], dtype=xp.int32, device=device(k))
+        positions = xp.broadcast_to(positions, k.shape[:-1])
+        new = fresh(self.config, k, v, positions)
+        self.new = new if self.new is None else joined(self.new, new)
 
     def attend(self, q: Array, *, valid: Array | None = None) -> Array:
         """Attend from the queries of the tokens appended last, corrected by the moments (second part of `step`)."""
-        if self.keys is None:
+        state, new = self.state, self.new
+        if state is None or new is None:
             raise ValueError("attend was called on an empty cache; append the keys and values of its queries first")
-        backend = self.backend or get_backend(q)
-        xp = array_namespace(q, self.keys)
-        q_len = q.shape[-2]
+        backend = self.config.backend or get_backend(q)
+        xp = array_namespace(q, new.keys)
         if valid is not None:
-            self._mark_padding(valid, q_len)
-        seen_by_all = self.positions >= 0 if self.padded else None
-        scale = self.attention_scale
-        expansion = self.expansion if self.has_evicted else None
-        if q_len == 1:
-            observed = self.policy.observes != 0
-            out, weights = backend.decode(
-                q,
-                self.keys,
-                self.values,
-                expansion,
-                scale=scale,
-                valid=seen_by_all,
-                weights=observed,
-            )
-            if observed:
-                self.observe_weights(weights)
-        elif expansion is None:
-            out = backend.prefill(q, self.keys, self.values, scale=scale, valid=seen_by_all)
-        else:
-            state = backend.attend_causal(q, self.keys, self.values, scale=scale, valid=seen_by_all)
-            out = backend.correct(state, q, expansion, scale=scale)
-        if q_len > 1:
+            new = hidden(new, valid, q.shape[-2], ask=not self.is_fixed)
+        if new.length == 1 and not self.recording and (self.is_fixed or state.filled < state.layout.recent):
+            out, self.state = self.decoded(state, new, q)
+            self.new = None
+            return xp.astype(out, q.dtype, copy=False)
+        self.new = new
+        expansion = self.config.correction.expansion(state.evicted) if state.has_evicted else None
+        out = attended(backend, state, new, q, scale=self.attention_scale, expansion=expansion)
+        if not self.recording:
             self.observe(q)
-        else:
-            self._remember(q)
         return xp.astype(out, q.dtype, copy=False)
 
-    def observe_weights(self, weights: Array) -> None:
-        """Show the policy the attention weights (batch..., kv_head, group, 1, n) of the token appended last."""
-        n = self.keys.shape[-2]
-        self.score = self.policy.observe(self.score, self._of_real_queries(weights, n - 1, n))
+    def decoded(self, state: LayerState, new: NewTokens, q: Array) -> tuple[Array, LayerState]:
+        """`momentkv.cache.step.decoded` by these settings; nothing is changed."""
+        expansion = self._prepared(self.config.backend or get_backend(q), state)
+        return decoded(self.config, state, new, q, scale=self.attention_scale, expansion=expansion)
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on ``q . k``."""
+        return default_scale(self.stored_state.recent_keys.shape[-1]) if self.scale is None else self.scale
+
+    def _prepared(self, backend: ArrayBackend, state: LayerState) -> Any:
+        """The estimate of evicted tokens as the backend evaluates it fastest, made anew when tokens are evicted."""
+        if not (state.has_evicted and self.config.corrects):
+            return None
+        if self.is_fixed:  # statistics are then overwritten, and must be read as they are
+            return self.config.correction.expansion(state.evicted)
+        if self.prepared is None or self.prepared[0] is not state.evicted:
+            expansion = self.config.correction.expansion(state.evicted)
+            self.prepared = (state.evicted, None if expansion is None else backend.prepare(expansion))
+        return self.prepared[1]
 
     def observe(self, q: Array, *, valid: Array | None = None) -> None:
         """Show policy and correction the queries ``q`` of the newest tokens, or as many of them as they want.
@@ -228,256 +274,119 @@ class LayerCache(CacheStep):
         `attend` does so itself; call it on its own to replay a step from stored keys, values and queries. ``valid`` is
         that of the step; it may cover more tokens than there are queries.
         """
+        state, new, config = self.state, self.new, self.config
+        if state is None or new is None:
+            raise ValueError("observe was called on an empty cache; append the keys and values of its queries first")
         if valid is not None:
-            self._mark_padding(valid, valid.shape[-1])
-        self._remember(q)
-        if self.policy.observes == 0:
-            return
-        xp = array_namespace(q, self.score)
-        visible_to_all = self.positions >= 0 if self.padded else None
-        backend = self.backend or get_backend(q)
-        observes, q_len, n = self.policy.observes, q.shape[-2], self.keys.shape[-2]
-        count = q_len if observes is None else min(q_len, observes)
-        score = self.score
-        if observes is not None and q_len >= observes and not self.policy.accumulates:
-            score = xp.zeros_like(score)  # a whole observation window: what came before no longer counts
-        for start in range(q_len - count, q_len, backend.query_block):
-            stop = min(start + backend.query_block, q_len)
-            visible = n - q_len + stop
-            mask = causal_mask(self.keys, q_len, start, stop, visible_to_all)
-            _, weights = backend.attend(
-                q[..., start:stop, :],
-                self.keys[..., :visible, :],
-                self.values[..., :visible, :],
-                scale=self.attention_scale,
-                mask=mask,
-            )
-            weights = self._of_real_queries(weights, n - q_len + start, visible)
-            observed = self.policy.observe(score[..., :visible], weights)
-            score = xp.concat([observed, score[..., visible:]], axis=-1)
-        self.score = score
+            new = hidden(new, valid, valid.shape[-1])
+        backend = config.backend or get_backend(q)
+        q = backend.detach(q)
+        state = remembered(config, state, new, q, scale=self.attention_scale)
+        recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
+        if recent.shape[-2] == RECENT_QUERIES and (config.remembers_queries or config.keep_queries):
+            self.newest_queries = backend.copy(recent)
+        if new.attention is not None and state.attention is not None:
+            state, new = observed_queries(config, backend, state, new, q, self.attention_scale)
+        self.state, self.new = state, new
 
     def evict(self, importance: Array | None = None) -> None:
         """Evict down to the budget where a row has filled its block, and fold in what goes (last part of `step`).
 
         The policy's `importance` of the tokens as they are now may be given, where it is known already.
         """
-        n = self.keys.shape[-2]
-        newest, self.newest_queries = self.newest_queries, None
-        if n < self.budget + self.block:
+        state, new = self.state, self.new
+        if state is None or self.recording or (self.is_fixed and new is None and importance is None):
             return
-        xp = array_namespace(self.keys)
-        counts = xp.sum(xp.astype(self.positions >= 0, xp.int64), axis=-1)
-        # Each row by its own count, so that padding beside a longer row changes nothing.
-        limits = xp.where(counts >= self.budget + self.block, xp.minimum(counts, 0 * counts + self.budget), counts)
-        rounds = self.policy.rounds if self.order is not None and n - self.budget > self.block else 1
-        one_block = counts - limits <= self.block
-        positions, moments = self.positions, self.moments
-        score = self.score
-        for done in range(1, rounds + 1):
-            selection = retain(
-                self.importance(positions, score, moments) if importance is None or done > 1 else importance,
-                positions,
-                budget=xp.where(one_block, limits, between(counts, limits, done / rounds)),
-                sinks=self.sinks,
-                window=self.window,
-                seen=self.seen,
+        newest, recent = self.newest_queries, state.layout.recent
+        state = dataclasses.replace(state, seen=self.seen)
+        if new is not None and importance is None and state.filled + new.length <= recent:
+            state, new = place(self.config.backend or get_backend(new.keys), state, new), None
+        refused: dict[int, float] = {}
+        if new is not None or state.filled == recent or (self.config.static and state.clock is None):
+            state, refused = evicted_state(
+                self.config,
+                state,
+                new,
+                self.budgets or [],
+                scale=self.attention_scale,
+                importance=importance,
+                newest=newest,
             )
-            moments = self.correction.fold(
-                moments, self.keys, self.values, mask=selection.evicted, window=self.query_window
-            )
-            positions = xp.where(selection.evicted, xp.full_like(positions, -1), positions)
-        if newest is not None and self.order is not None:
-            # Rows whose first eviction this is and whose newest queries are all real; others keep what they have.
-            fits = xp.all(self.positions[..., -RECENT_QUERIES:] >= 0, axis=-1) & (self.moments.weight == 0)
-            gone = (self.positions >= 0) & (positions < 0) & fits[..., None]
-            moments = self.correction.calibrate(moments, newest, self.keys, scale=self.attention_scale, mask=gone)
-        evidence = self.evidence
-        if evidence is not None:
-            gone = (self.positions >= 0) & (positions < 0)
-            evidence = evidence.update(self.keys, self.values, mask=gone)
-            if self._refuses(positions, moments, evidence):
-                return
-        indices, filled = selection.indices, selection.filled
-        kept = xp.take_along_axis(positions, indices, axis=-1)
-        if self.score is not None:
-            carried = xp.take_along_axis(score, indices, axis=-1)
-            if not self.policy.accumulates:  # a row that did not evict goes on observing
-                carried = xp.where((limits < counts)[..., None], xp.zeros_like(carried), carried)
-            self.score = carried
-        self.has_evicted = self.has_evicted or bool(xp.any(limits < counts))
-        self.padded = self.padded and not bool(xp.all(filled))
-        self.positions = xp.where(filled, kept, xp.full_like(kept, -1))
-        self.keys = xp.take_along_axis(self.keys, indices[..., None], axis=-2)
-        self.values = xp.take_along_axis(self.values, indices[..., None], axis=-2)
-        self.moments, self.evidence, self.recent_queries = moments, evidence, None
+        self.state, self.new, self.newest_queries = state, None, None
+        if refused:
+            self._refuse(refused)
 
-    def _refuses(self, positions: Array, moments: Any, evidence: Moments) -> bool:
-        """Whether an eviction would pass the tolerance; if so the budget grows instead."""
-        if self.tolerance is None or self.recent_queries is None:
-            return False
-        xp = array_namespace(self.keys)
-        report = trust_of(self, self.recent_queries, self.keys, self.values, positions, moments, evidence)
-        worst = float(xp.max(report.certified))
-        if worst <= self.tolerance:
-            return False
+    def flush(self) -> None:
+        """Evict from every row and head whose block is full, where steps are static; the caller keeps the time."""
+        before, state = self.held(), self.stored_state
+        try:
+            self.state = self.flushed(state)
+            if state is self.fixed:
+                self.fix()
+        except BaseException:
+            self.go_back(before)
+            raise
+
+    def flushed(self, state: LayerState) -> LayerState:
+        """A static state after eviction; nothing is asked of the device, and nothing of the cache is changed."""
+        return evicted_state(self.config, state, None, self.budgets or [], scale=self.attention_scale)[0]
+
+    def drop(self, tokens: int) -> None:
+        """Take the newest tokens out; all of them must still be stored.
+
+        Attention is then as if they had not come; they have had their part in what was observed.
+        """
+        self.state = without_newest(self.config, self.stored_state, self.budgets or [], self.seen, tokens)
+
+    def release_projections(self) -> None:
+        """Let go of larger arrays that waiting tokens are views of, as values are of a fused projection."""
+        if self.new is not None:
+            compact = get_backend(self.new.keys).compact
+            self.new = self.new._replace(keys=compact(self.new.keys), values=compact(self.new.values))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether any KV head stores a block more than its budget."""
+        return any(
+            stored >= budget + self.config.block
+            for stored, budget in zip(self.stored_by_head, self.budgets or [], strict=True)
+        )
+
+    def _refuse(self, refused: dict[int, float]) -> None:
+        """Let budgets grow to what is stored, for heads whose eviction was refused with this certified error."""
         if not self.refused:
             warnings.warn(
-                f"an eviction was refused: the certified error would be {worst:.3g} of the output, the tolerance is "
-                f"{self.tolerance:g}; the budget of {self.budget} tokens grows (see LayerCache.refused)",
+                f"an eviction was refused: the certified error would be {max(refused.values()):.3g} of the output, the "
+                f"tolerance is {self.config.tolerance:g}; the budget of {self.budget} tokens grows (see "
+                "LayerCache.refused)",
                 stacklevel=4,
             )
         self.refused += 1
-        self.budget = self.stored
-        return True
+        stored = self.stored_by_head
+        self.budgets = [stored[head] if head in refused else b for head, b in enumerate(self.budgets or [])]
 
-    def importance(self, positions: Array = None, score: Array = None, moments: Any = None) -> Array:
-        """The policy's ranking of the stored tokens, shape (batch..., kv_head, n), by the state's own or other data."""
-        positions = self.positions if positions is None else positions
-        score = self.score if score is None else score
-        moments = self.moments if moments is None else moments
-        known = self.correction.known(moments)
-        if score is None:
-            xp = array_namespace(positions)
-            score = xp.zeros(positions.shape, dtype=known.weight.dtype, device=device(positions))
-        queries = self.query_window or (None, None)
-        return self.policy.importance(
-            Tokens(self.keys, self.values, positions, score, known, self.attention_scale, *queries)
+    def importance(self) -> Array:
+        """The policy's ranking of the tokens of `view`, shape (batch..., kv_head, n)."""
+        state, view = self.stored_state, self.view()
+        return importance_of(
+            self.config, view, self.config.correction.known(state.evicted), self.attention_scale, state
         )
-
-    @property
-    def expansion(self) -> Expansion | None:
-        """The estimate of the evicted tokens, or None for plain eviction."""
-        return self.correction.expansion(self.moments)
-
-    @property
-    def order(self) -> int | None:
-        """Order of the correction; None for plain eviction."""
-        return self.correction.order
-
-    @property
-    def remembers_queries(self) -> bool:
-        """Whether it keeps mean and variance of recent queries: for the correction, the policy or both."""
-        return self.policy.needs_queries or self.correction.anchored
-
-    @property
-    def attention_scale(self) -> float:
-        """Factor on ``q . k``."""
-        return default_scale(self.keys.shape[-1]) if self.scale is None else self.scale
-
-    @property
-    def stored(self) -> int:
-        """Tokens stored now, by each KV head."""
-        return 0 if self.keys is None else int(self.keys.shape[-2])
-
-    @property
-    def parts(self) -> tuple[LayerCache, ...]:
-        """The caches it consists of, in order of KV heads: itself; a `RaggedCache` has several."""
-        return (self,)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is stored now: keys, values, positions, scores and moments."""
-        # Evidence is counted: whoever certifies pays for it.
-        return sum(nbytes(x) for x in self.arrays().values())
-
-    def arrays(self) -> dict[str, Array]:
-        """Every array of the state, by name (those of the moments as ``moments.weight`` and so on)."""
-        if self.keys is None:
-            return {}
-        own = {name: getattr(self, name) for name in OWN_ARRAYS}
-        own |= {f"moments.{name}": x for name, x in self.moments.arrays().items()}
-        if self.evidence is not None:
-            own |= {f"evidence.{name}": x for name, x in self.evidence.arrays().items()}
-        return {name: x for name, x in own.items() if x is not None}
 
     def map(self, function: Callable[[Array], Array]) -> None:
-        """Apply a function to every array of the state: to select, repeat or reorder rows, or to move devices."""
-        if self.keys is None:
+        """Apply a function to every array: to select, repeat or reorder rows, or to move devices."""
+        if self.state is None:
             return
-        changed = {name: function(x) for name, x in self.arrays().items() if name in OWN_ARRAYS}
-        moments = self.moments.map(function)
-        evidence = None if self.evidence is None else self.evidence.map(function)
-        for name, x in changed.items():
-            setattr(self, name, x)
-        self.moments, self.evidence = moments, evidence
+        state, new, newest = self.state.map(function), self.new, self.newest_queries
+        if all(x is y for x, y in zip(state.arrays().values(), self.state.arrays().values(), strict=True)):
+            state = self.state
+        if new is not None:
+            images: dict[str, Any] = {
+                n: function(x) for n, x in new._asdict().items() if x is not None and n != "padded"
+            }
+            new = new._replace(**images)
+        self.state, self.new = state, new
+        self.newest_queries = None if newest is None else function(newest)
 
-    def hold(self, recent: Array) -> None:
-        """Keep recent queries for the certificate that an eviction is judged by, where there is a tolerance."""
-        if self.tolerance is None:
-            return
-        if self.recent_queries is not None:
-            recent = array_namespace(recent).concat([self.recent_queries, recent], axis=-2)
-        self.recent_queries = recent[..., max(recent.shape[-2] - RECENT_QUERIES, 0) :, :]
-
-    def _remember(self, q: Array) -> None:
-        """Keep first and second moment of recent queries, and the newest queries until the eviction that follows."""
-        recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
-        self.hold(recent)
-        if recent.shape[-2] == RECENT_QUERIES and (self.remembers_queries or self.keep_queries):
-            self.newest_queries = recent
-        if not self.remembers_queries:
-            return
-        self.query_mean, self.query_square = remember(
-            recent, self.positions, self.attention_scale, self.query_mean, self.query_square
-        )
-
-    @property
-    def query_window(self) -> QueryWindow | None:
-        """The recent queries as the correction takes them."""
-        if self.query_mean is None:
-            return None
-        xp = array_namespace(self.query_mean)
-        variance = self.query_square - self.query_mean * self.query_mean
-        return QueryWindow(self.query_mean, xp.maximum(variance, xp.zeros_like(variance)))
-
-    def _mark_padding(self, valid: Array, q_len: int) -> None:
-        """Empty the slots of padding among the newest tokens."""
-        xp = array_namespace(self.positions, valid)
-        newest = self.positions[..., -q_len:]
-        check_mask("valid", valid, newest.shape, newest)
-        newest = xp.where(valid, newest, xp.full_like(newest, -1))
-        self.padded = self.padded or not bool(xp.all(valid))
-        self.positions = xp.concat([self.positions[..., :-q_len], newest], axis=-1)
-
-    def _of_real_queries(self, weights: Array, start: int, stop: int) -> Array:
-        """Attention weights with those of padding queries (slots ``start`` to ``stop``) set to zero."""
-        if not self.padded:
-            return weights
-        xp = array_namespace(weights)
-        real = self.positions[..., start:stop] >= 0
-        return xp.where(real[..., None, :, None], weights, xp.zeros_like(weights))
-
-
-def remember(
-    recent: Array, positions: Array, scale: float, mean: Array | None, square: Array | None
-) -> tuple[Array, Array]:
-    """First and second moment of scaled recent queries, given those of the queries before them.
-
-    ``recent`` are queries (batch..., kv_head * group, q_len, d) of the newest ``q_len`` of the tokens at ``positions``.
-    """
-    xp = array_namespace(recent)
-    kv_heads, count = positions.shape[-2], recent.shape[-2]
-    (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
-    grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * scale
-    real = positions[..., -count:] >= 0
-    weight = xp.astype(real, grouped.dtype)[..., None, :, None]
-    # Several queries at once count alike; one by one, each fades what came before it.
-    number = xp.sum(weight, axis=(-3, -2))
-    safe = xp.where(number > 0, number, xp.ones_like(number))
-    new_mean = xp.sum(weight * xp.mean(grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
-    new_square = xp.sum(weight * xp.mean(grouped * grouped, axis=-3, keepdims=True), axis=(-3, -2)) / safe
-    if mean is None or square is None:
-        return new_mean, new_square
-    share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
-    # Where all before was padding there is nothing to fade.
-    share = xp.where(xp.sum(square, axis=-1, keepdims=True) > 0, share, xp.ones_like(share))
-    return mean + share * (new_mean - mean), square + share * (new_square - square)
-
-
-def between(counts: Array, limits: Array, share: float) -> Array:
-    """Retained counts on the way from ``counts`` (share 0) to ``limits`` (share 1), falling geometrically."""
-    xp = array_namespace(counts, limits)
-    start, end = (xp.log(xp.astype(xp.maximum(x, xp.ones_like(x)), xp.float32)) for x in (counts, limits))
-    step = xp.astype(xp.floor(xp.exp(start + share * (end - start))), counts.dtype)
-    return xp.minimum(counts, xp.maximum(step, limits))
+    def take(self, state: LayerState) -> None:
+        """Go on from a state that a cache of these settings had."""
+        self.state, self.new, self.newest_queries, self.torn = state, None, None, False

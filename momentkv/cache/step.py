@@ -1,75 +1,139 @@
-"""One step of a layer's cache, the same whatever it stores: append, attend, evict, and all or nothing of it."""
+"""The parts of a layer's step that depend on nothing but their arguments."""
 
 from __future__ import annotations
 
-import abc
+import dataclasses
 from typing import Any
 
-from momentkv._array import Array, check_mask
-from momentkv.attention import check_keys
+from momentkv._array import Array, accumulation_dtype, array_namespace, check_arrays, check_mask, device
+from momentkv.attention import check_keys, check_values, merge
+from momentkv.backends import ArrayBackend, get_backend
+from momentkv.backends.layout import Layout
+from momentkv.cache.config import RECENT_QUERIES, CacheConfig
+from momentkv.cache.observing import observed, of_real_queries
+from momentkv.cache.queries import remember
+from momentkv.cache.state import LayerState, NewTokens, empty_state, place
+from momentkv.statistics.moments import Moments
 
-__all__ = ["CacheStep"]
+__all__ = ["arrived", "attended", "check_like_stored", "check_step", "decoded", "fresh", "remembered", "started"]
 
 
-class CacheStep(abc.ABC):
-    """The parts of a step, and the step itself."""
+def fresh(config: CacheConfig, k: Array, v: Array, positions: Array, *, padded: bool = False) -> NewTokens:
+    """New tokens that no query has attended to."""
+    attention = None
+    if config.observes:
+        xp = array_namespace(k, v)
+        attention = xp.zeros(k.shape[:-1], dtype=accumulation_dtype(xp, k.dtype, v.dtype), device=device(k))
+    return NewTokens(k, v, positions, attention, padded)
 
-    @abc.abstractmethod
-    def append(self, k: Array, v: Array) -> None:
-        """Store new tokens (first part of `step`)."""
 
-    @abc.abstractmethod
-    def attend(self, q: Array, *, valid: Array | None = None) -> Array:
-        """Attend from the queries of the tokens appended last (second part of `step`)."""
+def arrived(config: CacheConfig, state: LayerState, k: Array, v: Array) -> NewTokens:
+    """One new token a head, at the place that the device's clock tells."""
+    xp = array_namespace(k, v)
+    positions = xp.zeros(k.shape[:-1], dtype=xp.int32, device=device(k)) + state.clock[..., None, None]
+    return fresh(config, k, v, positions, padded=True)
 
-    @abc.abstractmethod
-    def evict(self) -> None:
-        """Evict down to the budget (last part of `step`)."""
 
-    def step(self, q: Array, k: Array, v: Array, *, valid: Array | None = None) -> Array:
-        """Append tokens, attend from their queries, then evict down to the budget if the block is full.
+def decoded(
+    config: CacheConfig, state: LayerState, new: NewTokens, q: Array, *, scale: float, expansion: Any
+) -> tuple[Array, LayerState]:
+    """Output of one query a head, whose token becomes a recent one at once, and the state after it.
 
-        Parameters
-        ----------
-        q : array, shape (batch..., kv_head * group, m, d)
-        k, v : array, shape (batch..., kv_head, m, d) and (batch..., kv_head, m, dv)
-        valid : bool array, broadcastable to (batch..., kv_head, m), optional
-            False for padding, which is never attended to, retained or folded.
+    ``expansion`` is the estimate of the evicted tokens, as `ArrayBackend.prepare` makes it, or None. Nothing is asked
+    of the device and nothing is changed but recent slots that are not in use: a step that can be traced and captured.
+    """
+    backend = config.backend or get_backend(q)
+    state = place(backend, state, new)
+    if state.clock is not None and state.ticks is not None:
+        state = dataclasses.replace(state, clock=state.clock + 1, ticks=state.ticks + 1)
+    else:
+        state = dataclasses.replace(state, seen=state.seen + 1)
+    out, weights = backend.decode(q, state.tiers(), expansion, scale=scale, weights=config.observes)
+    if weights is not None:
+        state = observed(config.policy, state, of_real_queries(backend.detach(weights), new))
+    return out, remembered(config, state, new, backend.detach(q), scale=scale)
 
-        Returns
-        -------
-        array, shape (batch..., kv_head * group, m, dv)
-            In the dtype of ``q``.
 
-        Raises
-        ------
-        ValueError
-            If shapes do not fit; the cache is then unchanged.
-        """
-        check_keys(q, k)
-        if q.shape[-2] != k.shape[-2]:
-            raise ValueError(f"q has {q.shape[-2]} tokens but k has {k.shape[-2]}; a step needs one query a token")
-        if q.shape[:-3] != k.shape[:-3] or q.shape[-3] % k.shape[-3]:
-            raise ValueError(
-                f"q has {q.shape[-3]} heads in shape {tuple(q.shape)}, k has {k.shape[-3]} in {tuple(k.shape)}; batch "
-                "axes must be equal, and the number of query heads a multiple of the number of KV heads"
-            )
-        if valid is not None:
-            check_mask("valid", valid, k.shape[:-1], k)
-        before = self.snapshot()
-        try:
-            self.append(k, v)
-            out = self.attend(q, valid=valid)
-            self.evict()
-        except BaseException:
-            self.restore(before)
-            raise
-        return out
+def attended(
+    backend: ArrayBackend, state: LayerState, new: NewTokens, q: Array, *, scale: float, expansion: Any
+) -> Array:
+    """Output of the queries of new tokens, which see what is stored and, causally, each other."""
+    seen = new.positions >= 0 if new.padded else None
+    if state.is_empty:
+        return backend.prefill(q, new.keys, new.values, scale=scale, valid=seen)
+    stored, _ = backend.attend_stored(q, state.tiers(), scale=scale)
+    both = merge(stored, backend.attend_causal(q, new.keys, new.values, scale=scale, valid=seen))
+    return both.out if expansion is None else backend.correct(both, q, expansion, scale=scale)
 
-    def snapshot(self) -> dict[str, Any]:
-        """The whole state, to go back to with `restore`. Nothing is copied: no array is ever changed in place."""
-        return dict(self.__dict__)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state that `snapshot` gave."""
-        self.__dict__.update(state)
+def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array, *, scale: float) -> LayerState:
+    """The state after first and second moment of recent queries, and those for a tolerance, were brought up to date."""
+    recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
+    if config.tolerance is not None:
+        kept = recent
+        if state.recent_queries is not None:
+            kept = array_namespace(recent).concat([state.recent_queries, recent], axis=-2)
+        kept = kept[..., max(kept.shape[-2] - RECENT_QUERIES, 0) :, :]
+        state = dataclasses.replace(state, recent_queries=(config.backend or get_backend(q)).copy(kept))
+    if not config.remembers_queries:
+        return state
+    real = None
+    if new.padded or state.padded:
+        real = new.positions[..., -recent.shape[-2] :] >= 0
+    mean, square = remember(recent, real, state.layout.heads, scale, state.query_mean, state.query_square)
+    return dataclasses.replace(state, query_mean=mean, query_square=square)
+
+
+def started(config: CacheConfig, k: Array, v: Array, budget: int | tuple[int, ...]) -> tuple[LayerState, list[int]]:
+    """The empty state and the budget of each KV head, now that heads and dimensions are known."""
+    heads = k.shape[-3]
+    budgets = [budget] * heads if isinstance(budget, int) else list(budget)
+    if len(budgets) != heads:
+        raise ValueError(
+            f"k has shape {tuple(k.shape)}, but budgets were given for {len(budgets)} KV heads; its third axis "
+            "from the end must have that length"
+        )
+    evidence = None
+    if config.certify is not None:
+        evidence = Moments.empty(k, v, order=config.certify, extent=True)
+    state = empty_state(
+        k,
+        v,
+        evicted=config.correction.empty(k, v),
+        layout=Layout(config.sinks, config.recent, (0,) * heads),
+        observes=config.observes,
+        evidence=evidence,
+    )
+    return state, budgets
+
+
+def check_step(q: Array, k: Array, v: Array, valid: Array | None) -> None:
+    """Raise unless a step's arrays fit each other."""
+    check_keys(q, k)
+    if q.shape[-2] != k.shape[-2]:
+        raise ValueError(f"q has {q.shape[-2]} tokens but k has {k.shape[-2]}; a step needs one query a token")
+    if q.shape[:-3] != k.shape[:-3] or k.shape[-3] == 0 or q.shape[-3] % k.shape[-3]:
+        raise ValueError(
+            f"q has {q.shape[-3]} heads in shape {tuple(q.shape)}, k has {k.shape[-3]} in {tuple(k.shape)}; batch "
+            "axes must be equal, and the number of query heads a multiple of the number of KV heads"
+        )
+    if valid is not None:
+        check_mask("valid", valid, k.shape[:-1], k)
+    check_values(k, v)
+
+
+def check_like_stored(name: str, given: Array, stored: Array) -> None:
+    """Raise unless new keys or values can be stored beside those of a cache."""
+    if type(given) is not type(stored):
+        check_arrays(**{name: given, "what the cache holds": stored})
+    if given.shape[:-2] != stored.shape[:-2] or given.shape[-1] != stored.shape[-1]:
+        held = (*stored.shape[:-2], "tokens", stored.shape[-1])
+        raise ValueError(
+            f"{name} has shape {tuple(given.shape)}, but the cache holds {held}; batch, KV heads and dimension must "
+            "stay the same"
+        )
+    if given.dtype != stored.dtype:
+        raise ValueError(
+            f"{name} is {given.dtype}, but the cache holds {stored.dtype}; give all steps of a cache one dtype (under "
+            "autocast, make all passes with it or none)"
+        )

@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import DynamicCache
 
 from momentkv.backends import get_backend
-from momentkv.backends.operators import decode, fold
+from momentkv.backends.layout import Tiers
+from momentkv.backends.operators import decode
+from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.report import environment, progress_bar, write_json
 from momentkv.hf import DecodeGraphs, MomentCache
 from momentkv.statistics.expansion import Expandable, Expansion
@@ -175,7 +177,7 @@ def of_copy(sizes: Sizes, device: torch.device) -> Row:
 
 
 def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """Decode, fold, flush and prefill of one layer."""
+    """Decode, flush and prefill of one layer."""
     batch, kv_heads, group, d, budget, context = shape
     scale = 1 / math.sqrt(d)
 
@@ -203,7 +205,7 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
     def corrected(expansion: Expansion | None) -> Call:
         if device.type == "cuda":
             return lambda i: decode(q, *held[i % len(held)], expansion, scale=scale)
-        return lambda i: backend.decode(q, *held[i % len(held)], expansion, scale=scale)
+        return lambda i: backend.decode(q, Tiers.of(*held[i % len(held)]), expansion, scale=scale)
 
     yield row("decode", "SDPA", sdpa(held), stored)
     full = caches(context)
@@ -226,7 +228,7 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
     yield row(
         "decode",
         "order 1, with weights",
-        lambda i: backend.decode(q, *held[i % len(held)], moments.expansion(), scale=scale, weights=True),
+        lambda i: backend.decode(q, Tiers.of(*held[i % len(held)]), moments.expansion(), scale=scale, weights=True),
         stored + sum(x.nbytes for x in moments.arrays().values()),
     )
     yield from of_flush(shape, sizes, device, row)
@@ -236,33 +238,25 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def of_flush(shape: Shape, sizes: Sizes, device: torch.device, row: Callable[..., Row]) -> Iterator[Row]:
-    """Folding a block of tokens, and the choice of the block before it."""
-    batch, kv_heads, _, d, budget, _ = shape
-    lead, capacity, block = (batch, kv_heads), budget + sizes.block, sizes.block
+    """Eviction of a block from a layer whose block is full: ranking, fold, and moving what stays."""
+    batch, kv_heads, group, d, budget, _ = shape
+    kinds: dict[str, dict[str, Any]] = {
+        "order 1": {"policy": "momentkv", "correction": "moments"},
+        "default": {"policy": "balanced", "correction": "summaries"},
+    }
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(*lead, *shape, device=device, dtype=dtype)
+    def tokens(count: int) -> list[torch.Tensor]:
+        heads = (kv_heads * group, kv_heads, kv_heads)
+        return [torch.randn(batch, h, count, d, device=device).to(sizes.dtype) for h in heads]
 
-    keys, values = (torch.randn(*lead, capacity, d, device=device).to(sizes.dtype) for _ in range(2))
-    positions = torch.arange(capacity, device=device, dtype=torch.int32).repeat(*lead, 1)
-    counts = zeros(dtype=torch.int32)
-    score = torch.rand(*lead, capacity, device=device)
-    chosen = score.topk(block, largest=False).indices.int()
-    moments = zeros(), zeros(), zeros(d), zeros(d), zeros(d, d), zeros(d, d, dtype=sizes.dtype)
-
-    def fold_again(evicted: torch.Tensor) -> None:
-        counts.fill_(capacity)
-        fold(keys, values, positions, score, counts, evicted, *moments)
-
-    matrices = 2 * moments[4].nbytes + moments[5].nbytes
-    tokens = 3 * 2 * batch * kv_heads * block * d * sizes.dtype.itemsize  # read to fold, read and written to move
-    yield row("evict", f"fold {block}", lambda _: fold_again(chosen), matrices + tokens)
-    yield row(
-        "evict",
-        f"choose and fold {block}",
-        lambda _: fold_again(score.topk(block, largest=False).indices.int()),
-        matrices + tokens + score.nbytes,
-    )
+    for name, settings in kinds.items():
+        cache = LayerCache(budget, block=sizes.block, static=True, **settings)
+        cache.step(*tokens(budget + 2 * sizes.block))
+        for _ in range(sizes.block):
+            cache.step(*tokens(1))
+        full = cache.stored_state
+        read = sum(x.nbytes for x in full.arrays().values())
+        yield row("evict", f"flush {sizes.block}, {name}", lambda _, cache=cache, full=full: cache.flushed(full), read)
 
 
 def of_model(sizes: Sizes, device: torch.device) -> Iterator[Row]:

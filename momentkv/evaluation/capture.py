@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from momentkv.cache.layer import RECENT_QUERIES
-from momentkv.hf import LINK, MomentCache, momentkv_attention
-from momentkv.hf.cache import layer_kinds
+from momentkv.cache.config import RECENT_QUERIES
+from momentkv.hf import MomentCache
+from momentkv.hf.attention import link, stock_attention
+from momentkv.hf.building import layer_kinds
 
 __all__ = ["Attended", "CaptureCache", "replay"]
 
@@ -47,9 +48,7 @@ class CaptureLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens; the returned keys lead the attention function here."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        linked = keys.view_as(keys)
-        setattr(linked, LINK, self)
-        return linked, values
+        return link(self, keys, values)
 
     def attend(
         self,
@@ -61,11 +60,11 @@ class CaptureLayer(DynamicLayer):
         *,
         scaling: float | None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keep the queries and attend as without any compression."""
         kept = query if self.keep is None else query[:, :, -self.keep :]
         self.queries, self.scaling = kept.clone(), scaling
-        return momentkv_attention(module, query, key.detach(), value, attention_mask, scaling=scaling, **kwargs)
+        return stock_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 class CaptureCache(Cache):
@@ -125,7 +124,7 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         raise ValueError("replay needs a model with full attention in every layer; prefill the cache with the model")
     for index, core in cache.moment_layers.items():
         layer = captured.capture_layers[index]
-        settings = core.parts[0]
+        settings = core.config
         observes, length = settings.policy.observes, layer.keys.shape[2]
         if observes is not None and (settings.remembers_queries or settings.keep_queries):
             observes = max(observes, RECENT_QUERIES)

@@ -10,11 +10,18 @@ from typing import Any
 from rich.console import Console
 
 from momentkv import __version__
-from momentkv.evaluation.fidelity import CHOICES, Setting, measure, moment_tokens, settings_grid
+from momentkv.evaluation.fidelity import CHOICES, Setting, measure, moment_tokens, setting_of, settings_grid
 from momentkv.evaluation.gap import measure_gap, plot_gap
-from momentkv.evaluation.report import environment, fidelity_table, plot_fidelity, progress_bar, read_json, write_json
+from momentkv.evaluation.report import (
+    environment,
+    fidelity_table,
+    plot_fidelity,
+    progress_bar,
+    read_json,
+    show,
+    write_json,
+)
 from momentkv.evaluation.sources import BUILTIN_MODEL, BUILTIN_TEXTS, load_model, load_text, tokenize
-from momentkv.policies import POLICIES
 
 __all__ = ["check_methods", "fidelity", "finished", "gap", "grid_of", "save"]
 
@@ -34,6 +41,7 @@ def fidelity(options: argparse.Namespace) -> int:
     name = options.model or BUILTIN_MODEL
     protocol = {
         "model": name,
+        "bytes": options.bytes,
         "context": options.context,
         "following": options.following,
         "skip": options.skip,
@@ -46,6 +54,10 @@ def fidelity(options: argparse.Namespace) -> int:
     }
     rows = [] if options.fresh else finished(options.output, protocol)
     done = {(row["text"], row["policy"], row["correction"], row["bytes_as_tokens"]) for row in rows}
+
+    def size(setting: Setting) -> int:
+        return setting.budget + moment_tokens(model, setting, itemsize=options.bytes // 8)
+
     if done:
         console.print(f"{len(done)} results found in {options.output}; --fresh discards them")
     path = Path(options.output)
@@ -53,12 +65,7 @@ def fidelity(options: argparse.Namespace) -> int:
         task = progress.add_task("fidelity", total=len(texts) * len(grid))
         for text in texts:
             short = Path(text).name
-            left = [
-                setting
-                for setting in grid
-                if (short, setting.policy_name, setting.correction, setting.budget + moment_tokens(model, setting))
-                not in done
-            ]
+            left = [x for x in grid if (short, x.policy_name, x.correction, size(x)) not in done]
             progress.update(task, description=f"fidelity, {short}", advance=len(grid) - len(left))
             if not left:
                 continue
@@ -66,10 +73,11 @@ def fidelity(options: argparse.Namespace) -> int:
                 rows.append(
                     {
                         "text": short,
+                        "method": setting.method,
                         "policy": setting.policy_name,
                         "correction": setting.correction,
                         "budget": setting.budget,
-                        "bytes_as_tokens": setting.budget + moment_tokens(model, setting),
+                        "bytes_as_tokens": size(setting),
                         "nbytes": nbytes,
                         **dataclasses.asdict(result),
                     }
@@ -79,19 +87,30 @@ def fidelity(options: argparse.Namespace) -> int:
                 progress.advance(task)
     save(path, options, protocol, rows, complete=True)
     title = f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts"
-    console.print(fidelity_table(rows, title=title))
-    plot = plot_fidelity(rows, path.with_suffix(".png"), title=title)
-    console.print(f"results: {path}   plot: {plot}")
+    show(console, fidelity_table(rows, title=title, bits=options.bytes))
+    plot = plot_fidelity(rows, path.with_suffix(".png"), title=title, bits=options.bytes)
+    console.print(f"results: {path}   plot: {plot}", soft_wrap=True)
     return 0
 
 
 def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
     """Settings of a command, at equal bytes: its methods, or all its policies with all its corrections."""
+    counted = options.bytes // 8
     if options.methods:
-        pairs = [method.split("/") for method in options.methods]
-        grids = [settings_grid(model, [policy], options.budgets, [CHOICES[name]]) for policy, name in pairs]
-        return [setting for grid in grids for setting in grid]
-    return settings_grid(model, options.policies, options.budgets, [CHOICES[name] for name in options.corrections])
+        named = [setting_of(method) for method in options.methods]
+        return [
+            dataclasses.replace(setting, method=x.method)
+            for x in named
+            for setting in settings_grid(
+                model, [x.policy], options.budgets, [(x.order, x.kind, x.sharing)], itemsize=counted
+            )
+        ]
+    corrections = [CHOICES[name] for name in options.corrections]
+    called = {Setting("", 0, *correction): name for name, correction in CHOICES.items()}
+    return [
+        dataclasses.replace(x, method=f"{x.policy}/{called[dataclasses.replace(x, policy='', budget=0)]}")
+        for x in settings_grid(model, options.policies, options.budgets, corrections, itemsize=counted)
+    ]
 
 
 def check_methods(options: argparse.Namespace) -> None:
@@ -104,13 +123,12 @@ def check_methods(options: argparse.Namespace) -> None:
     for name in options.corrections:
         if name not in CHOICES:
             raise ValueError(f"corrections has {name!r}; use some of {', '.join(CHOICES)}")
+    named: dict[Setting, str] = {}
     for method in options.methods or ():
-        policy, _, correction = method.partition("/")
-        if policy not in POLICIES or correction not in CHOICES:
-            raise ValueError(
-                f"methods has {method!r}; use POLICY/CORRECTION, a policy of {', '.join(POLICIES)} and a correction of "
-                f"{', '.join(CHOICES)}"
-            )
+        setting = setting_of(method)
+        if setting in named:
+            raise ValueError(f"methods has {named[setting]!r} and {method!r}, which are the same; name it once")
+        named[setting] = method
 
 
 def save(
@@ -178,5 +196,5 @@ def gap(options: argparse.Namespace) -> int:
     console.print(f"cos(o_E, o_R)                  mean {means['cosine']:+.3f}")
     console.print(f"relative error, plain          mean {means['plain']:.3f}")
     console.print(f"relative error, corrected      mean {means['corrected']:.3f}")
-    console.print(f"data: {path}   plot: {plot}")
+    console.print(f"data: {path}   plot: {plot}", soft_wrap=True)
     return 0

@@ -31,26 +31,26 @@ def head_errors(attended: dict[int, Attended], cache: MomentCache, context: int,
     errors = []
     for index, core in cache.moment_layers.items():
         layer = attended[index]
-        length, parts, first = layer.keys.shape[2], [], 0
+        length = layer.keys.shape[2]
         tokens = torch.arange(length, device=layer.keys.device)
         queries = tokens[context::every]
-        group = layer.queries.shape[1] // layer.keys.shape[1]
-        for part in core.parts:
-            heads = slice(first, first + part.keys.shape[1])
-            first = heads.stop
-            # Retained are the stored positions of each head and every token after the context.
-            retained = (tokens >= context).expand(1, part.keys.shape[1], -1).clone()
-            retained.scatter_(2, part.positions.long(), True)
-            error = eviction_error(
-                layer.queries[:, group * heads.start : group * heads.stop, -(length - context) :][:, :, ::every],
-                layer.keys[:, heads],
-                layer.values[:, heads],
-                retained,
-                moments=part.moments,
-                order=part.order or 0,
-                scale=layer.scaling,
-                mask=tokens[None, :] <= queries[:, None],
-            )
-            parts.append([x[0].cpu().numpy() for x in error])
-        errors.append([np.concatenate(x) for x in zip(*parts, strict=True)])
+        error = eviction_error(
+            layer.queries[:, :, -(length - context) :][:, :, ::every],
+            layer.keys,
+            layer.values,
+            retained_mask(core.positions, length, context),
+            moments=core.config.correction.expansion(core.moments) or core.moments.expansion(order=0),
+            scale=layer.scaling,
+            mask=tokens[None, :] <= queries[:, None],
+        )
+        errors.append([x[0].cpu().numpy() for x in error])
     return EvictionError(*(np.stack(parts) for parts in zip(*errors, strict=True)))
+
+
+def retained_mask(positions: torch.Tensor, length: int, context: int) -> torch.Tensor:
+    """Which of ``length`` tokens are retained: those at the stored positions, and all after the context."""
+    # Slots without a token have position -1: they are given a place of their own, which is cut off.
+    mask = torch.zeros((*positions.shape[:-1], length + 1), dtype=torch.bool, device=positions.device)
+    mask.scatter_(-1, torch.where(positions < 0, length, positions).long(), True)
+    mask[..., context:] = True
+    return mask[..., :length]

@@ -11,15 +11,26 @@ import numpy as np
 import torch
 
 from momentkv.cache.accounting import token_equivalents
-from momentkv.cache.layer import RECENT_QUERIES
+from momentkv.cache.config import RECENT_QUERIES
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
 from momentkv.hf.checks import SHARING, SHARING_BY_HEADS
-from momentkv.policies import Policy, get_policy
+from momentkv.policies import POLICIES, Policy, get_policy
 from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correction
 
-__all__ = ["CHOICES", "Fidelity", "Setting", "compare", "empty_cache", "measure", "moment_tokens", "settings_grid"]
+__all__ = [
+    "CHOICES",
+    "DEFAULT",
+    "Fidelity",
+    "Setting",
+    "compare",
+    "empty_cache",
+    "measure",
+    "moment_tokens",
+    "setting_of",
+    "settings_grid",
+]
 
 # Query statistics are float32 whatever the cache stores.
 STATISTIC_BYTES = 4
@@ -37,13 +48,27 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to compress: policy, tokens retained per KV head, order and kind of the correction (order None: none)."""
+    """One way to compress.
+
+    Attributes
+    ----------
+    policy : str or Policy
+    budget : int
+        Tokens retained per KV head.
+    order, kind : int or None, and str or Correction
+        Of the correction; order None for none.
+    sharing : str
+        Of the budget.
+    method : str
+        How a command named it; settings are the same whatever they were called.
+    """
 
     policy: str | Policy
     budget: int
     order: int | None
     kind: str | Correction = "moments"
     sharing: str = "uniform"
+    method: str = dataclasses.field(default="", compare=False)
 
     @property
     def policy_name(self) -> str:
@@ -57,6 +82,39 @@ class Setting:
         used = get_correction(self.kind, order=self.order)
         name = next((name.replace("-", " ") for name, one in CORRECTIONS.items() if one == used), repr(used))
         return name if self.sharing == "uniform" else f"{name}, by {self.sharing}"
+
+
+# `MomentCache(model)`, but for its budget.
+DEFAULT = Setting("balanced", 0, 1, "summaries", "heads", method="default")
+
+
+def setting_of(method: str) -> Setting:
+    """The setting that a method names, without a budget yet.
+
+    Parameters
+    ----------
+    method : str
+        ``"default"``, what `MomentCache` does by default, or a policy and a correction as in ``"snapkv/none"``.
+
+    Raises
+    ------
+    ValueError
+        If it names neither.
+
+    Examples
+    --------
+    >>> setting_of("snapkv/order-1").correction, setting_of("default") == DEFAULT
+    ('order 1', True)
+    """
+    if method == DEFAULT.method:
+        return DEFAULT
+    policy, _, correction = method.partition("/")
+    if policy not in POLICIES or correction not in CHOICES:
+        raise ValueError(
+            f"methods has {method!r}; use {DEFAULT.method}, or POLICY/CORRECTION, a policy of {', '.join(POLICIES)} "
+            f"and a correction of {', '.join(CHOICES)}"
+        )
+    return dataclasses.replace(Setting(policy, 0, *CHOICES[correction]), method=method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +160,20 @@ def compare(full: torch.Tensor, compressed: torch.Tensor, targets: torch.Tensor)
     )
 
 
-def moment_tokens(model: Any, setting: Setting) -> int:
-    """Retained tokens per KV head that a setting's correction and query statistics cost, rounded up."""
+def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None) -> int:
+    """Retained tokens per KV head that a setting's correction and query statistics cost, rounded up.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    setting : Setting
+    itemsize : int, optional
+        Bytes of one number of the keys and values that tokens are counted in; by default what the model stores.
+        Statistics are counted as they are stored.
+    """
     config = model.config.get_text_config(decoder=True)
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    itemsize = model.dtype.itemsize
+    itemsize = itemsize or model.dtype.itemsize
     cost = token_equivalents(setting.kind, order=setting.order, d=d, itemsize=itemsize)
     counted = get_correction(setting.kind, order=setting.order).anchored
     if get_policy(setting.policy).needs_queries and not counted:
@@ -121,13 +188,15 @@ def settings_grid(
     corrections: Iterable[tuple[Any, ...]],
     *,
     least: int = 34,
+    itemsize: int | None = None,
 ) -> list[Setting]:
     """All combinations, at equal bytes.
 
     A correction is what `Setting` takes after the budget: order, kind and, optionally, sharing. A budget ``B`` means
-    the bytes of ``B`` tokens per KV head (on average, where it is shared); what a correction costs is taken from the
-    tokens that it retains. Combinations that would retain fewer than ``least`` tokens are left out, and so are budgets
-    by heads for policies that look across heads.
+    the bytes of ``B`` tokens per KV head (on average, where it is shared), whose numbers have ``itemsize`` bytes, by
+    default as the model stores them; what a correction costs is taken from the tokens that it retains. Combinations
+    that would retain fewer than ``least`` tokens are left out, and so are budgets by heads for policies that look
+    across heads.
 
     Raises
     ------
@@ -139,7 +208,7 @@ def settings_grid(
         for policy in policies:
             for correction in corrections:
                 setting = Setting(policy, budget, *correction)
-                tokens = budget - moment_tokens(model, setting)
+                tokens = budget - moment_tokens(model, setting, itemsize=itemsize)
                 if tokens >= least and setting.sharing in SHARING_BY_HEADS and get_policy(policy).couples_heads:
                     coupled = get_policy(policy).name
                 elif tokens >= least:
@@ -164,13 +233,13 @@ def empty_cache(
 
     After `activate_past_recording` up to ``rollback`` tokens can be read before anything more is evicted.
     """
+    sharing: Any = setting.sharing  # checked there
     return MomentCache(
         model,
         setting.budget,
-        policy=setting.policy,
-        order=setting.order,
-        correction=setting.kind,
-        sharing=setting.sharing,
+        policy=get_policy(setting.policy),
+        correction=get_correction(setting.kind, order=setting.order),
+        sharing=sharing,
         sinks=sinks,
         window=window,
         block=block,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from momentkv.cache.layer import RECENT_QUERIES
+from momentkv.cache.config import RECENT_QUERIES
 from momentkv.diagnostics import EvictionError
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors

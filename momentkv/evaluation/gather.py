@@ -10,17 +10,18 @@ from statistics import mean
 from typing import Any
 
 from momentkv import __version__
-from momentkv.evaluation.fidelity import Setting
+from momentkv.evaluation.fidelity import DEFAULT
 from momentkv.evaluation.needles_report import Row, bootstrap, kind_of, summarize
-from momentkv.evaluation.report import read_json
+from momentkv.evaluation.report import bits_of, read_json, tokens_in
 
-__all__ = ["BANDS", "DEFAULT", "DEFAULT_METHOD", "SUMMARY", "gather", "results_in"]
+__all__ = ["BANDS", "DEFAULT_METHOD", "SUMMARY", "counted_in", "gather", "results_in"]
 
-DEFAULT = Setting("balanced", 0, 1, "summaries", "heads")
 # Policy and correction of `MomentCache(model, budget)`, as tables call them.
 DEFAULT_METHOD = (DEFAULT.policy_name, DEFAULT.correction)
 # The file that `momentkv evaluate report` writes, and reads again.
 SUMMARY = "summary.json"
+# Kinds of results whose budgets are bytes.
+COUNTED = ("needles", "fidelity")
 # Bands of depth that heat maps have.
 BANDS = 5
 
@@ -64,6 +65,11 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     dict
         ``needles``, ``depths``, ``pairs``, ``fidelity``, ``gap``, ``lm_eval`` (lists of rows), ``sources`` (file, kind,
         protocol, environment, command) and ``left_out``. A part that nothing measured is empty.
+
+    Raises
+    ------
+    ValueError
+        If some results count bytes in other tokens than others: their budgets are not the same.
     """
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     left_out = []
@@ -74,6 +80,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
             left_out.append(path.name)
         else:
             found[kind].append((path, content))
+    counted_in([(path.name, content["protocol"]) for kind in COUNTED for path, content in found[kind]])
     needles = distinct([row for _, content in found["needles"] for row in content["rows"]])
     return {
         "momentkv": __version__,
@@ -97,6 +104,23 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         ],
         "left_out": left_out,
     }
+
+
+def counted_in(protocols: Iterable[tuple[str, dict[str, Any]]]) -> int | None:
+    """Bits of the tokens that results count bytes in.
+
+    Parameters
+    ----------
+    protocols : iterable of (str, dict)
+        Name of each file, and its protocol.
+    """
+    files: dict[int | None, list[str]] = defaultdict(list)
+    for name, protocol in protocols:
+        files[bits_of(protocol)].append(name)
+    if len(files) > 1:
+        groups = (f"{tokens_in(bits)} ({', '.join(names)})" for bits, names in files.items())
+        raise ValueError(f"results count bytes in {' and in '.join(groups)}; report them apart")
+    return next(iter(files), None)
 
 
 def without_output(command: str | None) -> str | None:

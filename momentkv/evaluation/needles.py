@@ -15,7 +15,7 @@ from momentkv.evaluation.commands import check_methods, finished, grid_of, save
 from momentkv.evaluation.fidelity import moment_tokens
 from momentkv.evaluation.haystack import KEYS, TASKS, Haystack, make_haystack
 from momentkv.evaluation.needles_report import needles_table, plot_needles
-from momentkv.evaluation.report import progress_bar, write_json
+from momentkv.evaluation.report import progress_bar, show, write_json
 from momentkv.evaluation.retrieval import Cell, measure_haystack
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text
 
@@ -43,6 +43,7 @@ def needles(options: argparse.Namespace) -> int:
     name = options.model or BUILTIN_MODEL
     protocol = {
         "model": name,
+        "bytes": options.bytes,
         "value": options.value,
         "keys": options.keys,
         "haystack": "made up" if text is None else Path(options.haystack).name,
@@ -59,7 +60,7 @@ def needles(options: argparse.Namespace) -> int:
         planned = list(plan(options, tokenizer, text))
     if options.write_haystacks is not None:
         path = write_json(options.write_haystacks, {"protocol": protocol, "haystacks": [exported(x) for x in planned]})
-        console.print(f"{len(planned)} haystacks: {path}")
+        console.print(f"{len(planned)} haystacks: {path}", soft_wrap=True)
         return 0
     rows = [] if options.fresh else finished(options.output, protocol)
     if rows:
@@ -73,7 +74,7 @@ def needles(options: argparse.Namespace) -> int:
                 cell
                 for cell in cells
                 if not all(
-                    key_of(columns | {"index": index} | labels(model, cell)) in done
+                    key_of(columns | {"index": index} | labels(model, cell, options.bytes)) in done
                     for index in range(len(haystack.questions))
                 )
             ]
@@ -84,7 +85,7 @@ def needles(options: argparse.Namespace) -> int:
             for asked in measure_haystack(model, haystack, left, tokenizer=tokenizer if options.generate else None):
                 question = haystack.questions[asked.which]
                 row = columns | {"task": question.task, "index": asked.which, "depth": round(question.depth, 4)}
-                row |= labels(model, asked.cell)
+                row |= labels(model, asked.cell, options.bytes)
                 if key_of(row) not in done:
                     done.add(key_of(row))
                     rows.append(row | {"nbytes": asked.nbytes} | dataclasses.asdict(asked.recall))
@@ -94,9 +95,9 @@ def needles(options: argparse.Namespace) -> int:
             save(path, options, protocol, rows)
     save(path, options, protocol, rows, complete=True)
     title = f"{name}: needles in {'made-up prose' if text is None else Path(options.haystack).name}"
-    console.print(needles_table(rows, title=title))
-    plot = plot_needles(rows, path.with_suffix(".png"), title=title)
-    console.print(f"results: {path}   plot: {plot}")
+    show(console, needles_table(rows, title=title, bits=options.bytes))
+    plot = plot_needles(rows, path.with_suffix(".png"), title=title, bits=options.bytes)
+    console.print(f"results: {path}   plot: {plot}", soft_wrap=True)
     return 0
 
 
@@ -144,17 +145,26 @@ def exported(planned: Planned) -> dict[str, Any]:
     }
 
 
-def labels(model: Any, cell: Cell | None) -> dict[str, Any]:
+def labels(model: Any, cell: Cell | None, bits: int) -> dict[str, Any]:
     """What a row says of the cache that was asked."""
     if cell is None:
-        return {"question": "", "policy": "full cache", "correction": "", "budget": None, "bytes_as_tokens": None}
+        full = "full cache"
+        return {
+            "question": "",
+            "method": full,
+            "policy": full,
+            "correction": "",
+            "budget": None,
+            "bytes_as_tokens": None,
+        }
     question, setting = cell
     return {
         "question": question,
+        "method": setting.method,
         "policy": setting.policy_name,
         "correction": setting.correction,
         "budget": setting.budget,
-        "bytes_as_tokens": setting.budget + moment_tokens(model, setting),
+        "bytes_as_tokens": setting.budget + moment_tokens(model, setting, itemsize=bits // 8),
     }
 
 

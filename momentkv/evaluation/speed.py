@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import mean, median
 from typing import Any
 
 import psutil
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
-from momentkv.evaluation.report import environment, progress_bar, write_json
+from momentkv.evaluation.processes import in_a_process
+from momentkv.evaluation.report import environment, progress_bar, show, write_json
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
+from momentkv.evaluation.steps import Step, evicted_tokens, typical
 from momentkv.hf import MomentCache
 
 __all__ = ["speed"]
@@ -25,11 +26,10 @@ __all__ = ["speed"]
 # What is compared: the full cache, and the arguments of each `MomentCache`.
 KINDS: dict[str, dict[str, Any]] = {
     "full cache": {},
-    "plain eviction": {"policy": "momentkv", "order": None, "correction": "moments", "sharing": "uniform"},
-    "paper's moments": {"policy": "momentkv", "correction": "moments", "sharing": "uniform"},
-    "summaries": {"policy": "momentkv", "correction": "summaries", "sharing": "uniform"},
-    "summaries, by layers": {"policy": "momentkv", "correction": "summaries", "sharing": "layers"},
-    "summaries, by heads": {"policy": "momentkv", "correction": "summaries", "sharing": "heads"},
+    "snapkv": {"policy": "snapkv", "correction": "none", "sharing": "uniform"},
+    "the paper's": {"policy": "momentkv", "correction": "moments", "sharing": "uniform"},
+    "one budget": {"sharing": "uniform"},
+    "default": {},
 }
 TEXT = "specialnames"
 CHUNK = 512
@@ -38,15 +38,14 @@ CHUNK = 512
 def speed(options: argparse.Namespace) -> int:
     """Time decoding step by step in turns, measure memory in a process for each cache; print and write the result."""
     console = Console()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     with progress_bar(console) as progress:
         task = progress.add_task("memory", total=2 * len(KINDS) + options.steps)
         peaks = {}
         for kind in KINDS:
             progress.update(task, description=f"peak memory, {kind}")
             # A fresh process each, so that no cache finds memory that another one has left.
-            with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-                peaks[kind] = pool.submit(peak_memory, kind, options.model, options.context, options.budget).result()
+            peaks[kind] = in_a_process(peak_memory, kind, options.model, options.context, options.budget)
             progress.advance(task)
         model, ids = prepare(options.model, options.context)
         caches, prefills = {}, {}
@@ -58,16 +57,19 @@ def speed(options: argparse.Namespace) -> int:
             prefills[kind] = time.perf_counter() - start
             progress.advance(task)
         progress.update(task, description="decoding in turns")
-        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        steps: dict[str, list[Step]] = {kind: [] for kind in KINDS}
         for step in range(options.steps):
             token = ids[:, step : step + 1]
-            for kind in KINDS:
-                seconds[kind].append(decode(model, token, caches[kind]))
+            for kind, cache in caches.items():
+                before = evicted_tokens(cache)
+                took = decode(model, token, cache)
+                steps[kind].append(Step(took, evicted_tokens(cache) > before))
             progress.advance(task)
+    seconds = {kind: [step.seconds for step in each] for kind, each in steps.items()}
     rows = [
         {
             "cache": kind,
-            # The mean, for every so many steps one evicts a block; the median is a step that does not.
+            # The mean, for every so many steps one evicts a block.
             "tokens_per_second": 1 / mean(seconds[kind]),
             "seconds_per_step": {
                 "mean": mean(seconds[kind]),
@@ -75,13 +77,17 @@ def speed(options: argparse.Namespace) -> int:
                 "min": min(seconds[kind]),
                 "max": max(seconds[kind]),
             },
+            "seconds_between_flushes": typical(steps[kind]).seconds,
+            "seconds_of_a_flush": typical(steps[kind]).flush,
             "prefill_seconds": prefills[kind],
             "cache_bytes": cache_bytes(caches[kind]),
             "peak_bytes": peaks[kind],
         }
         for kind in KINDS
     ]
-    console.print(table_of(rows, options))
+    show(console, table_of(rows, options))
+    for name, ratio in ratios(rows).items():
+        console.print(f"{ratio:6.2f}  {name}", highlight=False)
     content = {
         "protocol": {
             "model": options.model or BUILTIN_MODEL,
@@ -89,16 +95,31 @@ def speed(options: argparse.Namespace) -> int:
             "context": options.context,
             "budget": options.budget,
             "steps": options.steps,
-            "threads": 1,
+            "threads": options.threads,
             "prefill_chunk": CHUNK,
-            "timing": "decode steps of the caches in turns; mean",
+            "timing": "decode steps of the caches in turns; mean, and medians of those that evict and of the others",
             "memory": "peak resident memory above the loaded model, prefill and 8 decode steps, a process each",
         },
         "environment": environment(),
+        "ratios": ratios(rows),
         "rows": rows,
     }
-    console.print(f"results: {write_json(options.output, content)}")
+    console.print(f"results: {write_json(options.output, content)}", soft_wrap=True)
     return 0
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the storage of a layer is judged by."""
+    full, snapkv, _, one, default = rows
+    mean_of, median_of = ({row["cache"]: row["seconds_per_step"][key] for row in rows} for key in ("mean", "median"))
+    return {
+        "step between flushes: default / one budget": default["seconds_between_flushes"]
+        / one["seconds_between_flushes"],
+        "default: mean step / median step": mean_of["default"] / median_of["default"],
+        "mean step: default / snapkv": mean_of["default"] / mean_of[snapkv["cache"]],
+        "mean step: default / full cache": mean_of["default"] / mean_of[full["cache"]],
+        "prefill: default / full cache": default["prefill_seconds"] / full["prefill_seconds"],
+    }
 
 
 def prepare(name: str | None, context: int) -> tuple[Any, torch.Tensor]:
@@ -164,14 +185,30 @@ def table_of(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
     """Numbers side by side, with ratios to the full cache."""
     full = rows[0]
     title = (
-        f"{options.model or BUILTIN_MODEL}, {options.context} tokens of context, budget {options.budget}, one thread"
+        f"{options.model or BUILTIN_MODEL}, {options.context} tokens of context, budget {options.budget}, "
+        f"{options.threads} thread{'s' if options.threads > 1 else ''}"
     )
-    table = Table(title=title, title_style="bold", header_style="bold")
-    for column in ("cache", "tokens/s", "of full", "cache MiB", "of full", "peak MiB", "of full", "prefill s"):
-        table.add_column(column, justify="left" if column == "cache" else "right")
+    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("cache")
+    for column in ("tokens/s", "x", "flush", "MiB", "x", "peak", "x", "read"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        cells = []
-        for key, unit, digits in (("tokens_per_second", 1, 2), ("cache_bytes", 2**20, 1), ("peak_bytes", 2**20, 0)):
-            cells += [f"{row[key] / unit:.{digits}f}", f"{row[key] / full[key]:.2f}x"]
-        table.add_row(row["cache"], *cells, f"{row['prefill_seconds']:.1f}")
+        flush = row["seconds_of_a_flush"]
+        cells = {
+            key: [f"{row[key] / unit:.{digits}f}", f"{row[key] / full[key]:.2f}"]
+            for key, unit, digits in (("tokens_per_second", 1, 2), ("cache_bytes", 2**20, 1), ("peak_bytes", 2**20, 0))
+        }
+        table.add_row(
+            row["cache"],
+            *cells["tokens_per_second"],
+            "" if flush is None else f"{1000 * flush:.0f}",
+            *cells["cache_bytes"],
+            *cells["peak_bytes"],
+            f"{row['prefill_seconds']:.1f}",
+        )
+    table.caption = (
+        "tokens/s: of the mean step, evictions included; x: times the full cache's; flush: ms of a step that evicts a "
+        "block; MiB: of the cache; peak: MiB above the loaded model; read: s to read the context"
+    )
+    table.caption_justify = "left"
     return table

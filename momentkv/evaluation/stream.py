@@ -16,8 +16,10 @@ from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.capture import Attended, CaptureCache
 from momentkv.evaluation.fidelity import CHOICES, Setting, settings_grid
-from momentkv.evaluation.report import environment, progress_bar, write_json
+from momentkv.evaluation.report import environment, progress_bar, show, write_json
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
+from momentkv.policies import get_policy
+from momentkv.statistics.corrections import get_correction
 
 __all__ = ["measure_stream", "stream"]
 
@@ -56,9 +58,8 @@ def measure_stream(
         q, k, v = layer.queries, layer.keys, layer.values
         core = LayerCache(
             setting.budget,
-            policy=setting.policy,
-            order=setting.order,
-            correction=setting.kind,
+            policy=get_policy(setting.policy),
+            correction=get_correction(setting.kind, order=setting.order),
             scale=layer.scaling,
         )
         scale = q.shape[-1] ** -0.5 if layer.scaling is None else layer.scaling
@@ -111,9 +112,9 @@ def stream(options: argparse.Namespace) -> int:
         f"{name}, {Path(options.text).name}: {options.context} tokens, then {options.following} decoded; "
         f"{options.policy}, bytes of {options.budget} tokens"
     )
-    console.print(table_of(rows, title))
+    show(console, table_of(rows, title))
     path = write_json(options.output, {"title": title, "block": 32, "environment": environment(), "rows": rows})
-    console.print(f"results: {path}")
+    console.print(f"results: {path}", soft_wrap=True)
     return 0
 
 

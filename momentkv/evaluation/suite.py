@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +19,15 @@ from rich.table import Table
 from rich.text import Text
 
 from momentkv import __version__
+from momentkv.evaluation.gather import COUNTED
+from momentkv.evaluation.processes import interrupts_later
 from momentkv.evaluation.report import read_json
 from momentkv.evaluation.report_page import write_report
 
 __all__ = ["PLAN", "Measurement", "suite"]
 
-OURS, SAME_SELECTION = "balanced/summaries-heads", "balanced/none-heads"
+WAITS, RUNS = "waits", "running"
+OURS, SAME_SELECTION = "default", "balanced/none-heads"
 PEER, PAPER = "snapkv/none", "momentkv/order-1"
 
 
@@ -81,7 +84,7 @@ PLAN = (
             )
             for correction in corrections
         ),
-        "fidelity --text compound --context 100 --following 8 --budgets 64 --methods snapkv/none snapkv/summaries",
+        "fidelity --text compound --context 100 --following 8 --budgets 80 --methods snapkv/none snapkv/summaries",
     ),
     needles(
         "several-2000",
@@ -138,49 +141,71 @@ def suite(options: argparse.Namespace) -> int:
     console = Console()
     chosen = [x for x in PLAN if options.only is None or x.name in options.only]
     commands = {x.name: command_of(x, folder, options) for x in chosen}
-    state: dict[str, str] = {}
-    started: dict[str, float] = {}
-
-    def run(name: str) -> None:
-        started[name] = time.monotonic()
-        if complete(folder / f"{name}.json", commands[name]):
-            state[name] = "complete"
-            return
-        state[name] = "running"
-        with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
-            code = subprocess.run(
-                [sys.executable, "-m", "momentkv.cli", *commands[name]],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150"},
-                check=False,
-            ).returncode
-        took = time.monotonic() - started[name]
-        state[name] = f"done in {took:.0f} s" if code == 0 else f"failed, see {name}.log"
-
-    with ThreadPoolExecutor(options.workers) as pool, Live(console=console, refresh_per_second=1) as live:
-        tasks = [pool.submit(run, name) for name in commands]
-        while not all(task.done() for task in tasks):
-            live.update(progress_of(commands, state, folder))
-            time.sleep(1)
-        live.update(progress_of(commands, state, folder))
-    for task in tasks:
-        task.result()
-    failed = [name for name, what in state.items() if what.startswith("failed")]
+    with Live(console=console, refresh_per_second=1) as live:
+        state = run_all(commands, folder, options.workers, lambda state: live.update(progress_of(state, folder)))
+    failed = [name for name, what in state.items() if what == failure(name)]
     for name in failed:
         console.print(f"[bold red]{name}[/]: momentkv {shlex.join(commands[name])}")
         console.print(Text("\n".join((folder / f"{name}.log").read_text(encoding="utf-8").splitlines()[-5:])))
     if any(folder.glob("*.json")):
         page = write_report([folder], folder / "report")
-        console.print(f"report: {page}")
+        console.print(f"report: {page}", soft_wrap=True)
     return 1 if failed else 0
+
+
+def run_all(
+    commands: dict[str, list[str]], folder: Path, workers: int, show: Callable[[dict[str, str]], None]
+) -> dict[str, str]:
+    """Run commands, some at a time, each in a process of its own that ends with this one; what became of each."""
+    state = dict.fromkeys(commands, WAITS)
+    started: dict[str, float] = {}
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while running or WAITS in state.values():
+            for name in [name for name, what in state.items() if what == WAITS][: workers - len(running)]:
+                if complete(folder / f"{name}.json", commands[name]):
+                    state[name] = "complete"
+                    continue
+                state[name], started[name] = RUNS, time.monotonic()
+                with interrupts_later():
+                    running[name] = start(commands[name], folder / f"{name}.log")
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    took = time.monotonic() - started[name]
+                    state[name] = f"done in {took:.0f} s" if running.pop(name).returncode == 0 else failure(name)
+            show(state)
+            if running:
+                time.sleep(0.2)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return state
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a command that writes to its log."""
+    with log.open("w", encoding="utf-8") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "momentkv", *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150"},
+        )
+
+
+def failure(name: str) -> str:
+    """What is said of a measurement that failed."""
+    return f"failed, see {name}.log"
 
 
 def command_of(measurement: Measurement, folder: Path, options: argparse.Namespace) -> list[str]:
     """Arguments of the command that measures it."""
     words = shlex.split(measurement.smoke if options.smoke else measurement.arguments)
     model = [] if options.model is None else ["--model", options.model]
-    return ["evaluate", *words, *model, "--output", str(folder / f"{measurement.name}.json")]
+    counted = ["--bytes", str(options.bytes)] if words[0] in COUNTED else []
+    return ["evaluate", *words, *counted, *model, "--output", str(folder / f"{measurement.name}.json")]
 
 
 def complete(path: Path, command: list[str]) -> bool:
@@ -196,17 +221,16 @@ def complete(path: Path, command: list[str]) -> bool:
     return bool(content.get("complete")) and same and version == __version__
 
 
-def progress_of(commands: dict[str, list[str]], state: dict[str, str], folder: Path) -> Group:
+def progress_of(state: dict[str, str], folder: Path) -> Group:
     """What is done, what runs, and how many results each has."""
     table = Table(box=None, padding=(0, 2), show_header=False)
-    for name in commands:
-        what = state.get(name, "waits")
+    for name, what in state.items():
         path = folder / f"{name}.json"
         count = ""
-        if what == "running" and path.exists():
+        if what == RUNS and path.exists():
             rows = read_json(path).get("rows", ())
             count = f"{len(rows)} results"
-        style = {"running": "bold", "waits": "dim"}.get(what, "red" if what.startswith("failed") else "green")
+        style = {RUNS: "bold", WAITS: "dim"}.get(what, "red" if what == failure(name) else "green")
         table.add_row(Text(name, style=style), Text(what, style=style), count)
-    ended = sum(x not in ("running",) for x in state.values())
-    return Group(table, Text(f"{ended} of {len(commands)} measurements", style="bold"))
+    ended = sum(what not in (RUNS, WAITS) for what in state.values())
+    return Group(table, Text(f"{ended} of {len(state)} measurements", style="bold"))

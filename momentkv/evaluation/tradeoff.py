@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from momentkv.evaluation.needles_report import summarize
-from momentkv.evaluation.report import average, read_json
+from momentkv.evaluation.report import average, bits_of, read_json, show, tokens_in
 
 __all__ = ["Point", "join", "plot_tradeoff", "tradeoff"]
 
@@ -74,18 +74,23 @@ def tradeoff(options: argparse.Namespace) -> int:
     models = {x["protocol"]["model"] for x in (fidelity, needles)}
     if len(models) > 1:
         raise ValueError(f"the results are of different models, {' and '.join(sorted(models))}; measure one")
+    counted = {bits_of(x["protocol"]) for x in (fidelity, needles)}
+    if len(counted) > 1:
+        units = " and in ".join(sorted(map(tokens_in, counted)))
+        raise ValueError(f"the results count bytes in {units}; measure both with the same --bytes")
+    bits = counted.pop()
     asked = needles["rows"]
     if options.length is not None:
         asked = [row for row in asked if row["length"] == options.length]
     points = join(fidelity["rows"], asked)
     texts = len({row["text"] for row in fidelity["rows"]})
     title = f"{models.pop()}: KL over {texts} texts of {fidelity['protocol']['context']} tokens, needles in prose"
-    console.print(tradeoff_table(points, title=title))
-    console.print(f"plot: {plot_tradeoff(points, options.output, title=title)}")
+    show(console, tradeoff_table(points, title=title, bits=bits))
+    console.print(f"plot: {plot_tradeoff(points, options.output, title=title)}", soft_wrap=True)
     return 0
 
 
-def tradeoff_table(points: list[Point], *, title: str) -> Table:
+def tradeoff_table(points: list[Point], *, title: str, bits: int | None) -> Table:
     """One line a point; those that no other beats on both measures stand out."""
     table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
     for column in ("bytes", "policy", "correction", "KL", "unseen", "seen"):
@@ -105,8 +110,8 @@ def tradeoff_table(points: list[Point], *, title: str) -> Table:
         )
         shown = point.tokens
     table.caption = (
-        "bytes: of so many tokens a KV head, correction included; unseen, seen: needles found by when the question "
-        "came;\ngreen: none of the same bytes has less KL and as many needles"
+        f"bytes: of so many {tokens_in(bits)} a KV head, correction included; unseen, seen: needles found by when the "
+        "question came;\ngreen: none of the same bytes has less KL and as many needles"
     )
     return table
 

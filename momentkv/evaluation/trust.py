@@ -13,9 +13,10 @@ from rich.console import Console
 
 from momentkv.attention import logits, merge, softmax_state
 from momentkv.bounds import output_error, read
-from momentkv.cache.layer import RECENT_QUERIES
+from momentkv.cache.config import RECENT_QUERIES
 from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.errors import retained_mask
 from momentkv.evaluation.fidelity import CHOICES, Setting, empty_cache
 from momentkv.evaluation.report import environment, write_json
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
@@ -102,21 +103,21 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
     model(ids[:, context:], past_key_values=captured, logits_to_keep=1)
     attended, columns = captured.attended(), []
     for index, core in cache.moment_layers.items():
-        layer, first, parts = attended[index], 0, []
+        layer = attended[index]
         length = layer.keys.shape[2]
         tokens = torch.arange(length)
-        group = layer.queries.shape[1] // layer.keys.shape[1]
-        for part in core.parts:
-            heads = slice(first, first + part.keys.shape[1])
-            first = heads.stop
-            k, v = layer.keys[:, heads].double(), layer.values[:, heads].double()
-            q = layer.queries[:, group * heads.start : group * heads.stop, -(length - context) :: every].double()
-            kept = (tokens >= context).expand(1, k.shape[1], -1).clone()
-            kept.scatter_(2, part.positions.long(), True)
-            expansion = part.correction.expansion(part.moments.map(torch.Tensor.double))
-            factor = part.correction.calibration
-            parts.append(compare(q, k, v, kept, tokens[context::every], tokens, expansion, factor, layer.scaling))
-        columns.append([np.concatenate(x) for x in zip(*parts, strict=True)])
+        kept = retained_mask(core.positions, length, context)
+        q = layer.queries[:, :, -(length - context) :: every].double()
+        expansion, factor = None, 1.0
+        if core.config.corrects:
+            expansion = core.config.correction.expansion(core.moments.map(torch.Tensor.double))
+            factor = core.config.correction.calibration
+        columns.append(
+            compare(
+                q, layer.keys.double(), layer.values.double(), kept, tokens[context::every], tokens, expansion, factor,
+                layer.scaling,
+            )
+        )  # fmt: skip
     return TrustPoints(*(np.stack(x) for x in zip(*columns, strict=True)))
 
 
@@ -194,5 +195,5 @@ def trust(options: argparse.Namespace) -> int:
     console.print(f"[bold]{title}[/]")
     for key, value in summary.items():
         console.print(f"{key:<42}{value:.4g}" if isinstance(value, float) else f"{key:<42}{value}")
-    console.print(f"data: {path}   plot: {plot}")
+    console.print(f"data: {path}   plot: {plot}", soft_wrap=True)
     return 0

@@ -2,19 +2,76 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-__all__ = ["LINK", "NEWEST", "momentkv_attention", "momentkv_mask"]
+from momentkv.hf.checks import (
+    is_unpadded,
+    refuse_changed_keys,
+    refuse_dropped_cache,
+    refuse_second_attention,
+    supports_sdpa,
+    takes_whole_masks,
+    unknown_arguments,
+    uses_interface,
+)
 
-# Attribute of the keys that a cache returns: their layer, which does the attention.
+__all__ = ["LINK", "NEWEST", "link", "linked", "momentkv_attention", "momentkv_mask", "stock_attention"]
+
+# Attribute of the keys and values that a cache returns: their layer, which does the attention.
 LINK = "_momentkv"
 # Offset that a static cache gives for the mask of a step: of the newest token alone, as what it retains has no padding.
 NEWEST = -1
+
+
+class _Waiting(threading.local):
+    """The layer, of those used by this thread, whose keys went to the model last and have not come to attention."""
+
+    layer: Callable[[], Any] | None = None
+
+
+_waiting = _Waiting()
+
+
+def link(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that lead `momentkv_attention` to the cache layer that stores them.
+
+    What a model computes from them carries no link, so that attention over anything but what is stored is noticed.
+    """
+    if not torch.compiler.is_compiling():
+        _waiting.layer = weakref.ref(layer)
+    # Aliases, so that what is stored holds no link to itself.
+    return linked(keys.view_as(keys), layer), linked(values.view_as(values), layer)
+
+
+def linked(x: torch.Tensor, layer: Any) -> torch.Tensor:
+    """A tensor that leads to a cache layer."""
+    setattr(x, LINK, layer)
+    return x
+
+
+def linked_layer(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> Any:
+    """The cache layer that keys and values lead to, or None for those of another cache."""
+    layer, other = getattr(key, LINK, None), getattr(value, LINK, None)
+    if torch.compiler.is_compiling():
+        if layer is not other:
+            refuse_changed_keys(module, "values" if other is None else "keys")
+        return layer
+    reference, _waiting.layer = _waiting.layer, None
+    waiting = None if reference is None else reference()
+    if layer is other and (layer is not None or waiting is None or not getattr(waiting, "waits", False)):
+        if layer is not None and waiting is not layer:
+            refuse_second_attention(module)
+        return layer
+    changed = [name for name, x in (("keys", layer), ("values", other)) if x is None]
+    refuse_changed_keys(module, " and ".join(changed) or "values")
 
 
 def momentkv_attention(
@@ -26,7 +83,7 @@ def momentkv_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention function of ``attn_implementation="momentkv"``: through the linked cache layer, else SDPA.
 
     Parameters
@@ -41,30 +98,90 @@ def momentkv_attention(
 
     Returns
     -------
-    tensor, shape (batch, q_len, q_head, dv), and None for the attention weights
+    tensor, shape (batch, q_len, q_head, dv), and None for the attention weights (or those of `stock_attention`)
+
+    Raises
+    ------
+    ValueError
+        If keys or values are not those that the cache layer handed out, or the pass is not one of the cache that
+        ``generate`` was given.
     """
-    layer = getattr(key, LINK, None)
+    layer = linked_layer(module, key, value)
     if layer is not None:
         result: tuple[torch.Tensor, None] = layer.attend(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return result
-    q_len, n = query.shape[2], key.shape[2]
-    compact = attention_mask is not None and attention_mask.dim() == 2
-    if getattr(module, "is_causal", True) and (compact or (attention_mask is None and 1 < q_len < n)):
-        attention_mask = sdpa_mask(
-            batch_size=query.shape[0],
-            q_length=q_len,
-            kv_length=n,
-            q_offset=n - q_len,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            device=query.device,
+    refuse_dropped_cache(module, key.shape[2])
+    return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def stock_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of caches that momentkv does not compress, as the model itself computes it.
+
+    That is transformers' SDPA; where it would ignore an argument (sinks, soft caps, whatever a model has of its own),
+    the eager function of the model's own module, which takes them all.
+
+    Raises
+    ------
+    ValueError
+        If there is such an argument and the model's module has no eager function.
+    """
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    by_flag = causal or supports_sdpa(getattr(module, "config", None))  # a model without SDPA means its mask
+    if by_flag and query.shape[2] == key.shape[2] and is_unpadded(attention_mask):
+        attention_mask = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask = _whole_mask(query, key, attention_mask)
+    strange = unknown_arguments(kwargs)
+    if not strange:
+        stock: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    stock: tuple[torch.Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        return stock
+    own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+    if own is None:
+        raise ValueError(
+            f"{type(module).__name__} passes {', '.join(strange)} to attention, which momentkv does not know; call "
+            'model.set_attn_implementation("eager") and use a DynamicCache for this model'
+        )
+    if attention_mask is None and causal and query.shape[2] > 1:
+        attention_mask = _whole_mask(query, key, None)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        attention_mask = torch.where(attention_mask, zero, hidden)
+    given = {} if scaling is None else {"scaling": scaling}
+    result: tuple[torch.Tensor, torch.Tensor | None] = own(
+        module, query, key, value, attention_mask, dropout=dropout, **given, **kwargs
     )
-    return stock
+    return result
+
+
+def _whole_mask(query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """The causal mask of the newest queries with padding, bool (batch, 1, q_len, n)."""
+    q_len, n = query.shape[2], key.shape[2]
+    mask: torch.Tensor = sdpa_mask(
+        batch_size=query.shape[0],
+        q_length=q_len,
+        kv_length=n,
+        q_offset=n - q_len,
+        attention_mask=padding,
+        allow_is_causal_skip=False,
+        device=query.device,
+    )
+    return mask
 
 
 def momentkv_mask(
@@ -76,6 +193,7 @@ def momentkv_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Mask function of ``attn_implementation="momentkv"``.
@@ -83,36 +201,60 @@ def momentkv_mask(
     Returns
     -------
     tensor or None
-        None for a causal mask without padding, bool ``(batch, kv_length)`` for a causal mask with padding (False is
-        padding); anything else as SDPA takes it, bool ``(batch, 1, q_length, kv_length)``. For a step of a static
-        cache None without padding, else bool ``(batch, 1, 1, 1)``: whether the newest token is none.
+        For a causal mask bool ``(batch, kv_length)``, where False is padding: one True, expanded, where there is none,
+        and None for a single query without padding. Anything else as SDPA takes it, bool
+        ``(batch, 1, q_length, kv_length)``. For a step of a static cache None without padding, else bool
+        ``(batch, 1, 1, 1)``: whether the newest token is none. For a model whose attention does not go through
+        transformers' interface, the additive mask that eager attention takes.
+
+    Raises
+    ------
+    ValueError
+        If the mask covers fewer tokens than the cache has seen, or hides some that it has stored.
     """
+    if not torch.compiler.is_compiling():
+        _waiting.layer = None  # of a pass that ended before its attention; another one starts
     if kv_offset == NEWEST:
         if mask_function is not causal_mask_function or local_size is not None:
             raise ValueError("a step of a static cache got a mask of its own; make the cache with static=False for it")
-        return None if attention_mask is None else attention_mask[:, -1:].bool()[:, None, None]
-    if q_length > 1 and isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
-        q_offset = int(q_offset)  # of a static cache that is to read several tokens
-    causal = mask_function is causal_mask_function and local_size is None and kv_offset == 0
-    if causal and isinstance(q_offset, int) and kv_length == q_offset + q_length:
         if attention_mask is None:
             return None
-        if attention_mask.shape[1] < kv_length:
+        layer = getattr(q_offset, LINK, None)
+        if layer is not None and layer.padding is not None and not torch.compiler.is_compiling():
+            layer.padding.check(attention_mask, attention_mask.shape[1] - 1)
+            layer.padding.read(attention_mask, None, attention_mask.shape[1] - 1, 1)
+        return attention_mask[:, -1:].bool()[:, None, None]
+    config = kwargs.get("config")
+    allow_is_causal_skip = allow_is_causal_skip and not takes_whole_masks(config)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "allow_is_causal_skip": allow_is_causal_skip,
+        **kwargs,
+    }
+    if not uses_interface(config):
+        eager: torch.Tensor = eager_mask(q_offset=q_offset, **settings)
+        return eager
+    if q_length > 1 and isinstance(q_offset, torch.Tensor) and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)  # of a static cache that is to read several tokens
+    causal = mask_function is causal_mask_function and local_size is None and kv_offset == 0 and allow_is_causal_skip
+    if causal and isinstance(q_offset, int) and kv_length == q_offset + q_length:
+        if attention_mask is not None and attention_mask.shape[1] < kv_length:
             raise ValueError(
                 f"attention_mask has length {attention_mask.shape[1]}, but {kv_length} tokens have been seen with this "
                 "cache; pass a mask over all of them, not over the new ones alone"
             )
-        mask = attention_mask[:, :kv_length].bool()
-        return None if bool(mask.all()) else mask
-    masked: torch.Tensor | None = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        **kwargs,
-    )
+        mask = None if attention_mask is None else attention_mask[:, :kv_length].bool()
+        if mask is not None and not bool(mask.all()):
+            return mask
+        if q_length == 1:
+            return None
+        # Not None, by which attention could not tell a causal mask from none at all.
+        return torch.ones((), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
+    masked: torch.Tensor | None = sdpa_mask(q_offset=q_offset, **settings)
     return masked

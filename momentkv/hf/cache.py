@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from momentkv.backends import ArrayBackend
-from momentkv.cache.layer import RECENT_QUERIES, LayerCache
-from momentkv.cache.ragged import RaggedCache
-from momentkv.cache.sharing import SharedBudget, by_error, by_importance, pyramid_budgets
-from momentkv.hf.budget import BudgetRule, Share, TotalBytes, parse_budget
+from momentkv.cache.allocation import SharedBudget, Sharing
+from momentkv.cache.budget_rules import TotalBytes
+from momentkv.cache.layer import LayerCache
+from momentkv.hf.building import Plan, apply_rule, shared_budgets
 from momentkv.hf.checks import (
-    SHARING_BY_HEADS,
     check_implementation,
-    check_lengths,
-    check_sharing,
+    check_limit,
     check_sliding,
+    has_read,
+    records,
     refuse_architecture,
 )
+from momentkv.hf.clock import Clock
 from momentkv.hf.files import fingerprint, load, save
-from momentkv.hf.layer import MomentLayer, tokens_to_take_back
-from momentkv.hf.rollback import check_crop, crop, settle
-from momentkv.hf.static import StaticLayers
+from momentkv.hf.layer import MomentLayer
+from momentkv.hf.owner import Owner, copied
+from momentkv.hf.padding import Padding
+from momentkv.hf.passes import PassKeeper
+from momentkv.hf.rollback import check_crop, crop, settle, waiting_tokens
 from momentkv.hf.summary import CacheSummary, summarise
-from momentkv.policies import Policy, get_policy
-from momentkv.statistics.corrections import Correction
+from momentkv.policies import Policy, PolicyName
+from momentkv.statistics.corrections import Correction, CorrectionName
 
-__all__ = ["MomentCache", "kv_heads", "layer_kinds"]
-
-SLIDING_TYPES = ("sliding_attention", "chunked_attention")
+__all__ = ["MomentCache"]
 
 
 class MomentCache(Cache):
@@ -95,10 +96,10 @@ class MomentCache(Cache):
         model: Any,
         budget: int | float | str | Sequence[int] = 512,
         *,
-        policy: str | Policy = "balanced",
+        policy: PolicyName | Policy = "balanced",
         order: int | None = 1,
-        correction: str | Correction = "summaries",
-        sharing: str | None = None,
+        correction: CorrectionName | Correction = "summaries",
+        sharing: Sharing | None = None,
         sinks: int = 1,
         window: int = 32,
         block: int = 32,
@@ -109,90 +110,62 @@ class MomentCache(Cache):
         static: bool = False,
     ) -> None:
         config = getattr(model, "config", model).get_text_config(decoder=True)
+        refuse_architecture(config, getattr(model, "config", model))
         check_implementation(config)
-        refuse_architecture(config)
         if rollback < 1:
             raise ValueError(f"rollback is {rollback}; use at least 1 token")
-        kinds = layer_kinds(config)
         # Tensor parallelism shards KV heads; each rank's cache holds, and shares budgets among, its own.
         self.ranks = int(getattr(model, "_tp_size", None) or 1)
-        self.least = sinks + window + 1
-        asked = parse_budget(budget)
-        if static and isinstance(asked, TotalBytes):
-            raise ValueError(f"static=True with a budget of {budget!r}: buffers are sized in tokens; give it in tokens")
-        self.rule = asked if isinstance(asked, BudgetRule) else None
-        given = self.least if isinstance(asked, BudgetRule) else asked  # a rule tells when the first tokens arrive
-        budgets = [given] * len(kinds) if isinstance(given, int) else given
-        if len(budgets) != len(kinds):
-            raise ValueError(
-                f"budget has {len(budgets)} entries but the model has {len(kinds)} layers; give one for each"
-            )
-        if sharing is None:
-            shared = "layers" if get_policy(policy).couples_heads else "heads"
-            sharing = shared if isinstance(given, int) else "uniform"
-        check_sharing(sharing, given)
-        if sharing == "pyramid":
-            if self.rule is not None:
-                raise ValueError(f'budget is {budget!r}, but sharing="pyramid" needs one in tokens')
-            budgets = pyramid_budgets(budgets[0], len(kinds), sinks=sinks, window=window)
-        keeps_queries = sharing not in ("uniform", "pyramid")
-        settings: dict[str, Any] = {
-            "policy": policy,
-            "order": order,
-            "correction": correction,
-            "sinks": sinks,
-            "window": window,
-            "block": block,
-            "backend": backend,
-            "keep_queries": keeps_queries,
-            "certify": certify,
-            "tolerance": tolerance,
-        }
-        layers: list[Any] = []
-        for index, (kind, kwargs) in enumerate(kinds):
-            if kind in SLIDING_TYPES:
-                if static:
-                    raise ValueError(
-                        f"static=True, but layer {index} of this {config.model_type} model is of type {kind!r}, whose "
-                        "stock cache counts on the host; use static=False"
-                    )
-                layers.append(DynamicSlidingWindowLayer(**kwargs))
-            elif kind == "full_attention":
-                core: LayerCache | RaggedCache
-                if sharing in SHARING_BY_HEADS:
-                    core = RaggedCache([budgets[index]] * (kv_heads(config) // self.ranks), **settings)
-                else:
-                    core = LayerCache(budgets[index], **settings)
-                layers.append(MomentLayer(core, rollback))
-            else:
-                raise ValueError(
-                    f"layer {index} of this {config.model_type} model is of type {kind!r}; MomentCache supports "
-                    f"full_attention, {', '.join(SLIDING_TYPES)}"
-                )
-        super().__init__(layers=layers)
+        plan = Plan(
+            config,
+            budget,
+            sharing,
+            self.ranks,
+            {
+                "policy": policy,
+                "order": order,
+                "correction": correction,
+                "sinks": sinks,
+                "window": window,
+                "block": block,
+                "backend": backend,
+                "certify": certify,
+                "tolerance": tolerance,
+                "static": static,
+            },
+        )
+        super().__init__(layers=plan.layers(rollback))
         self.config, self.rollback = config, rollback
-        self.budget, self.sharing = budget, sharing
+        self.budget, self.sharing, self.rule, self.least = budget, plan.sharing, plan.rule, plan.least
         self.fingerprint = fingerprint(model)
         compressed = self._compressed
-        groups = [compressed] if sharing in ("layers", "heads") else [[layer] for layer in compressed]
-        self.shared_budgets: list[SharedBudget] = []
-        for group in groups if keeps_queries and compressed else []:
-            rule = by_importance if sharing == "ada-kv" else by_error
-            self.shared_budgets.append(SharedBudget([layer.core for layer in group], rule))
-            for layer in group:
-                layer.sharing = self.shared_budgets[-1]
-        self.static = StaticLayers([layer.core for layer in compressed]) if static else None
-        for index, layer in enumerate(compressed):
-            layer.static, layer.index = self.static, index
+        self.shared_budgets: list[SharedBudget] = shared_budgets(compressed, plan.sharing)
+        self.static = Clock([layer.core for layer in compressed]) if static else None
+        for layer in compressed:
+            layer.clock = self.static
+        self.padding = Padding()
+        if compressed:
+            self.owner = Owner(model, self.layers.index(compressed[0]))
+            compressed[0].owner, compressed[0].padding = self.owner, self.padding
+        self.passes = PassKeeper(self.layers, self.shared_budgets, self.static, self.padding)
+
+    def __bool__(self) -> bool:
+        """Whether it has read any tokens."""
+        return has_read(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MomentCache:
+        """A cache of its own, of the same model: its configuration is the model's, and not a copy."""
+        return copied(self, memo, self.config)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new tokens of one layer (called by the model)."""
         check_implementation(self.config)
-        if self.static is not None and self.static.frozen and key_states.shape[2] == 1:
+        if self.static is not None and self.static.runs and key_states.shape[2] == 1:
             if layer_idx == 0:
-                self.static.beat = self.static.beat.next
+                self._before_static_step()
+                self.static.tick()
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -200,16 +173,31 @@ class MomentCache(Cache):
                 "compiled: make it with static=True, and read the prompt with the model uncompiled"
             )
         if layer_idx == 0:
-            if self.static is not None:
-                self.static.thaw()
-            check_lengths([layer.get_seq_length() for layer in self.layers])
-            self._settle(key_states.shape[2])
-            if self.rule is not None:
-                self._apply(self.rule, key_states, value_states)
+            self.passes.begin()
+            check_limit(self, key_states.shape[2])
+            with self.passes.all_or_nothing():
+                self.passes.settle(key_states.shape[2], self.rollback)
+                if self.rule is not None:
+                    apply_rule(self, self.rule, key_states, value_states)
+        self.passes.check_attended(layer_idx)
         layer = self.layers[layer_idx]
         if layer.is_initialized and isinstance(layer, DynamicSlidingWindowLayer):
             layer.keys, layer.values = (x.to(key_states.device) for x in (layer.keys, layer.values))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding and evicted ones included; those of a pass that failed are not among them."""
+        if self.static is not None and self.static.runs and not self.passes.is_torn:
+            length: int = super().get_seq_length(layer_idx)
+            return length
+        return self.passes.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Mask sizes as if nothing were evicted, so that one mask serves every layer."""
+        if not torch.compiler.is_compiling():
+            self.passes.undo()
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
 
     def activate_past_recording(self) -> None:
         """From now on tokens can be taken back by `crop`: eviction waits for it (called by assisted decoding).
@@ -244,48 +232,30 @@ class MomentCache(Cache):
         stored, which the last ``window`` always are: attention is then as if they had not come, but they have had their
         part in scores and query statistics, and so in what later evictions choose.
         """
-        tokens = tokens_to_take_back(tokens_to_remove)
-        frozen = self.static is not None and self.static.frozen
-        if self.static is not None:
-            self.static.thaw()
-        try:
-            self._crop(tokens)
-        finally:
-            if frozen and self.static is not None and self.get_seq_length():
-                self.static.freeze()
-
-    def _crop(self, tokens: int) -> None:
-        """`crop` of a number of tokens, of layers that are not in static buffers."""
-        check_lengths([layer.get_seq_length() for layer in self.layers])
-        if tokens and tokens == self.get_seq_length():
+        tokens = waiting_tokens(tokens_to_remove)
+        self.passes.undo()
+        compressed = self._compressed
+        if tokens and tokens == int(self.get_seq_length()):
             self.reset()
             return
-        check_crop(self._compressed, tokens)
+        check_crop(compressed, tokens)
         sliding = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
         check_sliding(sliding, tokens)
-        before = [copy.copy(shared.__dict__) for shared in self.shared_budgets]
-        states = [(layer, layer.passes, layer.base, layer.core.snapshot()) for layer in self._compressed]
-        try:
-            if self._compressed:
-                crop(self._compressed, tokens)
-        except BaseException:
-            for layer, passes, base, state in states:
-                layer.passes, layer.base = passes, base
-                layer.core.restore(state)
-            for shared, own in zip(self.shared_budgets, before, strict=True):
-                shared.__dict__.update(own)
-            raise
-        for layer in sliding:
-            if layer.is_initialized and (tokens or layer.record_past):
-                layer.crop(-tokens)
+        with self.passes.all_or_nothing():
+            if compressed:
+                crop(compressed, tokens)
+            self.padding.crop(tokens)
+            for layer in sliding:
+                if layer.is_initialized and (tokens or records(layer)):
+                    layer.crop(-tokens)
+        if self.static is not None and self.static.runs:
+            self.static.set()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows for beam search; recorded passes are settled first."""
-        if self.static is not None and self.static.frozen:
-            self.static.select_rows(beam_idx)
-            return
-        self._before_rows_move()
-        super().reorder_cache(beam_idx)
+        with self._rows_moving():
+            self.padding.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+            super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row; recorded passes are settled first."""
@@ -294,27 +264,19 @@ class MomentCache(Cache):
                 f"batch_repeat_interleave({repeats}): the budget of {self.rule.text} was divided among the rows that "
                 "were read; give it in tokens, or read with all rows at once"
             )
-        if self.static is not None and self.static.frozen:
-            rows = len(self.static.states[0].buffers["counts"])
-            self.static.select_rows(torch.arange(rows).repeat_interleave(repeats))
-            return
-        self._before_rows_move()
-        super().batch_repeat_interleave(repeats)
+        with self._rows_moving():
+            self.padding.map(lambda x: x.repeat_interleave(repeats, dim=0))
+            super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows; recorded passes are settled first."""
-        if self.static is not None and self.static.frozen:
-            rows = torch.arange(len(self.static.states[0].buffers["counts"]), device=indices.device)
-            self.static.select_rows(rows[indices])
-            return
-        self._before_rows_move()
-        super().batch_select_indices(indices)
+        with self._rows_moving():
+            self.padding.map(lambda x: x[indices.to(x.device)])
+            super().batch_select_indices(indices)
 
     def offload(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> None:
         """Move one layer, or all, to the CPU; the next forward pass brings each back to the device of its model."""
-        if self.static is not None:
-            self.static.thaw()
-            self.static.release()
+        self.passes.undo()
         for index in range(len(self.layers)) if layer_idx is None else [layer_idx]:
             if isinstance(self.layers[index], MomentLayer) or not only_non_sliding:
                 self.layers[index].offload()
@@ -325,6 +287,8 @@ class MomentCache(Cache):
     def reset(self) -> None:
         """Forget all tokens and moments, and what each layer's share of the budget was."""
         super().reset()
+        self.padding.reset()
+        self.passes.reset()
         for shared in self.shared_budgets:
             shared.reset()
 
@@ -371,7 +335,7 @@ class MomentCache(Cache):
         """
         return load(cls, path, model, policy=policy, correction=correction)
 
-    def summary(self, trust: Callable[[LayerCache | RaggedCache], float] | None = None) -> CacheSummary:
+    def summary(self, trust: Callable[[LayerCache], float] | None = None) -> CacheSummary:
         """Budget, tokens retained and evicted, and bytes of each layer; print it for a table.
 
         Parameters
@@ -392,9 +356,9 @@ class MomentCache(Cache):
         )
 
     @property
-    def moment_layers(self) -> dict[int, LayerCache | RaggedCache]:
-        """The compressed layers' caches, by layer index; in static buffers, copies of their state now, to look at."""
-        return {index: layer.visible for index, layer in enumerate(self.layers) if isinstance(layer, MomentLayer)}
+    def moment_layers(self) -> dict[int, LayerCache]:
+        """The compressed layers' caches, by layer index."""
+        return {index: layer.core for index, layer in enumerate(self.layers) if isinstance(layer, MomentLayer)}
 
     @property
     def nbytes(self) -> int:
@@ -412,61 +376,24 @@ class MomentCache(Cache):
         """The compressed layers."""
         return [layer for layer in self.layers if isinstance(layer, MomentLayer)]
 
-    def _settle(self, new: int) -> None:
-        """Settle recorded passes so that with ``new`` tokens no more than ``rollback`` wait."""
-        layers = self._compressed
-        if layers and layers[0].passes:
-            recording = layers[0].record_past
-            if not recording or layers[0].recorded + new > self.rollback:
-                # Down to half, so that this is not done at every token.
-                settle(layers, max(0, min(self.rollback // 2, self.rollback - new)) if recording else 0)
-        for layer in self.layers:
-            # Stock layers that record keep everything until crop, which only assisted decoding calls.
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.record_past and layer.is_initialized:
-                kept = layer.sliding_window - 1 + self.rollback
-                if layer.keys.shape[2] > kept:
-                    layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+    @contextmanager
+    def _rows_moving(self) -> Iterator[None]:
+        """Recorded passes are of the rows as they were, and so is who has ended; all layers' rows move, or none."""
+        self.passes.undo()
+        with self.passes.all_or_nothing():
+            if self._compressed:
+                settle(self._compressed, 0)
+            for layer in self._compressed:
+                layer.ended = None
+            yield
+        if self.static is not None and self.static.runs:
+            self.static.set()
 
-    def _before_rows_move(self) -> None:
-        """Recorded passes are of the rows as they were, and so is who has ended."""
-        if self._compressed:
-            settle(self._compressed, 0)
-        for layer in self._compressed:
-            layer.ended = None
-
-    def _apply(self, rule: BudgetRule, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Turn a budget that is not in tokens into tokens, now that tokens arrive."""
-        layers = self._compressed
-        if not layers:
-            return
-        seen = self.get_seq_length()
-        if isinstance(rule, TotalBytes):
-            if seen:
-                return
-            windows = [
-                layer.sliding_window - 1 for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)
-            ]
-            tokens = rule.tokens(layers[0].core.parts[0], len(layers), k, v, windows)
-        elif isinstance(rule, Share):
-            if seen and k.shape[2] < RECENT_QUERIES:
-                return  # decoding, or a few guessed tokens
-            tokens = rule.tokens(seen + k.shape[2], self.least)
-        for shared in self.shared_budgets:
-            shared.average = tokens
-        if self.shared_budgets and seen:
-            return  # each has its share, until the eviction that is to come shares anew
-        for part in (part for layer in layers for part in layer.core.parts):
-            part.budget = tokens
-
-
-def kv_heads(config: Any) -> int:
-    """KV heads of a layer."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Type of each layer of a model, and the arguments of its stock cache layer."""
-    types, arguments = get_layer_types_and_kwargs(config)
-    # Before transformers 5.16, one dict for all layers.
-    each = arguments if isinstance(arguments, list) else [arguments] * len(types)
-    return list(zip(types, each, strict=True))
+    def _before_static_step(self) -> None:
+        """Undo a pass of several tokens that failed half-way."""
+        if not torch.compiler.is_compiling():
+            self.passes.undo()
+        elif self.passes.is_torn:
+            raise RuntimeError(
+                "the last forward pass failed half-way; call cache.crop(0), which undoes it, before a compiled step"
+            )

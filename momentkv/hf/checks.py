@@ -2,31 +2,79 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
 
 __all__ = [
     "NAME",
     "SHARING",
     "SHARING_BY_HEADS",
     "check_implementation",
-    "check_lengths",
+    "check_limit",
     "check_new_tokens",
+    "check_pass",
     "check_sharing",
     "check_sliding",
+    "check_static_pass",
+    "has_read",
+    "in_any_layer",
+    "is_unpadded",
+    "records",
     "refuse_architecture",
     "refuse_arguments",
+    "refuse_changed_keys",
+    "refuse_dropped_cache",
+    "refuse_layer_type",
+    "refuse_second_attention",
+    "supports_sdpa",
+    "takes_whole_masks",
+    "unknown_arguments",
+    "uses_interface",
 ]
 
 NAME = "momentkv"
 SHARING_BY_HEADS = ("heads", "layer-heads", "ada-kv")
 SHARING = ("uniform", "layers", *SHARING_BY_HEADS, "pyramid")
 
-# Arguments that change what attention computes, each of which some architecture passes.
-UNSUPPORTED_ARGUMENTS = {
+# Arguments that reach attention and change nothing of it: models pass on what they were called with.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "image_sizes",
+        "is_causal",  # SDPA honours it, and a MomentCache refuses it by its value
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",  # as above
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "sliding_window",  # the mask has it
+        "use_cache",
+    }
+)
+# Settings of models that compute with their masks, and so take them whole; those of transformers today ask for it.
+WHOLE_MASKS = ("index_topk", "keep_window_size")
+# What the others mean, of which some architecture passes each.
+MEANINGS = {
     "softcap": "soft-capped logits (Gemma 2)",
     "s_aux": "attention sinks as parameters (gpt-oss)",
+    "sinks": "attention sinks as parameters",
     "position_bias": "a position bias added to the logits",
+    "indices": "attention to chosen tokens only (DeepSeek sparse attention)",
+    "block_indices": "attention to chosen blocks only",
 }
+# Types whose generate() gives up the cache when the ids pass `original_max_position_embeddings`.
+DROPPING = ("phi3", "phimoe", "phi4_multimodal")
+# Settings of decoders that attend to something else than their own tokens, too.
+CROSS = ("cross_attention_layers", "add_cross_attention")
+# Caches of dropping models that were asked whether they hold anything, and have not been used since.
+_asked: Any = weakref.WeakSet()
 
 
 def check_implementation(config: Any) -> None:
@@ -35,15 +83,6 @@ def check_implementation(config: Any) -> None:
         raise ValueError(
             f"the model's attn_implementation is {config._attn_implementation!r}, which would ignore the moments; "
             f'call model.set_attn_implementation("{NAME}"), or load it with attn_implementation="{NAME}"'
-        )
-
-
-def check_lengths(lengths: list[int]) -> None:
-    """Raise unless all layers have seen as many tokens: positions and masks are those of the first for all of them."""
-    if len(set(lengths)) > 1:
-        raise RuntimeError(
-            f"the last forward pass failed half-way: some layers have seen {max(lengths)} tokens, others "
-            f"{min(lengths)}; call cache.reset() and read the tokens again"
         )
 
 
@@ -58,6 +97,11 @@ def check_new_tokens(position_ids: Any, new: int, seen: int) -> None:
         )
 
 
+def records(layer: Any) -> bool:
+    """Whether a stock layer with a sliding window keeps what it would drop; before transformers 5.16 none can."""
+    return bool(getattr(layer, "record_past", False))
+
+
 def check_sliding(layers: Any, tokens: int) -> None:
     """Raise unless the last tokens can be taken back from stock sliding-window layers: what they drop is gone."""
     for layer in layers:
@@ -65,22 +109,114 @@ def check_sliding(layers: Any, tokens: int) -> None:
             continue
         stored = layer.keys.shape[2]
         needed = tokens + min(layer.sliding_window - 1, layer.cumulative_length - tokens)
-        if not layer.record_past or stored < needed:
+        if not records(layer) or stored < needed:
             raise RuntimeError(
                 f"crop(-{tokens}): a layer with a sliding window of {layer.sliding_window} has dropped tokens that it "
                 "would need again; call activate_past_recording() before reading tokens that may have to go"
             )
 
 
-def refuse_architecture(config: Any) -> None:
-    """Raise for an architecture whose attention momentkv would get wrong."""
+def limit_of(config: Any) -> int | None:
+    """Length beyond which a model's ``generate`` gives up a shorter cache and reads all anew; None if it never does."""
+    if getattr(config, "model_type", None) not in DROPPING:
+        return None
+    limit: int | None = getattr(config, "original_max_position_embeddings", None)
+    return limit
+
+
+def has_read(cache: Any) -> bool:
+    """Truth of a cache: whether it has read any tokens, as of a `DynamicCache`, whose layers come with the first.
+
+    Phi-3's ``generate`` gives up a cache that has, when the ids pass a limit, and asks this first; an empty cache is
+    so kept, and reads a prompt of any length. That one was asked is remembered for `refuse_dropped_cache`.
+    """
+    if limit_of(cache.config) is not None and not torch.compiler.is_compiling():
+        _asked.add(cache)
+    return any(layer.is_initialized for layer in cache.layers)
+
+
+def check_limit(cache: Any, new: int) -> None:
+    """Raise where ``new`` tokens would be rotated by other factors than those that a cache holds (longrope)."""
+    limit = limit_of(cache.config)
+    if limit is None:
+        return
+    _asked.discard(cache)
+    seen = int(cache.get_seq_length())
+    rope = getattr(cache.config, "rope_parameters", None) or {}
+    if 0 < seen <= limit < seen + new and rope.get("rope_type") == "longrope":
+        raise ValueError(
+            f"{new} tokens after {seen} pass original_max_position_embeddings={limit}, beyond which this "
+            f"{cache.config.model_type} model rotates keys by other factors than those the cache holds; {within(limit)}"
+        )
+
+
+def within(limit: int) -> str:
+    """How to stay on one side of a limit."""
+    return f"read more than {limit} tokens in the first pass of an empty cache, or stay within {limit}"
+
+
+def refuse_dropped_cache(module: Any, length: int) -> None:
+    """Raise if a pass runs beside the cache that ``generate`` was given, because the model has given that up."""
+    if not _asked or torch.compiler.is_compiling():
+        return
+    for cache in list(_asked):
+        limit, kind = limit_of(cache.config), cache.config.model_type
+        if limit is not None and length > limit and cache.config is getattr(module, "config", None):
+            _asked.discard(cache)
+            raise ValueError(
+                f"this {kind} model has given up the MomentCache, which has read "
+                f"{int(cache.get_seq_length())} tokens, and reads all {length} anew without a budget: generate() does "
+                f"so when the ids pass original_max_position_embeddings={limit}; {within(limit)}"
+            )
+
+
+def uses_interface(config: Any) -> bool:
+    """Whether attention of a configuration's models goes through transformers' interface, as far as can be told."""
+    name = type(config).__module__.replace("configuration_", "modeling_")
+    module = sys.modules.get(name)
+    if module is None or "modeling_" not in name:
+        return True
+    tables = any(own.endswith("ATTENTION_CLASSES") for own in vars(module))  # of implementations of its own
+    return hasattr(module, "ALL_ATTENTION_FUNCTIONS") and not tables
+
+
+def in_any_layer(config: Any, name: str) -> Any:
+    """A setting's value in the first layer where it has one that is neither zero nor None."""
+    # Where layers differ, asking for all of them at once raises.
+    layers = getattr(config, "per_layer_config", None) if hasattr(config, "num_hidden_layers") else None
+    for layer in layers or [config]:
+        if value := getattr(layer, name, None):
+            return value
+    return None
+
+
+def takes_whole_masks(config: Any) -> bool:
+    """Whether a configuration's models need causal masks of four dimensions."""
+    return any(getattr(config, name, None) for name in WHOLE_MASKS)
+
+
+def supports_sdpa(config: Any) -> bool:
+    """Whether a configuration's models may be loaded with SDPA, as far as can be told."""
+    module = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
+    flags = [getattr(kind, "_supports_sdpa", None) for kind in vars(module or object).values()]
+    known = [flag for flag in flags if flag is not None]
+    return not known or any(known)
+
+
+def refuse_architecture(config: Any, whole: Any = None) -> None:
+    """Raise for an architecture whose attention momentkv would get wrong; ``config`` is the text's of the ``whole``."""
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
     reasons = {
-        "it is an encoder-decoder": getattr(config, "is_encoder_decoder", False),
-        "it soft-caps its logits (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
-        "it uses multi-head latent attention (kv_lora_rank)": getattr(config, "kv_lora_rank", None),
+        "it is an encoder-decoder": any(getattr(x, "is_encoder_decoder", False) for x in (config, whole)),
+        "its layers are of several models with caches of their own": not hasattr(config, "num_hidden_layers"),
+        "it soft-caps its logits (attn_logit_softcapping)": in_any_layer(config, "attn_logit_softcapping"),
+        "it uses multi-head latent attention (kv_lora_rank)": in_any_layer(config, "kv_lora_rank"),
+        "it has cross-attention layers": any(in_any_layer(config, name) for name in CROSS),
         "it has attention sinks as parameters": config.model_type == "gpt_oss",
         "its layers share caches (num_kv_shared_layers)": getattr(config, "num_kv_shared_layers", None),
         "it is not causal (is_causal)": not getattr(config, "is_causal", True),
+        "it is not causal (use_bidirectional_attention)": bidirectional is True or bidirectional == "all",
+        "its attention does not go through transformers' attention interface": not uses_interface(config),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -89,20 +225,101 @@ def refuse_architecture(config: Any) -> None:
             )
 
 
-def refuse_arguments(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse_layer_type(config: Any, index: int, kind: str, supported: Sequence[str]) -> NoReturn:
+    """Raise for a layer that needs a cache of another kind."""
+    raise ValueError(
+        f"layer {index} of this {config.model_type} model is of type {kind!r}; MomentCache supports "
+        f"{', '.join(supported)}; use a DynamicCache for this model"
+    )
+
+
+def refuse_changed_keys(module: Any, changed: str) -> NoReturn:
+    """Raise because a model attends to something else than its cache layer handed out."""
+    raise ValueError(
+        f"{type(module).__name__} changes the {changed} between its cache and its attention, where MomentCache attends "
+        "to what it stores; use a DynamicCache for this model"
+    )
+
+
+def refuse_second_attention(module: Any) -> NoReturn:
+    """Raise because a model attends more than once to what one update returned."""
+    raise ValueError(
+        f"{type(module).__name__} attends more than once to the keys of one cache update, and MomentCache evicts after "
+        "each; use a DynamicCache for this model"
+    )
+
+
+def unknown_arguments(kwargs: dict[str, Any]) -> list[str]:
+    """Arguments of attention that may change what it computes, by name."""
+    return [name for name, x in kwargs.items() if x is not None and x is not False and name not in HARMLESS]
+
+
+def check_pass(
+    layer: Any, module: Any, attention_mask: torch.Tensor | None, q_len: int, dropout: float, kwargs: dict[str, Any]
+) -> torch.Tensor | None:
+    """Raise for a pass that a compressed layer would get wrong; returns the mask as (batch, tokens seen), or None.
+
+    Parameters
+    ----------
+    layer : MomentLayer
+        That has the new tokens already. The first of a cache has ``owner`` and ``padding``, which are of all of them.
+    module : torch.nn.Module
+        The model's attention.
+    attention_mask, dropout, kwargs
+        As they came to attention.
+    q_len : int
+        New tokens.
+    """
+    refuse_arguments(module, dropout, kwargs)
+    mask = None if is_unpadded(attention_mask) else attention_mask
+    if mask is not None and mask.dim() != 2:
+        if mask.dtype != torch.bool or tuple(mask.shape[1:3]) != (1, 1):
+            raise ValueError(
+                f"attention_mask has {mask.dim()} dimensions; MomentCache supports causal attention with padding, "
+                "given as a mask of shape (batch, tokens seen); use a DynamicCache for images whose tokens see each "
+                "other, packed sequences and masks of your own"
+            )
+        mask = mask[:, 0, 0]  # of one query
+    if layer.owner is not None:
+        seen = layer.core.seen - q_len
+        layer.owner.check(module, filled=seen > 0)
+        layer.padding.check(mask, seen)
+    return mask
+
+
+def is_unpadded(mask: torch.Tensor | None) -> bool:
+    """Whether a mask is what `momentkv_mask` gives for several queries without padding: one True, expanded."""
+    return mask is not None and mask.dim() == 2 and mask.stride() == (0, 0)
+
+
+def check_static_pass(layer: Any, module: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    """`check_pass` for a step of one token in static buffers, whose mask is of that token alone.
+
+    What the rest of the mask says is checked where it is made (`momentkv.hf.momentkv_mask`). A pass that is compiled
+    checks what does not depend on numbers.
+    """
+    refuse_arguments(module, dropout, kwargs)
+    if layer.owner is not None and not torch.compiler.is_compiling():
+        layer.owner.check(module, filled=True)
+
+
+def refuse_arguments(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise for arguments of a forward pass that momentkv would have to ignore."""
-    for name, meaning in UNSUPPORTED_ARGUMENTS.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name} was passed to attention: {meaning} is not supported by MomentCache")
+    for name in unknown_arguments(kwargs):
+        meaning = MEANINGS.get(name, "an argument that momentkv does not know")
+        raise ValueError(
+            f"{name} was passed to attention: {meaning} is not supported by MomentCache; use a DynamicCache for it"
+        )
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions=True: the weights of evicted tokens are not known; leave it off")
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(
+            f"is_causal=False ({type(module).__name__}): MomentCache supports causal attention only, no prefix that "
+            "sees itself as a whole; use a DynamicCache for it"
+        )
     if dropout:
         raise ValueError(f"dropout is {dropout}: MomentCache is for inference; call model.eval()")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask has {attention_mask.dim()} dimensions; MomentCache supports causal attention with "
-            "padding, given as a mask of shape (batch, tokens seen)"
-        )
 
 
 def check_sharing(sharing: str, budget: Any) -> None:

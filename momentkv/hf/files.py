@@ -16,24 +16,25 @@ import safetensors.torch
 import torch
 
 from momentkv.backends import BACKENDS, get_backend
+from momentkv.backends.layout import Layout
+from momentkv.cache.layer import LayerCache
+from momentkv.cache.state import LayerState
+from momentkv.hf import former
+from momentkv.hf.former import CacheFileError, statistics
 from momentkv.policies import POLICIES, Policy
 from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correction
-from momentkv.statistics.moments import Moments
 
 __all__ = ["FORMAT", "CacheFileError", "fingerprint", "load", "save"]
 
 # Raised by one whenever a file of the version before could no longer be read rightly.
-FORMAT = 1
+FORMAT = 2
 KEY = "momentkv"
-SCALARS = ("budget", "scale", "seen", "padded", "has_evicted", "refused")
+KINDS = {correction.name: type(correction) for correction in CORRECTIONS.values()}
+# What of a layer's state is a number of the host's.
+NUMBERS = ("seen", "filled", "padded", "has_evicted")
 # What of a configuration decides whether a cache fits; a value that a model lacks is None.
 DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
 SAMPLED, ELEMENTS = 8, 64
-KINDS = {correction.name: type(correction) for correction in CORRECTIONS.values()}
-
-
-class CacheFileError(ValueError):
-    """A cache file that is damaged, of another version, or of another model."""
 
 
 def save(cache: Any, path: str | os.PathLike[str]) -> None:
@@ -45,10 +46,13 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
     for index, layer in enumerate(cache.layers):
         if index in cores:
             core = cores[index]
-            # Layout is part of the state: products over differently laid out arrays may round differently.
-            core.map(lambda x: x.contiguous())
-            arrays = {f"{n}.{name}": x for n, part in enumerate(core.parts) for name, x in part.arrays().items()}
-            layers.append({"parts": [{name: getattr(part, name) for name in SCALARS} for part in core.parts]})
+            # Layout in memory is part of the state: products over differently laid out arrays may round differently.
+            core.map(torch.Tensor.contiguous)
+            arrays, held = core.arrays(), {"budgets": core.budgets, "scale": core.scale, "refused": core.refused}
+            if core.state is not None:
+                held |= {name: getattr(core.state, name) for name in NUMBERS}
+                held["widths"] = list(core.state.layout.widths)
+            layers.append(held)
         else:
             arrays, seen = {}, 0
             if layer.is_initialized:
@@ -57,7 +61,8 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
                 seen = layer.cumulative_length
             layers.append({"cumulative_length": seen})
         tensors |= {f"{index}.{name}": x.detach().cpu().contiguous().clone() for name, x in arrays.items()}
-    one = next(iter(cores.values())).parts[0] if cores else None
+    tensors |= cache.padding.tensors()
+    one = next(iter(cores.values())).config if cores else None
     record = {
         "format": FORMAT,
         "model": model_record(cache.config, cache.layers),
@@ -69,6 +74,7 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             "average": cache.shared_budgets[0].average if cache.shared_budgets else None,
         },
         "seen": int(cache.get_seq_length()),
+        "padding": cache.padding.codes is not None,
         "layers": layers,
     }
     if one is not None:
@@ -91,7 +97,8 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
 
 
 def check_settled(cache: Any) -> None:
-    """Raise where something waits for another call."""
+    """Raise where something waits for another call; a pass that failed half-way leaves no trace in the file."""
+    cache.passes.undo()
     if any(layer.passes for layer in cache.layers if hasattr(layer, "passes")):
         raise RuntimeError("save: recorded passes wait for crop; call cache.crop(0) first, so that their tokens stay")
     if getattr(cache, "ranks", 1) > 1:
@@ -126,24 +133,26 @@ def load(
     if "policy" in settings:
         settings["policy"] = revived(settings["policy"], POLICIES, policy, "policy")
         order = settings["order"]
-        made = revived(
+        settings["correction"] = revived(
             settings["correction"], KINDS, correction, "correction", lambda x: get_correction(x, order=order)
         )
-        settings["correction"] = made
     cache = make(model, settings.pop("budget"), **settings)
     check_model(record, model_record(config, cache.layers), fingerprint(model), path)
     for shared in cache.shared_budgets:
         shared.average = average
+    cache.padding.load(tensors, record)
     for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
         own = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.split(".", 1)[0] == str(index)}
         if "parts" in stored:
-            for n, (part, scalars) in enumerate(zip(layer.core.parts, stored["parts"], strict=True)):
-                arrays = {name.split(".", 1)[1]: x for name, x in own.items() if name.split(".", 1)[0] == str(n)}
-                restore(part, scalars, arrays, path)
+            former.restore(layer.core, stored["parts"], own, path)
+        elif "budgets" in stored:
+            restore(layer.core, stored, own, path)
         elif own:
             layer.lazy_initialization(own["keys"], own["values"])
             layer.keys, layer.values = own["keys"], own["values"]
             layer.cumulative_length = stored["cumulative_length"]
+    if cache.static is not None and all(core.state is not None for core in cache.static.cores):
+        cache.static.set()
     return cache
 
 
@@ -158,10 +167,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
                 raise CacheFileError(f"{path} is a safetensors file, but no cache of momentkv")
             record = json.loads(metadata[KEY])
             version = record.get("format") if isinstance(record, dict) else None
-            if version != FORMAT:
+            if version not in (former.FORMAT, FORMAT):
                 raise CacheFileError(
-                    f"{path} has format {version!r}, this momentkv reads {FORMAT}; read the text again and save it "
-                    "anew, or use the version that wrote it"
+                    f"{path} has format {version!r}, this momentkv reads {former.FORMAT} and {FORMAT}; read the text "
+                    "again and save it anew, or use the version that wrote it"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
@@ -181,41 +190,17 @@ def digest(record: str, tensors: Mapping[str, torch.Tensor]) -> str:
     return state.hexdigest()
 
 
-def restore(part: Any, scalars: Mapping[str, Any], arrays: Mapping[str, torch.Tensor], path: Any) -> None:
-    """Give one `LayerCache` the state of another."""
-    for name in SCALARS:
-        setattr(part, name, scalars.get(name, getattr(part, name)))
+def restore(core: LayerCache, held: Mapping[str, Any], arrays: Mapping[str, torch.Tensor], path: Any) -> None:
+    """Give a layer's cache the state that a file holds."""
+    core.budgets, core.scale, core.refused = held["budgets"], held["scale"], held["refused"]
     if not arrays:
         return
-    part.keys, part.values = arrays["keys"], arrays["values"]
-    for name in ("positions", "score", "query_mean", "query_square", "recent_queries"):
-        setattr(part, name, arrays.get(name))
-    part.moments = part.correction.empty(part.keys, part.values)
-    if part.order is not None:  # version 0.1 wrote moments that nothing was ever added to
-        part.moments = filled(part.moments, "moments.", arrays)
-    if part.moments is None:
-        raise CacheFileError(
-            f"{path} holds moments of another make than its correction, {part.correction!r}; pass the correction it had"
-        )
-    if part.certify is not None:
-        part.evidence = filled(
-            Moments.empty(part.keys, part.values, order=part.certify, extent=True), "evidence.", arrays
-        )
-        if part.evidence is None:
-            raise CacheFileError(f"{path} holds no evidence of order {part.certify}, which its cache was made to keep")
-
-
-def filled(empty: Any, prefix: str, arrays: Mapping[str, torch.Tensor]) -> Any:
-    """A state with the arrays of that prefix in place of its own, or None if they are not alike."""
-    state = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
-    fits = {name: (x.shape, x.dtype) for name, x in empty.arrays().items()}
-    if fits != {name: (x.shape, x.dtype) for name, x in state.items()}:
-        return None
-    extent = {name.removeprefix("extent."): x for name, x in state.items() if name.startswith("extent.")}
-    own = {name: x for name, x in state.items() if not name.startswith("extent.")}
-    if extent:
-        own["extent"] = dataclasses.replace(empty.extent, **extent)
-    return dataclasses.replace(empty, **own)
+    config = core.config
+    evicted, evidence = statistics(config, arrays["recent_keys"], arrays["recent_values"], arrays, "evicted.", path)
+    own: dict[str, Any] = {name: x for name, x in arrays.items() if "." not in name}
+    layout = Layout(config.sinks, config.recent, tuple(held["widths"]))
+    numbers = {name: held[name] for name in NUMBERS}
+    core.take(LayerState(**own, **numbers, evicted=evicted, evidence=evidence, layout=layout))
 
 
 def described(choice: Any, known: Mapping[str, type[Any]]) -> dict[str, Any]:

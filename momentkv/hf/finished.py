@@ -16,19 +16,22 @@ __all__ = ["FinishedRows"]
 class FinishedRows(StoppingCriteria):
     """Tells a cache which rows have ended, so that what ``generate`` feeds them afterwards is padding.
 
-    A row that has reached its end token goes through ``generate`` until all have, fed pads that the attention mask
-    calls real. A cache cannot tell them from tokens; this can. It never stops anything.
+    A row that has ended goes through ``generate`` until all have, fed pads that the attention mask calls real. A cache
+    cannot tell them from tokens; this can. It stops what its ``criteria`` stop, and nothing else.
 
     Parameters
     ----------
     cache : MomentCache
-    eos_token_id : int or sequence of int
+    eos_token_id : int or sequence of int, optional
         What ends a row. The end token itself is still read.
+    criteria : sequence of StoppingCriteria
+        By what else a row ends, such as transformers' `StopStringCriteria` in place of ``stop_strings``. Pass them
+        here and not to ``generate`` as well.
 
     Raises
     ------
     ValueError
-        If the cache is static.
+        If the cache is static, or nothing is said of what ends a row.
 
     Notes
     -----
@@ -37,28 +40,41 @@ class FinishedRows(StoppingCriteria):
 
     Examples
     --------
-    >>> model.generate(                                                                  # doctest: +SKIP
-    ...     **inputs, past_key_values=cache, stopping_criteria=[FinishedRows(cache, tokenizer.eos_token_id)])
+    >>> ended = FinishedRows(cache, tokenizer.eos_token_id, [StopStringCriteria(tokenizer, ["."])])  # doctest: +SKIP
+    >>> model.generate(**inputs, past_key_values=cache, stopping_criteria=[ended])                     # doctest: +SKIP
     """
 
-    def __init__(self, cache: Any, eos_token_id: int | Sequence[int]) -> None:
+    def __init__(
+        self,
+        cache: Any,
+        eos_token_id: int | Sequence[int] | None = None,
+        criteria: Sequence[StoppingCriteria] = (),
+    ) -> None:
         if cache.static is not None:
             raise ValueError(
                 "FinishedRows needs a cache with static=False: which rows have ended is decided on the host; or mask "
                 "the pads of ended rows in a loop of your own"
             )
-        self.cache = cache
-        self.ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
-        self.length = self.start = -1
+        if eos_token_id is None and not criteria:
+            raise ValueError("eos_token_id is None and criteria is empty; say by either what ends a row")
+        self.cache, self.criteria = cache, list(criteria)
+        given = [] if eos_token_id is None else eos_token_id
+        self.ends = torch.tensor([given] if isinstance(given, int) else list(given), dtype=torch.int64)
+        self.length = -1
+        # Rows that had ended before the newest token.
+        self.ended = torch.zeros(0, dtype=torch.bool)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Called by ``generate`` with all tokens so far, before the newest have been read."""
-        length = input_ids.shape[1]
-        if length != self.length + 1:  # another call of generate
-            self.start = length - 1
+        rows, length = input_ids.shape
+        if length != self.length + 1 or len(self.ended) != rows:  # another call of generate
+            self.ended = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
         self.length = length
-        ended = torch.isin(input_ids[:, self.start : -1], self.ends.to(input_ids.device)).any(1)
         for layer in self.cache.layers:
             if isinstance(layer, MomentLayer):
-                layer.ended = (length, ended) if bool(ended.any()) else None
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+                layer.ended = (length, self.ended) if bool(self.ended.any()) else None
+        stopped = torch.zeros_like(self.ended)
+        for criterion in self.criteria:
+            stopped = stopped | criterion(input_ids, scores, **kwargs)
+        self.ended = self.ended | stopped | torch.isin(input_ids[:, -1], self.ends.to(input_ids.device))
+        return stopped

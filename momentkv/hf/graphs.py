@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from momentkv.hf.static import StaticLayers
+from momentkv.hf.clock import Clock
 
 __all__ = ["DecodeGraphs", "record_cuda"]
 
@@ -59,24 +59,27 @@ class DecodeGraphs:
     ) -> None:
         if cache.static is None:
             raise ValueError("cache is not static; make it with MomentCache(..., static=True)")
-        self.static: StaticLayers = cache.static
-        if not self.static.frozen:
+        cache.passes.undo()
+        self.cache = cache
+        self.static: Clock = cache.static
+        if not self.static.runs:
             raise RuntimeError("cache has read nothing yet; read the prompt with the model first")
-        rules = self.static.states[0].rules
-        waits = rules.policy.name if rules.policy.name in WAITING_POLICIES else ""
-        if rules.correction.anchored:
-            waits = waits or rules.correction.name
+        config = self.static.cores[0].config
+        waits = config.policy.name if config.policy.name in WAITING_POLICIES else ""
+        if config.correction.anchored:
+            waits = waits or config.correction.name
         if capture_flush and waits:
             raise ValueError(
                 f"capture_flush=True, but {waits!r} decomposes matrices by a routine that waits for the device; use "
                 "capture_flush=False, which launches flushes from Python"
             )
-        counts = self.static.states[0].buffers["counts"]
+        states = [core.stored_state for core in self.static.cores]
+        counts = states[0].counts
         if recorder is None and not counts.is_cuda:
             raise ValueError(
                 f"the cache is on {counts.device}, where there are no CUDA graphs; move the model to a GPU"
             )
-        places = {state.buffers["counts"].device for state in self.static.states}
+        places = {state.counts.device for state in states}
         if len(places) > 1:
             raise ValueError(f"the layers are on {len(places)} devices, and a graph is of one; load the model to one")
         record = recorder or record_cuda
@@ -94,19 +97,18 @@ class DecodeGraphs:
             return logits
 
         def one_flush() -> None:
-            for state in self.static.states:
-                state.flush()
+            for core in self.static.cores:
+                core.flush()
 
         # Outside its graph a step does not flush: a beat that never does.
         self.static.beat = type(before)(flushes=False)
-        for state in self.static.states:
-            state.buffers["counts"].zero_()  # room for the tokens of recorded steps
-            state.buffers["ticks"].zero_()
+        for state in states:
+            state.recent_count.zero_()  # room for the tokens of recorded steps
         try:
             self.step = record(one_step)
             self.flush = record(one_flush) if capture_flush else one_flush
         finally:
-            self.static.beat = before
+            self.static.beat, self.static.open = before, False
             for x, y in zip(self.recorded, held, strict=True):
                 x.copy_(y)
 
@@ -126,20 +128,22 @@ class DecodeGraphs:
         """
         if ids.shape != self.ids.shape:
             raise ValueError(f"ids has shape {tuple(ids.shape)}; the graph was recorded for {tuple(self.ids.shape)}")
-        here = self._tensors() if self.static.frozen else []
+        self.cache.passes.undo()
+        here = self._tensors() if self.static.runs else []
         if len(here) != len(self.recorded) or any(x is not y for x, y in zip(here, self.recorded, strict=True)):
             raise RuntimeError("the cache lies elsewhere than when its steps were recorded; make new DecodeGraphs")
         self.ids.copy_(ids)
-        self.positions.copy_(self.static.states[0].buffers["seen"] if position_ids is None else position_ids)
+        self.positions.copy_(self.static.cores[0].stored_state.clock[0] if position_ids is None else position_ids)
+        self.static.tick()
         logits: torch.Tensor = self.step().clone()
-        self.static.beat = self.static.beat.next
+        self.static.open = False
         if self.static.beat.flushes:
             self.flush()
         return logits
 
     def _tensors(self) -> list[torch.Tensor]:
         """All that a step changes."""
-        return [x for state in self.static.states for x in state.buffers.values()]
+        return [x for core in self.static.cores for x in core.stored_state.arrays().values()]
 
 
 def record_cuda(function: Function) -> Function:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.layer import LayerCache
-from momentkv.cache.ragged import RaggedCache
-from momentkv.cache.sharing import SharedBudget
-from momentkv.hf.attention import LINK, NEWEST
-from momentkv.hf.checks import check_new_tokens, refuse_arguments
-from momentkv.hf.rollback import Pass, base_of, check_crop, crop, queries_to_keep
-from momentkv.hf.static import StaticLayers, check_step
+from momentkv.hf.attention import NEWEST, link, linked
+from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass
+from momentkv.hf.clock import Clock, check_step
+from momentkv.hf.owner import Owner
+from momentkv.hf.padding import Padding
+from momentkv.hf.rollback import Pass, check_crop, crop, queries_to_keep, waiting_tokens
+from momentkv.hf.steps import static_step
 
 __all__ = ["MomentLayer"]
 
@@ -23,9 +26,7 @@ class MomentLayer(CacheLayerMixin):
 
     Parameters
     ----------
-    core : LayerCache or RaggedCache
-        Its keys and values have shape ``(batch, kv_head, n, d)``; where heads retain different numbers of tokens, it is
-        a `RaggedCache`, and they are lists, an entry a head.
+    core : LayerCache
     rollback : int
         Tokens that can be taken back while past states are recorded.
     """
@@ -33,55 +34,49 @@ class MomentLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, core: LayerCache | RaggedCache, rollback: int = 64) -> None:
+    def __init__(self, core: LayerCache, rollback: int = 64) -> None:
         # CacheLayerMixin.__init__ would set `keys` and `values`, which are the core's here.
         self.core, self.rollback = core, rollback
         self.sharing: SharedBudget | None = None
-        # The parts' states while a pass is between `update` and `attend`.
-        self.before: list[dict[str, Any]] | None = None
+        # New tokens that wait for their queries, what the layer was before them, and who is told when it has attended.
+        self.waits = 0
+        self.before: dict[str, Any] = {}
+        self.attended: Callable[[], None] | None = None
         self.record_past = False
         self.passes: list[Pass] = []
-        self.base: list[dict[str, Any]] | None = None
         # Rows that have ended, for the pass that brings the length to this number; see `FinishedRows`.
         self.ended: tuple[int, torch.Tensor] | None = None
-        # Buffers of a cache with static=True, and this layer's place among them.
-        self.static: StaticLayers | None = None
-        self.index = 0
+        # Of the whole cache, in its first compressed layer: whose keys it holds, and what masks said of its tokens.
+        self.owner: Owner | None = None
+        self.padding: Padding | None = None
+        # Of a cache with static=True.
+        self.clock: Clock | None = None
+        self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def is_compileable(self) -> bool:
-        """Whether steps are done in static buffers."""
-        return self.static is not None
+        """Whether steps are done in arrays that stay where they are."""
+        return self.core.config.static
 
     @property
     def is_croppable(self) -> bool:
         """Whether recorded passes can be taken back without a trace."""
-        return self.static is None
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether the state is in static buffers now."""
-        return self.static is not None and self.static.frozen
+        return not self.core.config.static
 
     @property
     def keys(self) -> Any:
-        """Retained keys, shape (batch, kv_head, n, d), or a list of one such array for each head."""
-        return self.visible.keys
+        """Stored keys in order of position, shape (batch, kv_head, n, d); None before the first token."""
+        return self.core.keys
 
     @property
     def values(self) -> Any:
-        """Retained values, shape (batch, kv_head, n, dv), or a list of one such array for each head."""
-        return self.visible.values
-
-    @property
-    def visible(self) -> LayerCache | RaggedCache:
-        """The layer's cache, to look at."""
-        return self.core if self.static is None else self.static.core(self.index)
+        """Stored values in order of position, shape (batch, kv_head, n, dv); None before the first token."""
+        return self.core.values
 
     @property
     def is_initialized(self) -> bool:
         """Whether any token has arrived."""
-        return self.is_frozen or self.core.seen > 0
+        return self.core.state is not None
 
     @property
     def recorded(self) -> int:
@@ -90,13 +85,11 @@ class MomentLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored now, queries of recorded passes and static buffers included."""
-        if self.static is not None:
-            return self.core.nbytes + self.static.states[self.index].nbytes
+        """Bytes held now, queries of recorded passes included."""
         return self.core.nbytes + sum(one.queries.nbytes for one in self.passes)
 
     def __repr__(self) -> str:
-        core = self.visible
+        core = self.core
         return f"MomentLayer(budget={core.budget}, stored={core.stored}, seen={core.seen})"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -105,28 +98,19 @@ class MomentLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new tokens; the returned keys carry the link that `momentkv_attention` follows."""
-        if self.static is not None and self.static.frozen:
-            self.static.states[self.index].append(key_states.detach(), value_states.detach())
-            linked = key_states.view_as(key_states)
-            setattr(linked, LINK, self)
-            return linked, value_states
-        if self.before is not None:
-            raise RuntimeError(
-                "the last forward pass updated this cache layer but its attention never reached momentkv: either the "
-                "pass failed (call cache.reset()), or this architecture changes the keys after updating its cache "
-                "(multi-head latent attention does) and is not supported; use a DynamicCache for it"
-            )
-        self.to(key_states.device)
-        before = [part.snapshot() for part in self.core.parts]
+        """Take new tokens; the returned keys are theirs, with the link that `momentkv_attention` follows."""
+        self.come_to(key_states.device)
+        if self.steps_statically(key_states.shape[2]):
+            self.arrived = key_states.detach(), value_states.detach()
+            return link(self, key_states, value_states)
+        before = self.held()
         self.core.append(key_states, value_states)
-        self.before = before
-        keys, values = key_states, value_states  # attention takes what it needs from the core, by the link
-        if isinstance(self.core, LayerCache):
-            keys, values = self.core.keys, self.core.values
-        linked = keys.view_as(keys)  # an alias, so that the stored keys hold no link to themselves
-        setattr(linked, LINK, self)
-        return linked, values
+        self.before, self.waits = before, key_states.shape[2]
+        return link(self, key_states, value_states)
+
+    def steps_statically(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens is a step in arrays that stay where they are."""
+        return tokens == 1 and self.clock is not None and self.clock.runs
 
     def attend(
         self,
@@ -141,48 +125,76 @@ class MomentLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend and evict; called by `momentkv_attention`. On an error the layer is as before `update`."""
-        if self.static is not None and self.static.frozen:
-            return self.step(query, attention_mask, dropout, kwargs), None
-        before, self.before = self.before, None
+        core = self.core
+        if self.steps_statically(query.shape[2]):
+            return self.step(module, query, attention_mask, dropout, kwargs), None
         try:
-            refuse_arguments(attention_mask, dropout, kwargs)
-            q_len, seen = query.shape[2], self.core.seen
-            valid = None
-            if attention_mask is None:  # padding has positions of its own, and a mask whose length is checked
-                check_new_tokens(kwargs.get("position_ids"), seen - q_len, seen)
-            else:
-                valid = attention_mask[:, None, seen - q_len : seen]
-            valid = self.without_ended_rows(valid, q_len)
-            self.core.scale = scaling
-            out = self.core.attend(query, valid=valid)
-            if self.record_past and before is not None:
-                self.base = self.base or base_of(before)
-                kept = queries_to_keep(self.core, q_len, self.rollback)
+            core.scale, q_len = scaling, query.shape[2]
+            attention_mask = check_pass(self, module, attention_mask, q_len, dropout, kwargs)
+            valid = self.real_tokens(q_len, attention_mask, kwargs)
+            core.recording = self.record_past and not core.config.static
+            out = core.attend(query, valid=valid)
+            self.waits = 0
+            if core.recording:
+                kept = queries_to_keep(core, q_len, self.rollback)
                 self.passes.append(Pass(q_len, query[:, :, q_len - kept :].detach().clone(), valid))
+                core.release_projections()
             else:
                 self.evict()
+            result = out.transpose(1, 2).contiguous()
+            if self.padding is not None:
+                self.padding.read(attention_mask, valid, core.seen - q_len, q_len)
         except BaseException:
-            if before is not None:
-                for part, state in zip(self.core.parts, before, strict=True):
-                    part.restore(state)
+            self.go_back(self.before)
             raise
-        if self.static is not None and self.core is self.static.cores[-1]:
-            self.static.freeze()
-        return out.transpose(1, 2).contiguous(), None
+        self.before = {}
+        if self.attended is not None:
+            self.attended()
+        if self.clock is not None and core is self.clock.cores[-1]:
+            self.clock.set()
+        return result, None
 
     def step(
-        self, query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+        self, module: Any, query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, kwargs: Any
     ) -> torch.Tensor:
-        """`attend` for one token, in static buffers."""
-        refuse_arguments(None, dropout, kwargs)
-        valid = check_step(query, attention_mask)
-        static: Any = self.static
-        state = static.states[self.index]
+        """`attend` for one token, in arrays that stay where they are."""
+        clock: Any = self.clock
+        core, first = self.core, self.core is clock.cores[0]
+        try:
+            check_static_pass(self, module, dropout, kwargs)
+            valid = check_step(query, attention_mask)
+        except (ValueError, RuntimeError):
+            if first:  # nothing has been changed
+                clock.undo()
+            raise
+        keys, values = self.arrived or (None, None)
         with torch.no_grad():
-            out = state.attend(query, valid)
-            if static.beat.flushes:
-                state.flush()
+            out = static_step(core, query, keys, values, valid, clock.beat.flushes)
+        if core is clock.cores[-1]:
+            clock.open = False
         return out.transpose(1, 2).contiguous()
+
+    def real_tokens(
+        self, q_len: int, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Which of the new tokens are no padding, bool (batch, 1, q_len), or None for all."""
+        seen = self.core.seen
+        valid = None
+        if attention_mask is None:  # padding has positions of its own, and a mask whose length is checked
+            check_new_tokens(kwargs.get("position_ids"), seen - q_len, seen)
+        else:
+            valid = attention_mask[:, None, seen - q_len : seen]
+        return self.without_ended_rows(valid, q_len)
+
+    def held(self) -> dict[str, Any]:
+        """All that a pass changes, by reference; see `LayerCache.held`."""
+        return {"core": self.core.held(), "passes": list(self.passes), "ended": self.ended}
+
+    def go_back(self, held: dict[str, Any]) -> None:
+        """Undo all since `held`."""
+        self.core.go_back(held["core"])
+        self.passes, self.ended = list(held["passes"]), held["ended"]
+        self.waits, self.before = 0, {}
 
     def without_ended_rows(self, valid: torch.Tensor | None, q_len: int) -> torch.Tensor | None:
         """Padding of a pass, with the pads that ``generate`` feeds to rows that have ended."""
@@ -194,19 +206,22 @@ class MomentLayer(CacheLayerMixin):
     @torch.no_grad()
     def evict(self) -> None:
         """Evict down to the budget, or together with the other layers and heads where the budget is shared."""
-        if self.sharing is None:
+        if self.sharing is None or self.core.newest_queries is None:
             self.core.evict()
         else:
+            self.core.release_projections()
             self.sharing.evict(self.core)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and evicted ones included: positions and masks count from here.
 
-        In static buffers a tensor, as for caches of transformers that can be compiled: reading it as a number waits.
+        Where steps are static a tensor, as for caches of transformers that can be compiled: reading it as a number
+        waits for the device.
         """
-        if self.static is not None and self.static.frozen:
-            seen: Any = self.static.states[self.index].buffers["seen"]
-            return seen + 0  # what the caller holds must not count on
+        clock: Any = self.core.clock
+        if clock is not None:
+            now: Any = linked(clock.reshape(-1)[0] + 0, self)  # what the caller holds must not count on
+            return now
         return self.core.seen
 
     def get_max_length(self) -> int:
@@ -215,33 +230,26 @@ class MomentLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Mask sizes as if nothing were evicted, so that one mask serves every layer; of a static step, `NEWEST`."""
-        if self.static is not None and self.static.frozen:
-            if query_length == 1:
-                return 1, NEWEST
-            return int(self.get_seq_length()) + query_length, 0
+        if self.steps_statically(query_length):
+            return 1, NEWEST
         return self.core.seen + query_length, 0
 
     def reset(self) -> None:
         """Forget all tokens and moments."""
         self.core.reset()
-        if self.static is not None:
-            self.static.frozen = False
-        self.before, self.ended = None, None
-        self.passes, self.base = [], None
+        self.waits, self.before, self.ended = 0, {}, None
+        self.passes = []
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows for beam search; moments and scores follow."""
-        self._check_thawed("reorder_cache")
         self.core.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self._check_thawed("batch_repeat_interleave")
         self.core.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows."""
-        self._check_thawed("batch_select_indices")
         self.core.map(lambda x: x[indices.to(x.device)])
 
     def activate_past_recording(self) -> None:
@@ -250,36 +258,45 @@ class MomentLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back; see `MomentCache.crop`."""
-        self._check_thawed("crop")
+        if self.core.config.static:
+            raise RuntimeError("crop of one layer of a static cache, which share a clock; call crop of the cache")
         if self.sharing is not None:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) of one layer: it shares its budget with others; call crop of the cache"
             )
-        tokens = tokens_to_take_back(tokens_to_remove)
+        tokens = waiting_tokens(tokens_to_remove)
         check_crop([self], tokens)
         crop([self], tokens)
-
-    def _check_thawed(self, method: str) -> None:
-        """Raise where this layer's state is in buffers, which it shares a clock for with all others."""
-        if self.is_frozen:
-            raise RuntimeError(f"{method} of one layer of a static cache; call {method} of the cache")
 
     @property
     def device(self) -> torch.device:
         """Where the layer's arrays are."""
-        device: torch.device = next(iter(self.core.arrays().values())).device
+        device: torch.device = self.core.stored_state.keys.device
         return device
 
     def to(self, device: torch.device) -> None:
         """Move the whole state to a device."""
-        self._check_thawed("offload")
-        if not self.is_initialized or self.device == device:
+        if self.core.state is None or self.device == device:
             return
         if self.passes:
             raise RuntimeError(
                 f"cannot move a cache layer to {device}: recorded passes wait for crop; call cache.crop(0) first"
             )
         self.core.map(lambda x: x.to(device))
+        if self.core.fixed is not None:
+            self.core.fixed = None  # what lies elsewhere is let go of
+            self.core.fix()
+
+    def come_to(self, device: torch.device) -> None:
+        """Move the state to where new tokens are."""
+        if self.core.state is None or self.device == device:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"the cache is on {self.device}, its model's layer on {device}: it was offloaded since the last pass; "
+                "read one token with the model uncompiled, which moves it back"
+            )
+        self.to(device)
 
     def offload(self) -> None:
         """Move the whole state to the CPU; the next `update` brings it back to the device of its model."""
@@ -287,12 +304,3 @@ class MomentLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing to do: `update` moves the state to the device of the keys that arrive."""
-
-
-def tokens_to_take_back(tokens_to_remove: int) -> int:
-    """Number of tokens that ``crop`` of transformers asks to remove."""
-    if tokens_to_remove > 0:
-        raise ValueError(
-            f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number, as transformers does"
-        )
-    return -tokens_to_remove

@@ -1,9 +1,8 @@
 """Rolling tokens back: passes whose eviction waits until it is known which of their tokens stay.
 
 Assisted and prompt-lookup decoding read guessed tokens and take back those that were wrong. What has been folded into
-moments cannot be taken out, so a layer that records keeps each pass's queries and puts its eviction off until `crop`.
-Then the state before the pass is restored and the tokens that stay are read again: afterwards the layer is what it
-would be if the others had never come, scores and query statistics included.
+moments cannot be taken out, so the tokens of a recorded pass wait beside the cache, with its queries, and nothing of
+them is observed. `crop` says which stay; these are then read as if the others had never come.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from momentkv.cache.layer import RECENT_QUERIES, LayerCache
-from momentkv.cache.ragged import RaggedCache
+from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.layer import LayerCache
 
-__all__ = ["Pass", "Recorded", "check_crop", "crop", "queries_to_keep", "settle"]
-
-# What a pass only adds to at its end; it need not be kept twice.
-GROWING = ("keys", "values", "positions")
+__all__ = ["Pass", "Recorded", "check_crop", "crop", "queries_to_keep", "settle", "waiting_tokens"]
 
 
 class Pass(NamedTuple):
@@ -41,27 +37,26 @@ class Pass(NamedTuple):
 class Recorded(Protocol):
     """A cache layer that can record passes."""
 
-    core: LayerCache | RaggedCache
+    core: LayerCache
     passes: list[Pass]
-    base: list[dict[str, Any]] | None
 
     def evict(self) -> None:
         """Evict down to the budget."""
 
 
-def queries_to_keep(core: LayerCache | RaggedCache, q_len: int, rollback: int) -> int:
+def waiting_tokens(tokens_to_remove: int) -> int:
+    """Number of tokens that ``crop`` of transformers asks to remove."""
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number, as transformers does"
+        )
+    return -tokens_to_remove
+
+
+def queries_to_keep(core: LayerCache, q_len: int, rollback: int) -> int:
     """Newest queries of a pass that reading it again without its last ``rollback`` tokens takes."""
-    observes = core.parts[0].policy.observes
+    observes = core.config.policy.observes
     return q_len if observes is None else min(q_len, rollback + max(observes, RECENT_QUERIES))
-
-
-def base_of(before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What of the state before a pass must be kept to go back to it; stored tokens are still in the cache."""
-    return [
-        {name: value for name, value in state.items() if name not in GROWING}
-        | {"stored": 0 if state["keys"] is None else int(state["keys"].shape[-2])}
-        for state in before
-    ]
 
 
 def check_crop(layers: Sequence[Recorded], tokens: int) -> None:
@@ -82,38 +77,37 @@ def check_crop(layers: Sequence[Recorded], tokens: int) -> None:
                 left = 0
                 break
             left -= one.tokens
-        if left:
+        if left and core.has_evicted:
             seen = core.seen - (tokens - left)
-            for part in core.parts:
-                gone = part.has_evicted and not bool(((newest(part, seen, left)).sum(-1) == left).all())
-                if gone or (part.has_evicted and left >= seen):
-                    raise RuntimeError(
-                        f"crop(-{tokens}): some of these tokens have been evicted and cannot be taken back; crop no "
-                        f"more than the window ({part.window}), call activate_past_recording() before reading tokens "
-                        "that may have to go, or read the conversation again with a new cache"
-                    )
+            newest = (core.positions >= seen - left) & (core.positions < seen)
+            if left >= seen or not bool((newest.sum(-1) == left).all()):
+                raise RuntimeError(
+                    f"crop(-{tokens}): some of these tokens have been evicted and cannot be taken back; crop no "
+                    f"more than the window ({core.config.window}), call activate_past_recording() before reading "
+                    "tokens that may have to go, or read the conversation again with a new cache"
+                )
 
 
 def crop(layers: Sequence[Recorded], tokens: int) -> None:
-    """Take the last tokens back, and evict what was put off for those that stay (see `check_crop`)."""
-    recorded = layers[0].passes
-    stays = [one.tokens for one in recorded]
+    """Take the last tokens back, and evict what was put off for those that stay (see `check_crop`); all or nothing."""
+    stays = [one.tokens for one in layers[0].passes]
     left = tokens
     while stays and left >= stays[-1]:
         left -= stays.pop()
     if stays and left:
         stays[-1] -= left
         left = 0
-    if len(recorded) > 0 and stays != [recorded[0].tokens]:
+    before = [(layer, layer.passes, layer.core.held()) for layer in layers]
+    try:
         read_again(layers, stays, len(stays))
-    elif recorded:
-        for layer in layers:
-            layer.passes, layer.base = [], None
-            layer.evict()
-    if left:
-        for layer in layers:
-            for part in layer.core.parts:
-                drop(part, left)
+        if left:
+            for layer in layers:
+                layer.core.drop(left)
+    except BaseException:
+        for layer, passes, held in before:
+            layer.passes = passes
+            layer.core.go_back(held)
+        raise
 
 
 def settle(layers: Sequence[Recorded], limit: int) -> None:
@@ -122,72 +116,37 @@ def settle(layers: Sequence[Recorded], limit: int) -> None:
     settled = 0
     while sum(stays[settled:]) > limit:
         settled += 1
-    if settled == len(stays) == 1:
-        crop(layers, 0)
-    elif settled:
+    if settled:
         read_again(layers, stays, settled)
 
 
 def read_again(layers: Sequence[Recorded], stays: Sequence[int], settled: int) -> None:
-    """Go back before the recorded passes and read the first tokens of each again; the first passes are settled."""
-    stored: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-    passes: list[list[Pass]] = []
-    places: list[list[int]] = []
+    """Read the first tokens of each recorded pass for good; passes after the first ``settled`` go on waiting."""
+    recorded: list[tuple[list[Pass], Any]] = []
     for layer in layers:
-        base = layer.base
-        if base is None:
-            raise RuntimeError("a layer has recorded passes but not the state before them; call cache.reset()")
-        stored.append([(part.keys, part.values) for part in layer.core.parts])
-        places.append([state["stored"] for state in base])
-        passes.append(layer.passes)
-        for part, state in zip(layer.core.parts, base, strict=True):
-            n = state["stored"]
-            old: dict[str, Any] = dict.fromkeys(GROWING)
-            if n:
-                old["keys"], old["values"] = part.keys[..., :n, :], part.values[..., :n, :]
-                old["positions"] = part.positions[..., :n]
-            part.restore({name: value for name, value in state.items() if name != "stored"} | old)
-        layer.passes, layer.base = [], None
+        recorded.append((layer.passes, layer.core.new))
+        layer.core.recording, layer.core.new, layer.passes = False, None, []
     # One pass of all layers, then the next, as when they were read: layers that share a budget evict together.
-    for index, count in enumerate(stays):
-        for layer, tokens, place, recorded in zip(layers, stored, places, passes, strict=True):
-            core, one = layer.core, recorded[index]
-            start = sum(each.tokens for each in recorded[:index])
-            keys, values = (
-                torch.cat(
-                    [x[which][..., n + start : n + start + count, :] for x, n in zip(tokens, place, strict=True)], 1
-                )
-                for which in (0, 1)
-            )
-            before = [part.snapshot() for part in core.parts]
-            core.append(keys, values)
+    start = 0
+    for index, count in enumerate(stays[:settled]):
+        for layer, (passes, new) in zip(layers, recorded, strict=True):
+            one = passes[index]
+            layer.core.append(*(x[..., start : start + count, :] for x in (new.keys, new.values)))
             queries = one.queries[:, :, : one.queries.shape[2] - (one.tokens - count)]
             valid = None if one.valid is None else one.valid[..., :count]
             if count == 1:
-                core.attend(queries, valid=valid)  # a single query is observed on the way
+                layer.core.attend(queries, valid=valid)  # a single query is observed on the way
             else:
-                core.observe(queries, valid=valid)
-            if index < settled:
-                layer.evict()
-            else:
-                layer.base = layer.base or base_of(before)
-                layer.passes.append(Pass(count, queries, valid))
-
-
-def newest(part: LayerCache, seen: int, tokens: int) -> torch.Tensor:
-    """Which stored tokens are among the last of the first ``seen``."""
-    return (part.positions >= seen - tokens) & (part.positions < seen)
-
-
-def drop(part: LayerCache, tokens: int) -> None:
-    """Take the newest tokens out of what is stored; evicted ones are older (see `check_crop`)."""
-    gone = newest(part, part.seen, tokens)
-    positions = part.positions.masked_fill(gone, -1)
-    real = (positions >= 0).flatten(0, -2).any(0).nonzero()
-    width = int(real[-1]) + 1 if len(real) else 0
-    part.keys, part.values = part.keys[..., :width, :], part.values[..., :width, :]
-    part.positions = positions[..., :width]
-    if part.score is not None:
-        part.score = part.score[..., :width]
-    part.padded = bool((part.positions < 0).any())
-    part.seen -= tokens
+                layer.core.observe(queries, valid=valid)
+            layer.evict()
+        start += recorded[0][0][index].tokens
+    for layer, (passes, new) in zip(layers, recorded, strict=True):
+        layer.passes = passes[settled : len(stays)]
+        if layer.passes:
+            layer.core.recording = True
+            parts = (None if x is None else x[..., start:] for x in (new.positions, new.attention))
+            layer.core.new = new._replace(
+                keys=new.keys[..., start:, :],
+                values=new.values[..., start:, :],
+                **dict(zip(("positions", "attention"), parts, strict=True)),
+            )

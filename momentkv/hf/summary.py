@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from momentkv.trust import trust as estimate_trust
 
 __all__ = ["CacheSummary", "LayerSummary"]
@@ -100,19 +98,23 @@ def summarise(cache: Any, trust: Callable[[Any], float] | None = None) -> CacheS
     for index, layer in enumerate(cache.layers):
         if index in cores:
             core = cores[index]
-            parts = core.parts
+            budgets = core.budgets or [core.budget]
             empty = not core.seen
-            retained = 0.0 if empty else mean([float((part.positions >= 0).sum(-1).float().mean()) for part in parts])
-            evicted = 0.0 if empty else mean([float(gone(part)) for part in parts])
-            for part in parts if not empty else ():
-                k, v = part.keys, part.values
+            retained = evicted = 0.0
+            if not empty:
+                view = core.view()
+                k, v = view.keys, view.values
+                held = (view.positions >= 0).sum(-1).float().mean()
+                # Without statistics nobody has counted evicted tokens, and padding is counted with them.
+                gone = core.stored_state.evicted.weight.float().mean() if core.config.corrects else core.seen - held
+                retained, evicted = float(held), float(gone)
                 pair = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
-                full += part.seen * math.prod(k.shape[:-2]) * pair
+                full += core.seen * math.prod(k.shape[:-2]) * pair
             layers.append(
                 LayerSummary(
                     index,
                     "moment",
-                    mean([part.budget for part in parts]),
+                    sum(budgets) / len(budgets),
                     retained,
                     evicted,
                     layer.nbytes,
@@ -133,21 +135,8 @@ def measured(core: Any, trust: Callable[[Any], float] | None) -> float | None:
     """The caller's measure of a layer, or else its estimated error, or None where nothing is known."""
     if trust is not None:
         return float(trust(core))
-    parts = core.parts
-    if any(part.certify is None or part.query_mean is None for part in parts):
+    state = core.stored_state
+    if core.config.certify is None or state.query_mean is None:
         return None
-    scale = parts[0].attention_scale
-    queries = torch.cat([part.query_mean for part in parts], dim=-2)[..., None, :] / scale
-    return float(estimate_trust(core, queries.to(parts[0].keys.dtype)).estimated.mean())
-
-
-def mean(numbers: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(numbers) / len(numbers)
-
-
-def gone(part: Any) -> float:
-    """Tokens evicted, mean over rows; without moments nobody has counted them, and padding is counted with them."""
-    if part.order is None:
-        return float(part.seen - (part.positions >= 0).sum(-1).float().mean())
-    return float(part.moments.weight.float().mean())
+    queries = state.query_mean[..., None, :] / core.attention_scale
+    return float(estimate_trust(core, queries.to(state.keys.dtype)).estimated.mean())

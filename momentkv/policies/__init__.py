@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from momentkv.policies.attention import Attention
 from momentkv.policies.balanced import Balanced
 from momentkv.policies.base import Policy, Tokens
@@ -37,6 +39,7 @@ __all__ = [
     "MomentKV",
     "Novelty",
     "Policy",
+    "PolicyName",
     "Random",
     "Selection",
     "SnapKV",
@@ -45,6 +48,26 @@ __all__ = [
     "check_budget",
     "get_policy",
     "retain",
+]
+
+# What type checkers know `POLICIES` by; a test compares the two.
+PolicyName = Literal[
+    "attention",
+    "balanced",
+    "caote",
+    "criticalkv",
+    "expected-attention",
+    "h2o",
+    "keydiff",
+    "knorm",
+    "lagkv",
+    "leverage",
+    "momentkv",
+    "novelty",
+    "random",
+    "snapkv",
+    "streaming",
+    "tova",
 ]
 
 POLICIES: dict[str, type[Policy]] = {

@@ -45,5 +45,5 @@ class Attention(Policy):
     def importance(self, tokens: Tokens) -> Array:
         xp = array_namespace(tokens.keys, tokens.values)
         (values,) = accumulate(xp, tokens.values)
-        attention = tokens.score * xp.linalg.vector_norm(centred(values, tokens.positions >= 0), axis=-1)
+        attention = tokens.attention * xp.linalg.vector_norm(centred(values, tokens.positions >= 0), axis=-1)
         return pool_neighbours(attention, tokens.positions, self.kernel) if self.kernel > 1 else attention

@@ -22,8 +22,8 @@ class Tokens:
     values : array, shape (..., kv_head, n, dv)
     positions : int array, shape (..., kv_head, n)
         Place of each token in the sequence; negative for a slot that holds none (padding).
-    score : array, shape (..., kv_head, n)
-        What `Policy.observe` made of the attention that each token received.
+    attention : array, shape (..., kv_head, n)
+        What `Policy.observe` made of the attention that each token received; `score` is its former name.
     moments : Moments
         Of the tokens evicted so far.
     scale : float
@@ -36,11 +36,16 @@ class Tokens:
     keys: Array
     values: Array
     positions: Array
-    score: Array
+    attention: Array
     moments: Moments
     scale: float
     query_mean: Array | None = None
     query_variance: Array | None = None
+
+    @property
+    def score(self) -> Array:
+        """The former name of ``attention``."""
+        return self.attention
 
 
 class Policy(abc.ABC):
@@ -56,13 +61,13 @@ class Policy(abc.ABC):
         How many of the last queries of a forward pass it wants to see the attention of (the observation window at
         prefill); 0 for none, None for all of them (computed block by block). While decoding, every query is seen.
     accumulates : bool
-        Whether a token's score survives an eviction (True) or starts afresh (False), so that it covers the queries
-        since the last eviction.
+        Whether what a token has received survives an eviction (True) or starts afresh (False), so that it covers the
+        queries since the last eviction.
     needs_queries : bool
         Whether it wants mean and variance of the recent queries, which are then stored.
     couples_heads : bool
         Whether the importance of a token in one KV head depends on the others. Such a policy cannot give each head a
-        budget of its own (`momentkv.cache.ragged.RaggedCache`).
+        budget of its own.
     rounds : int
         In how many rounds a long eviction is done. Each round sees the moments of the rounds before.
     """
@@ -74,12 +79,12 @@ class Policy(abc.ABC):
     needs_queries: ClassVar[bool] = False
     rounds: int = 1
 
-    def observe(self, score: Array, attention: Array) -> Array:
-        """Fold newly observed attention into the score of each token.
+    def observe(self, received: Array, attention: Array) -> Array:
+        """Add newly observed attention to what each token has received.
 
         Parameters
         ----------
-        score : array, shape (..., kv_head, n)
+        received : array, shape (..., kv_head, n)
             So far; zero for new tokens.
         attention : array, shape (..., kv_head, group, q_len, n)
             Softmax weights that the queries gave the tokens.
@@ -89,8 +94,8 @@ class Policy(abc.ABC):
         array, shape (..., kv_head, n)
             By default the sum over queries, averaged over the group.
         """
-        xp = array_namespace(score, attention)
-        return score + xp.mean(xp.sum(attention, axis=-2), axis=-2)
+        xp = array_namespace(received, attention)
+        return received + xp.mean(xp.sum(attention, axis=-2), axis=-2)
 
     @abc.abstractmethod
     def importance(self, tokens: Tokens) -> Array:

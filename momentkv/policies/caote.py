@@ -59,8 +59,8 @@ class CAOTE(Policy):
             raise ValueError(f"observes is {self.observes}; use a window of at least 1 query")
 
     def importance(self, tokens: Tokens) -> Array:
-        xp = array_namespace(tokens.values, tokens.score)
-        values, score = accumulate(xp, tokens.values, tokens.score)
+        xp = array_namespace(tokens.values, tokens.attention)
+        values, score = accumulate(xp, tokens.values, tokens.attention)
         real = tokens.positions >= 0
         values = xp.where(real[..., None], values, xp.zeros_like(values))
         score = xp.where(real, score, xp.zeros_like(score))

@@ -61,8 +61,8 @@ class CriticalKV(Policy):
         check_kernel(self.kernel)
 
     def importance(self, tokens: Tokens) -> Array:
-        xp = array_namespace(tokens.values, tokens.score)
-        values, score = accumulate(xp, tokens.values, tokens.score)
+        xp = array_namespace(tokens.values, tokens.attention)
+        values, score = accumulate(xp, tokens.values, tokens.attention)
         real = tokens.positions >= 0
         score = xp.where(real, score, xp.zeros_like(score))
         values = xp.where(real[..., None], values, xp.zeros_like(values))

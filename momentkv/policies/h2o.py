@@ -34,4 +34,4 @@ class H2O(Policy):
     observes: int | None = 32
 
     def importance(self, tokens: Tokens) -> Array:
-        return tokens.score
+        return tokens.attention

@@ -57,4 +57,4 @@ class MomentKV(Policy):
         if moments.value_key is not None:
             slope = tokens.scale * moments.value_key / positive(xp, moments.weight)[..., None, None]
             residual = residual - xp.matmul(keys, xp.matrix_transpose(slope))
-        return tokens.score * xp.linalg.vector_norm(residual, axis=-1)
+        return tokens.attention * xp.linalg.vector_norm(residual, axis=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace, device
@@ -48,7 +49,11 @@ class Novelty(Policy):
         xp = array_namespace(tokens.keys, tokens.values)
         keys, values = accumulate(xp, tokens.keys, tokens.values)
         real = tokens.positions >= 0
-        novelty = mahalanobis(centred(keys, real), real) * mahalanobis(centred(values, real), real)
+        if keys.shape == values.shape:
+            both = mahalanobis(centred(xp.stack([keys, values]), real), real)
+        else:
+            both = xp.stack([mahalanobis(centred(x, real), real) for x in (keys, values)])
+        novelty = xp.prod(both, axis=0)
         return pool_neighbours(novelty, tokens.positions, self.kernel) if self.kernel > 1 else novelty
 
 
@@ -64,6 +69,8 @@ def centred(x: Array, real: Array) -> Array:
 def mahalanobis(off: Array, real: Array) -> Array:
     """Squared Mahalanobis distance of centred vectors, shape (..., n), under their own covariance with a ridge.
 
+    NaN for all of a set with a vector that is not finite, or whose square is not, and for no other set.
+
     Examples
     --------
     >>> import numpy as np
@@ -77,9 +84,15 @@ def mahalanobis(off: Array, real: Array) -> Array:
     covariance = xp.matmul(xp.matrix_transpose(off), off) / number[..., None, None]
     mean = xp.sum(off * off, axis=(-2, -1)) / number / d
     identity = xp.eye(d, dtype=off.dtype, device=device(off))
-    covariance = covariance + (RIDGE * positive(xp, mean))[..., None, None] * identity
-    solved = xp.matmul(off, xp.linalg.inv(covariance))
-    return xp.sum(solved * off, axis=-1)
+    ridge = RIDGE * positive(xp, mean)
+    # Of vectors whose squares are hardly numbers, as much as has an inverse.
+    ridge = xp.maximum(ridge, xp.full_like(ridge, xp.finfo(off.dtype).smallest_normal))
+    covariance = covariance + ridge[..., None, None] * identity
+    # A matrix that is not finite may stop the inversion of all.
+    finite = xp.all(xp.isfinite(covariance), axis=(-2, -1))[..., None]
+    inverse = xp.linalg.inv(xp.where(finite[..., None], covariance, identity))
+    distance = xp.sum(xp.matmul(off, inverse) * off, axis=-1)
+    return xp.where(finite, distance, xp.full_like(distance, math.nan))
 
 
 def ranks(x: Array, real: Array) -> Array:

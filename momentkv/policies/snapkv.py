@@ -39,7 +39,7 @@ class SnapKV(Policy):
         check_kernel(self.kernel)
 
     def importance(self, tokens: Tokens) -> Array:
-        return pool_neighbours(tokens.score, tokens.positions, self.kernel)
+        return pool_neighbours(tokens.attention, tokens.positions, self.kernel)
 
 
 def check_kernel(kernel: int) -> None:

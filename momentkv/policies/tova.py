@@ -31,4 +31,4 @@ class TOVA(Policy):
         return xp.zeros_like(score) + xp.mean(last, axis=-2, keepdims=True)
 
     def importance(self, tokens: Tokens) -> Array:
-        return tokens.score
+        return tokens.attention

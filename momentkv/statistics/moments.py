@@ -1,7 +1,7 @@
 """Moment statistics of a set of tokens, and their algebra.
 
 A `Moments` stands for a (weighted) set of tokens per KV head: weight, key mean, value mean, the centred value-key
-co-moment and, where wanted, that of the keys and what error bounds need. Sets can be joined (`merge`, `update`), parted
+co-moment and, where wanted, that of the keys and what bounds need. Sets can be joined (`merge`, `update`), parted
 (`downdate`), moved (`rotate`) and faded (`decay`) without the tokens. Always centred: raw second moments lose all
 digits once the mean is large against the spread.
 """
@@ -61,8 +61,7 @@ class Moments:
         Scaled query :math:`a` (with the factor ``s``) whose attention the tokens are weighted by:
         :math:`w_j e^{a \cdot k_j}`; None for the zero query, the paper's.
     log_scale : array, shape (...), or None
-        Given with an anchor: natural log of the factor that all weights have yet to be multiplied by, ``-inf`` for the
-        empty set. The largest factor :math:`e^{a \cdot k_j}` of a set gathered at once is stored as 1.
+        Given with an anchor: natural log of a factor of all weights, ``-inf`` for the empty set.
 
     Notes
     -----

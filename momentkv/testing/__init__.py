@@ -8,6 +8,7 @@ hypothesis are in `momentkv.testing.strategies`, which alone imports it; `import
 from __future__ import annotations
 
 from momentkv.testing.conformance import check_backend, check_library, check_policy
-from momentkv.testing.laws import CHECKS, Outcome, Truth, check
+from momentkv.testing.laws import CHECKS, check
+from momentkv.testing.truth import Outcome, Truth
 
 __all__ = ["CHECKS", "Outcome", "Truth", "check", "check_backend", "check_library", "check_policy"]

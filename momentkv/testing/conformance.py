@@ -13,15 +13,17 @@ from momentkv.attention import AttentionState
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.bounds.rounding import attention_error
 from momentkv.cache.layer import LayerCache
-from momentkv.policies import Policy, get_policy
+from momentkv.policies import Policy, Tokens, get_policy
 from momentkv.statistics.moments import Moments
 from momentkv.testing.adversaries import Batch, draw
-from momentkv.testing.laws import LONG, Truth
+from momentkv.testing.tiers import lay_out
+from momentkv.testing.truth import LONG, Truth
 
 __all__ = ["check_backend", "check_library", "check_policy"]
 
 Floats = NDArray[Any]
 HEADS = 40
+FEW_HEADS = 6
 
 
 def norm(x: Floats) -> Floats:
@@ -74,6 +76,8 @@ def check_backend(
         batch = draw(rng, HEADS, dtype=dtypes[index % len(dtypes)])
         _check_attend(subject, batch, asarray, asnumpy, f"batch {index} of seed {seed}")
         _check_correct(subject, batch, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
+        _check_stored(subject, batch, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
+        _check_writes(subject, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
     return batches * HEADS
 
 
@@ -128,6 +132,88 @@ def _check_correct(
     got = asnumpy(backend.correct(retained, q, empty.expansion(), scale=batch.scale))[0, :, 0]
     if not (got == out).all():
         raise AssertionError(f"correct: changes the retained output where nothing was evicted, {where}")
+
+
+def _check_stored(
+    backend: ArrayBackend,
+    batch: Batch,
+    rng: np.random.Generator,
+    asarray: Callable[..., Any],
+    asnumpy: Callable[..., Any],
+    where: str,
+) -> None:
+    """Stored tokens are attended to, and corrected, as they are in one array, however they lie in tiers."""
+    # A few of the heads: backends may take heads of different numbers one by one.
+    queries, k, v, w = (x[:FEW_HEADS] for x in (batch.q, batch.k, batch.v, np.ones_like(batch.w)))
+    truth = Truth.of(Batch(queries, k, v, w, batch.scale, batch.dtype, True))
+    (heads, n, d), u = k.shape, float(np.finfo(batch.dtype).eps)
+    draws = 1 if rng.random() < 0.5 else heads  # one for all heads, or one for each
+    widths, spare = (rng.integers(0, most, draws).tolist() * (heads // draws) for most in (n + 1, 3))
+    stored = lay_out(k[None], v[None], widths, spare=spare, told=bool(rng.random() < 0.5))
+    q, tiers = asarray(queries[None]), stored.arrays(asarray)
+    longest_k, longest_v = (norm(x.astype(LONG)).max(axis=-1) for x in (k, v))
+    # No lse of a part is further from zero than the largest logit and log n.
+    reach = norm(truth.query) * longest_k + np.log(n)
+    part_out, part_lse = attention_error(norm(truth.query), longest_k, longest_v, reach, n=n, d=d, u=u)
+    of_lse = 2 * part_lse + u * (32 + reach) + truth.mass_slack()
+    of_out = 2 * part_out + 2 * longest_v * (np.tanh(of_lse) + 32 * u) + truth.value_error
+    shares = np.broadcast_to((truth.share * np.exp(truth.x - truth.kappa[:, None]))[:, None, None], (heads, 1, 1, n))
+    for wanted in (False, True):
+        state, weights = backend.attend_stored(q, tiers, scale=batch.scale, weights=wanted)
+        out, of_stored = backend.decode(q, tiers, None, scale=batch.scale, weights=wanted)
+        for name, got in (("attend_stored", state.out), ("decode", out)):
+            _within(norm(asnumpy(got)[0, :, 0] - truth.value), of_out, f"{name}: output, {where}")
+        _within(np.abs(asnumpy(state.lse)[0, :, 0] - truth.lse), of_lse, f"attend_stored: lse, {where}")
+        for name, got in (("attend_stored", weights), ("decode", of_stored)):
+            if (got is not None) != wanted:
+                raise AssertionError(f"{name}: weights={wanted}, but it returned {type(got).__name__}, {where}")
+            if got is not None:
+                off = np.abs(asnumpy(got)[0] - stored.spread(shares)).max(axis=(-3, -2, -1))
+                _within(off, 2 * np.tanh(of_lse) + u * (2 * n + 64), f"{name}: weights, {where}")
+    moments = Moments.from_tokens(*(asarray(x[None]) for x in (k, v)))
+    expansion = moments.expansion(order=1)
+    plain = backend.correct(backend.attend_stored(q, tiers, scale=batch.scale)[0], q, expansion, scale=batch.scale)
+    size = 2 * longest_v + norm(truth.slope)
+    for given in (expansion, backend.prepare(expansion)):
+        out, _ = backend.decode(q, tiers, given, scale=batch.scale)
+        # The same two states merged by another way; each has the error of its own products.
+        error = 2 * of_out + 4 * size * np.tanh(of_lse + u * (d + 32) * (1 + reach)) + u * (d + 32) * (1 + reach) * size
+        _within(norm(asnumpy(out) - asnumpy(plain))[0, :, 0], error, f"decode: corrected output, {where}")
+
+
+def _check_writes(
+    backend: ArrayBackend,
+    rng: np.random.Generator,
+    asarray: Callable[..., Any],
+    asnumpy: Callable[..., Any],
+    where: str,
+) -> None:
+    """Slots are written where they are meant, and nowhere else; copies are copies."""
+    n, count = 7, int(rng.integers(1, 8))
+    start = int(rng.integers(0, n - count + 1))
+    index = rng.permuted(np.broadcast_to(np.arange(n, dtype=np.int32), (2, 3, n)), axis=-1)[..., :count]
+    if count > 1:
+        index = np.where(rng.random(index.shape) < 0.3, np.int32(-1), index)
+    for axis, last in ((-1, ()), (-2, (4,))):
+        x, new = (rng.standard_normal((2, 3, m, *last)).astype(np.float32) for m in (n, count))
+        in_a_row, one_by_one = x.copy(), x.copy()
+        in_a_row[:, :, start : start + count] = new
+        rows = np.nonzero(index >= 0)
+        one_by_one[(*rows[:-1], index[rows])] = new[rows]
+        written = (
+            ("write_at", backend.write_at(asarray(x.copy()), start, asarray(new), axis=axis), in_a_row),
+            ("write", backend.write(asarray(x.copy()), asarray(index), asarray(new), axis=axis), one_by_one),
+            ("overwrite", backend.overwrite(asarray(x.copy()), asarray(x + 1)), x + 1),
+        )
+        for name, got, expected in written:
+            if not (asnumpy(got) == expected).all():
+                raise AssertionError(f"{name}: other slots, or other numbers, are written than asked for, {where}")
+        first = asarray(x.copy())
+        copies = [("copy", backend.copy(first)), ("fixed", backend.fixed(first))]
+        backend.write_at(first, 0, asarray(new), axis=axis)
+        for name, got in (*copies, ("compact", backend.compact(asarray(x))), ("detach", backend.detach(asarray(x)))):
+            if not (asnumpy(got) == x).all():
+                raise AssertionError(f"{name}: it gives other numbers, or is written to with its argument, {where}")
 
 
 def _within(off: Floats, error: Floats, what: str) -> None:
@@ -241,6 +327,19 @@ def check_policy(
     other = run(bad_k, bad_v, both, valid)
     if (asnumpy(other.positions) != positions).any():
         raise AssertionError(f"{name}: what padding holds changes what is retained")
+    # A cache gives padding no slot, but heads of a layer may hold fewer tokens than others: slots without a token.
+    places = np.broadcast_to(np.where(valid, np.arange(60), -1), (2, 2, 60))
+    shown = np.where(places >= 0, rng.random((2, 2, 60)), 0.0)
+    known = cache.config.correction.known(cache.moments)
+    mean, variance = (asarray(x) for x in (rng.standard_normal((2, 2, 8)), rng.uniform(0.5, 2.0, (2, 2, 8))))
+    rankings = []
+    for own_k, own_v in ((k, v), (bad_k, bad_v)):
+        keys, values, slots_of, seen = (asarray(x) for x in (own_k, own_v, places, shown))
+        tokens = Tokens(keys, values, slots_of, seen, known, 0.35, mean, variance)
+        rankings.append(asnumpy(chosen.importance(tokens)))
+    clean, dirty = (x[places >= 0] for x in rankings)
+    if not np.allclose(clean, dirty, rtol=1e-9, atol=0.0):
+        raise AssertionError(f"{name}: what slots without a token hold changes the ranking")
     alone = run(k, v, slice(0, 1), valid)
     mine = asnumpy(alone.positions)[0]
     if [sorted(x[x >= 0].tolist()) for x in mine] != [sorted(x[x >= 0].tolist()) for x in positions[0]]:

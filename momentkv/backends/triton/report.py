@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +23,6 @@ from triton.compiler import ASTSource
 
 from momentkv.backends.triton.decode import decode_blocks
 from momentkv.backends.triton.decode_kernel import combine_kernel, decode_kernel
-from momentkv.backends.triton.fold import fold_options
-from momentkv.backends.triton.fold_kernel import close_kernel, fold_kernel
 
 __all__ = ["Build", "Usage", "builds", "compile_build", "main"]
 
@@ -120,17 +117,6 @@ def combine_build(dtype: str, d: int, splits: int) -> Build:
     return Build(name, combine_kernel, constants, {"OUT": f"*{dtype}"}, {"num_warps": 4, "num_stages": 1})
 
 
-def fold_builds(dtype: str, d: int, block: int) -> Iterator[Build]:
-    """Both kernels that fold a block of tokens."""
-    of_fold, of_close = fold_options(d, d, block, DTYPES[dtype])
-    types = dict.fromkeys(("KEYS", "VALUES", "SLOPE"), f"*{dtype}")
-    types |= dict.fromkeys(("POSITIONS", "COUNTS", "EVICTED"), "*i32")
-    for name, kernel, all_options in (("fold", fold_kernel, of_fold), ("close", close_kernel, of_close)):
-        constants = dict(all_options)
-        options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
-        yield Build(f"{name} {block}, {dtype}, d {d}", kernel, {"D": d, "DV": d, **constants}, types, options)
-
-
 def builds(*, few: bool = False) -> Iterator[Build]:
     """Every kind of estimate at every head dimension and dtype; ``few`` leaves out what differs little."""
     for dtype in DTYPES:
@@ -143,8 +129,6 @@ def builds(*, few: bool = False) -> Iterator[Build]:
     yield decode_build("summaries", "bf16", 128, splits=1)
     yield decode_build("summaries", "bf16", 128, group=24, scored=True)
     yield combine_build("bf16", 256, 65)
-    for dtype, d, block in (("bf16", 128, 32), ("fp32", 256, 64)) if few else product(DTYPES, (64, 128, 256), (32, 64)):
-        yield from fold_builds(dtype, d, block)
 
 
 def compile_build(build: Build, target: int) -> Usage:

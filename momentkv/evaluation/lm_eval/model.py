@@ -20,17 +20,15 @@ except ModuleNotFoundError as error:
     ) from error
 from tqdm import tqdm
 
+from momentkv.cache.budget_rules import parse_budget
+from momentkv.evaluation.lm_eval.batches import check_batch
 from momentkv.evaluation.lm_eval.questions import question_start, tokens_from
 from momentkv.hf import MomentCache
-from momentkv.hf.budget import parse_budget
 from momentkv.hf.checks import NAME, SHARING
 from momentkv.policies import get_policy
 from momentkv.statistics.corrections import get_correction
 
 __all__ = ["MomentLM", "main"]
-
-# What is the same for a row whatever rows are beside it.
-ROWS_ALONE = ("uniform", "pyramid")
 
 Request = tuple[Any, list[int], list[int]]
 Answer = tuple[float, bool]
@@ -372,27 +370,6 @@ class MomentLM(HFLM):
             torch.tensor(ids, dtype=torch.long, device=self.device).reshape(shape),
             torch.tensor(mask, dtype=torch.long, device=self.device).reshape(shape),
         )
-
-
-def check_batch(batch_size: Any, budget: Any, sharing: str | None, prefill_chunk: int | None) -> None:
-    """Raise unless each row of a batch is read as it would be alone."""
-    if str(batch_size) == "1":
-        return
-    if not str(batch_size).isdigit():
-        raise ValueError(
-            f"batch_size is {batch_size!r}, but lm_eval would measure what fits with the full cache; give a number"
-        )
-    reasons = {
-        f"sharing is {sharing or 'heads'!r}, which measures errors over all rows of a batch": sharing not in ROWS_ALONE,
-        f"budget is {budget!r}, which counts all rows of a batch or their padding": not isinstance(budget, int),
-        f"prefill_chunk is {prefill_chunk}, and padding moves where chunks end": prefill_chunk is not None,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(
-                f"batch_size is {batch_size}, but {reason}: results would depend on who is beside whom; use "
-                "batch_size 1, or sharing=uniform, a budget in tokens and no prefill_chunk"
-            )
 
 
 def task_of(requests: list[Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from momentkv.statistics.corrections.base import Correction
 from momentkv.statistics.corrections.moments import PaperMoments
 from momentkv.statistics.corrections.none import NoCorrection, NoStatistics
@@ -11,11 +13,14 @@ __all__ = [
     "CORRECTIONS",
     "AnchoredSummaries",
     "Correction",
+    "CorrectionName",
     "NoCorrection",
     "NoStatistics",
     "PaperMoments",
     "get_correction",
 ]
+
+CorrectionName = Literal["none", "order-0", "order-1", "summaries", "moments"]
 
 # Every name that chooses a correction: in a cache, in files and on the command line. All else is derived from here.
 CORRECTIONS: dict[str, Correction] = {

@@ -6,11 +6,13 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-import torch
+from momentkv._array import Array
+from momentkv.cache.config import CacheConfig
+from momentkv.statistics.moments import Moments
 
-from momentkv.cache.layer import LayerCache
+__all__ = ["BudgetRule", "Share", "TotalBytes", "budget_from_text", "parse_budget"]
 
-__all__ = ["BudgetRule", "Share", "TotalBytes", "parse_budget"]
+POSITION_BYTES = 4
 
 UNITS = {
     "B": 1,
@@ -65,16 +67,16 @@ class TotalBytes(BudgetRule):
     total: int
     text: str
 
-    def tokens(self, one: LayerCache, layers: int, k: torch.Tensor, v: torch.Tensor, windows: Sequence[int]) -> int:
+    def tokens(self, config: CacheConfig, layers: int, k: Array, v: Array, windows: Sequence[int]) -> int:
         """Tokens that each KV head may retain on average, so that the total is not exceeded while decoding either.
 
         Parameters
         ----------
-        one : LayerCache
-            One of those that share the total, for its settings.
+        config : CacheConfig
+            Settings of the layers that share the total.
         layers : int
             Full-attention layers.
-        k, v : tensor, shape (batch, kv_head, n, d) and (batch, kv_head, n, dv)
+        k, v : array, shape (batch, kv_head, n, d) and (batch, kv_head, n, dv)
             Of one full-attention layer; all layers must be alike.
         windows : sequence of int
             Tokens that each sliding-window layer stores at most.
@@ -87,23 +89,60 @@ class TotalBytes(BudgetRule):
         Notes
         -----
         A head stores up to ``budget + block`` tokens within a step. Beside keys and values each takes a position and,
-        if the policy observes attention, a score.
+        if the policy observes attention, a sum of it.
         """
         batch, kv_heads = k.shape[0], k.shape[1]
-        pair = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
-        sums = 8 if torch.float64 in (k.dtype, v.dtype) else 4
-        token = pair + torch.int32.itemsize + (sums if one.policy.observes != 0 else 0)
-        state = one.correction.empty(k[:1, :1, :0], v[:1, :1, :0]).nbytes
-        if one.remembers_queries:
+        pair = k.shape[-1] * k.dtype.itemsize + v.shape[-1] * v.dtype.itemsize
+        sums = max(4, k.dtype.itemsize, v.dtype.itemsize)
+        token = pair + POSITION_BYTES + (sums if config.observes else 0)
+        state = 2 * POSITION_BYTES  # counts of recent and of retained tokens
+        if config.corrects:
+            state += config.correction.empty(k[:1, :1, :0], v[:1, :1, :0]).nbytes
+        if config.certify is not None:
+            state += Moments.empty(k[:1, :1, :0], v[:1, :1, :0], order=config.certify, extent=True).nbytes
+        if config.remembers_queries:
             state += 2 * k.shape[-1] * sums
-        heads = layers * batch * kv_heads
-        sliding = sum(windows) * batch * kv_heads * pair
-        budget = (self.total - sliding - heads * state) // (heads * token) - one.block
-        least = one.sinks + one.window + 1
+        return self.retained(
+            heads=layers * batch * kv_heads,
+            token=token,
+            state=state,
+            beside=sum(windows) * batch * kv_heads * pair,
+            block=config.block,
+            least=config.sinks + config.window + 1,
+            rows=batch,
+        )
+
+    def retained(self, *, heads: int, token: int, state: int, beside: int, block: int, least: int, rows: int) -> int:
+        """Tokens that each KV head may retain on average, by what everything costs.
+
+        Parameters
+        ----------
+        heads : int
+            KV heads that share the total, over all layers and rows.
+        token, state : int
+            Bytes of a stored token, and of what stands for a head's evicted ones.
+        beside : int
+            Bytes of what has no budget: layers with a window of their own.
+        block, least : int
+            Tokens that wait for eviction at most, and that must be retained at least.
+        rows : int
+            For the message.
+
+        Raises
+        ------
+        ValueError
+            If the total has no room for the least budget.
+
+        Examples
+        --------
+        >>> TotalBytes(1000, "1KB").retained(heads=1, token=10, state=100, beside=0, block=20, least=34, rows=1)
+        70
+        """
+        budget = (self.total - beside - heads * state) // (heads * token) - block
         if budget < least:
-            needed = sliding + heads * (state + token * (least + one.block))
+            needed = beside + heads * (state + token * (least + block))
             raise ValueError(
-                f"budget is {self.text!r}, too little for {batch} rows: sinks, window, a block and what stands for "
+                f"budget is {self.text!r}, too little for {rows} rows: sinks, window, a block and what stands for "
                 f"evicted tokens take {needed} bytes; use {-(-needed // 1024)}KiB or more, or fewer rows"
             )
         return int(budget)
@@ -144,3 +183,19 @@ def parse_budget(budget: object) -> int | list[int] | BudgetRule:
         f"budget is {budget!r}; use tokens (512), a share of the tokens read (0.25), bytes of the cache ('64MiB'), or "
         "a list of tokens for each layer"
     )
+
+
+def budget_from_text(text: str) -> int | float | str:
+    """A budget as it is written on a command line: digits are tokens, a decimal number is a share, else it is bytes.
+
+    Examples
+    --------
+    >>> budget_from_text("512"), budget_from_text("0.25"), budget_from_text("64MiB")
+    (512, 0.25, '64MiB')
+    """
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,127 @@
+"""How the tokens that a cache stores lie in memory, and the tokens themselves as a backend attends to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from momentkv._array import Array, array_namespace, device
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Layout", "Tiers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a layer lie: numbers that the host knows, the same for every row.
+
+    Attributes
+    ----------
+    sinks : int
+        First slots of the recent tier, never passed on.
+    recent : int
+        Slots of the recent tier of each KV head: sinks, window and block.
+    widths : tuple of int
+        Slots of retained tokens of each KV head, packed in this order.
+    """
+
+    sinks: int
+    recent: int
+    widths: tuple[int, ...]
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return len(self.widths)
+
+    @cached_property
+    def width(self) -> int:
+        """Slots of the head that has most."""
+        return max(self.widths)
+
+    @cached_property
+    def equal(self) -> bool:
+        """Whether all heads have as many slots."""
+        return min(self.widths) == self.width
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First slot of each head."""
+        return tuple(sum(self.widths[:head]) for head in range(self.heads))
+
+    @cached_property
+    def spread(self) -> np.ndarray[Any, Any]:
+        """For each slot of a rectangle (kv_head, width), the packed slot that it shows; any where it shows none."""
+        import numpy as np  # when first needed: importing momentkv loads no array library
+
+        places = np.arange(self.width)
+        last = max(sum(self.widths) - 1, 0)
+        return np.minimum(np.asarray(self.starts)[:, None] + places, last)
+
+    @cached_property
+    def real(self) -> np.ndarray[Any, Any]:
+        """Which slots of that rectangle there are."""
+        import numpy as np
+
+        return np.arange(self.width) < np.asarray(self.widths)[:, None]
+
+    @cached_property
+    def packed(self) -> np.ndarray[Any, Any]:
+        """For each packed slot, its place in that rectangle, flattened."""
+        import numpy as np
+
+        return np.flatnonzero(self.real)
+
+    def rectangle(self, x: Array, *, vectors: bool, fill: float | None = None) -> Array:
+        """Packed slots (..., slots) or (..., slots, d) as (..., kv_head, width) or (..., kv_head, width, d).
+
+        Without a copy where all heads have as many. Slots that a head does not have hold ``fill``, or anything.
+        """
+        xp = array_namespace(x)
+        lead, last = (x.shape[:-2], x.shape[-1:]) if vectors else (x.shape[:-1], ())
+        if self.equal:
+            return xp.reshape(x, (*lead, self.heads, self.width, *last))
+        index = xp.asarray(self.spread.reshape(-1), device=device(x))
+        wide = xp.reshape(xp.take(x, index, axis=-2 if vectors else -1), (*lead, self.heads, self.width, *last))
+        if fill is None:
+            return wide
+        real = xp.asarray(self.real, device=device(x))
+        return xp.where(real[..., None] if vectors else real, wide, xp.full_like(wide, fill))
+
+    def pack(self, x: Array) -> Array:
+        """The inverse of `rectangle` for numbers: (..., kv_head, width) as (..., slots)."""
+        xp = array_namespace(x)
+        flat = xp.reshape(x, (*x.shape[:-2], self.heads * self.width))
+        return flat if self.equal else xp.take(flat, xp.asarray(self.packed, device=device(x)), axis=-1)
+
+
+class Tiers(NamedTuple):
+    """Stored tokens of a layer, all of which precede the queries that attend to them.
+
+    Attributes
+    ----------
+    recent_keys, recent_values : array, shape (..., kv_head, m, d) and (..., kv_head, m, dv)
+    recent_valid : bool array, shape (..., kv_head, m), or None
+        False for a slot that holds no token; None where all do.
+    keys, values : array, shape (..., slots, d) and (..., slots, dv)
+        Packed, as the layout says.
+    valid : bool array, shape (..., kv_head, width), or None
+        As a rectangle, see `Layout.rectangle`.
+    layout : Layout
+    """
+
+    recent_keys: Array
+    recent_values: Array
+    recent_valid: Array | None
+    keys: Array
+    values: Array
+    valid: Array | None
+    layout: Layout
+
+    @classmethod
+    def of(cls, k: Array, v: Array, valid: Array | None = None) -> Tiers:
+        """All tokens in one tier, of keys (..., kv_head, n, d), values and ``valid`` (..., kv_head, n)."""
+        return cls(k, v, valid, k[..., 0, :0, :], v[..., 0, :0, :], None, Layout(0, k.shape[-2], (0,) * k.shape[-3]))

@@ -1,0 +1,392 @@
+"""Who gets how many tokens: rules that give the layers or KV heads of a model their parts of one total."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from momentkv._array import Array, array_namespace
+from momentkv.cache.curves import error_curves
+from momentkv.cache.layer import LayerCache
+from momentkv.policies.select import protected
+
+__all__ = [
+    "SharedBudget",
+    "Sharing",
+    "budget_grid",
+    "by_importance",
+    "minimise_error",
+    "pyramid_budgets",
+    "refine",
+    "share_budget",
+]
+
+Sharing = Literal["uniform", "layers", "heads", "layer-heads", "ada-kv", "pyramid"]
+# Budgets that errors are measured at, as multiples of the average, and steps between them that are interpolated.
+MULTIPLES = (0.4, 1.0, 2.5, 6.25)
+STEPS = 4
+# Part of the average that Ada-KV gives to every head before heads compete, as in its paper.
+SAFEGUARD = 0.2
+# How many times fewer tokens than the average PyramidKV gives to the last layer, as in its paper.
+STEEPNESS = 20
+
+
+Rule = Callable[[Sequence[LayerCache], Sequence[Array], int, bool], list[int]]
+
+
+class SharedBudget:
+    """Evicts caches together after a prefill, each layer or each KV head to its share of one total.
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+        Made with ``keep_queries=True`` and one budget, the average.
+    rule : callable
+        `minimise_error` or `by_importance`: from the caches that are full, the importances of their tokens, the
+        average, and whether heads have shares, to a budget for each share.
+    by_head : bool
+        Whether every KV head has a share of its own, or all heads of a layer one.
+
+    Notes
+    -----
+    Until the last of the caches has attended, every one holds all its tokens: when the layers of a model share, a
+    prefill in one piece needs as much memory as the full cache while it lasts, one in chunks as much as the budget and
+    a chunk. Each chunk shares anew. While decoding, each keeps to its budget.
+    """
+
+    def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool) -> None:
+        self.caches = list(caches)
+        self.rule, self.by_head = rule, by_head
+        budget = self.caches[0].budget
+        self.average = budget if isinstance(budget, int) else budget[0]
+        self.waiting: list[LayerCache] = []
+
+    def evict(self, cache: LayerCache) -> None:
+        """Evict one cache, or, after a prefill, wait for the others and then evict them all, or none."""
+        if cache.newest_queries is None:
+            cache.evict()
+            return
+        if any(cache is other for other in self.waiting):
+            self.waiting = []  # left by a pass that failed
+        self.waiting.append(cache)
+        if len(self.waiting) < len(self.caches):
+            return
+        waiting, self.waiting = self.waiting, []
+        before = [each.held() for each in waiting]
+        try:
+            self._evict(waiting)
+        except BaseException:
+            for each, held in zip(waiting, before, strict=True):
+                each.go_back(held)
+            raise
+
+    def _evict(self, waiting: list[LayerCache]) -> None:
+        if not any(each.is_due for each in waiting):
+            for each in waiting:
+                each.evict()  # nothing goes yet, but the queries are let go
+            return
+        importances = [each.importance() for each in waiting]
+        shares = iter(self.rule(waiting, importances, self.average, self.by_head))
+        for each, importance in zip(waiting, importances, strict=True):
+            heads = importance.shape[-2]
+            each.budgets = [next(shares) for _ in range(heads)] if self.by_head else [next(shares)] * heads
+            each.evict(importance)
+
+    def assign(self, average: int) -> None:
+        """Another average from now on; what has its share keeps it until the eviction that is to come."""
+        self.average = average
+
+    def reset(self) -> None:
+        """Back to the average for all."""
+        self.waiting = []
+        for cache in self.caches:
+            cache.budget = self.average
+
+
+def minimise_error(
+    caches: Sequence[LayerCache], importances: Sequence[Array], average: int, by_head: bool
+) -> list[int]:
+    """Shares that make the sum of the measured errors small; see docs/derivations/eviction.md.
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+        After the attention of a prefill, before its eviction.
+    importances : sequence of array, shape (..., kv_head, n)
+        Of each cache, `LayerCache.importance`.
+    average : int
+        Tokens for each share on average.
+    by_head : bool
+        Whether each KV head has a share, or each cache one.
+
+    Returns
+    -------
+    list of int
+        A budget for each share; their sum is at most ``average`` for each.
+
+    Notes
+    -----
+    Rows of a batch whose errors are not finite have no say; where none has finite ones, a share is the average.
+    """
+    config = caches[0].config
+    grid = budget_grid(average, config.sinks + config.window + 1)
+    fine: list[int] = []
+    curves: list[list[float] | None] = []
+    for cache, importance in zip(caches, importances, strict=True):
+        measured = error_curves(cache, grid, importance)
+        if not by_head:
+            measured = [[sum(errors) / len(errors) for errors in zip(*measured, strict=True)]]
+        for curve in measured:
+            fine, refined = refine(grid, curve)
+            curves.append(refined if all(map(math.isfinite, curve)) else None)
+    known = [curve for curve in curves if curve is not None]
+    shares = iter(share_budget(known, fine, average * len(known)))
+    return [average if curve is None else next(shares) for curve in curves]
+
+
+def by_importance(caches: Sequence[LayerCache], importances: Sequence[Array], average: int, by_head: bool) -> list[int]:
+    r"""Ada-KV: heads of a layer compete for one total by the importance of their tokens.
+
+    With free budget :math:`b` (the average less sinks and window) and :math:`H` heads, head :math:`h` gets
+
+    .. math:: \alpha b + (1 - \alpha)\, n_h
+
+    beside sinks and window, where :math:`n_h` of the :math:`bH` most important tokens of all heads are in head
+    :math:`h`, and :math:`\alpha = 0.2` is a safeguard.
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+        After the attention of a prefill, before its eviction. Each layer is shared by itself.
+    importances : sequence of array, shape (..., kv_head, n)
+        Of each cache, `LayerCache.importance`.
+    average : int
+        Tokens for each head on average.
+    by_head : bool
+        Must be True: heads compete.
+
+    Returns
+    -------
+    list of int
+        A budget for each head of each layer; those of a layer add up to at most ``average`` for each.
+
+    Notes
+    -----
+    Rows of a batch with numbers that are not finite have no say. Only for policies whose importances can be compared
+    between heads: attention weights can, ranks (as `Balanced` gives) cannot and share evenly. Of a batch, the mean over
+    rows decides.
+    Source: Ada-KV (Feng et al., 2024, arXiv 2407.11550), algorithm 1 and its safeguard.
+    """
+    budgets: list[int] = []
+    for cache, importance in zip(caches, importances, strict=True):
+        fixed = cache.config.sinks + cache.config.window
+        free = average - fixed
+        rows = candidates(cache, importance)
+        won = wins(rows, free * len(rows), finite_rows(cache))
+        shares = [SAFEGUARD * free + (1 - SAFEGUARD) * count for count in won]
+        budgets += [fixed + share for share in whole_shares(shares, free * len(rows))]
+    return budgets
+
+
+def whole_shares(shares: Sequence[float], total: int) -> list[int]:
+    """Shares rounded down to whole tokens, at least one each; what that adds is taken from the largest.
+
+    Examples
+    --------
+    >>> whole_shares([2.6, 0.2, 0.2], 3), whole_shares([0.95, 0.05, 5.4], 7)
+    ([1, 1, 1], [1, 1, 5])
+    """
+    # A product of decimal fractions may fall a rounding below the whole number that it stands for.
+    whole = [max(1, math.floor(share + 1e-9)) for share in shares]
+    while sum(whole) > total:
+        whole[whole.index(max(whole))] -= 1
+    return whole
+
+
+def candidates(cache: LayerCache, importance: Array) -> list[Array]:
+    """For each KV head, the importance of every token that may be evicted, shape (row, n); ``-inf`` elsewhere."""
+    xp, config = array_namespace(importance), cache.config
+    positions = cache.view().positions
+    always = protected(positions, sinks=config.sinks, window=config.window, seen=cache.seen)
+    competing = xp.where((positions >= 0) & ~always, importance, -xp.inf * xp.ones_like(importance))
+    heads, n = competing.shape[-2:]
+    return [xp.reshape(competing[..., head, :], (-1, n)) for head in range(heads)]
+
+
+def finite_rows(cache: LayerCache) -> Array:
+    """Which rows of a batch, (row,), hold finite keys, values and newest queries alone."""
+    view = cache.view()
+    xp = array_namespace(view.keys)
+    real = (view.positions >= 0)[..., None]
+    arrays = [xp.where(real, x, xp.zeros_like(x)) for x in (view.keys, view.values)]
+    arrays += [x for x in (cache.newest_queries,) if x is not None]
+    rows = [xp.all(xp.isfinite(xp.reshape(x, (-1, math.prod(x.shape[-3:])))), axis=-1) for x in arrays]
+    return xp.all(xp.stack(rows), axis=0)
+
+
+def wins(rows: Sequence[Array], places: int, counted: Array | None = None) -> list[float]:
+    """How many of the most important places go to each head, on average over the rows of a batch that are counted.
+
+    Where none is, every head has as many.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> wins([np.array([[5.0, 1.0]]), np.array([[4.0, 3.0, 2.0]])], 3)
+    [1.0, 2.0]
+    """
+    xp = array_namespace(rows[0])
+    everyone = xp.concat(list(rows), axis=-1)
+    counted = xp.ones_like(everyone[:, 0], dtype=xp.bool) if counted is None else counted
+    number = float(xp.sum(xp.astype(counted, everyone.dtype)))
+    if not number:
+        return [places / len(rows)] * len(rows)
+    order = xp.argsort(everyone, axis=-1, descending=True, stable=True)[:, :places]
+    real = xp.isfinite(xp.take_along_axis(everyone, order, axis=-1)) & counted[:, None]
+    counts, start = [], 0
+    for row in rows:
+        stop = start + row.shape[-1]
+        own = real & (order >= start) & (order < stop)
+        counts.append(float(xp.sum(xp.astype(own, everyone.dtype))) / number)
+        start = stop
+    return counts
+
+
+def pyramid_budgets(average: int, layers: int, *, sinks: int = 1, window: int = 32) -> list[int]:
+    r"""PyramidKV: budgets that fall linearly from the first layer to the last.
+
+    With free budget :math:`b` (the average less sinks and window), the last of the layers gets :math:`b / \beta`
+    beside sinks and window, the first :math:`2b - b / \beta`; :math:`\beta = 20`.
+
+    Parameters
+    ----------
+    average : int
+        Tokens for each KV head on average over layers.
+    layers : int
+    sinks, window : int
+        As in the cache.
+
+    Returns
+    -------
+    list of int
+        One for each layer; their sum is at most ``average * layers``.
+
+    Raises
+    ------
+    ValueError
+        If the average leaves nothing beside sinks and window.
+
+    Notes
+    -----
+    Source: PyramidKV (Cai et al., 2024, arXiv 2406.02069): budgets in arithmetic sequence.
+
+    Examples
+    --------
+    >>> pyramid_budgets(133, 3)
+    [228, 133, 38]
+    """
+    free = average - sinks - window
+    if free < 1:
+        raise ValueError(f"budget is {average}; it must be at least sinks + window + 1 = {sinks + window + 1}")
+    last = free / STEEPNESS
+    shares = [2 * free - last - (2 * free - 2 * last) * index / max(layers - 1, 1) for index in range(layers)]
+    if layers == 1:
+        shares = [free]
+    return [sinks + window + share for share in whole_shares(shares, free * layers)]
+
+
+def budget_grid(average: int, least: int) -> list[int]:
+    """Budgets to measure errors at: from 0.4 to 6.25 times the average, none below ``least``.
+
+    Examples
+    --------
+    >>> budget_grid(100, 50)
+    [50, 100, 250, 625]
+    """
+    return sorted({max(least, round(multiple * average)) for multiple in MULTIPLES})
+
+
+def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Put ``STEPS`` steps between the budgets of a grid, with errors interpolated as powers of the budget.
+
+    Examples
+    --------
+    >>> refine([16, 256], [1.0, 0.0625])
+    ([16, 32, 64, 128, 256], [1.0, 0.5, 0.25, 0.125, 0.0625])
+    """
+    # An error of zero has no logarithm; so small a one is as good.
+    tiny = 1e-12
+    budgets, errors = [grid[0]], [max(curve[0], tiny)]
+    for (low, high), (first, last) in zip(itertools.pairwise(grid), itertools.pairwise(curve), strict=True):
+        for step in range(1, STEPS + 1):
+            budget = round(low * (high / low) ** (step / STEPS))
+            if budget > budgets[-1]:
+                position = math.log(budget / low) / math.log(high / low)
+                budgets.append(budget)
+                errors.append(max(first, tiny) ** (1 - position) * max(last, tiny) ** position)
+    return budgets, errors
+
+
+def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: int) -> list[int]:
+    """Budgets of layers that make the sum of their errors small, within a total.
+
+    Greedy on the lower convex hull of each curve: always the step that takes away the most error a token; the last one
+    gets what is left. Optimal for the hulls (docs/derivations/eviction.md).
+
+    Parameters
+    ----------
+    curves : sequence of sequence of float
+        Error of each layer at each budget of the grid.
+    grid : sequence of int
+        Budgets, rising.
+    total : int
+        Tokens to share; at least ``grid[0]`` for every layer.
+
+    Returns
+    -------
+    list of int
+        Their sum is at most ``total``; none is above ``grid[-1]``.
+
+    Raises
+    ------
+    ValueError
+        If the total is too small.
+
+    Examples
+    --------
+    >>> share_budget([[1.0, 0.2, 0.05], [0.5, 0.4, 0.3]], [10, 20, 40], 60)
+    [40, 20]
+    """
+    if total < grid[0] * len(curves):
+        raise ValueError(
+            f"total is {total}, but {len(curves)} layers need at least {grid[0]} tokens each; use a larger budget"
+        )
+    level = [0] * len(curves)
+    budgets = [grid[0]] * len(curves)
+    left = total - sum(budgets)
+    queue: list[tuple[float, int, int]] = []
+
+    def offer(layer: int) -> None:
+        here, curve = level[layer], curves[layer]
+        steps = [
+            ((curve[here] - curve[there]) / (grid[there] - grid[here]), -there) for there in range(here + 1, len(grid))
+        ]
+        if steps:
+            gain, there = max(steps)
+            heapq.heappush(queue, (-gain, layer, -there))
+
+    for layer in range(len(curves)):
+        offer(layer)
+    while queue and left > 0:
+        gain, layer, there = heapq.heappop(queue)
+        if gain >= 0:
+            break
+        cost = min(grid[there] - grid[level[layer]], left)
+        budgets[layer] += cost
+        left -= cost
+        level[layer] = there
+        offer(layer)
+    return budgets

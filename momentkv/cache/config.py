@@ -1,0 +1,149 @@
+"""Settings of a layer's cache, checked once and never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from momentkv.backends import ArrayBackend, get_backend
+from momentkv.policies import Policy, check_budget, get_policy
+from momentkv.statistics.corrections import Correction, get_correction
+
+__all__ = ["RECENT_QUERIES", "CacheConfig", "whole_number"]
+
+# Queries that the correction is anchored at: the last of a prefill, and while decoding an average that fades at this
+# rate. RoPE turns queries, so that an average over many positions says little about the next ones.
+RECENT_QUERIES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """What a `momentkv.LayerCache` does, without what it holds; arguments as there, already checked.
+
+    Attributes
+    ----------
+    policy : Policy
+    correction : Correction
+    sinks, window, block : int
+    scale : float or None
+    backend : ArrayBackend or None
+    keep_queries : bool
+    certify : int or None
+    tolerance : float or None
+    static : bool
+    """
+
+    policy: Policy
+    correction: Correction
+    sinks: int
+    window: int
+    block: int
+    scale: float | None
+    backend: ArrayBackend | None
+    keep_queries: bool
+    certify: int | None
+    tolerance: float | None
+    static: bool
+
+    @property
+    def recent(self) -> int:
+        """Slots of the recent tier: sinks, window and the block that is filling."""
+        return self.sinks + self.window + self.block
+
+    @property
+    def observes(self) -> bool:
+        """Whether the policy looks at attention."""
+        return self.policy.observes != 0
+
+    @property
+    def remembers_queries(self) -> bool:
+        """Whether mean and variance of recent queries are kept: for the correction, the policy or both."""
+        return self.policy.needs_queries or self.correction.anchored
+
+    @property
+    def order(self) -> int | None:
+        """Order of the correction; None for plain eviction."""
+        return self.correction.order
+
+    @property
+    def corrects(self) -> bool:
+        """Whether anything stands for evicted tokens."""
+        return self.correction.order is not None
+
+
+def make_config(
+    *,
+    policy: str | Policy,
+    correction: str | Correction,
+    order: int | None,
+    sinks: int,
+    window: int,
+    block: int,
+    scale: float | None,
+    backend: str | ArrayBackend | None,
+    keep_queries: bool,
+    certify: int | None,
+    tolerance: float | None,
+    static: bool,
+) -> CacheConfig:
+    """Settings of a cache, or an error that names the one that is out of range."""
+    sinks, window, block = (
+        whole_number(name, value) for name, value in (("sinks", sinks), ("window", window), ("block", block))
+    )
+    check_budget(sinks + window + 1, sinks, window)
+    if block < 1:
+        raise ValueError(f"block is {block}; evict at least one token at a time")
+    if certify is not None and certify not in (0, 1, 2):
+        raise ValueError(f"certify is {certify!r}; use None (no evidence), or its order, 0, 1 or 2")
+    if tolerance is not None and (certify is None or not tolerance >= 0):
+        raise ValueError(
+            f"tolerance is {tolerance} with certify={certify}; it must be at least 0 and needs certify=0, 1 or 2"
+        )
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale!r}; use a finite factor on q . k, or None for 1 / sqrt(d)")
+    return CacheConfig(
+        policy=get_policy(policy),
+        correction=get_correction(correction, order=order),
+        sinks=sinks,
+        window=window,
+        block=block,
+        scale=scale,
+        backend=None if backend is None else get_backend(backend),
+        keep_queries=keep_queries,
+        certify=certify,
+        tolerance=tolerance,
+        static=static,
+    )
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An int of any library's integer, or an error that names the argument."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; use a whole number")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; use a whole number") from None
+
+
+def checked_budget(config: CacheConfig, budget: Any) -> int | tuple[int, ...]:
+    """A budget for all heads, or one for each, as ints; an error names what is none or does not fit the settings."""
+    if not isinstance(budget, Sequence) or isinstance(budget, str):
+        one = whole_number("budget", budget)
+        check_budget(one, config.sinks, config.window)
+        return one
+    if not budget:
+        raise ValueError("budget is empty; give one number, or one for each KV head")
+    budgets = tuple(whole_number("budget", each) for each in budget)
+    for each in budgets:
+        check_budget(each, config.sinks, config.window)
+    if config.policy.couples_heads and len(set(budgets)) > 1:
+        raise ValueError(
+            f"policy is {config.policy.name!r}, which looks across the KV heads of a layer, so that none can have a "
+            "budget of its own; give one budget for all heads"
+        )
+    return budgets

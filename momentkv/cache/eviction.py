@@ -1,0 +1,318 @@
+"""Eviction: which tokens of a layer go, what they are folded into, and the state that is left."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from momentkv._array import Array, array_namespace, device, take_rows
+from momentkv.backends.layout import Layout
+from momentkv.cache.config import RECENT_QUERIES, CacheConfig
+from momentkv.cache.packing import View, repack, view_of, widths_of
+from momentkv.cache.queries import query_window
+from momentkv.cache.state import LayerState, NewTokens
+from momentkv.policies import Tokens
+from momentkv.policies.select import ranking
+from momentkv.trust import trust_of
+
+__all__ = ["Totals", "evicted_state", "importance_of", "kept_by_rank"]
+
+
+class Totals:
+    """Tokens of each KV head as the host knows them: the least and the most of any row.
+
+    Where no row is padded the host knows them without asking; otherwise it asks once.
+    """
+
+    def __init__(self, state: LayerState | None, new: NewTokens | None, heads: int) -> None:
+        padded = (state is not None and state.padded) or (new is not None and new.padded)
+        if not padded:
+            stored = [0] * heads if state is None else [width + state.filled for width in state.layout.widths]
+            self.most = self.least = [n + (0 if new is None else new.length) for n in stored]
+            return
+        counts: Any = 0 if state is None else state.counts + state.recent_count
+        if new is not None:
+            xp = array_namespace(new.positions)
+            counts = counts + xp.sum(xp.astype(new.positions >= 0, xp.int32), axis=-1, dtype=xp.int32)
+        xp = array_namespace(counts)
+        rows = xp.reshape(counts, (-1, heads))
+        self.most, self.least = ([int(x) for x in f(rows, axis=0)] for f in (xp.max, xp.min))
+
+    @classmethod
+    def of_kept(cls, kept: Array) -> Totals:
+        """Of the tokens that a mask (..., kv_head, n) keeps."""
+        xp = array_namespace(kept)
+        totals = object.__new__(cls)
+        rows = xp.reshape(xp.sum(xp.astype(kept, xp.int32), axis=-1, dtype=xp.int32), (-1, kept.shape[-2]))
+        totals.most, totals.least = ([int(x) for x in f(rows, axis=0)] for f in (xp.max, xp.min))
+        return totals
+
+    def after(self, budgets: Sequence[int], block: int) -> Totals:
+        """Those that an eviction to these budgets leaves."""
+        left = object.__new__(Totals)
+        left.most, left.least = list(self.most), list(self.least)
+        for head, budget in enumerate(budgets):
+            full = budget + block
+            if self.most[head] >= full:
+                # A row that is not full yet keeps all that it has.
+                left.most[head] = budget if self.least[head] >= full else full - 1
+                left.least[head] = min(budget, self.least[head])
+        return left
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows have as many."""
+        return self.most == self.least
+
+
+def importance_of(
+    config: CacheConfig, view: View, known: Any, scale: float, state: LayerState | None, *, ask: bool = True
+) -> Array:
+    """The policy's ranking of the tokens of a view, shape (..., kv_head, n).
+
+    Raises
+    ------
+    ValueError
+        If the policy gives anything else, or NaN for a token for no reason; of that nothing is known unless the device
+        may be asked.
+    """
+    xp = array_namespace(view.keys)
+    attention = view.attention
+    if attention is None:
+        attention = xp.zeros(view.positions.shape, dtype=known.weight.dtype, device=device(view.positions))
+    window = query_window(state)
+    queries = (None, None) if window is None else window
+    tokens = Tokens(view.keys, view.values, view.positions, attention, known, scale, *queries)
+    importance = config.policy.importance(tokens)
+    name = config.policy.name or type(config.policy).__name__
+    shape = getattr(importance, "shape", None)
+    if shape is None or tuple(shape) != tuple(view.positions.shape):
+        given = type(importance).__name__ if shape is None else f"an array of shape {tuple(shape)}"
+        raise ValueError(
+            f"policy {name!r} gave {given} as importance; it must give an array of shape "
+            f"{tuple(view.positions.shape)}, a number for each token"
+        )
+    if ask and xp.isdtype(importance.dtype, "real floating"):
+        nameless = xp.isnan(importance) & (view.positions >= 0)
+        if bool(xp.any(nameless)) and bool(xp.any(nameless & is_sound(tokens)[..., None])):
+            raise ValueError(
+                f"policy {name!r} gave NaN as importance of a token, and all that it was shown is finite; give every "
+                "token a number (-inf to one that may go first)"
+            )
+    return importance
+
+
+def is_sound(tokens: Tokens) -> Array:
+    """KV heads (..., kv_head) in which a policy is shown nothing that is not finite, or whose products may not be."""
+    xp = array_namespace(tokens.keys)
+    real = tokens.positions >= 0
+    known = (tokens.moments.key_mean, tokens.moments.value_mean, tokens.query_mean, tokens.query_variance)
+    arrays = [xp.where(real[..., None], x, xp.zeros_like(x)) for x in (tokens.keys, tokens.values)]
+    arrays += [xp.where(real, tokens.attention, xp.zeros_like(tokens.attention))[..., None]]
+    arrays += [x[..., None] for x in known if x is not None]
+    sound = xp.ones_like(real[..., 0])
+    for x in arrays:
+        limit = xp.finfo(x.dtype).max ** 0.125
+        sound = sound & xp.all(xp.abs(x) < limit, axis=(-2, -1))
+    return sound
+
+
+def kept_by_rank(importance: Array, positions: Array, limits: Array, config: CacheConfig, seen: Any) -> Array:
+    """Which tokens are among the ``limits`` (..., kv_head) first of the ranking, sinks and window always."""
+    xp = array_namespace(importance)
+    order = ranking(importance, positions, sinks=config.sinks, window=config.window, seen=seen)
+    rank = xp.argsort(order, axis=-1, stable=True)
+    return (positions >= 0) & (rank < xp.astype(limits, rank.dtype)[..., None])
+
+
+def between(counts: Array, limits: Array, share: float) -> Array:
+    """Retained counts on the way from ``counts`` (share 0) to ``limits`` (share 1), falling geometrically."""
+    xp = array_namespace(counts, limits)
+    start, end = (xp.log(xp.astype(xp.maximum(x, xp.ones_like(x)), xp.float32)) for x in (counts, limits))
+    step = xp.astype(xp.floor(xp.exp(start + share * (end - start))), counts.dtype)
+    return xp.minimum(counts, xp.maximum(step, limits))
+
+
+def gathered(view: View, gone: Array, most: int) -> tuple[Array, Array, Array]:
+    """Keys and values of the tokens that go, at most ``most`` of any row and head, and which slots hold one."""
+    xp = array_namespace(gone)
+    if 2 * most >= gone.shape[-1]:
+        return view.keys, view.values, gone
+    index = xp.argsort(xp.astype(~gone, xp.int8), axis=-1, stable=True)[..., :most]
+    k, v = (take_rows(x, index) for x in (view.keys, view.values))
+    return k, v, xp.take_along_axis(gone, index, axis=-1)
+
+
+def evicted_state(
+    config: CacheConfig,
+    state: LayerState,
+    new: NewTokens | None,
+    budgets: Sequence[int],
+    *,
+    scale: float,
+    importance: Array | None = None,
+    newest: Array | None = None,
+) -> tuple[LayerState, dict[int, float]]:
+    """A layer's state after eviction to its budgets, all heads at once.
+
+    Every row and head that holds a block more tokens than its budget is cut to the budget; others keep all they have.
+
+    Parameters
+    ----------
+    config : CacheConfig
+    state : LayerState
+    new : NewTokens or None
+        Tokens that have come since.
+    budgets : sequence of int
+        One for each KV head.
+    scale : float
+        Factor on ``q . k``.
+    importance : array, shape (..., kv_head, n), optional
+        Of the tokens of `view_of`, where it is known.
+    newest : array, shape (..., q_head, m, d), optional
+        Newest queries, for a correction that is calibrated at its first eviction.
+
+    Returns
+    -------
+    state : LayerState
+    refused : dict
+        KV heads whose eviction was refused for the tolerance, with the certified error; they keep all their tokens.
+    """
+    heads, stored = len(budgets), None if state.is_empty else state
+    view = view_of(stored, new)
+    xp = array_namespace(view.keys)
+    in_place = config.static and state.clock is not None and new is None
+    # In place nothing is asked of the device: all heads are looked at, and the clock says which are due.
+    totals = None if in_place else Totals(stored, new, heads)
+    budget = xp.asarray(list(budgets), dtype=xp.int64, device=device(view.keys))
+    counts = xp.sum(xp.astype(view.positions >= 0, xp.int64), axis=-1)
+    if totals is None:
+        due, most = list(range(heads)), config.block
+        full = (state.ticks if state.ticks is not None else counts) >= budget + config.block
+    else:
+        due = [head for head in range(heads) if totals.most[head] >= budgets[head] + config.block]
+        most = max((totals.most[head] - budgets[head] for head in due), default=0)
+        full = counts >= budget + config.block
+    evicted, evidence, attention = state.evicted, state.evidence, view.attention
+    positions, refused = view.positions, dict[int, float]()
+    if due:
+        limits = xp.where(full, xp.minimum(counts, 0 * counts + budget), counts)
+        rounds = config.policy.rounds if config.corrects and most > config.block else 1
+        one_block = counts - limits <= config.block
+        window = query_window(state)
+        seen = state.seen if state.clock is None or new is not None else state.clock[..., None, None]
+        for done in range(1, rounds + 1):
+            if importance is None or done > 1:
+                left = view._replace(positions=positions)
+                known = config.correction.known(evicted)
+                importance = importance_of(config, left, known, scale, state, ask=not in_place)
+            target = limits if rounds == 1 else xp.where(one_block, limits, between(counts, limits, done / rounds))
+            kept = kept_by_rank(importance, positions, target, config, seen)
+            if config.corrects:
+                k, v, mask = gathered(view, (positions >= 0) & ~kept, most)
+                evicted = config.correction.fold(evicted, k, v, mask=mask, window=window)
+            positions = xp.where(kept, positions, xp.full_like(positions, -1))
+        gone = (view.positions >= 0) & (positions < 0)
+        if newest is not None and config.corrects:
+            # Rows whose first eviction this is and whose newest queries are all real; others keep what they have.
+            first = xp.all(view.positions[..., -RECENT_QUERIES:] >= 0, axis=-1) & (state.evicted.weight == 0)
+            evicted = config.correction.calibrate(evicted, newest, view.keys, scale=scale, mask=gone & first[..., None])
+        if evidence is not None:
+            k, v, mask = gathered(view, gone, most)
+            evidence = evidence.update(k, v, mask=mask)
+            refused = refused_heads(config, state, view, positions, evicted, evidence, scale)
+            if refused:
+                stays = xp.asarray([head in refused for head in range(heads)], device=device(view.keys))
+                evicted, evidence = choose(stays, state.evicted, evicted), choose(stays, state.evidence, evidence)
+                positions = xp.where(stays[:, None], view.positions, positions)
+                limits = xp.where(stays, counts, limits)
+        if attention is not None and not config.policy.accumulates:
+            attention = xp.where((limits < counts)[..., None], xp.zeros_like(attention), attention)
+        if state.ticks is not None and totals is None:
+            state = dataclasses.replace(state, ticks=state.ticks - xp.astype(full, state.ticks.dtype) * config.block)
+    if totals is not None:
+        budgets = [totals.most[head] if head in refused else budgets[head] for head in range(heads)]
+        totals = totals.after(budgets, config.block)
+    packed = settle(config, state, view._replace(attention=attention), positions >= 0, budgets, totals)
+    went = any(head not in refused for head in due)
+    changed: dict[str, Any] = {"evicted": evicted, "evidence": evidence, "has_evicted": state.has_evicted or went}
+    return dataclasses.replace(packed, **changed, recent_queries=None if went else state.recent_queries), refused
+
+
+def settle(
+    config: CacheConfig, state: LayerState, view: View, kept: Array, budgets: Sequence[int], totals: Totals | None
+) -> LayerState:
+    """The kept tokens of a view in their tiers, in as little memory as they need or, where steps are static, in all.
+
+    ``totals`` are those of the kept tokens; None where the host may not ask.
+    """
+    xp, beside = array_namespace(view.keys), config.sinks + config.window
+    where, padded = device(view.keys), True
+    filled, room = config.recent, None
+    if config.static:
+        widths = tuple(max(0, budget - beside) for budget in budgets)
+    else:
+        if totals is None:
+            raise ValueError("totals is None, which only static steps do without")
+        widths, filled = widths_of(totals.most, budgets, sinks=config.sinks, window=config.window)
+        padded = not totals.even or min(totals.most) < filled
+        if padded:
+            widths = tuple(max(0, min(n, b) - beside) for n, b in zip(totals.most, budgets, strict=True))
+    if padded:
+        held = xp.sum(xp.astype(kept, xp.int32), axis=-1, dtype=xp.int32)
+        free = xp.asarray([max(0, budget - beside) for budget in budgets], dtype=xp.int32, device=where)
+        room = xp.minimum(xp.maximum(held - beside, xp.zeros_like(held)), xp.zeros_like(held) + free)
+        if not config.static:
+            filled = int(xp.max(held - room))
+    layout = Layout(config.sinks, config.recent, widths)
+    packed = repack(view, kept, state, layout, filled=filled, room=room)
+    if config.static and totals is not None:
+        clock = xp.zeros(packed.counts.shape[:-1], dtype=xp.int32, device=where) + state.seen
+        packed = dataclasses.replace(packed, clock=clock, ticks=packed.counts + packed.recent_count, has_evicted=True)
+    return dataclasses.replace(packed, padded=padded)
+
+
+def without_newest(
+    config: CacheConfig, state: LayerState, budgets: Sequence[int], seen: int, tokens: int
+) -> LayerState:
+    """A state without its newest tokens, none of which has been evicted."""
+    view = view_of(state)
+    kept = (view.positions >= 0) & (view.positions < seen - tokens)
+    if view.attention is not None:
+        xp = array_namespace(view.attention)
+        view = view._replace(attention=xp.where(kept, view.attention, xp.zeros_like(view.attention)))
+    counted = Totals.of_kept(kept)
+    return settle(config, dataclasses.replace(state, seen=seen - tokens), view, kept, budgets, counted)
+
+
+def refused_heads(
+    config: CacheConfig, state: LayerState, view: View, positions: Array, evicted: Any, evidence: Any, scale: float
+) -> dict[int, float]:
+    """KV heads in which a recent query's certified error would be above the tolerance, and that error."""
+    if config.tolerance is None or state.recent_queries is None:
+        return {}
+    xp = array_namespace(view.keys)
+    report = trust_of(config, state.recent_queries, view.keys, view.values, positions, evicted, evidence, scale=scale)
+    heads = view.keys.shape[-3]
+    # Of a row with NaN nothing can be certified, nor saved by keeping more; it does not hold up the others.
+    certified = xp.where(xp.isnan(report.certified), xp.zeros_like(report.certified), report.certified)
+    by_head = xp.reshape(certified, (-1, heads, report.certified.shape[-2] // heads, report.certified.shape[-1]))
+    worst = [float(x) for x in xp.max(by_head, axis=(0, 2, 3))]
+    return {head: error for head, error in enumerate(worst) if not error <= config.tolerance}
+
+
+def choose(heads: Array, old: Any, new: Any) -> Any:
+    """Statistics with some heads' arrays of another state of the same make."""
+    xp = array_namespace(heads)
+    former = old.arrays()
+    if not former:
+        return new
+    names = iter(new.arrays())
+
+    def pick(x: Array) -> Array:
+        y = former[next(names)]
+        lead = x.ndim - (new.weight.ndim - 1) - 1
+        return xp.where(xp.reshape(heads, (*heads.shape, *(1,) * lead)), y, x)
+
+    return new.map(pick)

@@ -1,0 +1,218 @@
+"""What a layer's cache holds, to look at and to go back to, and where it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from typing import Any
+
+from momentkv._array import Array, array_namespace, nbytes
+from momentkv.backends import get_backend
+from momentkv.cache.packing import View, view_of
+from momentkv.cache.queries import query_window
+from momentkv.cache.state import LayerState, NewTokens
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import QueryWindow
+
+__all__ = ["NUMBERED", "Holdings"]
+
+# Arrays that steps write into.
+RECENT = ("recent_keys", "recent_values", "recent_positions", "recent_attention")
+
+
+# What operators know a cache by; see `momentkv.hf.steps`.
+NUMBERS = itertools.count()
+NUMBERED: weakref.WeakValueDictionary[int, Holdings] = weakref.WeakValueDictionary()
+
+
+class Holdings:
+    """The state of a layer and the tokens that wait to become a part of it.
+
+    Attributes
+    ----------
+    state : LayerState or None
+        None before the first token.
+    new : NewTokens or None
+        Tokens that were appended and are in no tier yet.
+    newest_queries : array, shape (batch..., q_head, m, d), or None
+        Of a prefill, until the eviction that follows.
+    budgets : list of int, or None
+        Of each KV head, once their number is known.
+    fixed : LayerState or None
+        Where steps are static, the state in the arrays that later ones are written into.
+    torn : bool
+        Whether writing into them was interrupted: `check_whole`.
+    number : int
+        Of this cache alone.
+    """
+
+    state: LayerState | None = None
+    new: NewTokens | None = None
+    newest_queries: Array = None
+    budgets: list[int] | None = None
+    fixed: LayerState | None = None
+    torn: bool = False
+
+    def take_number(self) -> None:
+        """Become known to operators."""
+        self.number = next(NUMBERS)
+        NUMBERED[self.number] = self
+
+    def __setstate__(self, held: dict[str, Any]) -> None:
+        self.__dict__.update(held)
+        self.take_number()  # a copy is another cache
+
+    def view(self) -> View:
+        """All tokens at hand, those that were appended last included, in order of position."""
+        state = self.stored_state
+        return view_of(None if state.is_empty else state, self.new)
+
+    @property
+    def stored_state(self) -> LayerState:
+        """The state, or an error that says that there is none, or none that is whole."""
+        self.check_whole()
+        if self.state is None:
+            raise ValueError("the cache is empty; append some tokens first")
+        return self.state
+
+    @property
+    def seen(self) -> int:
+        """Length of the sequence so far, padding and evicted tokens included."""
+        state = self.state
+        before = 0 if state is None else state.seen if state.clock is None else first_number(state.clock)
+        return before + (0 if self.new is None else self.new.length)
+
+    @property
+    def keys(self) -> Array:
+        """Stored keys in order of position, shape (batch..., kv_head, n, d); None of an empty cache."""
+        return None if self.state is None else self.view().keys
+
+    @property
+    def values(self) -> Array:
+        """Stored values in order of position, shape (batch..., kv_head, n, dv); None of an empty cache."""
+        return None if self.state is None else self.view().values
+
+    @property
+    def positions(self) -> Array:
+        """Place in the sequence of each, int32 (batch..., kv_head, n); -1 for a slot that holds no token."""
+        return None if self.state is None else self.view().positions
+
+    @property
+    def attention(self) -> Array:
+        """What the policy made of the attention each received, shape (batch..., kv_head, n), or None."""
+        return None if self.state is None else self.view().attention
+
+    @property
+    def moments(self) -> Any:
+        """What stands for the tokens evicted so far; None of an empty cache."""
+        return None if self.state is None else self.state.evicted
+
+    @property
+    def evidence(self) -> Moments | None:
+        """Exact moments of all evicted tokens, where the cache was made with ``certify``."""
+        return None if self.state is None else self.state.evidence
+
+    @property
+    def query_window(self) -> QueryWindow | None:
+        """Mean and variance of the recent queries, where they are remembered."""
+        return query_window(self.state)
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether any token of any row has been evicted."""
+        return self.state is not None and self.state.has_evicted
+
+    @property
+    def clock(self) -> Array | None:
+        """The sequence's length by the device's count, shape (batch...), where steps are static now."""
+        return None if self.state is None else self.state.clock
+
+    @property
+    def stored_by_head(self) -> list[int]:
+        """Slots that each KV head stores tokens in now."""
+        if self.state is None:
+            return [0] * (0 if self.budgets is None else len(self.budgets))
+        waiting = 0 if self.new is None else self.new.length
+        return [width + self.state.filled + waiting for width in self.state.layout.widths]
+
+    @property
+    def stored(self) -> int:
+        """Slots in use by the KV head that stores most."""
+        return max(self.stored_by_head, default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held now."""
+        waiting = [] if self.new is None else [x for x in self.new[:-1] if x is not None]
+        if self.newest_queries is not None:
+            waiting.append(self.newest_queries)
+        return (0 if self.state is None else self.state.nbytes) + sum(nbytes(x) for x in waiting)
+
+    def arrays(self) -> dict[str, Array]:
+        """Every array of the state, by name (those of the statistics as ``evicted.weight`` and so on)."""
+        return {} if self.state is None else self.state.arrays()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether steps of one token are static now: after a first pass of a cache made so."""
+        return self.state is not None and self.state.clock is not None
+
+    def fix(self) -> None:
+        """Write the state into the arrays that keep their size and place, where steps are static; else do nothing.
+
+        Every part of a step makes a state in arrays of its own, so that it can be undone. Whoever wants static steps at
+        constant addresses calls this when they are through; `step` does. A cache whose writing was interrupted is
+        refused until `reset` or `restore`.
+        """
+        if self.state is None or not self.is_fixed:
+            return
+        backend = get_backend(self.state.keys)
+        if self.fixed is None or self.fixed.shapes() != self.state.shapes():
+            self.state = self.fixed = self.state.map(backend.fixed)
+        else:
+            self.torn = True
+            self.state = self.fixed = self.fixed.overwritten(self.state, backend.overwrite)
+            self.torn = False
+
+    def check_whole(self) -> None:
+        """Raise if arrays that keep their place hold a state and half of the next one."""
+        if self.torn:
+            raise RuntimeError(
+                "the cache is torn: writing a step into the arrays of its static state was interrupted; call reset() "
+                "and read the tokens again, or restore() a snapshot"
+            )
+
+    def held(self) -> dict[str, Any]:
+        """All that a step changes, by reference: nothing is copied, and nothing that it refers to is changed.
+
+        For `go_back` before anything else is read; `snapshot` is for keeps.
+        """
+        return dict(self.__dict__)
+
+    def go_back(self, held: dict[str, Any]) -> None:
+        """Undo all since `held`, but an interrupted writing into the arrays that were the state's then."""
+        in_place = held["fixed"] is not None and held["state"] is held["fixed"]
+        self.__dict__.update(held | {"torn": self.torn and in_place})
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole state, to go back to with `restore` as often as one likes."""
+        held = self.held()
+        if self.state is not None:
+            copy, state = get_backend(self.state.recent_keys).copy, self.state
+            recent = {name: copy(getattr(state, name)) for name in RECENT if getattr(state, name) is not None}
+            # Static steps write into every array.
+            held["state"] = dataclasses.replace(state, **recent) if state.clock is None else state.map(copy)
+        return held
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to a state that `snapshot` gave."""
+        self.torn = False
+        self.go_back(snapshot)
+        self.go_back(self.snapshot())  # what is written from now on is not the snapshot's
+
+
+def first_number(x: Array) -> int:
+    """The first element of an array, all of which are equal."""
+    xp = array_namespace(x)
+    return int(xp.reshape(x, (-1,))[0])

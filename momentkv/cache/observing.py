@@ -1,0 +1,96 @@
+"""Attention as policies see it: of new tokens' queries, over all that a layer holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from momentkv._array import Array, array_namespace
+from momentkv.backends import ArrayBackend
+from momentkv.backends.base import causal_mask
+from momentkv.cache.config import CacheConfig
+from momentkv.cache.packing import View
+from momentkv.cache.state import LayerState, NewTokens
+from momentkv.policies import Policy
+
+__all__ = ["observed", "observed_queries", "of_real_queries"]
+
+
+def of_real_queries(weights: Array, new: NewTokens) -> Array:
+    """Attention weights (..., kv_head, group, m, n) of the newest queries, those of padding set to zero."""
+    if not new.padded:
+        return weights
+    xp = array_namespace(weights)
+    real = new.positions[..., -weights.shape[-2] :] >= 0
+    return xp.where(real[..., None, :, None], weights, xp.zeros_like(weights))
+
+
+def observed(policy: Policy, state: LayerState, weights: Array) -> LayerState:
+    """The state after the policy has seen attention weights over retained and recent tokens, in this order."""
+    xp = array_namespace(weights)
+    layout, filled, recent = state.layout, state.filled, state.recent_attention
+    retained = layout.rectangle(state.attention, vectors=False, fill=0.0)
+    score = policy.observe(xp.concat([retained, recent[..., :filled]], axis=-1), weights)
+    whole = xp.concat([score[..., layout.width :], recent[..., filled:]], axis=-1)
+    return dataclasses.replace(state, attention=layout.pack(score[..., : layout.width]), recent_attention=whole)
+
+
+def observed_queries(
+    config: CacheConfig, backend: ArrayBackend, state: LayerState, new: NewTokens, q: Array, scale: float
+) -> tuple[LayerState, NewTokens]:
+    """State and new tokens after the policy has seen the attention of the last queries, by blocks of them."""
+    xp = array_namespace(q)
+    layout, filled, n = state.layout, state.filled, new.length
+    view = None if state.is_empty else stored_tokens(state)
+    seen = 0 if view is None else view.keys.shape[-2]
+    keys, values, score = new.keys, new.values, new.attention
+    if view is not None:
+        keys, values = (xp.concat([x, y], axis=-2) for x, y in ((view.keys, keys), (view.values, values)))
+        score = xp.concat([view.attention, score], axis=-1)
+    valid = None
+    if view is not None or new.padded:
+        valid = new.positions >= 0
+        if view is not None:
+            valid = xp.concat([view.positions >= 0, valid], axis=-1)
+    observes, q_len = config.policy.observes, q.shape[-2]
+    count = q_len if observes is None else min(q_len, observes)
+    if observes is not None and q_len >= observes and not config.policy.accumulates:
+        score = xp.zeros_like(score)  # a whole observation window: what came before no longer counts
+    for start in range(q_len - count, q_len, backend.query_block):
+        stop = min(start + backend.query_block, q_len)
+        visible = seen + n - q_len + stop
+        mask = causal_mask(keys, q_len, start, stop, valid)
+        _, weights = backend.attend(
+            q[..., start:stop, :], keys[..., :visible, :], values[..., :visible, :], scale=scale, mask=mask
+        )
+        of_block = new._replace(positions=new.positions[..., : n - q_len + stop])
+        weights = of_real_queries(weights, of_block)
+        part = config.policy.observe(score[..., :visible], weights)
+        score = xp.concat([part, score[..., visible:]], axis=-1)
+    if view is None:
+        return state, new._replace(attention=score)
+    recent = xp.concat([score[..., layout.width : seen], state.recent_attention[..., filled:]], axis=-1)
+    state = dataclasses.replace(state, attention=layout.pack(score[..., : layout.width]), recent_attention=recent)
+    return state, new._replace(attention=score[..., seen:])
+
+
+def stored_tokens(state: LayerState) -> View:
+    """Retained tokens as a rectangle, then recent ones: an order in which attention does not differ."""
+    xp = array_namespace(state.keys)
+    layout, filled = state.layout, state.filled
+    recent = state.recent_positions[..., :filled]
+    valid = state.recent_valid()
+    if valid is not None:
+        recent = xp.where(valid, recent, xp.full_like(recent, -1))
+
+    def both(retained: Array, recent: Array, *, vectors: bool) -> Array:
+        wide = layout.rectangle(retained, vectors=vectors, fill=None if vectors else 0)
+        return xp.concat([wide, recent], axis=-2 if vectors else -1)
+
+    positions = xp.concat([layout.rectangle(state.positions, vectors=False, fill=-1), recent], axis=-1)
+    attention = both(state.attention, state.recent_attention[..., :filled], vectors=False)
+    return View(
+        both(state.keys, state.recent_keys[..., :filled, :], vectors=True),
+        both(state.values, state.recent_values[..., :filled, :], vectors=True),
+        positions,
+        attention,
+    )

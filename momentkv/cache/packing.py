@@ -1,0 +1,148 @@
+"""All tokens of a layer side by side, and back into their tiers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from momentkv._array import Array, array_namespace, device, take_rows
+from momentkv.backends.layout import Layout
+from momentkv.cache.state import LayerState, NewTokens
+
+__all__ = ["View", "repack", "view_of", "widths_of"]
+
+
+class View(NamedTuple):
+    """Tokens of all heads side by side, in order of position; a slot without one has position -1.
+
+    Attributes
+    ----------
+    keys, values : array, shape (..., kv_head, n, d) and (..., kv_head, n, dv)
+    positions : int32 array, shape (..., kv_head, n)
+    attention : array, shape (..., kv_head, n), or None
+    """
+
+    keys: Array
+    values: Array
+    positions: Array
+    attention: Any
+
+
+def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
+    """All tokens of a state, and new ones behind them."""
+    if state is None:
+        if new is None:
+            raise ValueError("the cache holds no tokens; append some first")
+        return View(new.keys, new.values, new.positions, new.attention)
+    xp = array_namespace(state.keys)
+    layout, filled, sinks = state.layout, state.filled, min(state.layout.sinks, state.filled)
+    recent_positions = state.recent_positions[..., :filled]
+    positions = layout.rectangle(state.positions, vectors=False, fill=-1)
+    valid = state.recent_valid()
+    if valid is not None:
+        recent_positions = xp.where(valid, recent_positions, xp.full_like(recent_positions, -1))
+    parts: dict[str, list[Array]] = {
+        "positions": [recent_positions[..., :sinks], positions, recent_positions[..., sinks:]]
+    }
+    for name in ("keys", "values"):
+        recent, retained = getattr(state, f"recent_{name}"), layout.rectangle(getattr(state, name), vectors=True)
+        parts[name] = [recent[..., :sinks, :], retained, recent[..., sinks:filled, :]]
+    if state.attention is not None and state.recent_attention is not None:
+        recent = state.recent_attention
+        retained = layout.rectangle(state.attention, vectors=False, fill=0.0)
+        parts["attention"] = [recent[..., :sinks], retained, recent[..., sinks:filled]]
+    if new is not None:
+        for name, pieces in parts.items():
+            pieces.append(getattr(new, name))
+    whole = {name: xp.concat(pieces, axis=-2 if name in ("keys", "values") else -1) for name, pieces in parts.items()}
+    return View(whole["keys"], whole["values"], whole["positions"], whole.get("attention"))
+
+
+def widths_of(totals: Sequence[int], budgets: Sequence[int], *, sinks: int, window: int) -> tuple[tuple[int, ...], int]:
+    """Slots of retained tokens of each head, and of recent ones in all, for so many tokens of each head.
+
+    As many stay recent in every head. A head retains at most what its budget leaves beside sinks and window, so that
+    recent slots run full exactly when a head has a block more than its budget.
+    """
+    beside = sinks + window
+    recent = max(
+        total - max(0, min(budget - beside, total - beside)) for total, budget in zip(totals, budgets, strict=True)
+    )
+    return tuple(max(0, total - recent) for total in totals), recent
+
+
+def repack(
+    view: View, kept: Array, state: LayerState, layout: Layout, *, filled: int, room: Array | None
+) -> LayerState:
+    """A state of the tokens of a view that are kept: the first as sinks, the newest recent, the others retained.
+
+    Parameters
+    ----------
+    view : View
+    kept : bool array, shape (..., kv_head, n)
+    state : LayerState
+        All else is taken from it.
+    layout : Layout
+    filled : int
+        Recent slots in use, where every row and head has as many; otherwise the most.
+    room : int array, shape (..., kv_head), or None
+        Tokens of each row and head to retain at most, where these differ; None where ``layout`` and ``filled`` say it.
+    """
+    xp = array_namespace(view.keys)
+    where = device(view.keys)
+    n, heads, sinks = kept.shape[-1], layout.heads, layout.sinks
+    total = xp.sum(xp.astype(kept, xp.int32), axis=-1, dtype=xp.int32)
+    if room is None:
+        retained = xp.broadcast_to(xp.asarray(layout.widths, dtype=xp.int32, device=where), total.shape)
+    else:
+        retained = room
+    # The slots of kept tokens first, in order: the j-th of them is token j.
+    order = xp.argsort(xp.astype(~kept, xp.int8), axis=-1, stable=True)
+    flat = order + xp.arange(heads, dtype=order.dtype, device=where)[:, None] * n
+    named: dict[str, tuple[Array, float]] = {"keys": (view.keys, 0), "values": (view.values, 0)}
+    named["positions"] = (view.positions, -1)
+    if view.attention is not None:
+        named["attention"] = (view.attention, 0)
+
+    def slots(number: Array, width: int) -> tuple[Array, Array]:
+        """Where tokens of these numbers, (..., kv_head, width), lie among those of all heads, and whether they are."""
+        real = xp.broadcast_to(number < total[..., None], (*total.shape, width))
+        token = xp.broadcast_to(xp.minimum(number, xp.full_like(number, n - 1)), real.shape)
+        index = xp.take_along_axis(flat, xp.astype(token, flat.dtype), axis=-1)
+        return tuple(xp.reshape(y, (*y.shape[:-2], heads * width)) for y in (index, real))
+
+    def take(name: str, index: Array, real: Array) -> Array:
+        """Tokens by place; slots without one hold another's vectors, and are told by their position."""
+        x, empty = named[name]
+        if name in ("keys", "values"):
+            return take_rows(xp.reshape(x, (*x.shape[:-3], heads * n, x.shape[-1])), index)
+        y = xp.take_along_axis(xp.reshape(x, (*x.shape[:-2], heads * n)), index, axis=-1)
+        return xp.where(real, y, xp.full_like(y, empty))
+
+    arrays: dict[str, Any] = {}
+    # Retained: from the first token after the sinks on.
+    place = xp.arange(layout.width, dtype=xp.int32, device=where)
+    number = xp.where(place < retained[..., None], place + sinks, xp.full_like(place, n))
+    index, real = slots(number, layout.width)
+    if not layout.equal:
+        packed = xp.asarray(layout.packed, device=where)
+        index, real = (xp.take(y, packed, axis=-1) for y in (index, real))
+    for name in named:
+        arrays[name] = take(name, index, real)
+    # Recent: the sinks, then the newest.
+    place = xp.arange(layout.recent, dtype=xp.int32, device=where)
+    index, real = slots(xp.where(place < sinks, place, place + retained[..., None]), layout.recent)
+    for name in named:
+        x = take(name, index, real)
+        last = x.shape[-1:] if name in ("keys", "values") else ()
+        lead = x.shape[: len(x.shape) - 1 - len(last)]
+        arrays[f"recent_{name}"] = xp.reshape(x, (*lead, heads, layout.recent, *last))
+    return dataclasses.replace(
+        state,
+        **arrays,
+        counts=xp.astype(retained, xp.int32),
+        recent_count=total - xp.astype(retained, xp.int32),
+        layout=layout,
+        filled=filled,
+    )

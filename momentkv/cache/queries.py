@@ -1,0 +1,63 @@
+"""What a layer remembers of recent queries: their mean and square, that corrections and policies are anchored by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from momentkv._array import Array, accumulate, array_namespace
+from momentkv.attention import group_queries
+from momentkv.cache.config import RECENT_QUERIES
+from momentkv.statistics.summaries import QueryWindow
+
+__all__ = ["query_window", "remember"]
+
+
+def query_window(state: Any) -> QueryWindow | None:
+    """The recent queries that a state remembers, as corrections take them."""
+    if state is None or state.query_mean is None or state.query_square is None:
+        return None
+    xp = array_namespace(state.query_mean)
+    variance = state.query_square - state.query_mean * state.query_mean
+    return QueryWindow(state.query_mean, xp.maximum(variance, xp.zeros_like(variance)))
+
+
+def remember(
+    recent: Array, real: Array | None, kv_heads: int, scale: float, mean: Array | None, square: Array | None
+) -> tuple[Array, Array]:
+    """First and second moment of scaled recent queries, given those of the queries before them.
+
+    Parameters
+    ----------
+    recent : array, shape (..., kv_head * group, m, d)
+    real : bool array, shape (..., kv_head, m), or None
+        False for the query of padding; None where there is none.
+    kv_heads : int
+    scale : float
+    mean, square : array, shape (..., kv_head, d), or None
+        Of the queries before.
+    """
+    xp = array_namespace(recent)
+    count = recent.shape[-2]
+    (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
+    grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * scale
+    if real is None:
+        new_mean, new_square = (xp.mean(x, axis=(-3, -2)) for x in (grouped, grouped * grouped))
+        if mean is None or square is None:
+            return new_mean, new_square
+        # Several queries at once count alike; one by one, each fades what came before it.
+        share = min(2.0 * count / RECENT_QUERIES, 1.0)
+    else:
+        weight = xp.astype(real, grouped.dtype)[..., None, :, None]
+        number = xp.sum(weight, axis=(-3, -2))
+        safe = xp.where(number > 0, number, xp.ones_like(number))
+        new_mean, new_square = (
+            xp.sum(weight * xp.mean(x, axis=-3, keepdims=True), axis=(-3, -2)) / safe
+            for x in (grouped, grouped * grouped)
+        )
+        if mean is None or square is None:
+            return new_mean, new_square
+        share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
+    # Where all before was padding there is nothing to fade.
+    some = xp.sum(square, axis=-1, keepdims=True) > 0
+    share = xp.where(some, share, xp.ones_like(mean[..., :1]) if real is None else xp.ones_like(share))
+    return mean + share * (new_mean - mean), square + share * (new_square - square)

@@ -1,0 +1,296 @@
+"""The state of a layer's cache: recent tokens as they came, retained tokens, and what stands for evicted ones.
+
+A token moves one way through it:
+
+    recent  ->  retained  ->  evicted
+
+*Recent* tokens (sinks, the window, and the block that is filling) are written in place, as many in every head.
+*Retained* tokens lie packed, head after head, for heads may retain different numbers; this tier changes only when a
+block is full. *Evicted* tokens are statistics. Every array has the leading axes of the batch first, so that rows are
+selected, moved and saved by one function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from momentkv._array import Array, accumulation_dtype, array_namespace, check_mask, device, nbytes
+from momentkv.backends.layout import Layout, Tiers
+from momentkv.statistics.moments import Moments
+
+__all__ = ["LayerState", "NewTokens", "empty_state", "hidden", "joined", "place"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerState:
+    """All that a layer's cache holds between steps; replaced as a whole, so that a step that fails changes nothing.
+
+    Attributes
+    ----------
+    recent_keys, recent_values : array, shape (..., kv_head, recent, d) and (..., kv_head, recent, dv)
+        Written in place, beyond ``recent_count`` alone.
+    recent_positions : int32 array, shape (..., kv_head, recent)
+    recent_attention : array, shape (..., kv_head, recent), or None
+        What a policy that observes attention made of it.
+    recent_count : int32 array, shape (..., kv_head)
+        Slots in use, the first ones.
+    keys, values : array, shape (..., slots, d) and (..., slots, dv)
+        Retained tokens, packed: see `Layout`. Of each head in order of position, the first ``counts`` of its slots.
+    positions : int32 array, shape (..., slots)
+        -1 for a slot that holds no token.
+    attention : array, shape (..., slots), or None
+    counts : int32 array, shape (..., kv_head)
+    evicted : statistics
+        Of a `momentkv.statistics.corrections.Correction`, with leading axes (..., kv_head).
+    evidence : Moments or None
+        Exact moments of all evicted tokens, for `momentkv.trust`.
+    query_mean, query_square : array, shape (..., kv_head, d), or None
+        First and second moment of the scaled recent queries.
+    recent_queries : array, shape (..., q_head, m, d), or None
+        What an eviction is judged by where there is a tolerance.
+    clock : int32 array, shape (...), or None
+        ``seen``, on the device: where steps are static, the host does not count.
+    ticks : int32 array, shape (..., kv_head), or None
+        Where steps are static, what counts would be if no token of a step had been padding: it says when a head evicts,
+        so that all do in time.
+    layout : Layout
+    seen : int
+        Length of the sequence so far, padding and evicted tokens included.
+    filled : int
+        Most recent slots in use in any row and head.
+    padded : bool
+        Whether counts may differ from row to row: slots are then told by ``counts``, not by the host's numbers.
+    has_evicted : bool
+    """
+
+    recent_keys: Array
+    recent_values: Array
+    recent_positions: Array
+    recent_count: Array
+    keys: Array
+    values: Array
+    positions: Array
+    counts: Array
+    evicted: Any
+    layout: Layout
+    recent_attention: Any = None
+    attention: Any = None
+    evidence: Moments | None = None
+    query_mean: Array | None = None
+    query_square: Array | None = None
+    recent_queries: Array | None = None
+    clock: Any = None
+    ticks: Any = None
+    seen: int = 0
+    filled: int = 0
+    padded: bool = False
+    has_evicted: bool = False
+
+    def own(self) -> dict[str, Array]:
+        """The arrays of the state itself, by field name."""
+        return {name: x for name in ARRAYS if (x := getattr(self, name)) is not None}
+
+    def arrays(self) -> dict[str, Array]:
+        """Every array, by name; those of statistics as ``evicted.weight`` and so on."""
+        held = self.own()
+        for name in STATISTICS:
+            kept = getattr(self, name)
+            held |= {} if kept is None else {f"{name}.{own}": x for own, x in kept.arrays().items()}
+        return held
+
+    def map(self, function: Callable[[Array], Array]) -> LayerState:
+        """A state of every array's image: to select, repeat or reorder rows, or to move to a device."""
+        changed: dict[str, Any] = {name: function(x) for name, x in self.own().items()}
+        for name in STATISTICS:
+            kept = getattr(self, name)
+            changed[name] = None if kept is None else kept.map(function)
+        return dataclasses.replace(self, **changed)
+
+    def shapes(self) -> dict[str, Any]:
+        """What arrays must have in common for one state to be written into another's."""
+        return {name: (tuple(x.shape), x.dtype, device(x)) for name, x in self.arrays().items()}
+
+    def overwritten(self, other: LayerState, write: Callable[[Array, Array], Array]) -> LayerState:
+        """The other state, its arrays written into those of this one, which has the same shapes."""
+        mine, arrays = self.arrays(), other.arrays()
+        written = self.with_arrays([x if arrays[name] is x else write(x, arrays[name]) for name, x in mine.items()])
+        host = {name: getattr(other, name) for name in HOST}
+        if all(getattr(self, name) == value for name, value in host.items()):
+            host.clear()  # then this very state, where arrays were written in place
+            if all(mine[name] is x for name, x in written.arrays().items()):
+                return self
+        return dataclasses.replace(written, **host)
+
+    def with_arrays(self, arrays: Sequence[Array]) -> LayerState:
+        """The state with other arrays of the same shapes, in the order of `arrays`."""
+        given = iter(arrays)
+        changed: dict[str, Any] = {name: next(given) for name in self.own()}
+        for name in ("evicted", "evidence"):
+            statistics = getattr(self, name)
+            if statistics is not None and statistics.arrays():
+                changed[name] = statistics.map(lambda _: next(given))
+        return dataclasses.replace(self, **changed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(nbytes(x) for x in self.arrays().values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is stored."""
+        return self.filled == 0 and self.layout.width == 0
+
+    def tiers(self) -> Tiers:
+        """Recent and retained tokens as a backend attends to them; nothing is copied."""
+        return Tiers(
+            self.recent_keys[..., : self.filled, :],
+            self.recent_values[..., : self.filled, :],
+            self.recent_valid(),
+            self.keys,
+            self.values,
+            self.retained_valid(),
+            self.layout,
+        )
+
+    def recent_valid(self) -> Array | None:
+        """Which of the first ``filled`` recent slots hold a token, or None for all."""
+        return below(self.recent_count, self.filled) if self.padded else None
+
+    def retained_valid(self) -> Array | None:
+        """Which retained slots, as a rectangle (..., kv_head, width), hold a token, or None for all that there are."""
+        return below(self.counts, self.layout.width) if self.padded else None
+
+
+# Array fields, in the order of the class: what is saved, moved and counted.
+ARRAYS = (
+    "recent_keys", "recent_values", "recent_positions", "recent_count", "keys", "values", "positions", "counts",
+    "recent_attention", "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
+)  # fmt: skip
+
+# Fields that hold arrays of their own.
+STATISTICS = ("evicted", "evidence")
+
+# What of a state the host knows.
+HOST = ("layout", "seen", "filled", "padded", "has_evicted")
+
+
+class NewTokens(NamedTuple):
+    """Tokens that have been read and are in neither tier yet: of a prefill, a chunk, or passes that may be undone.
+
+    Attributes
+    ----------
+    keys, values : array, shape (..., kv_head, m, d) and (..., kv_head, m, dv)
+    positions : int32 array, shape (..., kv_head, m)
+        -1 for padding.
+    attention : array, shape (..., kv_head, m), or None
+    padded : bool
+        Whether any is padding.
+    """
+
+    keys: Array
+    values: Array
+    positions: Array
+    attention: Any
+    padded: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens, padding included."""
+        return int(self.keys.shape[-2])
+
+
+def below(counts: Array, width: int) -> Array:
+    """Bool (..., width): the first ``counts`` of each row."""
+    xp = array_namespace(counts)
+    return xp.arange(width, dtype=counts.dtype, device=device(counts)) < counts[..., None]
+
+
+def empty_state(k: Array, v: Array, *, evicted: Any, layout: Layout, observes: bool, evidence: Moments | None) -> Any:
+    """A state without tokens, for keys and values shaped and typed like ``k`` and ``v`` (none are read)."""
+    xp = array_namespace(k, v)
+    lead, where = k.shape[:-3], device(k)
+    slots, shape = sum(layout.widths), (*k.shape[:-2], layout.recent)
+
+    def zeros(*shape: int, dtype: Any) -> Array:
+        return xp.zeros(shape, dtype=dtype, device=where)
+
+    wide = accumulation_dtype(xp, k.dtype, v.dtype)
+    return LayerState(
+        recent_keys=zeros(*shape, k.shape[-1], dtype=k.dtype),
+        recent_values=zeros(*shape, v.shape[-1], dtype=v.dtype),
+        recent_positions=zeros(*shape, dtype=xp.int32) - 1,
+        recent_count=zeros(*shape[:-1], dtype=xp.int32),
+        keys=zeros(*lead, slots, k.shape[-1], dtype=k.dtype),
+        values=zeros(*lead, slots, v.shape[-1], dtype=v.dtype),
+        positions=zeros(*lead, slots, dtype=xp.int32) - 1,
+        counts=zeros(*shape[:-1], dtype=xp.int32),
+        recent_attention=zeros(*shape, dtype=wide) if observes else None,
+        attention=zeros(*lead, slots, dtype=wide) if observes else None,
+        evicted=evicted,
+        evidence=evidence,
+        layout=layout,
+    )
+
+
+def place(backend: Any, state: LayerState, new: NewTokens) -> LayerState:
+    """Write new tokens after the recent ones, in place; they must fit. Padding takes no slot."""
+    xp = array_namespace(new.keys)
+    count, arrays = new.length, {}
+    names = ["keys", "values", "positions", *([] if state.recent_attention is None else ["attention"])]
+    if not (state.padded or new.padded):
+        for name in names:
+            x, axis = getattr(state, f"recent_{name}"), -2 if name in ("keys", "values") else -1
+            arrays[f"recent_{name}"] = backend.write_at(x, state.filled, getattr(new, name), axis=axis)
+        return dataclasses.replace(
+            state, **arrays, recent_count=state.recent_count + count, filled=state.filled + count
+        )
+    real = xp.astype(new.positions >= 0, xp.int32)
+    if count == 1:
+        # A slot that padding is written to is the next token's.
+        added, index = real[..., 0], state.recent_count[..., None]
+    else:
+        step = xp.cumulative_sum(real, axis=-1)
+        added, index = step[..., -1], xp.where(real > 0, state.recent_count[..., None] + step - 1, -1 - 0 * step)
+    for name in names:
+        x, y = getattr(state, f"recent_{name}"), getattr(new, name)
+        vectors = name in ("keys", "values")
+        arrays[f"recent_{name}"] = backend.write(x, index, y, axis=-2 if vectors else -1)
+    counts = state.recent_count + xp.astype(added, state.recent_count.dtype)
+    filled = min(state.filled + count, state.layout.recent)
+    return dataclasses.replace(state, **arrays, recent_count=counts, filled=filled, padded=True)
+
+
+def joined(old: NewTokens, new: NewTokens) -> NewTokens:
+    """New tokens behind others that wait."""
+    xp = array_namespace(new.keys)
+    attention = None
+    if old.attention is not None and new.attention is not None:
+        attention = xp.concat([old.attention, new.attention], axis=-1)
+    return NewTokens(
+        xp.concat([old.keys, new.keys], axis=-2),
+        xp.concat([old.values, new.values], axis=-2),
+        xp.concat([old.positions, new.positions], axis=-1),
+        attention,
+        old.padded or new.padded,
+    )
+
+
+def hidden(new: NewTokens, valid: Array, count: int, *, ask: bool = True) -> NewTokens:
+    """The new tokens, with the padding among the last ``count`` of them marked, and nothing of it left.
+
+    Without asking the device whether there is any if ``ask`` is False.
+    """
+    xp = array_namespace(new.positions, valid)
+    newest = new.positions[..., -count:]
+    check_mask("valid", valid, newest.shape, newest)
+    if ask and bool(xp.all(valid)):
+        return new
+    newest = xp.where(valid, newest, xp.full_like(newest, -1))
+    positions = xp.concat([new.positions[..., :-count], newest], axis=-1) if count < new.length else newest
+    real = (positions >= 0)[..., None]
+    # Padding may hold anything; a weight of zero times NaN is NaN.
+    keys, values = (xp.where(real, x, xp.zeros_like(x)) for x in (new.keys, new.values))
+    return new._replace(keys=keys, values=values, positions=positions, padded=True)

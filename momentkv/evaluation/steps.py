@@ -1,0 +1,61 @@
+"""Times of decode steps: those that evict a block apart from the others, and what is typical of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+from typing import Any, NamedTuple
+
+from momentkv.hf import MomentCache
+
+__all__ = ["Step", "Typical", "evicted_tokens", "typical"]
+
+
+class Step(NamedTuple):
+    """One decode step.
+
+    Attributes
+    ----------
+    seconds : float
+    flushed : bool
+        Whether it evicted a block.
+    """
+
+    seconds: float
+    flushed: bool
+
+
+class Typical(NamedTuple):
+    """Median seconds of a step.
+
+    Attributes
+    ----------
+    seconds : float
+        Of steps that evict nothing.
+    flush : float or None
+        Of steps that evict a block; None where there were none.
+    """
+
+    seconds: float
+    flush: float | None
+
+
+def evicted_tokens(cache: Any) -> float:
+    """Tokens a KV head that a cache has evicted, over all compressed layers; 0 for a cache that evicts none."""
+    if not isinstance(cache, MomentCache):
+        return 0.0
+    return sum(layer.evicted for layer in cache.summary().layers if layer.kind == "moment")
+
+
+def typical(steps: Iterable[Step]) -> Typical:
+    """Medians, which a step that was held up by something else does not move.
+
+    Examples
+    --------
+    >>> typical([Step(1, False), Step(1, False), Step(60, False), Step(9, True)])
+    Typical(seconds=1, flush=9)
+    """
+    steps = list(steps)
+    flushes = [step.seconds for step in steps if step.flushed]
+    between = [step.seconds for step in steps if not step.flushed] or flushes
+    return Typical(median(between), median(flushes) if flushes else None)

@@ -1,0 +1,158 @@
+"""From a model's configuration and a budget to the layers of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+
+from momentkv.cache.allocation import SharedBudget, by_importance, minimise_error, pyramid_budgets
+from momentkv.cache.budget_rules import BudgetRule, Share, TotalBytes, parse_budget
+from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.layer import LayerCache
+from momentkv.hf.checks import SHARING_BY_HEADS, check_sharing, refuse_layer_type
+from momentkv.hf.layer import MomentLayer
+from momentkv.policies import get_policy
+
+__all__ = ["Plan", "apply_rule", "kv_heads", "layer_kinds", "shared_budgets"]
+
+SLIDING_TYPES = ("sliding_attention", "chunked_attention")
+
+
+class Plan:
+    """What the layers of a cache are to be.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of the text decoder.
+    budget, sharing
+        As `momentkv.hf.MomentCache` takes them.
+    ranks : int
+        Of a tensor-parallel model.
+    settings : dict
+        What `LayerCache` takes beside its budget.
+
+    Attributes
+    ----------
+    sharing : str
+    rule : BudgetRule or None
+        What turns the budget into tokens when the first ones arrive.
+    least : int
+        The smallest budget.
+    """
+
+    def __init__(self, config: Any, budget: Any, sharing: str | None, ranks: int, settings: dict[str, Any]) -> None:
+        self.config, self.ranks, self.kinds = config, ranks, layer_kinds(config)
+        sinks, window, static = settings["sinks"], settings["window"], settings["static"]
+        self.least = sinks + window + 1
+        asked = parse_budget(budget)
+        if static and isinstance(asked, TotalBytes):
+            raise ValueError(f"static=True with a budget of {budget!r}: buffers are sized in tokens; give it in tokens")
+        self.rule = asked if isinstance(asked, BudgetRule) else None
+        given = self.least if isinstance(asked, BudgetRule) else asked
+        budgets = [given] * len(self.kinds) if isinstance(given, int) else given
+        if len(budgets) != len(self.kinds):
+            raise ValueError(
+                f"budget has {len(budgets)} entries but the model has {len(self.kinds)} layers; give one for each"
+            )
+        if sharing is None:
+            shared = "layers" if get_policy(settings["policy"]).couples_heads else "heads"
+            sharing = shared if isinstance(given, int) else "uniform"
+        check_sharing(sharing, given)
+        if sharing == "pyramid":
+            if self.rule is not None:
+                raise ValueError(f'budget is {budget!r}, but sharing="pyramid" needs one in tokens')
+            budgets = pyramid_budgets(budgets[0], len(self.kinds), sinks=sinks, window=window)
+        self.sharing, self.budgets = sharing, budgets
+        self.settings = settings | {"keep_queries": is_shared(sharing)}
+
+    def layers(self, rollback: int) -> list[Any]:
+        """A layer of the cache for each of the model."""
+        return [self.layer(index, rollback) for index in range(len(self.kinds))]
+
+    def layer(self, index: int, rollback: int) -> Any:
+        """A `MomentLayer` where the model attends to everything, a stock layer where it has a window."""
+        kind, kwargs = self.kinds[index]
+        if kind in SLIDING_TYPES:
+            if self.settings["static"]:
+                raise ValueError(
+                    f"static=True, but layer {index} of this {self.config.model_type} model is of type {kind!r}, whose "
+                    "stock cache counts on the host; use static=False"
+                )
+            return DynamicSlidingWindowLayer(**kwargs)
+        if kind != "full_attention":
+            refuse_layer_type(self.config, index, kind, ("full_attention", *SLIDING_TYPES))
+        budget: Any = self.budgets[index]
+        if self.sharing in SHARING_BY_HEADS:
+            budget = [budget] * (kv_heads(self.config, index) // self.ranks)
+            policy = get_policy(self.settings["policy"])
+            if policy.couples_heads:
+                raise ValueError(
+                    f"policy is {policy.name!r}, which looks across the KV heads of a layer, so that none can have a "
+                    'budget of its own; use sharing="layers" or "uniform"'
+                )
+        return MomentLayer(LayerCache(budget, **self.settings), rollback)
+
+
+def is_shared(sharing: str) -> bool:
+    """Whether budgets are shared anew after every prefill."""
+    return sharing not in ("uniform", "pyramid")
+
+
+def shared_budgets(layers: Sequence[MomentLayer], sharing: str) -> list[SharedBudget]:
+    """The totals that layers share, each known to its layers."""
+    if not is_shared(sharing) or not layers:
+        return []
+    groups = [list(layers)] if sharing in ("layers", "heads") else [[layer] for layer in layers]
+    rule = by_importance if sharing == "ada-kv" else minimise_error
+    totals = []
+    for group in groups:
+        totals.append(SharedBudget([layer.core for layer in group], rule, by_head=sharing in SHARING_BY_HEADS))
+        for layer in group:
+            layer.sharing = totals[-1]
+    return totals
+
+
+def apply_rule(cache: Any, rule: BudgetRule, k: Any, v: Any) -> None:
+    """Turn a budget that is not in tokens into tokens, now that the keys and values of some arrive at a cache."""
+    layers = [layer for layer in cache.layers if isinstance(layer, MomentLayer)]
+    if not layers:
+        return
+    seen, tokens = int(cache.get_seq_length()), 0
+    if isinstance(rule, TotalBytes):
+        if seen:
+            return
+        windows = [layer.sliding_window - 1 for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+        tokens = rule.tokens(layers[0].core.config, len(layers), k, v, windows)
+    elif isinstance(rule, Share):
+        if seen and k.shape[2] < RECENT_QUERIES:
+            return  # decoding, or a few guessed tokens
+        tokens = rule.tokens(seen + k.shape[2], cache.least)
+    for shared in cache.shared_budgets:
+        shared.average = tokens
+    if cache.shared_budgets and seen:
+        return  # each has its share, until the eviction that is to come shares anew
+    for layer in layers:
+        budget = layer.core.budget
+        layer.core.budget = tokens if isinstance(budget, int) else [tokens] * len(budget)
+
+
+def kv_heads(config: Any, index: int = 0) -> int:
+    """KV heads of a layer."""
+    layers = getattr(config, "per_layer_config", None)  # which may differ, and asking all of them at once then raises
+    config = layers[index] if layers else config
+    # Of the decoder where there is an encoder, and of layers with full attention where they differ.
+    names = ["decoder_attention_heads", "num_key_value_heads", "num_attention_heads"]
+    if getattr(config, "attention_k_eq_v", False):
+        names.insert(0, "num_global_key_value_heads")
+    return next(int(heads) for name in names if (heads := getattr(config, name, None)))
+
+
+def layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Type of each layer of a model, and the arguments of its stock cache layer."""
+    types, arguments = get_layer_types_and_kwargs(config)
+    # Before transformers 5.16, one dict for all layers.
+    each = arguments if isinstance(arguments, list) else [arguments] * len(types)
+    return list(zip(types, each, strict=True))

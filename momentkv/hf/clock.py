@@ -1,0 +1,134 @@
+"""When static layers flush: the host's clock, which needs no word from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from momentkv.cache.layer import LayerCache
+
+__all__ = ["Beat", "Clock", "check_static", "check_step", "ring"]
+
+
+class Beat:
+    """One step of a ring of ``block`` steps: whether it flushes, and the step after it.
+
+    A number that counts steps would make `torch.compile` write a graph for each of its values. Of a ring, a graph
+    depends on ``flushes`` alone, so that there are two: step, and step with flush.
+    """
+
+    def __init__(self, flushes: bool) -> None:
+        self.flushes = flushes
+        self.next: Beat = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Beat:
+        return self  # never changed once the ring is closed
+
+
+def ring(block: int, flushes: Sequence[int]) -> Beat:
+    """The beat before the first step of a ring in which the given steps (from 1 to ``block``) flush.
+
+    Examples
+    --------
+    >>> beat = ring(3, [2])
+    >>> beat.next.flushes, beat.next.next.flushes, beat.flushes, beat.next.next.next is beat
+    (False, True, False, True)
+    """
+    beats = [Beat(step in flushes) for step in range(1, block + 1)]
+    for one, other in zip(beats, beats[1:] + beats[:1], strict=True):
+        one.next = other
+    return beats[-1]
+
+
+class Clock:
+    """Knows which steps of static layers flush.
+
+    Parameters
+    ----------
+    cores : sequence of LayerCache
+        Of all layers, in their order, made with ``static=True``.
+
+    Attributes
+    ----------
+    beat : Beat
+        The step that was done last.
+    """
+
+    def __init__(self, cores: Sequence[LayerCache]) -> None:
+        for core in cores:
+            check_static(core)
+        self.cores = list(cores)
+        self.beat = self.before = ring(1, [])
+        # Whether steps are static now: a first pass has been read.
+        self.runs = False
+        # Whether a step has begun to change layers in place and not gone through all of them.
+        self.open = False
+
+    def tick(self) -> None:
+        """Begin a step."""
+        self.check()
+        self.before, self.beat = self.beat, self.beat.next
+        self.open = True
+
+    def undo(self) -> None:
+        """Take back a step that has changed nothing yet."""
+        self.beat, self.open = self.before, False
+
+    def check(self) -> None:
+        """Raise if the last step failed after some layers were changed in place."""
+        if self.open:
+            raise RuntimeError(
+                "the last step failed half-way, and a static cache changes its layers in place: some have read its "
+                "token, others have not; call cache.reset() and read the tokens again"
+            )
+
+    def reset(self) -> None:
+        """Back to before the first pass."""
+        self.beat = self.before = ring(1, [])
+        self.runs = self.open = False
+
+    def set(self) -> None:
+        """Let steps be static from here: in place, and flushed when rows and heads will have filled their blocks.
+
+        Asks the device once.
+        """
+        self.open = True
+        for core in self.cores:
+            core.fix()
+        block, steps = self.cores[0].config.block, set[int]()
+        for core in self.cores:
+            ticks: Any = core.stored_state.ticks
+            waits = torch.tensor(core.budgets, device=ticks.device) + block - ticks
+            steps.update((wait - 1) % block + 1 for wait in waits.flatten().tolist())
+        self.beat = self.before = ring(block, sorted(steps))
+        self.runs, self.open = True, False
+
+
+def check_static(core: LayerCache) -> None:
+    """Raise unless a cache's steps can be done in place."""
+    config = core.config
+    if config.certify is not None:
+        raise ValueError(
+            f"static=True with certify={config.certify}: certificates decide on the host; use static=False for them"
+        )
+    if config.backend is not None and config.backend.name != "torch":
+        raise ValueError(f"static=True with the backend {config.backend.name!r}; use 'torch', or static=False")
+
+
+def check_step(query: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which rows' new tokens are no padding, bool (batch, 1, 1), or None; raise where a static step would be wrong."""
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise RuntimeError(
+            "a gradient is asked for, but a static cache changes its buffers in place; run the model under "
+            "torch.no_grad(), or make the cache with static=False"
+        )
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) != (query.shape[0], 1, 1, 1) or attention_mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}; a step of a static "
+            "cache supports causal attention with padding, given as a mask of shape (batch, tokens seen)"
+        )
+    return attention_mask[:, 0]

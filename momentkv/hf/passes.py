@@ -1,0 +1,156 @@
+"""Forward passes as a whole: one that failed half-way leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from momentkv.cache.allocation import SharedBudget
+from momentkv.hf.checks import NAME, records
+from momentkv.hf.clock import Clock
+from momentkv.hf.layer import MomentLayer
+from momentkv.hf.padding import Padding
+from momentkv.hf.rollback import settle
+
+__all__ = ["PassKeeper"]
+
+
+class PassKeeper:
+    """Knows what every layer was before the pass that is under way.
+
+    A pass goes through the layers in order. If it fails in the middle (an error in the model, no memory, an interrupt),
+    some layers have read its tokens and others have not. The next pass then starts from what all were before it.
+
+    Parameters
+    ----------
+    layers : sequence
+        Of a cache, stock ones included.
+    shared : sequence of SharedBudget
+    clock : Clock or None
+        Of static layers: what a step of one token changed in place cannot be taken back.
+    padding : Padding
+    """
+
+    def __init__(
+        self, layers: Sequence[Any], shared: Sequence[SharedBudget], clock: Clock | None, padding: Padding
+    ) -> None:
+        self.layers, self.shared, self.clock, self.padding = layers, shared, clock, padding
+        self.moments = [layer for layer in layers if isinstance(layer, MomentLayer)]
+        self.stock = [layer for layer in layers if not isinstance(layer, MomentLayer)]
+        for layer in self.moments:
+            layer.attended = self.attended
+        # Of a pass that is under way: how many compressed layers have not attended, what all were before it, and how
+        # many tokens they had seen.
+        self.left = self.start = 0
+        self.before: list[Any] = []
+        # The layer whose new tokens the last pass left without attention, where none has ever come to any.
+        self.unreached: int | None = None
+        self.reached = False
+
+    def begin(self) -> None:
+        """Start a pass, from what was before the last one if that failed."""
+        self.undo()
+        unreached, self.unreached = self.unreached, None
+        if unreached is not None:
+            raise RuntimeError(self.never_reached(unreached))
+        self.before, self.start, self.left = self.held(), self.length, len(self.moments)
+
+    def attended(self) -> None:
+        """One more layer is through."""
+        self.left -= 1
+        self.reached = True
+        if not (self.left or self.stock):
+            self.before = []  # nothing is left to fail
+
+    def held(self) -> list[Any]:
+        """All that a pass changes, by reference; tensors of stock layers are never changed in place."""
+        return [
+            *([layer.held() for layer in self.moments], [dict(layer.__dict__) for layer in self.stock]),
+            ([shared.average for shared in self.shared], self.padding.codes),
+        ]
+
+    def go_back(self, held: list[Any]) -> None:
+        """Make everything what it was."""
+        moments, stock, (averages, self.padding.codes) = held
+        for layer, before in zip(self.moments, moments, strict=True):
+            layer.go_back(before)
+        for layer, before in zip(self.stock, stock, strict=True):
+            layer.__dict__.update(before)
+        for shared, average in zip(self.shared, averages, strict=True):
+            shared.average, shared.waiting = average, []
+        self.left = 0
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo what is done within if it fails."""
+        held = self.held()
+        try:
+            yield
+        except BaseException:
+            self.go_back(held)
+            raise
+
+    def settle(self, new: int, rollback: int) -> None:
+        """Settle recorded passes so that with ``new`` tokens no more than ``rollback`` wait."""
+        if self.moments and self.moments[0].passes:
+            recording = self.moments[0].record_past
+            if not recording or self.moments[0].recorded + new > rollback:
+                # Down to half, so that this is not done at every token.
+                settle(self.moments, max(0, min(rollback // 2, rollback - new)) if recording else 0)
+        for layer in self.stock:
+            # Stock layers that record keep everything until crop, which only assisted decoding calls.
+            if isinstance(layer, DynamicSlidingWindowLayer) and records(layer) and layer.is_initialized:
+                kept = layer.sliding_window - 1 + rollback
+                if layer.keys.shape[2] > kept:
+                    layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each layer has seen."""
+        return [int(layer.get_seq_length()) for layer in self.layers]
+
+    @property
+    def length(self) -> int:
+        """Tokens of all passes that went through all layers."""
+        return self.start if self.left else min(self.lengths, default=0)
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether the last pass reached some layers and not others; the device is not asked."""
+        return self.left > 0 or (bool(self.stock) and len(set(self.lengths)) > 1)
+
+    def undo(self) -> None:
+        """Take every layer back to where it was before the last pass, if that did not reach all of them."""
+        if self.clock is not None:
+            self.clock.check()
+        if not self.is_torn:
+            return
+        if not self.reached:
+            waiting = (index for index, layer in enumerate(self.layers) if getattr(layer, "waits", 0))
+            self.unreached = next(waiting, None)
+        self.go_back(self.before)
+
+    def check_attended(self, layer_idx: int) -> None:
+        """Raise if the layer before took new tokens whose attention never came."""
+        if layer_idx and getattr(self.layers[layer_idx - 1], "waits", 0):
+            self.undo()
+            self.unreached = None
+            raise RuntimeError(self.never_reached(layer_idx - 1))
+
+    def never_reached(self, index: int) -> str:
+        """Message for a layer whose attention did not come."""
+        return (
+            f"layer {index} stored new tokens but its attention never reached momentkv: the model computes attention "
+            f'in another way than attn_implementation="{NAME}"; call model.set_attn_implementation("{NAME}"), or use a '
+            "DynamicCache if this architecture has attention of its own. If the pass was interrupted there, read its "
+            "tokens again: the cache is as before it"
+        )
+
+    def reset(self) -> None:
+        """Forget what was before."""
+        self.before, self.left, self.unreached = [], 0, None
+        if self.clock is not None:
+            self.clock.reset()

@@ -1,0 +1,34 @@
+"""Names that type checkers know are those that the library knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from mypy import api
+
+from momentkv import POLICIES
+from momentkv.cache.allocation import Sharing
+from momentkv.hf.checks import SHARING
+from momentkv.policies import PolicyName
+from momentkv.statistics.corrections import CORRECTIONS, CorrectionName
+
+
+def test_type_checkers_know_every_name():
+    assert set(get_args(PolicyName)) == set(POLICIES)
+    assert set(get_args(CorrectionName)) == set(CORRECTIONS)
+    assert set(get_args(Sharing)) == set(SHARING)
+
+
+MISTAKES = ('sharing="headz"', 'policy="snap"', 'correction="summary"')
+
+
+def test_misspelt_names_are_found_by_mypy(tmp_path: Path):
+    code = tmp_path / "user.py"
+    head = "from typing import Any\n\nfrom momentkv.hf import MomentCache\n\nmodel: Any = None\n"
+    right = 'MomentCache(model, 64, sharing="heads", policy="snapkv", correction="none")\n'
+    code.write_text(head + right + "".join(f"MomentCache(model, 64, {mistake})\n" for mistake in MISTAKES))
+    out, _, status = api.run([str(code), "--cache-dir", ".mypy_cache"])
+    assert status == 1
+    assert [line.split(":")[1] for line in out.splitlines() if "[arg-type]" in line] == ["7", "8", "9"]
+    assert "Found 3 errors" in out
