@@ -162,7 +162,11 @@ def test_what_is_no_whole_number_is_refused_by_name(name: str, bad: object):
         assert cache.budget == 64
 
 
-@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, lambda x: np.array(x, dtype=np.int32)], ids=repr)
+@pytest.mark.parametrize(
+    "kind",
+    [int, np.int64, np.uint8, lambda x: np.array(x, dtype=np.int32)],
+    ids=["int", "int64", "uint8", "array"],  # the same in every worker
+)
 def test_whole_numbers_of_every_library_are_taken(kind: Callable[[int], object]):
     one, heads = (
         LayerCache(kind(8), window=kind(2), block=kind(2), sinks=kind(1)),
