@@ -17,10 +17,11 @@ With grouped queries ``q_head = kv_head * group``, and query head ``h`` reads KV
 from __future__ import annotations
 
 import math
+import sys
 from functools import cache
 from typing import Any
 
-from array_api_compat import array_namespace, device, size
+from array_api_compat import array_namespace, device, is_jax_array, size
 
 __all__ = [
     "Array",
@@ -31,6 +32,7 @@ __all__ = [
     "check_arrays",
     "check_broadcast",
     "check_mask",
+    "concrete",
     "device",
     "nbytes",
     "take_rows",
@@ -70,6 +72,21 @@ def accumulate_as(state: Array, name: str, **arrays: Array) -> tuple[Array, ...]
                 f"{own}, or the {name} with map()"
             )
     return tuple(xp.astype(x, state.dtype, copy=False) for x in arrays.values())
+
+
+def concrete(*arrays: Array) -> bool:
+    """Whether the values of arrays can be looked at: not while JAX traces a function (``jit``, ``vmap``, ``grad``).
+
+    What depends on values, such as a check of them, is left out where they cannot.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> concrete(np.zeros(3))
+    True
+    """
+    # Where an array is one of JAX, JAX is imported; nothing here imports it.
+    return not any(is_jax_array(x) and isinstance(x, sys.modules["jax"].core.Tracer) for x in arrays)
 
 
 def nbytes(x: Array) -> int:

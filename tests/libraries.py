@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from types import ModuleType
 from typing import Any
 
 import array_api_strict
+import jax
 import numpy as np
 import torch
 
@@ -17,6 +19,11 @@ class Library:
 
     name: str
     xp: ModuleType
+    compiles: bool = False  # every operation anew for every shape, so that laws are shown few cases of few shapes
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, the library has float64 and int64; JAX has neither unless told."""
+        return jax.enable_x64(True) if self.name == "jax" else contextlib.nullcontext()
 
     def asarray(self, x: np.ndarray | None, dtype: str | None = None) -> Any:
         """An array of this library that shares no memory with ``x``; None stays None."""
@@ -40,4 +47,5 @@ LIBRARIES = {
     "numpy": Library("numpy", np),
     "array-api-strict": Library("array-api-strict", array_api_strict),
     "torch": Library("torch", torch),
+    "jax": Library("jax", jax.numpy, compiles=True),
 }

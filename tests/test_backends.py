@@ -48,8 +48,10 @@ PAIRS = [
     ("array-api", "numpy"),
     ("array-api", "array-api-strict"),
     ("array-api", "torch"),
+    ("array-api", "jax"),
     ("numpy", "numpy"),
     ("torch", "torch"),
+    ("jax", "jax"),
 ]
 
 
@@ -307,7 +309,7 @@ def test_bfloat16_prefill_errs_by_bfloat16_rounding(case: Case):
 
 def test_backend_is_chosen_by_array_name_or_object():
     chosen = {name: get_backend(library.asarray(np.zeros(1))).name for name, library in LIBRARIES.items()}
-    assert chosen == {"numpy": "numpy", "array-api-strict": "array-api", "torch": "torch"}
+    assert chosen == {"numpy": "numpy", "array-api-strict": "array-api", "torch": "torch", "jax": "jax"}
     for name in BACKENDS:
         backend = get_backend(name)
         assert backend.name == name

@@ -21,7 +21,7 @@ from momentkv.testing.rounding import (
     moments_error,
     unit,
 )
-from momentkv.testing.strategies import numbers
+from momentkv.testing.strategies import numbers, shape
 
 names = st.sampled_from(sorted(POLICIES))
 
@@ -85,23 +85,23 @@ class Run:
 @st.composite
 def runs(draw: st.DrawFn, *, orders: tuple[int | None, ...] = (0, 1, None), room: int = 0) -> Run:
     """Prefill, then decoding or chunks; ``room`` makes the budget so large that nothing is evicted."""
-    sinks, window = draw(st.integers(0, 2)), draw(st.integers(0, 3))
-    prefill = draw(st.sampled_from([1, 2, 7, 25]))
-    later = draw(st.sampled_from([(1,) * 9, (1, 1, 4, 1, 1, 1), (6, 6), ()]))
-    policy, kv_heads = draw(names), draw(st.integers(1, 2))
+    sinks, window = draw(shape(st.integers(0, 2), 1)), draw(shape(st.integers(0, 3), 2))
+    prefill = draw(shape(st.sampled_from([1, 2, 7, 25]), 12))
+    later = draw(shape(st.sampled_from([(1,) * 9, (1, 1, 4, 1, 1, 1), (6, 6), ()]), (1, 1, 1, 4, 1)))
+    policy, kv_heads = draw(names), draw(shape(st.integers(1, 2), 2))
     ragged = kv_heads == 2 and not get_policy(policy).couples_heads
     return Run(
         policy=policy,
         order=draw(st.sampled_from(orders)),
-        budget=room + sinks + window + draw(st.integers(1, 5)),
-        more=draw(st.sampled_from([0, 1, 4])) if ragged else 0,
+        budget=room + sinks + window + draw(shape(st.integers(1, 5), 5)),
+        more=draw(shape(st.sampled_from([0, 1, 4]), 1)) if ragged else 0,
         sinks=sinks,
         window=window,
-        block=draw(st.integers(1, 4)),
+        block=draw(shape(st.integers(1, 4), 2)),
         lengths=(prefill, *later),
         padding=draw(st.sampled_from([0, prefill // 2, prefill - 1])),
         kv_heads=kv_heads,
-        group=draw(st.integers(1, 3)),
+        group=draw(shape(st.integers(1, 3), 2)),
         law=draw(st.sampled_from(["gaussian", "ties", "offset", "huge keys"])),
         dtype=draw(st.sampled_from(["float64", "float32"])),
         seed=draw(st.integers(0, 2**32 - 1)),

@@ -10,7 +10,9 @@ from libraries import Library
 
 from momentkv.statistics.clustering import SUBSPACE_STEPS, cluster, low_rank
 from momentkv.testing.rounding import assert_same, assert_within, unit
-from momentkv.testing.strategies import Case, cases, some_tokens
+from momentkv.testing.strategies import Case, cases, shape, some_tokens
+
+group_numbers = shape(st.integers(1, 5), 3)
 
 
 def labels(backend: Library, x: np.ndarray, weight: np.ndarray, groups: int) -> np.ndarray:
@@ -49,7 +51,7 @@ def farthest_first(x: np.ndarray, weight: np.ndarray, groups: int) -> np.ndarray
     return squared_distances(x)[:, chosen].argmin(axis=-1)
 
 
-@given(case=cases(n=some_tokens), extra=st.integers(0, 2))
+@given(case=cases(n=some_tokens), extra=shape(st.integers(0, 2), 1))
 def test_no_more_points_than_groups_are_all_told_apart(backend: Library, case: Case, extra: int):
     x, weight = case.tokens()[0], case.weights()
     same = same_group(labels(backend, x, weight, case.n + extra))
@@ -64,7 +66,7 @@ def test_no_more_points_than_groups_are_all_told_apart(backend: Library, case: C
     assert same[distance == 0].all()
 
 
-@given(case=cases(n=some_tokens, laws=("gaussian", "huge"), dtypes=("float64",)), groups=st.integers(1, 5))
+@given(case=cases(n=some_tokens, laws=("gaussian", "huge"), dtypes=("float64",)), groups=group_numbers)
 def test_points_of_weight_zero_have_no_say(backend: Library, case: Case, groups: int):
     x, weight = case.tokens()[0], case.weights()
     other = np.where((weight > 0)[..., None], x, 7 * case.rng(9).standard_normal(x.shape))
@@ -77,7 +79,7 @@ def test_points_of_weight_zero_have_no_say(backend: Library, case: Case, groups:
                 assert (same_group(among) == alone).all()
 
 
-@given(case=cases(n=st.integers(6, 12), laws=("gaussian", "huge"), dtypes=("float64",)), groups=st.integers(1, 5))
+@given(case=cases(n=st.integers(6, 12), laws=("gaussian", "huge"), dtypes=("float64",)), groups=group_numbers)
 def test_each_head_is_parted_as_if_alone_and_every_time_alike(backend: Library, case: Case, groups: int):
     x, weight = case.tokens()[0], case.weights()
     label = labels(backend, x, weight, groups)
@@ -86,7 +88,7 @@ def test_each_head_is_parted_as_if_alone_and_every_time_alike(backend: Library, 
         assert_same(labels(backend, x[head], weight[head], groups), label[head])
 
 
-@given(case=cases(n=st.integers(6, 12), laws=("gaussian", "huge"), dtypes=("float64",)), groups=st.integers(1, 5))
+@given(case=cases(n=st.integers(6, 12), laws=("gaussian", "huge"), dtypes=("float64",)), groups=group_numbers)
 def test_groups_are_at_least_as_tight_as_those_around_the_first_choice(backend: Library, case: Case, groups: int):
     """No step of Lloyd's raises the cost."""
     x, weight = case.tokens()[0], case.weights()

@@ -14,7 +14,7 @@ from libraries import LIBRARIES, Library
 from momentkv import LayerCache, Moments, Policy, Tokens
 from momentkv.policies import CAOTE, CriticalKV, ExpectedAttention, LagKV, Leverage, Novelty
 from momentkv.testing.rounding import assert_same, assert_within, unit
-from momentkv.testing.strategies import Case, cases
+from momentkv.testing.strategies import Case, cases, shape
 
 NUMPY = LIBRARIES["numpy"]
 PEERS = [
@@ -163,7 +163,7 @@ def test_criticalkv_does_not_depend_on_how_many_queries_were_observed():
         assert_same(importance(NUMPY, policy, more)[real], importance(NUMPY, policy, numbers)[real])
 
 
-@given(case=cases(n=few_or_many), lag=st.sampled_from([2, 3, 8, 32]))
+@given(case=cases(n=few_or_many), lag=shape(st.sampled_from([2, 3, 8, 32]), 3))
 def test_lagkv_compares_with_the_run_that_follows(backend: Library, case: Case, lag: int):
     case = dataclasses.replace(case, dtype="float64")
     numbers = numbers_of(case)
@@ -172,9 +172,11 @@ def test_lagkv_compares_with_the_run_that_follows(backend: Library, case: Case, 
         exact, rounded = (peer_formulas.lagkv(own["keys"], own["values"] * (1 + x), lag) for x in (0.0, 2.0**-40))
         if case.law in ("ties", "heavy") or (exact != rounded).any():
             # Equal scores, or softmax of next to nothing: which goes first is left to rounding.
-            assert sorted(got[head][real]) == sorted(exact)
+            places, known = np.sort(got[head][real]), np.sort(exact)
         else:
-            assert_same(got[head][real], exact)
+            places, known = got[head][real], exact
+        # A quotient may be a product with a reciprocal: two roundings. Places are far more apart.
+        assert_within(places, known, 2 * unit() * np.abs(known))
 
 
 def test_lagkv_serves_all_runs_alike():
@@ -303,6 +305,7 @@ def test_queries_are_remembered_only_where_they_are_needed(policy: str | Policy,
 # Laws of all of them.
 
 
+@pytest.mark.many_shapes
 @pytest.mark.parametrize("policy", PEERS, ids=repr)
 @given(case=cases(n=few_or_many, laws=("gaussian",), dtypes=("float64",)))
 def test_padding_equals_removal(backend: Library, policy: Policy, case: Case):
@@ -335,6 +338,7 @@ def test_one_token_is_finite(backend: Library, policy: Policy):
     assert np.isfinite(importance(backend, policy, numbers)).all()
 
 
+@pytest.mark.many_shapes
 @pytest.mark.parametrize("policy", PEERS, ids=repr)
 @pytest.mark.parametrize("correction", ["moments", "summaries"])
 def test_usable_with_any_correction(backend: Library, policy: Policy, correction: str):

@@ -25,6 +25,7 @@ from momentkv.testing.rounding import (
 from momentkv.testing.strategies import Case, cases, some_tokens
 
 SCALE = 0.6
+many_shapes = pytest.mark.many_shapes
 
 
 def positions_of(case: Case) -> np.ndarray:
@@ -186,7 +187,9 @@ def observed(
     return backend.numpy(cache.attention), weights, n * (error.out.max() / size + (n + FUNCTION) * unit())
 
 
-@pytest.mark.parametrize("lengths", [[20], [1] * 8, [9, 1, 1, 5], [530]])
+@pytest.mark.parametrize(
+    "lengths", [[20], [9, 1, 1, 5], *(pytest.param(x, marks=many_shapes) for x in ([1] * 8, [530]))]
+)
 def test_h2o_of_all_queries_equals_column_sums_of_the_attention_matrix(backend: Library, lengths: list[int]):
     """530 queries make several blocks on every backend."""
     score, weights, error = observed(backend, H2O(observes=None), lengths)
@@ -220,6 +223,7 @@ def test_tova_scores_by_the_last_query_over_all_heads(backend: Library, lengths:
     assert_within(score, np.broadcast_to(exact[:, None], score.shape), error)
 
 
+@many_shapes
 def test_tova_retains_the_same_tokens_in_all_heads(backend: Library):
     rng = np.random.default_rng(0)
     q, k, v = (backend.asarray(rng.standard_normal((2, heads, 30, 4))) for heads in (6, 3, 3))

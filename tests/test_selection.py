@@ -13,6 +13,7 @@ from libraries import Library
 
 from momentkv.policies import Selection, retain
 from momentkv.testing import oracle
+from momentkv.testing.strategies import shape as fixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Choice:
 
 @st.composite
 def choices(draw: st.DrawFn, *, law: st.SearchStrategy[str]) -> Choice:
-    n, sinks, window = draw(st.integers(0, 12)), draw(st.integers(0, 2)), draw(st.integers(0, 3))
+    n, sinks, window = draw(fixed(st.integers(0, 12), 10)), draw(st.integers(0, 2)), draw(st.integers(0, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape, kind = (2, 2, n), draw(law)
     importance = rng.standard_normal(shape)

@@ -19,11 +19,12 @@ from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summa
 from momentkv.testing import oracle
 from momentkv.testing.oracle import f64
 from momentkv.testing.rounding import assert_same, assert_within, attention_error, merge_error, unit
-from momentkv.testing.strategies import Case, cases, some_tokens
+from momentkv.testing.strategies import Case, cases, shape, some_tokens
 
-sizes = st.integers(1, 4)
+sizes = shape(st.integers(1, 4), 3)
 
 
+@pytest.mark.many_shapes
 @given(case=cases(n=st.integers(2, 12), laws=("gaussian",), masks=("random", "rows"), dtypes=("float64",)), m=sizes)
 def test_leaving_tokens_out_equals_removing_them(backend: Library, case: Case, m: int):
     """Gaussian tokens, whose groups do not hang on rounding."""
@@ -168,7 +169,7 @@ def least_squares(library: Library, q: np.ndarray, k: np.ndarray, state: Summari
 
 @given(
     case=cases(n=st.integers(3, 12), laws=("gaussian",), dtypes=("float64",)),
-    m=st.integers(1, 2),
+    m=shape(st.integers(1, 2), 2),
     strength=st.sampled_from([0.25, 0.75, 1.0]),
 )
 def test_strength_is_the_least_squares_fit_with_its_prior(backend: Library, case: Case, m: int, strength: float):
@@ -202,7 +203,7 @@ def least_gain(library: Library, q: np.ndarray, state: Summaries, scale: float) 
         masks=("none", "random", "all"),
         dtypes=("float64",),
     ),
-    m=st.integers(1, 2),
+    m=shape(st.integers(1, 2), 2),
 )
 def test_fitting_does_not_raise_the_squared_error_and_ignores_other_tokens(backend: Library, case: Case, m: int):
     """With the prior's share of it, and before the cap, which the fit does not know."""
@@ -233,7 +234,7 @@ def test_fitting_does_not_raise_the_squared_error_and_ignores_other_tokens(backe
     assert ((strengths >= 0) & (strengths <= 1)).all()
 
 
-@given(case=cases(n=some_tokens), m=sizes, cut=st.integers(0, 12))
+@given(case=cases(n=some_tokens), m=sizes, cut=shape(st.integers(0, 12), 4))
 def test_every_backend_merges_the_estimate_with_attention(backend: Library, case: Case, m: int, cut: int):
     q, k, v = case.arrays()
     scale, u = case.factor(), unit(case.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from functools import cache
 
-from array_api_compat import is_numpy_array, is_torch_array
+from array_api_compat import is_jax_array, is_numpy_array, is_torch_array
 
 from momentkv._array import Array
 from momentkv.backends.base import ArrayBackend
@@ -16,6 +16,7 @@ BACKENDS = {
     "array-api": ("momentkv.backends.base", "ArrayBackend"),
     "numpy": ("momentkv.backends.numpy", "NumpyBackend"),
     "torch": ("momentkv.backends.torch", "TorchBackend"),
+    "jax": ("momentkv.backends.jax", "JaxBackend"),
 }
 
 
@@ -48,6 +49,8 @@ def get_backend(choice: Array | str | ArrayBackend) -> ArrayBackend:
         return load(choice)
     if is_torch_array(choice):
         return load("torch")
+    if is_jax_array(choice):
+        return load("jax")
     return load("numpy" if is_numpy_array(choice) else "array-api")
 
 

@@ -185,8 +185,8 @@ def evicted_state(
     in_place = config.static and state.clock is not None and new is None
     # In place nothing is asked of the device: all heads are looked at, and the clock says which are due.
     totals = None if in_place else Totals(stored, new, heads)
-    budget = xp.asarray(list(budgets), dtype=xp.int64, device=device(view.keys))
-    counts = xp.sum(xp.astype(view.positions >= 0, xp.int64), axis=-1)
+    budget = xp.asarray(list(budgets), dtype=xp.int32, device=device(view.keys))
+    counts = xp.sum(xp.astype(view.positions >= 0, xp.int32), axis=-1)
     if totals is None:
         due, most = list(range(heads)), config.block
         full = (state.ticks if state.ticks is not None else counts) >= budget + config.block

@@ -31,16 +31,18 @@ class Random(Policy):
 
     def importance(self, tokens: Tokens) -> Array:
         xp = array_namespace(tokens.positions)
-        positions = xp.astype(tokens.positions, xp.int64)
-        heads = xp.arange(positions.shape[-2], dtype=xp.int64, device=device(positions))[:, None]
+        positions = xp.astype(tokens.positions, xp.int32)
+        heads = xp.arange(positions.shape[-2], dtype=xp.int32, device=device(positions))[:, None]
         # Two rounds before the seed comes in, so that neither neighbouring heads nor seeds repeat a sequence.
         mixed = hash32(hash32(positions + 1) ^ hash32(heads + 2**20))
-        mixed = hash32(mixed ^ (self.seed + 1))
-        return xp.astype(mixed, tokens.moments.weight.dtype) / 2.0**32
+        # The seed's 32 bits as those of a signed number, which 2**31 is not.
+        mixed = hash32(mixed ^ ((self.seed + 1 + 2**31) % 2**32 - 2**31))
+        high, low = (xp.astype(x & 0xFFFF, tokens.moments.weight.dtype) for x in (mixed >> 16, mixed))
+        return (high * 2.0**16 + low) / 2.0**32
 
 
 def hash32(x: Array) -> Array:
-    """Mix the low 32 bits of non-negative int64 numbers (multiply and xor-shift, as in SplitMix)."""
+    """Mix the 32 bits of int32 numbers (multiply and xor-shift, as in SplitMix), which not every library has 64 of."""
     for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+        x = (x ^ ((x >> 16) & 0xFFFF)) * 0x45D9F3B
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from momentkv._array import Array, array_namespace, device
+from momentkv._array import Array, array_namespace, concrete, device
 
 __all__ = ["Selection", "check_budget", "retain"]
 
@@ -15,7 +15,8 @@ class Selection(NamedTuple):
     Attributes
     ----------
     indices : int array, shape (..., kv_head, width)
-        Slots to keep, rising; ``width`` is the largest number kept by any head.
+        Slots to keep, rising; ``width`` is the largest number kept by any head. While JAX traces, it cannot depend on
+        values, and is the budget or ``n``, whichever is less; ``n`` where the budget is an array.
     filled : bool array, shape (..., kv_head, width)
         False where a head keeps fewer than ``width`` (its index then repeats a slot and means nothing).
     evicted : bool array, shape (..., kv_head, n)
@@ -65,12 +66,15 @@ def retain(
     rank = xp.argsort(order, axis=-1, stable=True)
     limit = budget if isinstance(budget, int) else xp.astype(budget, rank.dtype)[..., None]
     retained = valid & (rank < limit)
-    counts = xp.sum(xp.astype(retained, xp.int64), axis=-1)
-    width = int(xp.max(counts)) if n else 0
+    counts = xp.sum(xp.astype(retained, xp.int32), axis=-1)
+    # What is enough for any values; no wider than these need, where one can look at them.
+    width = min(budget, n) if isinstance(budget, int) else n
+    if n and concrete(counts):
+        width = int(xp.max(counts))
     slots = xp.arange(n, dtype=rank.dtype, device=device(rank))
     # Retained slots first, in order; the others follow and are cut off or marked unfilled.
     indices = xp.argsort(xp.where(retained, slots, slots + n), axis=-1, stable=True)[..., :width]
-    filled = xp.arange(width, dtype=xp.int64, device=device(counts)) < counts[..., None]
+    filled = xp.arange(width, device=device(counts)) < counts[..., None]
     return Selection(indices, filled, valid & ~retained)
 
 
@@ -87,7 +91,7 @@ def ranking(importance: Array, positions: Array, *, sinks: int, window: int, see
     order = xp.argsort(importance, axis=-1, descending=True, stable=True)
     # Then sorted by class, stably: as importances, protected and empty slots could tie with infinite ones.
     always = protected(positions, sinks=sinks, window=window, seen=seen)
-    kinds = xp.astype(~always, xp.int64) + xp.astype(positions < 0, xp.int64)
+    kinds = xp.astype(~always, xp.int32) + xp.astype(positions < 0, xp.int32)
     by_kind = xp.argsort(xp.take_along_axis(kinds, order, axis=-1), axis=-1, stable=True)
     return xp.take_along_axis(order, by_kind, axis=-1)
 
@@ -103,7 +107,7 @@ def protected(positions: Array, *, sinks: int, window: int, seen: int) -> Array:
     """
     xp = array_namespace(positions)
     valid = positions >= 0
-    order = xp.cumulative_sum(xp.astype(valid, xp.int64), axis=-1)
+    order = xp.cumulative_sum(xp.astype(valid, xp.int32), axis=-1)
     return valid & ((order <= sinks) | (positions >= seen - window))
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from momentkv._array import array_namespace, check_arrays
+from momentkv._array import Array, array_namespace, check_arrays, concrete
 
 if TYPE_CHECKING:
     from momentkv.statistics.moments import Moments
 
-__all__ = ["check_estimate", "check_fits", "check_order"]
+__all__ = ["check_estimate", "check_fits", "check_order", "equal_anchors"]
+
+
+def equal_anchors(one: Array, other: Array) -> bool:
+    """Whether two anchors of one shape are equal; taken for granted while JAX traces."""
+    return not concrete(one, other) or bool(array_namespace(one, other).all(one == other))
 
 
 def check_order(order: int) -> None:
@@ -58,5 +63,5 @@ def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:
             raise ValueError(
                 f"cannot combine moments: {name} is {mine.dtype} here and {theirs.dtype} there; cast one with map()"
             )
-    if one.anchor is not None and not bool(array_namespace(one.anchor).all(one.anchor == other.anchor)):
+    if one.anchor is not None and not equal_anchors(one.anchor, other.anchor):
         raise ValueError("cannot combine moments with other anchors; gather both around the same one")

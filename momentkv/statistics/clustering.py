@@ -62,10 +62,15 @@ def cluster(x: Array, weight: Array, groups: int) -> Array:
         picked.append(xp.take_along_axis(x, chosen[..., None], axis=-2))
         nearest = xp.minimum(nearest, distance_to(picked[-1]))
     centre = xp.concat(picked, axis=-2)
-    slots = xp.arange(groups, dtype=xp.int64, device=device(x))
+    # With fewer different points than groups, a centre is picked again; between two at one place rounding would decide.
+    alike = xp.all(centre[..., :, None, :] == centre[..., None, :, :], axis=-1)
+    again = xp.any(xp.tril(alike, k=-1), axis=-1)
+    slots = xp.arange(groups, device=device(x))
     for step in range(LLOYD_STEPS):
         # |x|^2 is the same for all groups and left out.
-        distance = xp.sum(centre * centre, axis=-1)[..., None, :] - 2 * xp.matmul(x, xp.matrix_transpose(centre))
+        length = xp.sum(centre * centre, axis=-1)
+        length = xp.where(again, xp.full_like(length, math.inf), length)
+        distance = length[..., None, :] - 2 * xp.matmul(x, xp.matrix_transpose(centre))
         member = xp.astype(xp.argmin(distance, axis=-1)[..., None] == slots, x.dtype)
         if step < LLOYD_STEPS - 1:
             part, mean = centres(member, weight, x)

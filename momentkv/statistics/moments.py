@@ -21,6 +21,7 @@ from momentkv._array import (
     check_arrays,
     check_broadcast,
     check_mask,
+    concrete,
     nbytes,
 )
 from momentkv.attention import check_values
@@ -321,7 +322,7 @@ class Moments:
         left = self.weight - part.weight
         # Weights added in another order agree only to rounding; a remainder within it is an empty set.
         rounding = 8 * xp.finfo(left.dtype).eps * self.weight
-        if bool(xp.any(left < -rounding)):
+        if concrete(left) and bool(xp.any(left < -rounding)):
             raise ValueError(
                 f"cannot downdate: the least weight that would be left is {float(xp.min(left)):g}; "
                 "remove only tokens (k, v, mask, weights) that were added before"

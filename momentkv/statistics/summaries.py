@@ -15,6 +15,7 @@ from collections.abc import Callable
 from momentkv._array import Array, accumulate, accumulate_as, array_namespace, check_arrays, check_mask, device, nbytes
 from momentkv.attention import AttentionState, check_values
 from momentkv.statistics.calibration import fitted_strength
+from momentkv.statistics.checks import equal_anchors
 from momentkv.statistics.clustering import low_rank
 from momentkv.statistics.expansion import Expansion, estimate_expansion
 from momentkv.statistics.grouping import part, shares, total_weights
@@ -218,7 +219,7 @@ class Summaries:
                 f"cannot merge summaries of {self.anchor.dtype} and of {other.anchor.dtype}; cast one with map()"
             )
         alike = self.anchor.shape == other.anchor.shape and self.value_mean.shape[-1] == other.value_mean.shape[-1]
-        if not alike or not bool(xp.all(self.anchor == other.anchor)):
+        if not alike or not equal_anchors(self.anchor, other.anchor):
             raise ValueError(
                 "cannot merge summaries of different heads or anchors; bring both to one with reanchor(anchor)"
             )

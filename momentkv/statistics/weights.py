@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from momentkv._array import Array, array_namespace, check_broadcast, library, mixed
+from momentkv._array import Array, array_namespace, check_broadcast, concrete, library, mixed
 
 __all__ = ["attended", "check_spread", "common_scale", "outer", "positive", "weighted"]
 
@@ -21,7 +21,7 @@ def weighted(xp: Any, weights: Array, k: Array) -> Array:
     check_broadcast("weights", weights, k.shape[:-1])
     weights = xp.astype(weights, k.dtype, copy=False)
     wrong = ~(xp.isfinite(weights) & (weights >= 0))
-    if bool(xp.any(wrong)):
+    if concrete(wrong) and bool(xp.any(wrong)):
         first = float(xp.reshape(weights, (-1,))[int(xp.argmax(xp.astype(xp.reshape(wrong, (-1,)), xp.int32)))])
         raise ValueError(f"weights has an entry {first:g}; every weight must be finite and at least 0")
     return weights * xp.ones_like(k[..., 0])
@@ -62,7 +62,7 @@ def common_scale(
 ) -> tuple[Array, Array | None, Array | None]:
     """The larger log-scale of two sets, of those with weight; and the factors that bring the weights of each to it.
 
-    A factor is None where all are one: nothing is rounded, and the empty set stays the identity of a merge.
+    A factor is None where all are known to be one: nothing is rounded, and the empty set stays the identity of a merge.
     """
     xp = array_namespace(weight, other_weight)
     nothing, zero = xp.full_like(weight, -math.inf), xp.zeros_like(weight)
@@ -72,13 +72,13 @@ def common_scale(
     for w, scale in sets:
         below = xp.where(w > 0, scale, zero) - xp.where(w > 0, top, zero)
         check_spread(below)
-        factors.append(xp.exp(below) if bool(xp.any(below != 0)) else None)
+        factors.append(xp.exp(below) if not concrete(below) or bool(xp.any(below != 0)) else None)
     return top, factors[0], factors[1]
 
 
 def check_spread(below: Array) -> None:
     """Raise where a weight ``exp(below)``, relative to the largest, would leave the normal numbers of its dtype."""
-    if 0 in below.shape:
+    if 0 in below.shape or not concrete(below):
         return
     xp = array_namespace(below)
     least, limit = float(xp.min(below)), 0.95 * math.log(float(xp.finfo(below.dtype).smallest_normal))

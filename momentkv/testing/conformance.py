@@ -23,7 +23,7 @@ __all__ = ["check_backend", "check_library", "check_policy"]
 
 Floats = NDArray[Any]
 HEADS = 40
-FEW_HEADS = 6
+FEW_HEADS = 3
 
 
 def norm(x: Floats) -> Floats:
@@ -76,7 +76,8 @@ def check_backend(
         batch = draw(rng, HEADS, dtype=dtypes[index % len(dtypes)])
         _check_attend(subject, batch, asarray, asnumpy, f"batch {index} of seed {seed}")
         _check_correct(subject, batch, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
-        _check_stored(subject, batch, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
+        if index % 3 == 0:  # of shapes that are hardly ever the same, which some libraries compile anew
+            _check_stored(subject, batch, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
         _check_writes(subject, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
     return batches * HEADS
 
@@ -158,26 +159,27 @@ def _check_stored(
     of_lse = 2 * part_lse + u * (32 + reach) + truth.mass_slack()
     of_out = 2 * part_out + 2 * longest_v * (np.tanh(of_lse) + 32 * u) + truth.value_error
     shares = np.broadcast_to((truth.share * np.exp(truth.x - truth.kappa[:, None]))[:, None, None], (heads, 1, 1, n))
-    for wanted in (False, True):
-        state, weights = backend.attend_stored(q, tiers, scale=batch.scale, weights=wanted)
-        out, of_stored = backend.decode(q, tiers, None, scale=batch.scale, weights=wanted)
-        for name, got in (("attend_stored", state.out), ("decode", out)):
-            _within(norm(asnumpy(got)[0, :, 0] - truth.value), of_out, f"{name}: output, {where}")
-        _within(np.abs(asnumpy(state.lse)[0, :, 0] - truth.lse), of_lse, f"attend_stored: lse, {where}")
-        for name, got in (("attend_stored", weights), ("decode", of_stored)):
-            if (got is not None) != wanted:
-                raise AssertionError(f"{name}: weights={wanted}, but it returned {type(got).__name__}, {where}")
-            if got is not None:
-                off = np.abs(asnumpy(got)[0] - stored.spread(shares)).max(axis=(-3, -2, -1))
-                _within(off, 2 * np.tanh(of_lse) + u * (2 * n + 64), f"{name}: weights, {where}")
-    moments = Moments.from_tokens(*(asarray(x[None]) for x in (k, v)))
-    expansion = moments.expansion(order=1)
-    plain = backend.correct(backend.attend_stored(q, tiers, scale=batch.scale)[0], q, expansion, scale=batch.scale)
+    # By turns, for a library may compile every call anew.
+    wanted = bool(rng.random() < 0.5)
+    state, weights = backend.attend_stored(q, tiers, scale=batch.scale, weights=wanted)
+    out, of_stored = backend.decode(q, tiers, None, scale=batch.scale, weights=wanted)
+    for name, got in (("attend_stored", state.out), ("decode", out)):
+        _within(norm(asnumpy(got)[0, :, 0] - truth.value), of_out, f"{name}: output, {where}")
+    _within(np.abs(asnumpy(state.lse)[0, :, 0] - truth.lse), of_lse, f"attend_stored: lse, {where}")
+    for name, got in (("attend_stored", weights), ("decode", of_stored)):
+        if (got is not None) != wanted:
+            raise AssertionError(f"{name}: weights={wanted}, but it returned {type(got).__name__}, {where}")
+        if got is not None:
+            off = np.abs(asnumpy(got)[0] - stored.spread(shares)).max(axis=(-3, -2, -1))
+            _within(off, 2 * np.tanh(of_lse) + u * (2 * n + 64), f"{name}: weights, {where}")
+    expansion = Moments.from_tokens(*(asarray(x[None]) for x in (k, v))).expansion(order=1)
+    plain = backend.correct(state, q, expansion, scale=batch.scale)
     size = 2 * longest_v + norm(truth.slope)
-    for given in (expansion, backend.prepare(expansion)):
+    # The same two states merged by another way; each has the error of its own products.
+    error = 2 * of_out + 4 * size * np.tanh(of_lse + u * (d + 32) * (1 + reach)) + u * (d + 32) * (1 + reach) * size
+    prepared = backend.prepare(expansion)
+    for given in (expansion,) if prepared is expansion else (expansion, prepared):
         out, _ = backend.decode(q, tiers, given, scale=batch.scale)
-        # The same two states merged by another way; each has the error of its own products.
-        error = 2 * of_out + 4 * size * np.tanh(of_lse + u * (d + 32) * (1 + reach)) + u * (d + 32) * (1 + reach) * size
         _within(norm(asnumpy(out) - asnumpy(plain))[0, :, 0], error, f"decode: corrected output, {where}")
 
 

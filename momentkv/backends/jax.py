@@ -1,0 +1,44 @@
+"""JAX: writing by its own scatter, and statistics that pass through ``jit``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from momentkv._array import Array
+from momentkv.backends.base import ArrayBackend
+from momentkv.statistics.corrections import NoStatistics
+from momentkv.statistics.extent import Extent
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.summaries import Summaries
+
+__all__ = ["JaxBackend"]
+
+# All their fields are arrays or None, so `jax.jit` takes them as arguments and gives them back.
+for statistic in (Extent, Moments, NoStatistics, Summaries):
+    jax.tree_util.register_dataclass(
+        statistic, data_fields=[field.name for field in dataclasses.fields(statistic)], meta_fields=[]
+    )
+
+
+class JaxBackend(ArrayBackend):
+    """The array-API backend, which XLA fuses under ``jit``, but for `write`.
+
+    Outside ``jit`` each operation is compiled for each shape. Float32 is multiplied in full on a CPU; on accelerators
+    JAX rounds it first, unless ``jax_default_matmul_precision`` is ``"highest"``.
+    """
+
+    name: ClassVar[str] = "jax"
+
+    def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
+        stop = start + new.shape[axis]
+        return x.at[..., start:stop].set(new) if axis == -1 else x.at[..., start:stop, :].set(new)
+
+    def write(self, x: Array, index: Array, new: Array, *, axis: int) -> Array:
+        # JAX counts negative indices from the end, and drops those beyond it.
+        slots = jnp.where(index >= 0, index.astype(int), x.shape[axis])
+        rows = jnp.indices(index.shape, sparse=True)[:-1]
+        return x.at[(*rows, slots)].set(new, mode="drop")

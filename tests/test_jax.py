@@ -1,0 +1,293 @@
+"""What a decode step and a flush are made of, under `jax.jit`; and JAX as it is by default, with 32 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from momentkv import POLICIES, LayerCache, Moments, Tokens, attend, bounds, correct, estimate, get_policy, merge
+from momentkv._array import array_namespace, concrete
+from momentkv.attention import AttentionState
+from momentkv.backends import get_backend
+from momentkv.backends.layout import Tiers
+from momentkv.cache.eviction import evicted_state
+from momentkv.cache.queries import remember
+from momentkv.cache.state import LayerState
+from momentkv.cache.step import arrived, decoded
+from momentkv.diagnostics import eviction_error
+from momentkv.policies import Balanced, CriticalKV, retain
+from momentkv.policies.select import protected, ranking
+from momentkv.statistics.clustering import cluster, low_rank
+from momentkv.statistics.corrections import get_correction
+from momentkv.statistics.expansion import estimate_expansion
+from momentkv.statistics.summaries import QueryWindow, Summaries
+from momentkv.testing import check_backend, check_library
+from momentkv.testing.rounding import assert_within, corrected_error, unit
+
+HOST = ("layout", "seen", "filled", "padded", "has_evicted")
+jax.tree_util.register_dataclass(
+    LayerState,
+    data_fields=[field.name for field in dataclasses.fields(LayerState) if field.name not in HOST],
+    meta_fields=list(HOST),
+)
+get_backend("jax")  # from then on statistics are arguments and results of `jax.jit`
+SCALE = 0.4
+# Places in a ranking: averages over the same neighbours tie, but for rounding.
+UNPOOLED = {"balanced": Balanced(kernel=1), "criticalkv": CriticalKV(kernel=1)}
+D, DV, N = 4, 3, 12
+
+
+class Given(NamedTuple):
+    """Arguments of what is traced: two rows, two KV heads, groups of two, and statistics of other tokens."""
+
+    q: Any
+    k: Any
+    v: Any
+    weights: Any
+    mask: Any
+    positions: Any
+    score: Any
+    index: Any
+    new: Any
+    rotation: Any
+    budgets: Any
+    moments: Moments
+    reach: Moments
+    summaries: Summaries
+    others: Summaries
+    window: QueryWindow
+    anchored: Moments
+
+    @property
+    def one(self) -> Any:
+        """The newest query."""
+        return self.q[..., -1:, :]
+
+    @property
+    def state(self) -> AttentionState:
+        return attend(self.q, self.k, self.v, scale=SCALE)
+
+
+def given(seed: int = 0) -> Given:
+    rng = np.random.default_rng(seed)
+    q, k, v, other_k, other_v = (
+        rng.standard_normal((2, heads, n, d))
+        for heads, n, d in ((4, 3, D), (2, N, D), (2, N, DV), (2, 20, D), (2, 20, DV))
+    )
+    places = np.sort(rng.permuted(np.broadcast_to(np.arange(2 * N), (2, 2, 2 * N)), axis=-1)[..., :N], axis=-1)
+    positions = np.where(rng.random(places.shape) < 0.2, -1, places).astype("int32")
+    window = QueryWindow.from_queries(q, 2, scale=SCALE)
+    empty = Summaries.empty(k, v, summaries=3, rank=1)
+    return Given(
+        q=q,
+        k=k,
+        v=v,
+        weights=rng.uniform(0.5, 2, (2, 2, N)),
+        mask=rng.random((2, 2, N)) < 0.7,
+        positions=positions,
+        score=rng.random((2, 2, N)),
+        index=np.stack([rng.permutation(N)[:3] for _ in range(4)]).reshape(2, 2, 3).astype("int32") - 1,
+        new=rng.standard_normal((2, 2, 3, D)),
+        rotation=np.linalg.qr(rng.standard_normal((D, D)))[0],
+        budgets=rng.integers(4, 8, (2, 2)),
+        moments=Moments.from_tokens(other_k, other_v),
+        reach=Moments.from_tokens(other_k, other_v, order=2, extent=True),
+        summaries=empty.update(other_k, other_v, window),
+        others=empty.update(other_k[..., :7, :], other_v[..., :7, :], window),
+        window=window,
+        anchored=Moments.from_tokens(other_k, other_v, anchor=window.mean, extent=True),
+    )
+
+
+def importance(name: str) -> Callable[[Given], Any]:
+    """Ranking by a policy, with what it is shown."""
+
+    def function(x: Given) -> Any:
+        xp = array_namespace(x.k)
+        tokens = Tokens(x.k, x.v, x.positions, x.score, x.moments, SCALE, *x.window)
+        policy = UNPOOLED.get(name, get_policy(name))
+        weights = get_backend(x.q).attend(x.q, x.k, x.v, scale=SCALE)[1]
+        # What an empty slot is given is nobody's.
+        ranking = xp.where(x.positions >= 0, policy.importance(tokens), xp.zeros_like(x.score))
+        return ranking, policy.observe(x.score, weights)
+
+    return function
+
+
+def selection(x: Given, budget: Any) -> Any:
+    return retain(x.score, x.positions, budget=budget, sinks=1, window=2, seen=2 * N)
+
+
+FUNCTIONS: dict[str, Callable[[Given], Any]] = {
+    "attend": lambda x: attend(x.q, x.k, x.v, scale=SCALE, mask=x.mask[..., None, None, :]),
+    "merge": lambda x: merge(x.state, x.state),
+    "backend: attend": lambda x: get_backend(x.q).attend(x.q, x.k, x.v, scale=SCALE),
+    "backend: attend_causal": lambda x: get_backend(x.q).attend_causal(x.q, x.k, x.v, scale=SCALE, valid=x.mask),
+    "backend: prefill": lambda x: get_backend(x.q).prefill(x.q, x.k, x.v, scale=SCALE),
+    "backend: correct": lambda x: get_backend(x.q).correct(x.state, x.q, x.summaries.expansion(), scale=SCALE),
+    "backend: decode": lambda x: get_backend(x.q).decode(
+        x.one, Tiers.of(x.k, x.v, x.mask), x.moments.expansion(), scale=SCALE, weights=True
+    ),
+    "backend: write": lambda x: get_backend(x.q).write(x.k, x.index, x.new, axis=-2),
+    "array-api backend: write": lambda x: get_backend("array-api").write(x.k, x.index, x.new, axis=-2),
+    "backend: write numbers": lambda x: get_backend(x.q).write(x.score, x.index, x.new[..., 0], axis=-1),
+    "estimate": lambda x: estimate(x.q, x.moments, scale=SCALE),
+    "estimate of order 2": lambda x: estimate(x.q, x.reach, order=2, scale=SCALE),
+    "estimate, anchored": lambda x: estimate(x.q, x.anchored, scale=SCALE),
+    "estimate_expansion of summaries": lambda x: estimate_expansion(x.q, x.summaries.expansion(), scale=SCALE),
+    "correct": lambda x: correct(x.state, x.q, x.moments, scale=SCALE),
+    "correct, certified": lambda x: correct(x.state, x.q, x.reach, scale=SCALE, certify=True),
+    "moments: from_tokens": lambda x: Moments.from_tokens(x.k, x.v, mask=x.mask, weights=x.weights),
+    "moments: update": lambda x: x.moments.update(x.k, x.v, mask=x.mask),
+    "moments: update of order 2 with extent": lambda x: x.reach.update(x.k, x.v, mask=x.mask, weights=x.weights),
+    "moments: downdate": lambda x: x.reach.update(x.k, x.v).downdate(x.k, x.v),
+    "moments: rotate": lambda x: x.reach.rotate(x.rotation),
+    "moments: decay": lambda x: x.reach.decay(x.score[..., 0]),
+    "anchored moments: update": lambda x: x.anchored.update(x.k, x.v, mask=x.mask),
+    # Its extent counts a rounding more where factors are not known to be one.
+    "anchored moments: merge": lambda x: dataclasses.replace(x.anchored.merge(x.anchored.decay(0.5)), extent=None),
+    "no statistics: estimate": lambda x: estimate(x.q, get_correction("none").empty(x.k, x.v), scale=SCALE),
+    "summaries: update": lambda x: x.summaries.update(x.k, x.v, x.window, mask=x.mask),
+    "summaries: first update": lambda x: Summaries.empty(x.k, x.v, summaries=3, rank=1).update(x.k, x.v, x.window),
+    "summaries: merge": lambda x: x.summaries.merge(x.others.reanchor(x.summaries.anchor), x.window),
+    "summaries: reanchor": lambda x: x.summaries.reanchor(x.window.mean + 0.1),
+    "summaries: calibrate": lambda x: x.summaries.calibrate(x.q, x.k, scale=SCALE, mask=x.mask),
+    "summaries: pooled": lambda x: x.summaries.pooled(),
+    "query window": lambda x: QueryWindow.from_queries(x.q, 2, scale=SCALE),
+    "memory of queries": lambda x: remember(x.q, None, 2, SCALE, *x.window),
+    "cluster": lambda x: cluster(x.k, x.weights, 3),
+    # Singular vectors are known but for their signs; their product is not.
+    "low_rank": lambda x: array_namespace(x.k).matmul(*low_rank(x.k[..., :DV, :], x.window.variance, 2)),
+    "ranking": lambda x: ranking(x.score, x.positions, sinks=1, window=2, seen=2 * N),
+    "protected": lambda x: protected(x.positions, sinks=1, window=2, seen=2 * N),
+    "retain": lambda x: selection(x, 5),
+    "bounds: lse_interval": lambda x: bounds.lse_interval(x.q, x.reach, scale=SCALE),
+    "bounds: value_error": lambda x: bounds.value_error(
+        x.q, x.reach, estimate(x.q, x.reach, scale=SCALE).out, scale=SCALE
+    ),
+    "bounds: output_error": lambda x: bounds.output_error(x.state, x.q, x.reach, x.state.out, scale=SCALE),
+    "eviction_error": lambda x: eviction_error(x.q, x.k, x.v, x.mask, scale=SCALE),
+    **{f"policy: {name}": importance(name) for name in POLICIES},
+}
+
+
+def as_float32(x: Any) -> Any:
+    return jnp.asarray(x, dtype="float32" if x.dtype == "float64" else "int32" if x.dtype == "int64" else None)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_traced_once_it_gives_what_numpy_gives(name: str):
+    """Arithmetic is float64, and what is compared is known to float32: 29 bits are left for whatever loses some."""
+    traces = 0
+
+    def function(x: Given) -> Any:
+        nonlocal traces
+        traces += 1
+        return FUNCTIONS[name](x)
+
+    traced = jax.jit(function)
+    for seed in (0, 1):
+        arguments = given(seed)
+        expected = jax.tree.leaves(FUNCTIONS[name](arguments))
+        with jax.enable_x64(True):
+            got = [np.asarray(x) for x in jax.tree.leaves(traced(jax.tree.map(jnp.asarray, arguments)))]
+        for one, other in zip(got, expected, strict=True):
+            assert one.dtype.kind == other.dtype.kind
+            assert_within(one, other, 2.0**-24 * (1 + np.abs(np.where(np.isfinite(other), other, 0.0))))
+    assert traces == 1
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_traced_by_default_it_stays_within_32_bits(name: str):
+    """Asking JAX for 64 bits that it has not got warns, which is an error in these tests."""
+    arguments = jax.tree.map(as_float32, given())
+    traced = jax.tree.leaves(jax.eval_shape(FUNCTIONS[name], arguments))
+    assert traced
+    assert {str(x.dtype) for x in traced} <= {"float32", "int32", "bool"}
+
+
+def test_traced_selection_by_budgets_of_heads_is_that_of_numpy():
+    """Its width cannot follow the budgets; what is filled does."""
+    arguments = given()
+    known = selection(arguments, arguments.budgets)
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(jnp.asarray, arguments)
+        traced = jax.jit(lambda x: selection(x, x.budgets))(arrays)
+    width = known.indices.shape[-1]
+    filled = np.asarray(traced.filled)
+    assert filled.shape[-1] == N
+    assert (filled[..., :width] == known.filled).all()
+    assert not filled[..., width:].any()
+    assert (np.asarray(traced.indices)[..., :width][known.filled] == known.indices[known.filled]).all()
+    assert (np.asarray(traced.evicted) == known.evicted).all()
+
+
+def test_values_can_be_looked_at_unless_they_are_traced():
+    seen = []
+    jax.jit(lambda x: seen.append(concrete(x)))(jnp.zeros(3))
+    jax.vmap(lambda x: seen.append(concrete(np.zeros(2), x)))(jnp.zeros(3))
+    assert seen == [False, False]
+    assert concrete(jnp.zeros(3), np.zeros(3))
+
+
+def test_a_layers_step_and_flush_are_compiled_once_and_equal_the_layer_cache():
+    """What a static layer does for a token, traced, against an eager cache of NumPy arrays."""
+    n, settings = 34, {"policy": "momentkv", "sinks": 1, "window": 2, "block": 3, "scale": SCALE}
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, heads, n, d)) for heads, d in ((4, D), (2, D), (2, DV)))
+    known, cache = LayerCache([8, 6], **settings), LayerCache([8, 6], static=True, **settings)
+    config, traces = cache.config, []
+
+    def step(state: LayerState, q: Any, k: Any, v: Any) -> tuple[Any, LayerState]:
+        traces.append("step")
+        expansion = get_backend(q).prepare(config.correction.expansion(state.evicted))
+        return decoded(config, state, arrived(config, state, k, v), q, scale=SCALE, expansion=expansion)
+
+    def flush(state: LayerState) -> LayerState:
+        traces.append("flush")
+        return evicted_state(config, state, None, cache.budgets or [], scale=SCALE)[0]
+
+    with jax.enable_x64(True):
+        first = [x[:, :, :20] for x in (q, k, v)]
+        known.step(*first)
+        cache.step(*map(jnp.asarray, first))
+        # What the host counts of a static state is not looked at; let it be what it will be.
+        state = dataclasses.replace(cache.stored_state, filled=config.recent, padded=True)
+        next_step, evict = jax.jit(step), jax.jit(flush)
+        for t in range(20, n):
+            tokens = [x[:, :, t : t + 1] for x in (q, k, v)]
+            out, state = next_step(state, *map(jnp.asarray, tokens))
+            expected = known.step(*tokens)
+            assert_within(np.asarray(out), expected, 2.0**-24 * (1 + np.abs(expected)))
+            state = evict(state)
+        assert traces == ["step", "flush"]
+        cache.take(state)
+        for row in np.ndindex(2, 2):
+            one, other = (np.asarray(x.positions)[row] for x in (cache, known))
+            assert one[one >= 0].tolist() == other[other >= 0].tolist()
+        for name, x in known.moments.arrays().items():
+            assert_within(np.asarray(getattr(cache.moments, name)), x, 2.0**-24 * (1 + np.abs(x)))
+
+
+def test_by_default_backend_and_library_conform():
+    assert check_backend("jax", asarray=as_float32, dtypes=("float32",), batches=1) == 40
+    assert check_library(as_float32, np.asarray, dtypes=("float32",), batches=1) == 40
+
+
+def test_by_default_a_cache_retains_what_it_retains_on_numpy():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, 10, d)).astype("float32") for heads, d in ((4, D), (2, D), (2, DV)))
+    known, cache = (LayerCache(6, policy="random", sinks=1, window=2, block=3) for _ in range(2))
+    error = corrected_error(q, k, v, unit("float32"), merges=1)
+    for part in (slice(0, 9), slice(9, 10)):
+        tokens = [x[:, :, part] for x in (q, k, v)]
+        out, expected = cache.step(*map(jnp.asarray, tokens)), known.step(*tokens)
+        assert out.dtype == "float32"
+        assert_within(np.asarray(out), expected, 2 * error[:, :, part])
+        assert (np.asarray(cache.positions) == known.positions).all()
