@@ -62,7 +62,9 @@ def test_every_head_is_a_cache_of_its_own(seed, budgets, correction, policy, pre
                     got = cache.moments.arrays()[name][:, head : head + 1]
                     np.testing.assert_allclose(got, one, rtol=1e-7, atol=1e-8, err_msg=name)
             assert cache.stored_by_head[head] < budgets[head] + 4
-    assert cache.nbytes <= sum(part.nbytes for part in alone)
+    # Heads that are not full yet may hold a block of slots more than they would alone; full ones do not (below).
+    block = 4 * max(part.nbytes / part.stored for part in alone)
+    assert cache.nbytes <= sum(part.nbytes for part in alone) + block
     assert cache.seen == 90
     assert cache.budget == list(budgets)
     assert cache.stored == max(cache.stored_by_head)
