@@ -145,14 +145,14 @@ def library(x: Any) -> str | None:
         name: str = array_namespace(x).__name__
     except TypeError:
         return None
-    return name.rpartition(".")[2]
+    return name.removeprefix("array_api_compat.").partition(".")[0]
 
 
 def mixed(arrays: dict[str, Any]) -> str:
     """What is wrong with arguments that are not arrays of one library."""
     for name, x in arrays.items():
         if library(x) is None or not hasattr(x, "dtype"):
-            return f"{name} is a {type(x).__name__}; pass an array of NumPy, PyTorch or another array-API library"
+            return f"{name} is a {type(x).__name__}; pass an array of NumPy, PyTorch, JAX or another array-API library"
     (first, one), *others = arrays.items()
     name, other = next((name, x) for name, x in others if library(x) != library(one))
     return (
