@@ -179,7 +179,9 @@ class ArrayBackend:
         new : array, shape (..., m) or (..., m, d)
         """
         xp = array_namespace(x, index, new)
-        slots = xp.arange(x.shape[axis], dtype=index.dtype, device=device(x))
+        if index.shape[-1] == 0:
+            return x
+        slots = xp.arange(x.shape[axis], device=device(x))
         hit = index[..., None, :] == slots[:, None]  # (..., n, m)
         some = xp.any(hit, axis=-1)
         source = xp.argmax(xp.astype(hit, xp.int8), axis=-1)

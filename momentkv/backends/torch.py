@@ -92,14 +92,18 @@ class TorchBackend(ArrayBackend):
         return x
 
     def write(self, x: Array, index: Array, new: Array, *, axis: int) -> Array:
-        new, vectors = new.to(x.dtype), axis == -2
-        if index.shape[-1] == 1:
-            slots = index.long()
-            slots = slots[..., None].expand(*slots.shape, x.shape[-1]) if vectors else slots
-            return x.scatter_(axis, slots, new.expand(slots.shape))
-        rows = (index >= 0).nonzero(as_tuple=True)
-        x[(*rows[:-1], index[rows].long())] = new.expand(*index.shape, *((x.shape[-1],) if vectors else ()))[rows]
-        return x
+        slots = index.long()
+        if 0 in (slots.shape[-1], x.shape[axis]):
+            return x
+        new = new.to(x.dtype).expand(*slots.shape, *x.shape[x.ndim + axis + 1 :])
+        if slots.shape[-1] > 1:
+            # Only a CPU knows without waiting how many are written, and then writes those alone.
+            if slots.device.type == "cpu" and not torch.compiler.is_compiling():
+                rows = (slots >= 0).nonzero(as_tuple=True)
+                x[(*rows[:-1], slots[rows])] = new[rows]
+                return x
+            slots, new = only_written(x, slots, new, axis)
+        return x.scatter_(axis, slots[..., None].expand(new.shape) if axis == -2 else slots, new)
 
     def overwrite(self, x: Array, new: Array) -> Array:
         x.copy_(new)
@@ -262,6 +266,24 @@ def packed_slots(layout: Layout, batch: int, where: torch.device) -> tuple[torch
     rows = torch.arange(batch, device=where)[:, None] * sum(layout.widths)
     starts = rows + torch.tensor(layout.starts, device=where)
     return starts, torch.tensor(layout.widths, dtype=torch.int32, device=where).expand(batch, -1).contiguous()
+
+
+def only_written(
+    x: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, axis: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots none of which is negative, and what goes there; does not wait for the device.
+
+    A negative one becomes another of its row, with the same content; in a row of none but such, slot 0 as it is.
+    """
+    valid = slots >= 0
+    own = torch.arange(slots.shape[-1], device=slots.device)
+    source = torch.where(valid, own, valid.to(torch.uint8).argmax(-1, keepdim=True))
+    slots = slots.gather(-1, source).clamp(min=0)
+    some = valid.any(-1, keepdim=True).expand(slots.shape)
+    if axis == -1:
+        return slots, torch.where(some, new.gather(-1, source), x.gather(-1, slots))
+    source, wide = (index[..., None].expand(new.shape) for index in (source, slots))
+    return slots, torch.where(some[..., None], new.gather(-2, source), x.gather(-2, wide))
 
 
 def fuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
