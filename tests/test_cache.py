@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,3 +329,19 @@ def test_moments_can_be_rebuilt_from_what_was_evicted(backend: Library):
     error = moments_error(k, v, 2 * unit(), merges=4)
     for name, x in rebuilt.arrays().items():
         assert_within(backend.numpy(cache.moments.arrays()[name]), backend.numpy(x), getattr(error, name))
+
+
+@pytest.mark.parametrize("policy", ["momentkv", "snapkv"])
+@pytest.mark.parametrize("budgets", [14, [14, 11]], ids=str)
+def test_static_steps_evict_when_a_block_is_full_as_others_do(backend: Library, policy: str, budgets: Any):
+    rng = np.random.default_rng(3)
+    settings: dict[str, Any] = {"policy": policy, "sinks": 1, "window": 8, "block": 4}
+    known, cache = LayerCache(budgets, **settings), LayerCache(budgets, static=True, **settings)
+    valid = np.ones((2, 1, 20), dtype=bool)
+    valid[0, :, :7] = False
+    for m in (20, *(1,) * 13, 5, *(1,) * 9):
+        q, k, v = (backend.asarray(rng.standard_normal((2, heads, m, 4))) for heads in (4, 2, 2))
+        given = backend.asarray(valid) if m == 20 else None
+        out, expected = cache.step(q, k, v, valid=given), known.step(q, k, v, valid=given)
+        np.testing.assert_allclose(backend.numpy(out), backend.numpy(expected), rtol=1e-9, atol=1e-11)
+        assert stored(backend, cache) == stored(backend, known)

@@ -7,8 +7,9 @@ import itertools
 import weakref
 from typing import Any
 
-from momentkv._array import Array, array_namespace, nbytes
+from momentkv._array import Array, array_namespace, device, nbytes
 from momentkv.backends import get_backend
+from momentkv.cache.config import CacheConfig
 from momentkv.cache.packing import View, view_of
 from momentkv.cache.queries import query_window
 from momentkv.cache.state import LayerState, NewTokens
@@ -31,6 +32,7 @@ class Holdings:
 
     Attributes
     ----------
+    config : CacheConfig
     state : LayerState or None
         None before the first token.
     new : NewTokens or None
@@ -47,6 +49,7 @@ class Holdings:
         Of this cache alone.
     """
 
+    config: CacheConfig
     state: LayerState | None = None
     new: NewTokens | None = None
     newest_queries: Array = None
@@ -152,6 +155,16 @@ class Holdings:
     def arrays(self) -> dict[str, Array]:
         """Every array of the state, by name (those of the statistics as ``evicted.weight`` and so on)."""
         return {} if self.state is None else self.state.arrays()
+
+    @property
+    def is_ticked(self) -> bool:
+        """Whether steps are static and a row or head has filled its block; asks the device."""
+        state = self.state
+        if state is None or state.ticks is None or not self.is_fixed:
+            return False
+        xp = array_namespace(state.ticks)
+        full = [budget + self.config.block for budget in self.budgets or []]
+        return bool(xp.any(state.ticks >= xp.asarray(full, dtype=state.ticks.dtype, device=device(state.ticks))))
 
     @property
     def is_fixed(self) -> bool:

@@ -55,9 +55,8 @@ class LayerCache(Holdings):
         last 32 since the last eviction) would be larger. The head's budget then grows to what it stores; the first time
         it warns.
     static : bool
-        Whether steps of one token are done in arrays that keep their size and place, by the device's own count: nothing
-        then waits for the device, and a graph can hold a step. The caller says when to `flush`; see
-        `momentkv.hf.DecodeGraphs`.
+        Whether steps of one token are done in arrays that keep their size and place, by the device's own count. `step`
+        then asks the device whether a block is full; `momentkv.hf` keeps the time on the host, so that nothing waits.
 
     Raises
     ------
@@ -199,6 +198,8 @@ class LayerCache(Holdings):
             self.append(k, v)
             out = self.attend(q, valid=valid)
             self.evict()
+            if self.is_ticked:
+                self.state = self.flushed(self.stored_state)
             self.fix()
         except BaseException:
             self.go_back(before)
