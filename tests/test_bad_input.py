@@ -278,3 +278,14 @@ def test_one_heads_bad_numbers_stay_with_it(backend: Library, bad: float, where:
     untouched[1, 0] = False
     for one, other in zip(*results, strict=True):
         assert_same(one[untouched], other[untouched])
+
+
+@pytest.mark.parametrize(
+    ("backend", "library"), [("numpy", "torch"), ("torch", "numpy"), ("numpy", "array-api-strict")]
+)
+def test_a_backend_refuses_arrays_of_another_library(backend: str, library: str):
+    a = {name: LIBRARIES[library].asarray(np.ones((2, 5, 4))) for name in "qkv"}
+    cache = LayerCache(40, backend=backend)
+    with pytest.raises(TypeError, match=rf"backend is '{backend}'.*leave backend out"):
+        cache.step(a["q"], a["k"], a["v"])
+    assert cache.seen == 0

@@ -91,7 +91,7 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "cache: scale NaN": (lambda: LayerCache(64, scale=float("nan")), ["scale is nan", "finite"]),
     "cache: block": (lambda: LayerCache(64, block=0), ["block is 0"]),
     "cache: policy": (lambda: LayerCache(64, policy="lru"), ["policy is 'lru'", "snapkv"]),
-    "cache: backend": (lambda: LayerCache(64, backend="jax"), ["backend is 'jax'", "numpy"]),
+    "cache: backend": (lambda: LayerCache(64, backend="cupy"), ["backend is 'cupy'", "numpy"]),
     "cache: attend on nothing": (lambda: LayerCache(64).attend(zeros(1, 2, 1, 4)), ["attend", "empty", "append"]),
     "cache: correction": (lambda: LayerCache(64, correction="mean"), ["correction is 'mean'", "moments", "summaries"]),
     "correction: name": (lambda: get_correction("mean"), ["correction is 'mean'", "summaries", "none"]),
@@ -138,7 +138,7 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "policy: rounds": (lambda: MomentKV(rounds=0), ["rounds is 0"]),
     "policy: seed": (lambda: Random(seed=-1), ["seed is -1"]),
     "policy: large seed": (lambda: Random(seed=2**31), ["seed is 2147483648"]),
-    "backend: name": (lambda: get_backend("jax"), ["backend is 'jax'", "torch"]),
+    "backend: name": (lambda: get_backend("cupy"), ["backend is 'cupy'", "torch"]),
 }
 
 

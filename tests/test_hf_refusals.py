@@ -58,7 +58,8 @@ CONSTRUCTIONS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "too many budgets": (lambda: MomentCache(tiny("llama"), [64] * 3), ["3 entries", "2 layers"]),
     "policy": (lambda: cached(policy="lru"), ["policy is 'lru'", "snapkv"]),
     "order": (lambda: cached(order=2), ["order is 2"]),
-    "backend": (lambda: cached(backend="jax"), ["backend is 'jax'", "torch"]),
+    "backend": (lambda: cached(backend="cupy"), ["backend is 'cupy'", "torch"]),
+    "backend of other arrays": (lambda: cached(backend="numpy"), ["backend is 'numpy'", "torch tensors"]),
     "block": (lambda: cached(block=0), ["block is 0"]),
 }
 

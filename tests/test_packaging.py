@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -94,8 +95,7 @@ def test_the_wheel_installs_and_its_command_runs(built: Path, tmp_path: Path):
 
 def test_tests_run_from_the_unpacked_sdist(built: Path, tmp_path: Path):
     (path,) = built.glob("*.tar.gz")
-    with tarfile.open(path) as sdist:
-        sdist.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(path, tmp_path)
     (folder,) = tmp_path.iterdir()
     quick = ["tests/test_attention.py", "tests/test_docs.py::test_relative_links_lead_to_a_file_and_a_heading"]
     assert " passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", *quick, folder=folder, path=folder)

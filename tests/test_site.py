@@ -264,8 +264,10 @@ def test_formulas_are_laid_out_with_the_font_of_the_site(browser, site):
 
 def test_search_finds_the_anchor(browser, site):
     with opened(browser, site, ".") as tab:
-        tab.keyboard.press("/")
-        tab.locator("input.md-search__input").fill("anchor")
+        # The search listens to keys that are let go, so the word is typed: a value that is only set may go unseen.
+        search = tab.locator("input.md-search__input")
+        search.focus()
+        search.press_sequentially("anchor")
         tab.locator(".md-search-result__meta", has_text="matching").wait_for()
         tab.locator(".md-search-result__item a[href*='derivations/summaries']").first.wait_for(state="attached")
 

@@ -26,6 +26,10 @@ class ArrayBackend:
     name: ClassVar[str] = "array-api"
     query_block: ClassVar[int] = 256
 
+    def reads(self, x: Array) -> bool:
+        """Whether it computes with arrays of the library that ``x`` is of; this one does with any."""
+        return True
+
     def attend(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None
     ) -> tuple[AttentionState, Array]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from array_api_compat import is_jax_array
 
 from momentkv._array import Array
 from momentkv.backends.base import ArrayBackend
@@ -32,6 +33,9 @@ class JaxBackend(ArrayBackend):
     """
 
     name: ClassVar[str] = "jax"
+
+    def reads(self, x: Array) -> bool:
+        return bool(is_jax_array(x))
 
     def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
         stop = start + new.shape[axis]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from array_api_compat import is_numpy_array
 
 from momentkv._array import Array
 from momentkv.attention import AttentionState, logits
@@ -17,6 +18,9 @@ class NumpyBackend(ArrayBackend):
     """The array-API backend without its temporaries: logits become weights where they lie."""
 
     name: ClassVar[str] = "numpy"
+
+    def reads(self, x: Array) -> bool:
+        return bool(is_numpy_array(x))
 
     def attend(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None

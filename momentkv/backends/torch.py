@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import torch
+from array_api_compat import is_torch_array
 from torch.nn.functional import scaled_dot_product_attention
 
 from momentkv._array import Array
@@ -38,6 +39,9 @@ class TorchBackend(ArrayBackend):
     """
 
     name: ClassVar[str] = "torch"
+
+    def reads(self, x: Array) -> bool:
+        return bool(is_torch_array(x))
 
     def attend(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None

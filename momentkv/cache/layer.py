@@ -212,10 +212,10 @@ class LayerCache(Holdings):
         check_values(k, v)
         if k.shape[-2] == 0:
             raise ValueError(f"k has shape {tuple(k.shape)}: no tokens to append")
-        backend = self.config.backend or get_backend(k)
-        k, v = backend.detach(k), backend.detach(v)
         if self.state is None:
             self.state, self.budgets = started(self.config, k, v, self._budget)
+        backend = self.config.backend or get_backend(k)
+        k, v = backend.detach(k), backend.detach(v)
         state = self.state
         for name, old, given in (("k", state.recent_keys, k), ("v", state.recent_values, v)):
             check_like_stored(name, given, old)

@@ -86,6 +86,11 @@ def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array,
 
 def started(config: CacheConfig, k: Array, v: Array, budget: int | tuple[int, ...]) -> tuple[LayerState, list[int]]:
     """The empty state and the budget of each KV head, now that heads and dimensions are known."""
+    if config.backend is not None and not config.backend.reads(k):
+        raise TypeError(
+            f"backend is {config.backend.name!r}, which does not compute with {type(k).__module__} arrays; leave "
+            "backend out, and the arrays choose it"
+        )
     heads = k.shape[-3]
     budgets = [budget] * heads if isinstance(budget, int) else list(budget)
     if len(budgets) != heads:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
+from momentkv.backends import get_backend
 from momentkv.cache.allocation import SharedBudget, by_importance, minimise_error, pyramid_budgets
 from momentkv.cache.budget_rules import BudgetRule, Share, TotalBytes, parse_budget
 from momentkv.cache.config import RECENT_QUERIES
@@ -45,6 +47,11 @@ class Plan:
 
     def __init__(self, config: Any, budget: Any, sharing: str | None, ranks: int, settings: dict[str, Any]) -> None:
         self.config, self.ranks, self.kinds = config, ranks, layer_kinds(config)
+        backend = settings["backend"]
+        if backend is not None and not get_backend(backend).reads(torch.empty(0)):
+            raise ValueError(
+                f"backend is {backend!r}, which does not compute with torch tensors; leave it out, or use 'torch'"
+            )
         sinks, window, static = settings["sinks"], settings["window"], settings["static"]
         self.least = sinks + window + 1
         asked = parse_budget(budget)
