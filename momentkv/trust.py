@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace
 from momentkv.attention import AttentionState, group_queries, ungroup_queries
-from momentkv.backends import get_backend
 from momentkv.bounds import output_error, read
 from momentkv.bounds.certificate import grouped, share_interval
 from momentkv.bounds.rounding import attention_error, state_error, unit
@@ -141,7 +140,7 @@ def trust_of(
 ) -> Trust:
     """Trust in retained tokens (those of positions >= 0) with a correction, given evidence of all evicted ones."""
     xp = array_namespace(q, k)
-    backend = config.backend or get_backend(q)
+    backend = config.backend_of(q)
     present = positions >= 0
     state, _ = backend.attend(q, k, v, scale=scale, mask=present[..., None, None, :])
     out = state.out

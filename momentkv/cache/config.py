@@ -9,6 +9,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from momentkv._array import Array
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.statistics.corrections import Correction, get_correction
@@ -48,6 +49,16 @@ class CacheConfig:
     certify: int | None
     tolerance: float | None
     static: bool
+
+    def backend_of(self, x: Array) -> ArrayBackend:
+        """The backend that was given, or that of the array; an error if the one given is for other arrays."""
+        backend = self.backend or get_backend(x)
+        if not backend.reads(x):
+            raise TypeError(
+                f"backend is {backend.name!r}, which does not compute with {type(x).__module__} arrays; leave backend "
+                "out, and the arrays choose it"
+            )
+        return backend
 
     @property
     def recent(self) -> int:

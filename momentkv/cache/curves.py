@@ -9,7 +9,6 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace, device, take_rows
 from momentkv.attention import AttentionState, merge
-from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.packing import View
 from momentkv.policies.select import ranking
@@ -57,7 +56,7 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
             "window of queries and evict(), on a cache made with keep_queries=True"
         )
     config, state, view = cache.config, cache.stored_state, cache.view()
-    backend = config.backend or get_backend(q)
+    backend = config.backend_of(q)
     xp = array_namespace(q)
     scale, n = cache.attention_scale, view.keys.shape[-2]
     order = ranking(

@@ -212,10 +212,10 @@ class LayerCache(Holdings):
         check_values(k, v)
         if k.shape[-2] == 0:
             raise ValueError(f"k has shape {tuple(k.shape)}: no tokens to append")
+        backend = self.config.backend_of(k)
+        k, v = backend.detach(k), backend.detach(v)
         if self.state is None:
             self.state, self.budgets = started(self.config, k, v, self._budget)
-        backend = self.config.backend or get_backend(k)
-        k, v = backend.detach(k), backend.detach(v)
         state = self.state
         for name, old, given in (("k", state.recent_keys, k), ("v", state.recent_values, v)):
             check_like_stored(name, given, old)
@@ -233,7 +233,7 @@ class LayerCache(Holdings):
         state, new = self.state, self.new
         if state is None or new is None:
             raise ValueError("attend was called on an empty cache; append the keys and values of its queries first")
-        backend = self.config.backend or get_backend(q)
+        backend = self.config.backend_of(q)
         xp = array_namespace(q, new.keys)
         if valid is not None:
             new = hidden(new, valid, q.shape[-2], ask=not self.is_fixed)
@@ -250,7 +250,7 @@ class LayerCache(Holdings):
 
     def decoded(self, state: LayerState, new: NewTokens, q: Array) -> tuple[Array, LayerState]:
         """`momentkv.cache.step.decoded` by these settings; nothing is changed."""
-        expansion = self._prepared(self.config.backend or get_backend(q), state)
+        expansion = self._prepared(self.config.backend_of(q), state)
         return decoded(self.config, state, new, q, scale=self.attention_scale, expansion=expansion)
 
     @property
@@ -280,7 +280,7 @@ class LayerCache(Holdings):
             raise ValueError("observe was called on an empty cache; append the keys and values of its queries first")
         if valid is not None:
             new = hidden(new, valid, valid.shape[-1])
-        backend = config.backend or get_backend(q)
+        backend = config.backend_of(q)
         q = backend.detach(q)
         state = remembered(config, state, new, q, scale=self.attention_scale)
         recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
@@ -301,7 +301,7 @@ class LayerCache(Holdings):
         newest, recent = self.newest_queries, state.layout.recent
         state = dataclasses.replace(state, seen=self.seen)
         if new is not None and importance is None and state.filled + new.length <= recent:
-            state, new = place(self.config.backend or get_backend(new.keys), state, new), None
+            state, new = place(self.config.backend_of(new.keys), state, new), None
         refused: dict[int, float] = {}
         if new is not None or state.filled == recent or (self.config.static and state.clock is None):
             state, refused = evicted_state(

@@ -7,7 +7,7 @@ from typing import Any
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, check_arrays, check_mask, device
 from momentkv.attention import check_keys, check_values, merge
-from momentkv.backends import ArrayBackend, get_backend
+from momentkv.backends import ArrayBackend
 from momentkv.backends.layout import Layout
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.observing import observed, of_real_queries
@@ -42,7 +42,7 @@ def decoded(
     ``expansion`` is the estimate of the evicted tokens, as `ArrayBackend.prepare` makes it, or None. Nothing is asked
     of the device and nothing is changed but recent slots that are not in use: a step that can be traced and captured.
     """
-    backend = config.backend or get_backend(q)
+    backend = config.backend_of(q)
     state = place(backend, state, new)
     if state.clock is not None and state.ticks is not None:
         state = dataclasses.replace(state, clock=state.clock + 1, ticks=state.ticks + 1)
@@ -74,7 +74,7 @@ def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array,
         if state.recent_queries is not None:
             kept = array_namespace(recent).concat([state.recent_queries, recent], axis=-2)
         kept = kept[..., max(kept.shape[-2] - RECENT_QUERIES, 0) :, :]
-        state = dataclasses.replace(state, recent_queries=(config.backend or get_backend(q)).copy(kept))
+        state = dataclasses.replace(state, recent_queries=(config.backend_of(q)).copy(kept))
     if not config.remembers_queries:
         return state
     real = None
@@ -86,11 +86,6 @@ def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array,
 
 def started(config: CacheConfig, k: Array, v: Array, budget: int | tuple[int, ...]) -> tuple[LayerState, list[int]]:
     """The empty state and the budget of each KV head, now that heads and dimensions are known."""
-    if config.backend is not None and not config.backend.reads(k):
-        raise TypeError(
-            f"backend is {config.backend.name!r}, which does not compute with {type(k).__module__} arrays; leave "
-            "backend out, and the arrays choose it"
-        )
     heads = k.shape[-3]
     budgets = [budget] * heads if isinstance(budget, int) else list(budget)
     if len(budgets) != heads:
