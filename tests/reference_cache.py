@@ -166,9 +166,7 @@ class ReferenceRow:
             kept = []
             for head in range(self.kv_heads):
                 held = self.retained[head]
-                slots = oracle.retained_slots(
-                    self.importance(head), np.array(held), target, rules.sinks, rules.window, len(self.keys)
-                )
+                slots = oracle.retained_slots(self.importance(head), np.array(held), target, rules.sinks, rules.window)
                 kept.append([held[j] for j in slots])
             self.retained = kept
         for head in range(self.kv_heads):

@@ -206,22 +206,23 @@ def test_wrong_sharing_is_refused(options: dict, message: str):
         MomentCache(tiny("llama"), **({"budget": 60} | options))
 
 
+@pytest.mark.parametrize("padding", [slice(0, 30), slice(170, 200), slice(150, 180)], ids=["left", "right", "within"])
 @pytest.mark.parametrize("correction", ["moments", "summaries"])
-def test_curves_of_a_padded_batch_are_the_mean_of_its_rows(correction: str):
+def test_curves_of_a_padded_batch_are_the_mean_of_its_rows(correction: str, padding: slice):
     rng = np.random.default_rng(5)
     q, k, v = (rng.standard_normal((2, heads, 200, 8)) for heads in (4, 2, 2))
     valid = np.ones((2, 1, 200), dtype=bool)
-    valid[0, :, :30] = False
+    valid[0, :, padding] = False
     options = {"window": 8, "block": 1, "keep_queries": True, "correction": correction, "policy": "attention"}
 
-    def curves(row: slice, start: int) -> list[list[float]]:
+    def curves(row: slice, tokens: np.ndarray) -> list[list[float]]:
         cache = LayerCache(40, **options)
-        cache.append(k[row, :, start:], v[row, :, start:])
-        cache.attend(q[row, :, start:], valid=valid[row, :, start:])
+        cache.append(k[row][:, :, tokens], v[row][:, :, tokens])
+        cache.attend(q[row][:, :, tokens], valid=valid[row][:, :, tokens])
         return error_curves(cache, [20, 60, 180, 300])
 
-    together = curves(slice(0, 2), 0)
-    alone = (curves(slice(0, 1), 30), curves(slice(1, 2), 0))
+    together = curves(slice(0, 2), np.arange(200))
+    alone = (curves(slice(0, 1), np.flatnonzero(valid[0])), curves(slice(1, 2), np.arange(200)))
     # 180 tokens are all that the shorter row has, 300 more than either has.
     np.testing.assert_allclose(together, np.mean(alone, axis=0), rtol=1e-9, atol=1e-20)
 

@@ -1,11 +1,10 @@
 """The layer cache against a reference that loops over one row's tokens: same tokens retained, same outputs.
 
-Rows of a batch are padded on the left, and each must do what it does alone.
+Rows of a batch are padded, and each must do what it does alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -71,9 +70,7 @@ def left_padded(lengths: list[int], padding: list[int]) -> np.ndarray:
     return np.arange(sum(lengths)) >= np.array(padding)[:, None]
 
 
-def compare(
-    backend: Library, policy: Policy, order: int | None, lengths: list[int], valid: np.ndarray, window: int = 2
-) -> None:
+def compare(backend: Library, policy: Policy, order: int | None, lengths: list[int], valid: np.ndarray) -> None:
     """Run a batch of which ``valid`` (row, n) are tokens; after every step compare each row to its reference.
 
     Numbers are Gaussian and in float64: importances that differ, differ by far more than rounding.
@@ -84,7 +81,7 @@ def compare(
         rng.standard_normal((rows, heads, n, size))
         for heads, size in ((KV_HEADS * GROUP, D), (KV_HEADS, D), (KV_HEADS, DV))
     )
-    rules = dataclasses.replace(rules_of(policy, order), window=window)
+    rules = rules_of(policy, order)
     rank = np.cumsum(valid, axis=-1) - 1  # place in the row alone
     cache, references = cache_of(policy, rules), [ReferenceRow(rules, KV_HEADS) for _ in valid]
     error = corrected_error(q, k, v, unit(), rules.scale, merges=len(lengths) * rules.rounds)
@@ -172,11 +169,21 @@ def test_a_padded_row_equals_the_row_alone_on_every_backend(backend: Library, na
     compare(backend, observing(name), 1, lengths, left_padded(lengths, [0, 4]))
 
 
-@pytest.mark.parametrize("policy", [H2O(observes=None), get_policy("streaming"), get_policy("knorm")])
-def test_padding_within_a_row_is_neither_seen_nor_observed(backend: Library, policy: Policy):
-    """Turns of different lengths. Only what counts positions, such as the window, sees the gap."""
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_padded_on_the_right_equals_the_row_alone(name: str):
+    """Its window and the queries that are observed are its own last ones, and not those of the padding."""
+    valid = np.ones((3, 30), dtype=bool)
+    valid[1, 14:] = False
+    valid[2, 28:] = False
+    compare(LIBRARIES["numpy"], observing(name), 1, [30], valid)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"snapkv"}))
+def test_padding_within_a_row_is_neither_seen_nor_observed(backend: Library, name: str):
+    """Turns of different lengths. Only averages over neighbouring positions see the gap."""
+    policy = H2O(observes=None) if name == "h2o" else observing(name)
     lengths = [9, 6, 1, 1, 7, 1, 1, 1]
     valid = np.ones((2, sum(lengths)), dtype=bool)
     valid[0, [12, 13, 14, 16]] = False
     valid[1, [5, 6, 7, 8, 9, 18, 25]] = False
-    compare(backend, policy, 1, lengths, valid, window=0)
+    compare(backend, policy, 1, lengths, valid)

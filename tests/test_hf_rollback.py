@@ -40,7 +40,7 @@ def tokens(count: int, seed: int, rows: int = 2) -> list[torch.Tensor]:
     return [torch.randn(rows, heads, count, 16, generator=generator) for heads in (4, 2, 2)]
 
 
-def step(cache: MomentCache, count: int, seed: int, keep: int | None = None, padding: int = 0) -> None:
+def step(cache: MomentCache, count: int, seed: int, keep: int | None = None, padding: slice | None = None) -> None:
     """One pass through all layers of a cache, as a model would do it; ``keep`` reads only its first tokens."""
     module = torch.nn.Module()
     seen = cache.get_seq_length()
@@ -48,7 +48,7 @@ def step(cache: MomentCache, count: int, seed: int, keep: int | None = None, pad
     mask = None
     if padding:
         mask = torch.ones(2, seen + keep, dtype=torch.bool)
-        mask[1, :padding] = False
+        mask[1, padding] = False
     for index in range(2):
         q, k, v = (x[:, :, :keep] for x in tokens(count, seed + 100 * index))
         keys, values = cache.update(k, v, index)
@@ -65,9 +65,9 @@ def recording(kind: str, budget: int = 20) -> tuple[MomentCache, MomentCache]:
     return caches[0], caches[1]
 
 
-@pytest.mark.parametrize("padding", [0, 7], ids=["", "padded"])
+@pytest.mark.parametrize("padding", [None, slice(0, 7), slice(40, 52)], ids=["", "padded", "within"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_recorded_tokens_that_are_taken_back_leave_no_trace(kind: str, padding: int):
+def test_recorded_tokens_that_are_taken_back_leave_no_trace(kind: str, padding: slice | None):
     """To the last bit: scores, query statistics, budgets and moments are those of a cache that never read them."""
     recorded, fresh = recording(kind)
     # (tokens read, tokens that stay): a prefill, candidates of which some, all, none but one and none at all stay.
@@ -79,6 +79,16 @@ def test_recorded_tokens_that_are_taken_back_leave_no_trace(kind: str, padding: 
         assert_same(state(recorded), state(fresh))
         assert recorded.nbytes == fresh.nbytes
     assert all(core.has_evicted for core in fresh.moment_layers.values())
+
+
+def test_a_recorded_pass_keeps_the_queries_of_rows_that_are_padded_on_the_right():
+    """As many queries are kept as a rollback takes, and those of the pass's end may be of padding."""
+    recorded, fresh = (MomentCache(tiny("llama"), 20, **(SMALL | {"rollback": 4}), policy="snapkv") for _ in range(2))
+    recorded.activate_past_recording()
+    for cache in (recorded, fresh):
+        step(cache, 80, seed=0, padding=slice(40, 80))
+    recorded.crop(0)
+    assert_same(state(recorded), state(fresh))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,8 +192,8 @@ def test_crop_without_recording_equals_a_full_cache_while_nothing_is_evicted(fam
 @pytest.mark.parametrize("kind", KINDS)
 def test_crop_within_the_window_takes_out_the_newest_tokens_alone(kind: str):
     _, cache = recording(kind)
-    step(cache, 60, 0, padding=3)
-    step(cache, 1, 1, padding=3)
+    step(cache, 60, 0, padding=slice(0, 3))
+    step(cache, 1, 1, padding=slice(0, 3))
     before = state(cache)
     cache.crop(-5)
     after = state(cache)
@@ -194,7 +204,7 @@ def test_crop_within_the_window_takes_out_the_newest_tokens_alone(kind: str):
             assert [row[row >= 0].tolist() for row in after[name].flatten(0, 1)] == stays
         elif ".moments." in name:
             assert torch.equal(after[name], x)
-    step(cache, 8, 2, padding=3)
+    step(cache, 8, 2, padding=slice(0, 3))
     assert cache.get_seq_length() == 64
     for core in cache.moment_layers.values():
         for part in heads_of(core):

@@ -121,7 +121,7 @@ def importance(name: str) -> Callable[[Given], Any]:
 
 
 def selection(x: Given, budget: Any) -> Any:
-    return retain(x.score, x.positions, budget=budget, sinks=1, window=2, seen=2 * N)
+    return retain(x.score, x.positions, budget=budget, sinks=1, window=2)
 
 
 FUNCTIONS: dict[str, Callable[[Given], Any]] = {
@@ -164,8 +164,8 @@ FUNCTIONS: dict[str, Callable[[Given], Any]] = {
     "cluster": lambda x: cluster(x.k, x.weights, 3),
     # Singular vectors are known but for their signs; their product is not.
     "low_rank": lambda x: array_namespace(x.k).matmul(*low_rank(x.k[..., :DV, :], x.window.variance, 2)),
-    "ranking": lambda x: ranking(x.score, x.positions, sinks=1, window=2, seen=2 * N),
-    "protected": lambda x: protected(x.positions, sinks=1, window=2, seen=2 * N),
+    "ranking": lambda x: ranking(x.score, x.positions, sinks=1, window=2),
+    "protected": lambda x: protected(x.positions, sinks=1, window=2),
     "retain": lambda x: selection(x, 5),
     "bounds: lse_interval": lambda x: bounds.lse_interval(x.q, x.reach, scale=SCALE),
     "bounds: value_error": lambda x: bounds.value_error(

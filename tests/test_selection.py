@@ -25,7 +25,6 @@ class Choice:
     budget: int
     sinks: int
     window: int
-    seen: int
 
 
 @st.composite
@@ -45,14 +44,14 @@ def choices(draw: st.DrawFn, *, law: st.SearchStrategy[str]) -> Choice:
     if draw(st.booleans()):
         positions = np.where(rng.random(shape) < 0.4, -1, positions)
     budget = sinks + window + draw(st.integers(1, 8))
-    return Choice(importance, positions.astype(np.int32), budget, sinks, window, seen)
+    return Choice(importance, positions.astype(np.int32), budget, sinks, window)
 
 
 def row(importance: list[float], positions: list[int], *, budget: int, window: int) -> Choice:
     """The same few tokens in every row and head."""
     shape = (2, 2, len(positions))
     repeated = (np.broadcast_to(x, shape) for x in (np.array(importance), np.array(positions, dtype=np.int32)))
-    return Choice(*repeated, budget, 0, window, len(positions))
+    return Choice(*repeated, budget, 0, window)
 
 
 finite = choices(law=st.sampled_from(["gaussian", "ties", "equal"]))
@@ -65,7 +64,6 @@ def chosen(backend: Library, choice: Choice, budget: object = None) -> Selection
         budget=choice.budget if budget is None else budget,
         sinks=choice.sinks,
         window=choice.window,
-        seen=choice.seen,
     )
     return Selection(*(backend.numpy(x) for x in selection))
 
@@ -78,7 +76,7 @@ def assert_chosen_by_hand(choice: Choice, selection: Selection, budget: np.ndarr
     for head in np.ndindex(2, 2):
         positions = choice.positions[head]
         expected = oracle.retained_slots(
-            choice.importance[head], positions, int(budget[head]), choice.sinks, choice.window, choice.seen
+            choice.importance[head], positions, int(budget[head]), choice.sinks, choice.window
         )
         assert slots(selection, head) == expected
         assert len(expected) == min(budget[head], (positions >= 0).sum())
@@ -112,7 +110,8 @@ def test_retained_and_evicted_part_the_valid_slots(backend: Library, choice: Cho
 @given(choice=finite)
 def test_sinks_and_window_are_retained_whatever_their_importance(backend: Library, choice: Choice):
     held = choice.positions >= 0
-    protected = held & ((np.cumsum(held, axis=-1) <= choice.sinks) | (choice.positions >= choice.seen - choice.window))
+    from_end = np.cumsum(held[..., ::-1], axis=-1)[..., ::-1]
+    protected = held & ((np.cumsum(held, axis=-1) <= choice.sinks) | (from_end <= choice.window))
     worthless = dataclasses.replace(choice, importance=np.where(protected, -1e30, choice.importance))
     assert not (chosen(backend, worthless).evicted & protected).any()
 
@@ -126,14 +125,14 @@ def test_infinite_importance_obeys_the_same_rules(backend: Library, choice: Choi
 
 
 @pytest.mark.parametrize("window", [0, 1, 2, 3])
-def test_window_is_counted_in_positions_seen(backend: Library, window: int):
-    positions = np.array([[[0, 1, 4, 6, 9]]], dtype=np.int32)
-    choice = Choice(np.array([[[5.0, 4.0, 3.0, 2.0, 1.0]]]), positions, window + 1, 0, window, 10)
-    # Position 9 lies within the last 1, 2 and 3 positions; 6 in none of them.
-    expected = [[0], [0, 4], [0, 1, 4], [0, 1, 2, 4]][window]
+def test_window_is_counted_in_the_tokens_of_a_row(backend: Library, window: int):
+    """Whatever was evicted between them, and wherever its padding lies."""
+    positions = np.array([[[0, 1, -1, 4, 9, -1, -1]]], dtype=np.int32)
+    choice = Choice(np.array([[[5.0, 4.0, 9.0, 3.0, 2.0, 9.0, 9.0]]]), positions, window + 1, 0, window)
+    expected = [[0], [0, 4], [0, 3, 4], [0, 1, 3, 4]][window]
     assert slots(chosen(backend, choice), (0, 0)) == expected
 
 
 def test_ties_keep_the_earlier_token(backend: Library):
-    choice = Choice(np.zeros((1, 1, 6)), np.arange(6, dtype=np.int32)[None, None], 4, 1, 1, 6)
+    choice = Choice(np.zeros((1, 1, 6)), np.arange(6, dtype=np.int32)[None, None], 4, 1, 1)
     assert slots(chosen(backend, choice), (0, 0)) == [0, 1, 2, 5]

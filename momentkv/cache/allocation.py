@@ -210,7 +210,7 @@ def candidates(cache: LayerCache, importance: Array) -> list[Array]:
     """For each KV head, the importance of every token that may be evicted, shape (row, n); ``-inf`` elsewhere."""
     xp, config = array_namespace(importance), cache.config
     positions = cache.view().positions
-    always = protected(positions, sinks=config.sinks, window=config.window, seen=cache.seen)
+    always = protected(positions, sinks=config.sinks, window=config.window)
     competing = xp.where((positions >= 0) & ~always, importance, -xp.inf * xp.ones_like(importance))
     heads, n = competing.shape[-2:]
     return [xp.reshape(competing[..., head, :], (-1, n)) for head in range(heads)]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from momentkv._array import Array, array_namespace, device, take_rows
+from momentkv._array import Array, array_namespace, take_rows
 from momentkv.attention import AttentionState, merge
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.packing import View
@@ -64,14 +64,13 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
         view.positions,
         sinks=config.sinks,
         window=config.window,
-        seen=cache.seen,
     )
     cuts = [0, *(min(budget, n) for budget in grid), n]
     segments = [ranked(view, order[..., start:stop]) for start, stop in itertools.pairwise(cuts)]
-    places = xp.arange(cache.seen - q.shape[-2], cache.seen, dtype=view.positions.dtype, device=device(q))
+    places = view.positions[..., -q.shape[-2] :, None]  # a query of padding sees nothing
     states = []
     for k, v, positions in segments:
-        visible = (positions[..., None, :] <= places[:, None]) & (positions >= 0)[..., None, :]
+        visible = (positions[..., None, :] <= places) & (positions >= 0)[..., None, :]
         states.append(backend.attend(q, k, v, scale=scale, mask=visible[..., None, :, :])[0])
     # states[i] becomes attention over what the i-th budget retains.
     states = list(itertools.accumulate(states, merge))

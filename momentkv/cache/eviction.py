@@ -118,10 +118,10 @@ def is_sound(tokens: Tokens) -> Array:
     return sound
 
 
-def kept_by_rank(importance: Array, positions: Array, limits: Array, config: CacheConfig, seen: Any) -> Array:
+def kept_by_rank(importance: Array, positions: Array, limits: Array, config: CacheConfig) -> Array:
     """Which tokens are among the ``limits`` (..., kv_head) first of the ranking, sinks and window always."""
     xp = array_namespace(importance)
-    order = ranking(importance, positions, sinks=config.sinks, window=config.window, seen=seen)
+    order = ranking(importance, positions, sinks=config.sinks, window=config.window)
     rank = xp.argsort(order, axis=-1, stable=True)
     return (positions >= 0) & (rank < xp.astype(limits, rank.dtype)[..., None])
 
@@ -201,14 +201,13 @@ def evicted_state(
         rounds = config.policy.rounds if config.corrects and most > config.block else 1
         one_block = counts - limits <= config.block
         window = query_window(state)
-        seen = state.seen if state.clock is None or new is not None else state.clock[..., None, None]
         for done in range(1, rounds + 1):
             if importance is None or done > 1:
                 left = view._replace(positions=positions)
                 known = config.correction.known(evicted)
                 importance = importance_of(config, left, known, scale, state, ask=not in_place)
             target = limits if rounds == 1 else xp.where(one_block, limits, between(counts, limits, done / rounds))
-            kept = kept_by_rank(importance, positions, target, config, seen)
+            kept = kept_by_rank(importance, positions, target, config)
             if config.corrects:
                 k, v, mask = gathered(view, (positions >= 0) & ~kept, most)
                 evicted = config.correction.fold(evicted, k, v, mask=mask, window=window)

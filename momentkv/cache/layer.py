@@ -13,7 +13,7 @@ from momentkv.backends import ArrayBackend, get_backend
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig, checked_budget, make_config
 from momentkv.cache.eviction import evicted_state, importance_of, without_newest
 from momentkv.cache.holdings import Holdings
-from momentkv.cache.observing import observed_queries
+from momentkv.cache.observing import observed_queries, real_ones_last
 from momentkv.cache.state import LayerState, NewTokens, hidden, joined, place
 from momentkv.cache.step import arrived, attended, check_like_stored, check_step, decoded, fresh, remembered, started
 from momentkv.policies import Policy, PolicyName
@@ -281,7 +281,7 @@ class LayerCache(Holdings):
         if valid is not None:
             new = hidden(new, valid, valid.shape[-1])
         backend = config.backend_of(q)
-        q = backend.detach(q)
+        new, q = real_ones_last(new, backend.detach(q), ask=not self.is_fixed)
         state = remembered(config, state, new, q, scale=self.attention_scale)
         recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
         if recent.shape[-2] == RECENT_QUERIES and (config.remembers_queries or config.keep_queries):

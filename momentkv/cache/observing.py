@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, take_rows
 from momentkv.backends import ArrayBackend
 from momentkv.backends.base import causal_mask
 from momentkv.cache.config import CacheConfig
@@ -12,7 +12,7 @@ from momentkv.cache.packing import View
 from momentkv.cache.state import LayerState, NewTokens
 from momentkv.policies import Policy
 
-__all__ = ["observed", "observed_queries", "of_real_queries"]
+__all__ = ["observed", "observed_queries", "of_real_queries", "real_ones_last"]
 
 
 def of_real_queries(weights: Array, new: NewTokens) -> Array:
@@ -22,6 +22,40 @@ def of_real_queries(weights: Array, new: NewTokens) -> Array:
     xp = array_namespace(weights)
     real = new.positions[..., -weights.shape[-2] :] >= 0
     return xp.where(real[..., None, :, None], weights, xp.zeros_like(weights))
+
+
+def real_ones_last(new: NewTokens, q: Array, *, ask: bool = True) -> tuple[NewTokens, Array]:
+    """Tokens and their queries, the padding among the last ``q_len`` tokens moved before the real ones of each row.
+
+    The newest queries of a row are then its own, wherever its padding lay; real tokens stay in order of position. The
+    device is not asked whether any have to move if ``ask`` is False.
+    """
+    xp = array_namespace(new.positions)
+    q_len = q.shape[-2]
+    real = new.positions[..., new.length - q_len :] >= 0
+    if not new.padded or q_len == 1 or (ask and not bool(xp.any(real[..., :-1] & ~real[..., 1:]))):
+        return new, q
+    order = xp.argsort(xp.astype(real, xp.int8), axis=-1, stable=True)
+
+    def moved(x: Array) -> Array:
+        earlier, last = x[..., : new.length - q_len], x[..., new.length - q_len :]
+        return xp.concat([earlier, xp.take_along_axis(last, order, axis=-1)], axis=-1)
+
+    def moved_vectors(x: Array) -> Array:
+        earlier, last = x[..., : new.length - q_len, :], x[..., new.length - q_len :, :]
+        return xp.concat([earlier, take_rows(last, order)], axis=-2)
+
+    heads = real.shape[-2]
+    grouped = xp.reshape(q, (*q.shape[:-3], heads, q.shape[-3] // heads, q_len, q.shape[-1]))
+    index = xp.broadcast_to(order[..., None, :], grouped.shape[:-1])
+    arranged = NewTokens(
+        moved_vectors(new.keys),
+        moved_vectors(new.values),
+        moved(new.positions),
+        None if new.attention is None else moved(new.attention),
+        new.padded,
+    )
+    return arranged, xp.reshape(take_rows(grouped, index), q.shape)
 
 
 def observed(policy: Policy, state: LayerState, weights: Array) -> LayerState:
@@ -54,7 +88,9 @@ def observed_queries(
     observes, q_len = config.policy.observes, q.shape[-2]
     count = q_len if observes is None else min(q_len, observes)
     if observes is not None and q_len >= observes and not config.policy.accumulates:
-        score = xp.zeros_like(score)  # a whole observation window: what came before no longer counts
+        # A whole observation window, of the row's own queries: what came before no longer counts.
+        own = xp.sum(xp.astype(new.positions[..., n - q_len :] >= 0, xp.int32), axis=-1)
+        score = xp.where((own >= observes)[..., None], xp.zeros_like(score), score)
     for start in range(q_len - count, q_len, backend.query_block):
         stop = min(start + backend.query_block, q_len)
         visible = seen + n - q_len + stop

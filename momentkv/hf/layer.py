@@ -136,7 +136,8 @@ class MomentLayer(CacheLayerMixin):
             out = core.attend(query, valid=valid)
             self.waits = 0
             if core.recording:
-                kept = queries_to_keep(core, q_len, self.rollback)
+                # Of padded rows, the newest tokens may lie anywhere.
+                kept = q_len if valid is not None else queries_to_keep(core, q_len, self.rollback)
                 self.passes.append(Pass(q_len, query[:, :, q_len - kept :].detach().clone(), valid))
                 core.release_projections()
             else:

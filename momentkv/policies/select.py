@@ -28,13 +28,11 @@ class Selection(NamedTuple):
     evicted: Array
 
 
-def retain(
-    importance: Array, positions: Array, *, budget: int | Array, sinks: int, window: int, seen: int
-) -> Selection:
+def retain(importance: Array, positions: Array, *, budget: int | Array, sinks: int, window: int) -> Selection:
     """Choose the tokens to retain.
 
-    Always the first ``sinks`` tokens of each row and those in the last ``window`` positions; then the most important,
-    earlier ones first among equals; never an empty slot.
+    Always the first ``sinks`` and the last ``window`` tokens of each row; then the most important, earlier ones first
+    among equals; never an empty slot.
 
     Parameters
     ----------
@@ -44,8 +42,7 @@ def retain(
     budget : int, or int array broadcastable to (..., kv_head)
         Tokens to retain, sinks and window included. A head with fewer tokens keeps them all.
     sinks, window : int
-    seen : int
-        Length of the sequence so far: the window is ``positions >= seen - window``.
+        Counted in each row's own tokens, wherever empty slots lie.
 
     Returns
     -------
@@ -55,14 +52,14 @@ def retain(
     --------
     >>> import numpy as np
     >>> chosen = retain(np.array([[0.0, 1.0, 9.0, 2.0, 0.0]]), np.array([[0, 1, 2, 3, 4]]),
-    ...                 budget=3, sinks=1, window=1, seen=5)
+    ...                 budget=3, sinks=1, window=1)
     >>> chosen.indices.tolist(), chosen.evicted.tolist()
     ([[0, 2, 4]], [[False, True, False, True, False]])
     """
     xp = array_namespace(importance, positions)
     valid = positions >= 0
     n = positions.shape[-1]
-    order = ranking(importance, positions, sinks=sinks, window=window, seen=seen)
+    order = ranking(importance, positions, sinks=sinks, window=window)
     rank = xp.argsort(order, axis=-1, stable=True)
     limit = budget if isinstance(budget, int) else xp.astype(budget, rank.dtype)[..., None]
     retained = valid & (rank < limit)
@@ -78,37 +75,39 @@ def retain(
     return Selection(indices, filled, valid & ~retained)
 
 
-def ranking(importance: Array, positions: Array, *, sinks: int, window: int, seen: int) -> Array:
+def ranking(importance: Array, positions: Array, *, sinks: int, window: int) -> Array:
     """Slots in the order in which a growing budget retains them, shape (..., n); arguments as in `retain`.
 
     Examples
     --------
     >>> import numpy as np
-    >>> ranking(np.array([0.0, 1.0, 9.0, 2.0, 0.0]), np.arange(5), sinks=1, window=1, seen=5).tolist()
+    >>> ranking(np.array([0.0, 1.0, 9.0, 2.0, 0.0]), np.arange(5), sinks=1, window=1).tolist()
     [0, 4, 2, 3, 1]
     """
     xp = array_namespace(importance, positions)
     order = xp.argsort(importance, axis=-1, descending=True, stable=True)
     # Then sorted by class, stably: as importances, protected and empty slots could tie with infinite ones.
-    always = protected(positions, sinks=sinks, window=window, seen=seen)
+    always = protected(positions, sinks=sinks, window=window)
     kinds = xp.astype(~always, xp.int32) + xp.astype(positions < 0, xp.int32)
     by_kind = xp.argsort(xp.take_along_axis(kinds, order, axis=-1), axis=-1, stable=True)
     return xp.take_along_axis(order, by_kind, axis=-1)
 
 
-def protected(positions: Array, *, sinks: int, window: int, seen: int) -> Array:
-    """Which slots are retained whatever their importance: the first tokens of each row and the most recent positions.
+def protected(positions: Array, *, sinks: int, window: int) -> Array:
+    """Which slots are retained whatever their importance: the first and the last tokens of each row.
 
     Examples
     --------
     >>> import numpy as np
-    >>> protected(np.array([-1, 0, 1, 2, 3]), sinks=1, window=1, seen=4).tolist()
-    [False, True, False, False, True]
+    >>> protected(np.array([-1, 0, 1, 2, 3, -1]), sinks=1, window=1).tolist()
+    [False, True, False, False, True, False]
     """
     xp = array_namespace(positions)
     valid = positions >= 0
-    order = xp.cumulative_sum(xp.astype(valid, xp.int32), axis=-1)
-    return valid & ((order <= sinks) | (positions >= seen - window))
+    held = xp.astype(valid, xp.int32)
+    order = xp.cumulative_sum(held, axis=-1)
+    total = xp.sum(held, axis=-1, keepdims=True, dtype=order.dtype)
+    return valid & ((order <= sinks) | (order > total - window))
 
 
 def check_budget(budget: int, sinks: int, window: int) -> None:

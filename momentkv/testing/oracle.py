@@ -188,12 +188,12 @@ def balanced(first: NDArray[Any], second: NDArray[Any], share: float) -> NDArray
 
 
 def retained_slots(
-    importance: NDArray[Any], positions: NDArray[Any], budget: int, sinks: int, window: int, seen: int
+    importance: NDArray[Any], positions: NDArray[Any], budget: int, sinks: int, window: int
 ) -> list[int]:
     """Slots that one head retains: sinks, window, then the most important, earlier ones first among equals."""
     held = [j for j, position in enumerate(positions) if position >= 0]
     first = held[:sinks]
-    last = [j for j in held if positions[j] >= seen - window and j not in first]
+    last = [j for j in held[max(len(held) - window, 0) :] if j not in first]
     rest = [j for j in held if j not in first and j not in last]
     rest.sort(key=lambda j: (-importance[j], positions[j]))
     room = max(budget - len(first) - len(last), 0)
