@@ -17,7 +17,7 @@ from momentkv.hf.checks import SHARING_BY_HEADS, check_sharing, refuse_layer_typ
 from momentkv.hf.layer import MomentLayer
 from momentkv.policies import get_policy
 
-__all__ = ["Plan", "apply_rule", "kv_heads", "layer_kinds", "shared_budgets"]
+__all__ = ["Plan", "apply_rule", "kv_heads", "layer_kinds", "layer_windows", "shared_budgets"]
 
 SLIDING_TYPES = ("sliding_attention", "chunked_attention")
 
@@ -163,3 +163,8 @@ def layer_kinds(config: Any) -> list[tuple[str, dict[str, Any]]]:
     # Before transformers 5.16, one dict for all layers.
     each = arguments if isinstance(arguments, list) else [arguments] * len(types)
     return list(zip(types, each, strict=True))
+
+
+def layer_windows(config: Any) -> list[int]:
+    """Window of each layer, 0 for one that attends to everything."""
+    return [int(kwargs["sliding_window"]) if kind in SLIDING_TYPES else 0 for kind, kwargs in layer_kinds(config)]

@@ -18,14 +18,16 @@ from momentkv.hf.building import Plan, apply_rule, shared_budgets
 from momentkv.hf.checks import (
     check_implementation,
     check_limit,
+    check_new_keys,
     check_sliding,
     has_read,
     records,
     refuse_architecture,
 )
 from momentkv.hf.clock import Clock
-from momentkv.hf.files import fingerprint, load, save
+from momentkv.hf.files import load, save
 from momentkv.hf.layer import MomentLayer
+from momentkv.hf.models import config_of, dtype_of, fingerprint
 from momentkv.hf.owner import Owner, copied
 from momentkv.hf.padding import Padding
 from momentkv.hf.passes import PassKeeper
@@ -109,8 +111,9 @@ class MomentCache(Cache):
         tolerance: float | None = None,
         static: bool = False,
     ) -> None:
-        config = getattr(model, "config", model).get_text_config(decoder=True)
-        refuse_architecture(config, getattr(model, "config", model))
+        whole = config_of(model)
+        config = whole.get_text_config(decoder=True)
+        refuse_architecture(config, whole)
         check_implementation(config)
         if rollback < 1:
             raise ValueError(f"rollback is {rollback}; use at least 1 token")
@@ -137,7 +140,7 @@ class MomentCache(Cache):
         super().__init__(layers=plan.layers(rollback))
         self.config, self.rollback = config, rollback
         self.budget, self.sharing, self.rule, self.least = budget, plan.sharing, plan.rule, plan.least
-        self.fingerprint = fingerprint(model)
+        self.fingerprint, self.dtype = fingerprint(model), dtype_of(model)
         compressed = self._compressed
         self.shared_budgets: list[SharedBudget] = shared_budgets(compressed, plan.sharing)
         self.static = Clock([layer.core for layer in compressed]) if static else None
@@ -164,7 +167,8 @@ class MomentCache(Cache):
         check_implementation(self.config)
         if self.static is not None and self.static.runs and key_states.shape[2] == 1:
             if layer_idx == 0:
-                self._before_static_step()
+                self.passes.before_static_step()
+                check_new_keys(self, key_states)
                 self.static.tick()
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if torch.compiler.is_compiling():
@@ -174,6 +178,7 @@ class MomentCache(Cache):
             )
         if layer_idx == 0:
             self.passes.begin()
+            check_new_keys(self, key_states)
             check_limit(self, key_states.shape[2])
             with self.passes.all_or_nothing():
                 self.passes.settle(key_states.shape[2], self.rollback)
@@ -388,12 +393,3 @@ class MomentCache(Cache):
             yield
         if self.static is not None and self.static.runs:
             self.static.set()
-
-    def _before_static_step(self) -> None:
-        """Undo a pass of several tokens that failed half-way."""
-        if not torch.compiler.is_compiling():
-            self.passes.undo()
-        elif self.passes.is_torn:
-            raise RuntimeError(
-                "the last forward pass failed half-way; call cache.crop(0), which undoes it, before a compiled step"
-            )

@@ -15,6 +15,7 @@ __all__ = [
     "SHARING_BY_HEADS",
     "check_implementation",
     "check_limit",
+    "check_new_keys",
     "check_new_tokens",
     "check_pass",
     "check_sharing",
@@ -30,6 +31,7 @@ __all__ = [
     "refuse_dropped_cache",
     "refuse_layer_type",
     "refuse_second_attention",
+    "rows_of",
     "supports_sdpa",
     "takes_whole_masks",
     "unknown_arguments",
@@ -133,6 +135,31 @@ def has_read(cache: Any) -> bool:
     if limit_of(cache.config) is not None and not torch.compiler.is_compiling():
         _asked.add(cache)
     return any(layer.is_initialized for layer in cache.layers)
+
+
+def check_new_keys(cache: Any, keys: torch.Tensor) -> None:
+    """Raise where the first layer's keys of a pass cannot go on from those of a cache, or hold no numbers."""
+    if keys.is_meta:
+        raise ValueError(
+            "the model is on the meta device, where tensors have a shape and no numbers; load its weights before it "
+            "reads with a MomentCache: from_pretrained does, after to_empty() load_state_dict()"
+        )
+    rows, new = next((rows_of(layer) for layer in cache.layers if layer.is_initialized), None), keys.shape[0]
+    if rows is not None and new != rows:
+        whole = new // rows if new % rows == 0 else 0
+        remedy = (
+            f"call cache.batch_repeat_interleave({whole}) first, which repeats every row as beams and "
+            f"num_return_sequences={whole} do"
+            if whole
+            else "call cache.batch_select_indices with the rows to keep, or read these with a cache of their own"
+        )
+        raise ValueError(f"{new} rows arrive at a cache that holds {rows}; {remedy}")
+
+
+def rows_of(layer: Any) -> int:
+    """Rows of a batch that a layer which holds something has, one of momentkv or a stock one."""
+    x = layer.core.state.recent_keys if hasattr(layer, "core") else layer.keys
+    return int(x.shape[0])
 
 
 def check_limit(cache: Any, new: int) -> None:

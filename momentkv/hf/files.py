@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 
 from momentkv.backends import BACKENDS, get_backend
 from momentkv.backends.layout import Layout
 from momentkv.cache.layer import LayerCache
-from momentkv.cache.state import LayerState
+from momentkv.cache.state import LayerState, empty_state
 from momentkv.hf import former
+from momentkv.hf.building import layer_windows
+from momentkv.hf.checks import check_implementation, refuse_architecture, rows_of
 from momentkv.hf.former import CacheFileError, statistics
+from momentkv.hf.models import DIMENSIONS, config_of, dtype_of, fingerprint, model_record
+from momentkv.hf.storage import KEY, digest, malformed, read, write
 from momentkv.policies import POLICIES, Policy
 from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correction
 
-__all__ = ["FORMAT", "CacheFileError", "fingerprint", "load", "save"]
+__all__ = ["FORMAT", "CacheFileError", "load", "save"]
 
 # Raised by one whenever a file of the version before could no longer be read rightly.
 FORMAT = 2
-KEY = "momentkv"
 KINDS = {correction.name: type(correction) for correction in CORRECTIONS.values()}
 # What of a layer's state is a number of the host's.
 NUMBERS = ("seen", "filled", "padded", "has_evicted")
-# What of a configuration decides whether a cache fits; a value that a model lacks is None.
-DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
-SAMPLED, ELEMENTS = 8, 64
+# Of what makes its setting, in a record.
+OPTIONAL = {"clock": 1, "ticks": 2, "query_mean": 3, "query_square": 3, "recent_queries": 4}
 
 
 def save(cache: Any, path: str | os.PathLike[str]) -> None:
@@ -65,7 +64,8 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
     one = next(iter(cores.values())).config if cores else None
     record = {
         "format": FORMAT,
-        "model": model_record(cache.config, cache.layers),
+        "model": model_record(cache.config, layer_windows(cache.config)),
+        "dtype": cache.dtype,
         "weights": cache.fingerprint,
         "settings": {
             "budget": cache.budget,
@@ -108,86 +108,53 @@ def check_settled(cache: Any) -> None:
         )
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def load(
     make: Any, path: str | os.PathLike[str], model: Any, *, policy: Policy | None, correction: Correction | None
 ) -> Any:
     """Read what `save` wrote; see `MomentCache.load`. ``make`` is the class to make."""
-    record, tensors = read(Path(path))
-    config = getattr(model, "config", model).get_text_config(decoder=True)
-    settings = dict(record["settings"])
-    average = settings.pop("average")
-    if "policy" in settings:
-        settings["policy"] = revived(settings["policy"], POLICIES, policy, "policy")
-        order = settings["order"]
+    whole = config_of(model)
+    config = whole.get_text_config(decoder=True)
+    refuse_architecture(config, whole)
+    check_implementation(config)
+    own = model_record(config, layer_windows(config))
+    record, tensors = read(Path(path), (former.FORMAT, FORMAT))
+    with malformed(path):
+        check_model(record, own, fingerprint(model), dtype_of(model), path)
+        settings = dict(record["settings"])
+        average = settings.pop("average")
+        made_with = {name: settings[name] for name in ("policy", "correction", "order") if "policy" in settings}
+    if made_with:
+        order = made_with["order"]
+        settings["policy"] = revived(made_with["policy"], POLICIES, policy, "policy", path)
         settings["correction"] = revived(
-            settings["correction"], KINDS, correction, "correction", lambda x: get_correction(x, order=order)
+            made_with["correction"], KINDS, correction, "correction", path, lambda x: get_correction(x, order=order)
         )
-    cache = make(model, settings.pop("budget"), **settings)
-    check_model(record, model_record(config, cache.layers), fingerprint(model), path)
-    for shared in cache.shared_budgets:
-        shared.average = average
-    cache.padding.load(tensors, record)
-    for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
-        own = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.split(".", 1)[0] == str(index)}
-        if "parts" in stored:
-            former.restore(layer.core, stored["parts"], own, path)
-        elif "budgets" in stored:
-            restore(layer.core, stored, own, path)
-        elif own:
-            layer.lazy_initialization(own["keys"], own["values"])
-            layer.keys, layer.values = own["keys"], own["values"]
-            layer.cumulative_length = stored["cumulative_length"]
+    with malformed(path):
+        cache = make(model, settings.pop("budget"), **settings)
+        for shared in cache.shared_budgets:
+            shared.average = average
+        cache.padding.load(tensors, record)
+        for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
+            arrays = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.split(".", 1)[0] == str(index)}
+            if "parts" in stored:
+                former.restore(layer.core, stored["parts"], arrays, path)
+            elif "budgets" in stored:
+                restore(layer.core, stored, arrays, path)
+            elif arrays:
+                layer.lazy_initialization(arrays["keys"], arrays["values"])
+                layer.keys, layer.values = arrays["keys"], arrays["values"]
+                layer.cumulative_length = whole_number(stored["cumulative_length"])
+        check_alike(cache.layers, record["seen"])
     if cache.static is not None and all(core.state is not None for core in cache.static.cores):
         cache.static.set()
     return cache
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Record and tensors of a file, once it is certain that they are what was written."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no cache file {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if KEY not in metadata:
-                raise CacheFileError(f"{path} is a safetensors file, but no cache of momentkv")
-            record = json.loads(metadata[KEY])
-            version = record.get("format") if isinstance(record, dict) else None
-            if version not in (former.FORMAT, FORMAT):
-                raise CacheFileError(
-                    f"{path} has format {version!r}, this momentkv reads {former.FORMAT} and {FORMAT}; read the text "
-                    "again and save it anew, or use the version that wrote it"
-                )
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise CacheFileError(f"{path} is damaged or no cache file: {error}") from error
-    if metadata.get("digest") != digest(metadata[KEY], tensors):
-        raise CacheFileError(f"{path} has been changed since it was written: its digest does not fit its content")
-    return record, tensors
-
-
-def digest(record: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the record and of names, types, shapes and elements of all tensors."""
-    state = hashlib.sha256(record.encode())
-    for name in sorted(tensors):
-        x = tensors[name]
-        state.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        state.update(x.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+def check_alike(layers: Any, seen: Any) -> None:
+    """Raise unless all layers hold the same rows of the same length."""
+    lengths, rows = [int(layer.get_seq_length()) for layer in layers], {rows_of(x) for x in layers if x.is_initialized}
+    if lengths != [whole_number(seen)] * len(layers) or len(rows) > 1:
+        raise ValueError(f"layers have seen {lengths} tokens of {sorted(rows)} rows, the cache {seen}")
 
 
 def restore(core: LayerCache, held: Mapping[str, Any], arrays: Mapping[str, torch.Tensor], path: Any) -> None:
@@ -200,7 +167,42 @@ def restore(core: LayerCache, held: Mapping[str, Any], arrays: Mapping[str, torc
     own: dict[str, Any] = {name: x for name, x in arrays.items() if "." not in name}
     layout = Layout(config.sinks, config.recent, tuple(held["widths"]))
     numbers = {name: held[name] for name in NUMBERS}
-    core.take(LayerState(**own, **numbers, evicted=evicted, evidence=evidence, layout=layout))
+    state = LayerState(**own, **numbers, evicted=evicted, evidence=evidence, layout=layout)
+    check_state(core, state)
+    core.take(state)
+    for name, positions in (("positions", state.positions), ("recent_positions", state.recent_positions)):
+        if bool(((positions < -1) | (positions >= core.seen)).any()):
+            raise ValueError(f"{name} are not all among the {core.seen} of the sequence")
+
+
+def check_state(core: LayerCache, state: LayerState) -> None:
+    """Raise unless arrays and numbers of a state are those of one that a cache of these settings can have."""
+    layout, config = state.layout, core.config
+    k, v = (x.to("meta") for x in (state.recent_keys, state.recent_values))
+    like = empty_state(k, v, evicted=None, layout=layout, observes=config.observes, evidence=None)
+    shapes = {name: (tuple(x.shape), x.dtype) for name, x in state.own().items() if name not in OPTIONAL}
+    expected = {name: (tuple(x.shape), x.dtype) for name, x in like.own().items()}
+    if shapes != expected or k.shape[-3:-1] != (layout.heads, layout.recent):
+        raise ValueError(f"arrays are {shapes}, where {expected} would be right")
+    for name, axes in OPTIONAL.items():
+        x = getattr(state, name)
+        if x is not None and (x.ndim != axes or x.shape[0] != k.shape[0]):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}")
+    if len([whole_number(x) for x in core.budgets or []]) != layout.heads:
+        raise ValueError(f"budgets are {core.budgets} of {layout.heads} KV heads")
+    if not 0 <= whole_number(state.filled) <= layout.recent:
+        raise ValueError(f"filled is {state.filled} of {layout.recent}")
+    widths = torch.tensor(layout.widths, dtype=torch.int32)
+    for name, counts, most in (("counts", state.counts, widths), ("recent_count", state.recent_count, state.filled)):
+        if bool(((counts < 0) | (counts > most)).any()):
+            raise ValueError(f"{name} are {counts.tolist()}, more than there are slots")
+
+
+def whole_number(x: Any) -> int:
+    """A number of a record that must be an int."""
+    if not isinstance(x, int) or isinstance(x, bool):
+        raise TypeError(f"{x!r} is no whole number")
+    return x
 
 
 def described(choice: Any, known: Mapping[str, type[Any]]) -> dict[str, Any]:
@@ -215,19 +217,22 @@ def revived(
     known: Mapping[str, type[Any]],
     given: Any,
     what: str,
+    path: Any,
     used: Callable[[Any], Any] = lambda choice: choice,
 ) -> Any:
     """The policy or correction that was described; ``used`` makes of a choice what a cache makes of it."""
-    if record.get("own"):
-        if given is None or record["name"] not in (given.name, type(given).__name__):
+    with malformed(path):
+        name, own = record["name"], record.get("own")
+        made = None if own else known[name](**record["parameters"])
+    if own:
+        if given is None or name not in (given.name, type(given).__name__):
             raise ValueError(
-                f"the cache was made with a {what} of your own, {record['name']!r}, which no file can hold; "
+                f"the cache was made with a {what} of your own, {name!r}, which no file can hold; "
                 f"pass {what}=, an object like the one it had"
             )
         return given
-    made = known[record["name"]](**record["parameters"])
     if given is not None and used(given) != used(made):
-        raise ValueError(f"{what} is {given!r}, but the cache was made with {record['name']!r}; leave {what} out")
+        raise ValueError(f"{what} is {given!r}, but the cache was made with {name!r}; leave {what} out")
     return made
 
 
@@ -241,15 +246,9 @@ def backend_name(backend: Any) -> str | None:
     raise ValueError(f"save: backend {backend!r} is not one of {', '.join(BACKENDS)}; use a cache with one of them")
 
 
-def model_record(config: Any, layers: Any) -> dict[str, Any]:
-    """What of a model decides whether a cache is one of its caches, as JSON gives it back."""
-    record = {"model_type": config.model_type, "layers": [int(getattr(x, "sliding_window", 0) or 0) for x in layers]}
-    record |= {name: getattr(config, name, None) for name in DIMENSIONS}
-    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
-    return plain
-
-
-def check_model(record: Mapping[str, Any], own: Mapping[str, Any], weights: Mapping[str, str], path: Any) -> None:
+def check_model(
+    record: Mapping[str, Any], own: Mapping[str, Any], weights: Mapping[str, str], dtype: str | None, path: Any
+) -> None:
     """Raise unless a file's cache is of this model."""
     for name in ("model_type", "layers", *DIMENSIONS):
         if own[name] != record["model"].get(name):
@@ -257,26 +256,15 @@ def check_model(record: Mapping[str, Any], own: Mapping[str, Any], weights: Mapp
                 f"{path} is a cache of another model: its {name} is {record['model'].get(name)!r}, that of this model "
                 f"{own[name]!r}"
             )
+    former_dtype = record.get("dtype")
+    if None not in (dtype, former_dtype) and dtype != former_dtype:
+        raise CacheFileError(
+            f"{path} is a cache of this model in {former_dtype}, but its weights are in {dtype} now; load the model "
+            f"with dtype=torch.{former_dtype}, or read the text again"
+        )
     for name, value in record["weights"].items():
         if weights.get(name, value) != value:
             raise CacheFileError(
                 f"{path} is a cache of a model with other weights: {name} differs; load it with the model that read "
                 "the text"
             )
-
-
-def fingerprint(model: Any) -> dict[str, str]:
-    """Digests of a few elements of a few parameters, by name; of those that are plain and at hand.
-
-    Two models of one configuration, say a base and an instruct model, have caches of the same shapes.
-    """
-    named = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
-    names = sorted(named)
-    chosen = {names[index * (len(names) - 1) // (SAMPLED - 1)] for index in range(SAMPLED)} if names else set()
-    digests = {}
-    for name in sorted(chosen):
-        x = named[name].data
-        if type(x) is torch.Tensor and x.device.type != "meta" and x.is_floating_point():
-            sample = x.flatten()[:ELEMENTS].to("cpu", torch.float32)
-            digests[name] = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
-    return digests

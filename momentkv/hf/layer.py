@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.layer import LayerCache
+from momentkv.cache.step import check_like_stored
 from momentkv.hf.attention import NEWEST, link, linked
 from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass
 from momentkv.hf.clock import Clock, check_step
@@ -101,12 +102,25 @@ class MomentLayer(CacheLayerMixin):
         """Take new tokens; the returned keys are theirs, with the link that `momentkv_attention` follows."""
         self.come_to(key_states.device)
         if self.steps_statically(key_states.shape[2]):
+            self.check_like_buffers(key_states, value_states)
             self.arrived = key_states.detach(), value_states.detach()
             return link(self, key_states, value_states)
         before = self.held()
         self.core.append(key_states, value_states)
         self.before, self.waits = before, key_states.shape[2]
         return link(self, key_states, value_states)
+
+    def check_like_buffers(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raise unless new tokens can be written beside those of static buffers, which would round them."""
+        clock: Any = self.clock
+        state = self.core.stored_state
+        try:
+            check_like_stored("k", keys, state.recent_keys)
+            check_like_stored("v", values, state.recent_values)
+        except ValueError:
+            if self.core is clock.cores[0]:  # nothing has been changed
+                clock.undo()
+            raise
 
     def steps_statically(self, tokens: int) -> bool:
         """Whether a pass of so many tokens is a step in arrays that stay where they are."""

@@ -6,7 +6,7 @@ import copy
 import weakref
 from typing import Any
 
-from momentkv.hf.files import fingerprint
+from momentkv.hf.models import fingerprint
 
 __all__ = ["Owner", "copied"]
 

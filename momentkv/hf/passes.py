@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.cache.allocation import SharedBudget
@@ -132,6 +133,15 @@ class PassKeeper:
             waiting = (index for index, layer in enumerate(self.layers) if getattr(layer, "waits", 0))
             self.unreached = next(waiting, None)
         self.go_back(self.before)
+
+    def before_static_step(self) -> None:
+        """Undo a pass of several tokens that failed half-way."""
+        if not torch.compiler.is_compiling():
+            self.undo()
+        elif self.is_torn:
+            raise RuntimeError(
+                "the last forward pass failed half-way; call cache.crop(0), which undoes it, before a compiled step"
+            )
 
     def check_attended(self, layer_idx: int) -> None:
         """Raise if the layer before took new tokens whose attention never came."""

@@ -1,0 +1,96 @@
+"""What a model is to a cache: its configuration, its dtype, and a few of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from momentkv.hf.checks import NAME
+
+__all__ = ["DIMENSIONS", "config_of", "dtype_of", "fingerprint", "model_record"]
+
+# What of a configuration decides whether a cache fits; a value that a model lacks is None.
+DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
+SAMPLED, ELEMENTS = 8, 64
+
+
+def config_of(model: Any) -> Any:
+    """The configuration of a model, or one that was given in its place.
+
+    Raises
+    ------
+    TypeError
+        If what was given is neither, with what to give instead.
+
+    Examples
+    --------
+    >>> config_of("gpt2")
+    Traceback (most recent call last):
+        ...
+    TypeError: model is 'gpt2', a name or path; load it first: AutoModelForCausalLM.from_pretrained('gpt2', ...
+    """
+    config = getattr(model, "config", model)
+    if hasattr(config, "get_text_config") and not isinstance(model, type):
+        return config
+    raise TypeError(f"model is {mistaken(model)}")
+
+
+def mistaken(model: Any) -> str:
+    """What was given in place of a model, and what to give."""
+    remedy = f'pass the model that generates, loaded with attn_implementation="{NAME}", or its config'
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        load = f'AutoModelForCausalLM.from_pretrained({name!r}, attn_implementation="{NAME}")'
+        return f"{name!r}, a name or path; load it first: {load}"
+    if model is None:
+        return f"None; {remedy}"
+    if isinstance(model, type):
+        return f"the class {model.__name__} and not an object of it; {remedy}"
+    kind = type(model).__name__
+    for name in ("module", "model"):  # of DataParallel, of a pipeline
+        if isinstance(getattr(model, name, None), torch.nn.Module):
+            return f"a {kind}, which holds a model; pass that itself, its attribute {name!r}"
+    if isinstance(model, PreTrainedTokenizerBase) or hasattr(model, "tokenizer"):  # as a processor has
+        return f"a {kind}, which tokenizes; {remedy}"
+    if isinstance(model, torch.nn.Module):
+        return f"a {kind} without a config of transformers, a part of a model; {remedy}"
+    return f"a {kind}; {remedy}"
+
+
+def dtype_of(model: Any) -> str | None:
+    """Name of the dtype of a model's weights; None of a configuration, which may say another."""
+    dtype = getattr(model, "dtype", None) if isinstance(model, torch.nn.Module) else None
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def model_record(config: Any, windows: list[int]) -> dict[str, Any]:
+    """What of a model decides whether a cache is one of its caches, as JSON gives it back.
+
+    ``windows`` are those of its layers, 0 for one that attends to everything.
+    """
+    record = {"model_type": config.model_type, "layers": windows}
+    record |= {name: getattr(config, name, None) for name in DIMENSIONS}
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return plain
+
+
+def fingerprint(model: Any) -> dict[str, str]:
+    """Digests of a few elements of a few parameters, by name; of those that are plain and at hand.
+
+    Two models of one configuration, say a base and an instruct model, have caches of the same shapes.
+    """
+    named = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
+    names = sorted(named)
+    chosen = {names[index * (len(names) - 1) // (SAMPLED - 1)] for index in range(SAMPLED)} if names else set()
+    digests = {}
+    for name in sorted(chosen):
+        x = named[name].data
+        if type(x) is torch.Tensor and x.device.type != "meta" and x.is_floating_point():
+            sample = x.flatten()[:ELEMENTS].to("cpu", torch.float32)
+            digests[name] = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+    return digests
