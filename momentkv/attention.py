@@ -85,12 +85,16 @@ def logits(q: Array, k: Array, *, scale: float | None = None, mask: Array | None
     q_heads, q_len = q.shape[-3], q.shape[-2]
     scale = default_scale(d) if scale is None else scale
     products = xp.matmul(group_queries(q, kv_heads) * scale, xp.matrix_transpose(k))
-    products = xp.reshape(products, (*products.shape[:-2], q_heads // kv_heads, q_len, n))
-    if mask is not None:
-        check_mask("mask", mask, products.shape, products)
-        minus_inf = xp.asarray(-math.inf, dtype=products.dtype, device=device(products))
-        products = xp.where(mask, products, minus_inf)
-    return products
+    return masked(xp.reshape(products, (*products.shape[:-2], q_heads // kv_heads, q_len, n)), mask)
+
+
+def masked(products: Array, mask: Array | None) -> Array:
+    """Logits (..., kv_head, group, q_len, n), ``-inf`` where a mask that broadcasts to them is False."""
+    if mask is None:
+        return products
+    xp = array_namespace(products)
+    check_mask("mask", mask, products.shape, products)
+    return xp.where(mask, products, xp.asarray(-math.inf, dtype=products.dtype, device=device(products)))
 
 
 def softmax_state(products: Array, v: Array) -> tuple[AttentionState, Array]:
@@ -113,11 +117,17 @@ def softmax_state(products: Array, v: Array) -> tuple[AttentionState, Array]:
     xp = check_arrays(products=products, v=v)
     products, v = accumulate(xp, products, v)
     *batch, kv_heads, group, q_len, n = products.shape
-    dv = v.shape[-1]
     heads = (*batch, kv_heads * group, q_len)
-    if n == 0:
-        out = xp.zeros((*heads, dv), dtype=products.dtype, device=device(products))
-        return AttentionState(out, xp.full(heads, -math.inf, dtype=products.dtype, device=device(products))), products
+    weights, lse = softmax_weights(products)
+    out = xp.matmul(xp.reshape(weights, (*batch, kv_heads, group * q_len, n)), v)
+    return AttentionState(xp.reshape(out, (*heads, v.shape[-1])), xp.reshape(lse, heads)), weights
+
+
+def softmax_weights(products: Array) -> tuple[Array, Array]:
+    """Attention weights (..., n) of given logits, all zero for a query that sees no token, and their lse (...)."""
+    xp = array_namespace(products)
+    if products.shape[-1] == 0:
+        return products, xp.full(products.shape[:-1], -math.inf, dtype=products.dtype, device=device(products))
     top = xp.max(products, axis=-1, keepdims=True)
     # A row that is masked everywhere has top = -inf; any finite shift keeps its weights at exp(-inf) = 0. NaN stays: it
     # must not pass for the empty set.
@@ -125,10 +135,8 @@ def softmax_state(products: Array, v: Array) -> tuple[AttentionState, Array]:
     weights = xp.exp(products - top)
     total = xp.sum(weights, axis=-1, keepdims=True)
     safe = xp.where(total == 0, xp.ones_like(total), total)
-    weights = weights / safe
-    out = xp.matmul(xp.reshape(weights, (*batch, kv_heads, group * q_len, n)), v)
     lse = xp.where(total == 0, xp.full_like(top, -math.inf), xp.log(safe) + top)
-    return AttentionState(xp.reshape(out, (*heads, dv)), xp.reshape(lse, heads)), weights
+    return weights / safe, lse[..., 0]
 
 
 def attend(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Array | None = None) -> AttentionState:

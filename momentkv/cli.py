@@ -141,6 +141,7 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of keys and values"
     )
+    plan.add_argument("--bits", type=int, metavar="N", help="of retained tokens, if they are few: 3, 4, 5, 6, 8 or 16")
     plan.set_defaults(run=run_plan)
 
 
@@ -172,6 +173,7 @@ def run_plan(options: argparse.Namespace) -> int:
         correction=options.correction,
         batch=options.batch,
         dtype=options.dtype,
+        bits=options.bits,
     )
     print(table_of(result, name))
     return 0

@@ -6,6 +6,7 @@ import dataclasses
 
 from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.cache.budget_rules import POSITION_BYTES, Share, TotalBytes, parse_budget
+from momentkv.codes import check_bits, record_bytes
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.shapes import KNOWN, Shape, find_shape, shape_from_config
 from momentkv.statistics.corrections import Correction, get_correction
@@ -50,7 +51,7 @@ class Plan:
     retained_bytes, waiting_bytes : int
         Of keys and values.
     bookkeeping_bytes : int
-        Of the stored tokens' positions and scores, and how many there are.
+        Of the stored tokens' positions and scores, and how many there are; with few bits, of what they are coded by.
     state_bytes, query_bytes : int
         Of what stands for evicted tokens, and of the statistics of recent queries that it, or the policy, needs.
     sliding_bytes : int
@@ -107,6 +108,7 @@ def plan(
     sinks: int = 1,
     window: int = 32,
     block: int = 32,
+    bits: int | None = None,
 ) -> Plan:
     """Bytes that a cache holds after so many tokens.
 
@@ -125,7 +127,7 @@ def plan(
         Rows, each of ``context`` tokens.
     dtype : str
         Of keys and values: a name of `DTYPES`.
-    policy, sinks, window, block
+    policy, sinks, window, block, bits
         As in `momentkv.cache.layer.LayerCache`; by default the policy of `momentkv.hf.MomentCache`.
 
     Returns
@@ -163,6 +165,7 @@ def plan(
     if isinstance(asked, list):
         raise ValueError(f"budget is {budget!r}, one for each layer; plan one number, their average")
     d, itemsize = shape.head_dim, DTYPES[dtype]
+    record = 2 * d * itemsize if bits is None else record_bytes(d, d, check_bits(bits))
     heads = batch * shape.kv_heads * shape.full_layers
     token = 2 * d * itemsize
     score = SCORE_BYTES if get_policy(policy).observes != 0 else 0
@@ -180,8 +183,9 @@ def plan(
     elif isinstance(asked, TotalBytes) and heads:
         tokens = asked.retained(
             heads=heads,
-            token=token + POSITION_BYTES + score,
-            state=state + queries + 2 * POSITION_BYTES,
+            token=record + POSITION_BYTES + score,
+            exact=token + POSITION_BYTES + score,
+            state=state + queries + 2 * POSITION_BYTES + (0 if bits is None else 2 * token),
             beside=sliding * longest * token,
             block=block,
             least=least,
@@ -193,6 +197,8 @@ def plan(
     retained = min(context, tokens)
     recent = sinks + window + block  # always there; so few tokens are all in it
     waiting = block if context >= recent else recent - retained
+    coded = max(0, retained - sinks - window) if context >= recent else 0
+    standards = 2 * token if bits is not None and coded else 0
     bounded = sliding * min(context, longest)
     equivalent = token_equivalents(kind, d=d, itemsize=itemsize)
     return Plan(
@@ -206,9 +212,9 @@ def plan(
         retained=retained,
         waiting=waiting,
         full=(heads * context + bounded) * token,
-        retained_bytes=heads * retained * token,
+        retained_bytes=heads * ((retained - coded) * token + coded * record),
         waiting_bytes=heads * waiting * token,
-        bookkeeping_bytes=heads * ((retained + waiting) * (POSITION_BYTES + score) + 2 * POSITION_BYTES),
+        bookkeeping_bytes=heads * ((retained + waiting) * (POSITION_BYTES + score) + 2 * POSITION_BYTES + standards),
         state_bytes=heads * state,
         query_bytes=heads * queries,
         sliding_bytes=bounded * token,

@@ -33,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "ada-kv": {"sharing": "ada-kv", "policy": "snapkv"},
     "pyramid": {"sharing": "pyramid"},
     "bytes": {"budget": "80KiB"},
+    "few bits": {"bits": 4},
+    "few bits, bytes": {"bits": 3, "budget": "80KiB"},
     "certified": {"certify": 2},
     "certified, order 0": {"certify": 0, "sharing": "uniform", "correction": "moments"},
 }

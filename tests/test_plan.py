@@ -33,13 +33,15 @@ def read(cache: LayerCache, count: int, seed: int = 0) -> None:
 @pytest.mark.parametrize("context", [20, 64, 80, 95, 300])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("policy", ["momentkv", "knorm", "expected-attention"])
-def test_planned_bytes_are_those_of_a_layer(context: int, correction: str, policy: str):
-    cache = LayerCache(64, policy=policy, correction=correction)
+@pytest.mark.parametrize("bits", [None, 3])
+def test_planned_bytes_are_those_of_a_layer(context: int, correction: str, policy: str, bits: int | None):
+    cache = LayerCache(64, policy=policy, correction=correction, bits=bits)
     read(cache, context)
-    result = plan(SMALL, context, 64, correction=correction, batch=3, dtype="float32", policy=policy)
+    result = plan(SMALL, context, 64, correction=correction, batch=3, dtype="float32", policy=policy, bits=bits)
     assert result.total == cache.nbytes
     assert min(context, 64) <= cache.stored <= result.retained + result.waiting
-    vectors = sum(x.nbytes for name, x in cache.arrays().items() if name.endswith(("keys", "values")))
+    parts = ("keys", "values", "key_step", "value_step")
+    vectors = sum(x.nbytes for name, x in cache.arrays().items() if name.endswith(parts))
     assert result.retained_bytes + result.waiting_bytes == vectors
     anchored = correction == "summaries" or policy == "expected-attention"
     queries = sum(x.nbytes for name, x in cache.arrays().items() if name.startswith("query_"))

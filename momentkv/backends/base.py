@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from momentkv._array import Array, array_namespace, device
 from momentkv.attention import AttentionState, logits, merge, softmax_state
 from momentkv.backends.layout import Tiers
+from momentkv.codes import Coded, attend_codes
 from momentkv.statistics.expansion import Expansion, estimate_expansion
 
 __all__ = ["ArrayBackend", "causal_mask"]
@@ -123,15 +124,13 @@ class ArrayBackend:
             return None, None
         mask = None if tiers.valid is None else tiers.valid[..., None, None, :]
         if layout.equal:
-            k, v = (layout.rectangle(x, vectors=True) for x in (tiers.keys, tiers.values))
-            return self.attend(q, k, v, scale=scale, mask=mask)
+            return self.attend_slots(q, tiers, None, scale=scale, mask=mask)
         xp, group = array_namespace(q), q.shape[-3] // layout.heads
         states, parts = [], []
-        for head, (start, width) in enumerate(zip(layout.starts, layout.widths, strict=True)):
+        for head, width in enumerate(layout.widths):
             own = q[..., head * group : (head + 1) * group, :, :]
-            k, v = (x[..., None, start : start + width, :] for x in (tiers.keys, tiers.values))
             seen = None if mask is None else mask[..., head : head + 1, :, :, :width]
-            state, part = self.attend(own, k, v, scale=scale, mask=seen)
+            state, part = self.attend_slots(own, tiers, head, scale=scale, mask=seen)
             states.append(state)
             if weights:
                 rest = xp.zeros((*part.shape[:-1], layout.width - width), dtype=part.dtype, device=device(part))
@@ -139,6 +138,20 @@ class ArrayBackend:
         out = xp.concat([each.out for each in states], axis=-3)
         lse = xp.concat([each.lse for each in states], axis=-2)
         return AttentionState(out, lse), xp.concat(parts, axis=-4) if weights else None
+
+    def attend_slots(
+        self, q: Array, tiers: Tiers, head: int | None, *, scale: float, mask: Array | None
+    ) -> tuple[AttentionState, Array]:
+        """`attend` to the retained slots of one head, or of all, which must then have as many."""
+        if tiers.coding is None:
+            return self.attend(q, *tiers.vectors(head), scale=scale, mask=mask)
+        return self.attend_codes(q, tiers.records(tiers.coding, head), scale=scale, mask=mask)
+
+    def attend_codes(
+        self, q: Array, coded: Coded, *, scale: float, mask: Array | None = None
+    ) -> tuple[AttentionState, Array]:
+        """`attend` to tokens in records, which are not decoded: see `momentkv.codes.attend_codes`."""
+        return attend_codes(q, coded, scale=scale, mask=mask)
 
     def prepare(self, expansion: Expansion) -> Any:
         """An expansion in the form that `decode` evaluates fastest; worth its while where it is evaluated often."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from momentkv._array import Array, array_namespace, device
+from momentkv.codes import Coded, Coding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,11 +27,14 @@ class Layout:
         Slots of the recent tier of each KV head: sinks, window and block.
     widths : tuple of int
         Slots of retained tokens of each KV head, packed in this order.
+    bits : int or None
+        Of a number of a retained token's record; None where retained tokens are vectors as they came.
     """
 
     sinks: int
     recent: int
     widths: tuple[int, ...]
+    bits: int | None = None
 
     @property
     def heads(self) -> int:
@@ -107,10 +111,12 @@ class Tiers(NamedTuple):
     recent_valid : bool array, shape (..., kv_head, m), or None
         False for a slot that holds no token; None where all do.
     keys, values : array, shape (..., slots, d) and (..., slots, dv)
-        Packed, as the layout says.
+        Packed, as the layout says; codes, uint8 (..., slots, bytes), where there is a coding.
     valid : bool array, shape (..., kv_head, width), or None
         As a rectangle, see `Layout.rectangle`.
     layout : Layout
+    coding : Coding or None
+        How the records of retained tokens are read.
     """
 
     recent_keys: Array
@@ -120,6 +126,29 @@ class Tiers(NamedTuple):
     values: Array
     valid: Array | None
     layout: Layout
+    coding: Coding | None = None
+
+    def vectors(self, head: int | None = None) -> tuple[Array, Array]:
+        """Keys and values (..., kv_head, n, d) of one head's slots, or of all heads', which must then be equal."""
+        layout = self.layout
+        if head is None:
+            keys, values = (layout.rectangle(x, vectors=True) for x in (self.keys, self.values))
+        else:
+            slots = slice(layout.starts[head], layout.starts[head] + layout.widths[head])
+            keys, values = (x[..., None, slots, :] for x in (self.keys, self.values))
+        return keys, values
+
+    def records(self, coding: Coding, head: int | None = None) -> Coded:
+        """The same of codes."""
+        layout, (keys, values) = self.layout, self.vectors(head)
+        steps, standards = (coding.key_step, coding.value_step), (coding.key_standard, coding.value_standard)
+        if head is None:
+            of_key, of_value = (layout.rectangle(x, vectors=False) for x in steps)
+            return Coded(coding.bits, keys, values, of_key, of_value, *standards)
+        slots = slice(layout.starts[head], layout.starts[head] + layout.widths[head])
+        of_key, of_value = (x[..., None, slots] for x in steps)
+        key, value = (standard.map(lambda x: x[..., head : head + 1, :]) for standard in standards)
+        return Coded(coding.bits, keys, values, of_key, of_value, key, value)
 
     @classmethod
     def of(cls, k: Array, v: Array, valid: Array | None = None) -> Tiers:

@@ -69,14 +69,14 @@ class TorchBackend(ArrayBackend):
     def attend_stored(
         self, q: Array, tiers: Tiers, *, scale: float, weights: bool = False
     ) -> tuple[AttentionState, Array | None]:
-        if weights and tiers.layout.equal and tiers.layout.width:
+        if weights and tiers.layout.equal and tiers.layout.width and tiers.coding is None:
             return attend_both(q, tiers, scale=scale)
         if weights or not flash_fits(q, tiers.recent_keys, tiers.recent_values):
             return super().attend_stored(q, tiers, scale=scale, weights=weights)
         recent = flash(q, tiers.recent_keys, tiers.recent_values, scale=scale, valid=tiers.recent_valid)
         if tiers.layout.width == 0:
             return recent, None
-        return join(flash_retained(q, tiers, scale=scale), recent), None
+        return join(attend_most(self, q, tiers, scale=scale), recent), None
 
     def prepare(self, expansion: Expansion) -> Any:
         on_cpu = expansion.key_mean.ndim == 4 and expansion.key_mean.device.type == "cpu"
@@ -87,7 +87,7 @@ class TorchBackend(ArrayBackend):
     ) -> tuple[Array, Array | None]:
         if isinstance(expansion, Prepared):
             return decode_prepared(self, q, tiers, expansion, scale=scale, weights=weights)
-        if fuses(q, tiers.recent_keys, tiers.recent_values):
+        if tiers.coding is None and fuses(q, tiers.recent_keys, tiers.recent_values):
             return decode_tiers(q, tiers, expansion, scale=scale, weights=weights)
         return super().decode(q, tiers, expansion, scale=scale, weights=weights)
 
@@ -156,6 +156,14 @@ class TorchBackend(ArrayBackend):
         return torch.cat(blocks, dim=-2)
 
 
+def attend_most(backend: TorchBackend, q: torch.Tensor, tiers: Tiers, *, scale: float) -> AttentionState:
+    """Attention state over retained tokens, where there are any and flash reads the recent ones."""
+    if tiers.coding is None:
+        return flash_retained(q, tiers, scale=scale)
+    state: Any = backend.attend_retained(q, tiers, scale=scale, weights=False)[0]
+    return state
+
+
 def flash_retained(q: torch.Tensor, tiers: Tiers, *, scale: float) -> AttentionState:
     """Attention state over retained tokens, by one call where heads have as many, else by one for each."""
     layout = tiers.layout
@@ -187,7 +195,7 @@ def decode_prepared(
     else:
         states = [flash(q, tiers.recent_keys, tiers.recent_values, scale=scale, valid=tiers.recent_valid)]
         if tiers.layout.width:
-            states.insert(0, flash_retained(q, tiers, scale=scale))
+            states.insert(0, attend_most(backend, q, tiers, scale=scale))
     dtype = expansion.into.dtype
     evicted = expansion.estimate(q.to(dtype), scale=scale)
     if states[0].out.dtype != dtype:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from momentkv._array import Array
 from momentkv.cache.config import CacheConfig
+from momentkv.codes import record_bytes
 from momentkv.statistics.moments import Moments
 
 __all__ = ["BudgetRule", "Share", "TotalBytes", "budget_from_text", "parse_budget"]
@@ -94,7 +95,8 @@ class TotalBytes(BudgetRule):
         batch, kv_heads = k.shape[0], k.shape[1]
         pair = k.shape[-1] * k.dtype.itemsize + v.shape[-1] * v.dtype.itemsize
         sums = max(4, k.dtype.itemsize, v.dtype.itemsize)
-        token = pair + POSITION_BYTES + (sums if config.observes else 0)
+        beside = POSITION_BYTES + (sums if config.observes else 0)
+        record = pair if config.bits is None else record_bytes(k.shape[-1], v.shape[-1], config.bits)
         state = 2 * POSITION_BYTES  # counts of recent and of retained tokens
         if config.corrects:
             state += config.correction.empty(k[:1, :1, :0], v[:1, :1, :0]).nbytes
@@ -102,9 +104,12 @@ class TotalBytes(BudgetRule):
             state += Moments.empty(k[:1, :1, :0], v[:1, :1, :0], order=config.certify, extent=True).nbytes
         if config.remembers_queries:
             state += 2 * k.shape[-1] * sums
+        if config.bits is not None:
+            state += 2 * pair  # mean and deviation of each channel
         return self.retained(
             heads=layers * batch * kv_heads,
-            token=token,
+            token=record + beside,
+            exact=pair + beside,
             state=state,
             beside=sum(windows) * batch * kv_heads * pair,
             block=config.block,
@@ -112,15 +117,17 @@ class TotalBytes(BudgetRule):
             rows=batch,
         )
 
-    def retained(self, *, heads: int, token: int, state: int, beside: int, block: int, least: int, rows: int) -> int:
+    def retained(
+        self, *, heads: int, token: int, exact: int, state: int, beside: int, block: int, least: int, rows: int
+    ) -> int:
         """Tokens that each KV head may retain on average, by what everything costs.
 
         Parameters
         ----------
         heads : int
             KV heads that share the total, over all layers and rows.
-        token, state : int
-            Bytes of a stored token, and of what stands for a head's evicted ones.
+        token, exact, state : int
+            Bytes of a retained token, of one of the sinks, the window or the block, and of all else that a head has.
         beside : int
             Bytes of what has no budget: layers with a window of their own.
         block, least : int
@@ -135,12 +142,16 @@ class TotalBytes(BudgetRule):
 
         Examples
         --------
-        >>> TotalBytes(1000, "1KB").retained(heads=1, token=10, state=100, beside=0, block=20, least=34, rows=1)
+        >>> one = TotalBytes(1000, "1KB")
+        >>> one.retained(heads=1, token=10, exact=10, state=100, beside=0, block=20, least=34, rows=1)
         70
+        >>> one.retained(heads=1, token=5, exact=10, state=100, beside=0, block=20, least=34, rows=1)
+        107
         """
-        budget = (self.total - beside - heads * state) // (heads * token) - block
+        always = state + exact * (least - 1 + block)
+        budget = (self.total - beside - heads * always) // (heads * token) + least - 1
         if budget < least:
-            needed = beside + heads * (state + token * (least + block))
+            needed = beside + heads * (always + token)
             raise ValueError(
                 f"budget is {self.text!r}, too little for {rows} rows: sinks, window, a block and what stands for "
                 f"evicted tokens take {needed} bytes; use {-(-needed // 1024)}KiB or more, or fewer rows"

@@ -233,18 +233,28 @@ def evicted_state(
     if totals is not None:
         budgets = [totals.most[head] if head in refused else budgets[head] for head in range(heads)]
         totals = totals.after(budgets, config.block)
-    packed = settle(config, state, view._replace(attention=attention), positions >= 0, budgets, totals)
     went = any(head not in refused for head in due)
+    # When a layer first evicts, it has seen what its tokens are like.
+    renew = went and not state.has_evicted
+    view = view._replace(attention=attention)
+    packed = settle(config, state, view, positions >= 0, budgets, totals, renew=renew)
     changed: dict[str, Any] = {"evicted": evicted, "evidence": evidence, "has_evicted": state.has_evicted or went}
     return dataclasses.replace(packed, **changed, recent_queries=None if went else state.recent_queries), refused
 
 
 def settle(
-    config: CacheConfig, state: LayerState, view: View, kept: Array, budgets: Sequence[int], totals: Totals | None
+    config: CacheConfig,
+    state: LayerState,
+    view: View,
+    kept: Array,
+    budgets: Sequence[int],
+    totals: Totals | None,
+    *,
+    renew: bool = False,
 ) -> LayerState:
     """The kept tokens of a view in their tiers, in as little memory as they need or, where steps are static, in all.
 
-    ``totals`` are those of the kept tokens; None where the host may not ask.
+    ``totals`` are those of the kept tokens; None where the host may not ask. With ``renew`` they are all coded anew.
     """
     xp, beside = array_namespace(view.keys), config.sinks + config.window
     where, padded = device(view.keys), True
@@ -264,8 +274,8 @@ def settle(
         room = xp.minimum(xp.maximum(held - beside, xp.zeros_like(held)), xp.zeros_like(held) + free)
         if not config.static:
             filled = int(xp.max(held - room))
-    layout = Layout(config.sinks, config.recent, widths)
-    packed = repack(view, kept, state, layout, filled=filled, room=room)
+    layout = Layout(config.sinks, config.recent, widths, config.bits)
+    packed = repack(view, kept, state, layout, filled=filled, room=room, renew=renew)
     if config.static and totals is not None:
         clock = xp.zeros(packed.counts.shape[:-1], dtype=xp.int32, device=where) + state.seen
         packed = dataclasses.replace(packed, clock=clock, ticks=packed.counts + packed.recent_count, has_evicted=True)

@@ -57,6 +57,9 @@ class LayerCache(Holdings):
     static : bool
         Whether steps of one token are done in arrays that keep their size and place, by the device's own count. `step`
         then asks the device whether a block is full; `momentkv.hf` keeps the time on the host, so that nothing waits.
+    bits : {3, 4, 5, 6, 8, 16, None}
+        Bits of a number of a retained token's record, see `momentkv.codes`; None for tokens as they came. Sinks, window
+        and the block that is filling are exact all the same.
 
     Raises
     ------
@@ -109,6 +112,7 @@ class LayerCache(Holdings):
         certify: int | None = None,
         tolerance: float | None = None,
         static: bool = False,
+        bits: int | None = None,
     ) -> None:
         self.config: CacheConfig = make_config(
             policy=policy,
@@ -123,6 +127,7 @@ class LayerCache(Holdings):
             certify=certify,
             tolerance=tolerance,
             static=static,
+            bits=bits,
         )
         self._budget = checked_budget(self.config, budget)
         self.scale = self.config.scale

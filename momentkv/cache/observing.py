@@ -118,15 +118,12 @@ def stored_tokens(state: LayerState) -> View:
     if valid is not None:
         recent = xp.where(valid, recent, xp.full_like(recent, -1))
 
-    def both(retained: Array, recent: Array, *, vectors: bool) -> Array:
-        wide = layout.rectangle(retained, vectors=vectors, fill=None if vectors else 0)
-        return xp.concat([wide, recent], axis=-2 if vectors else -1)
-
     positions = xp.concat([layout.rectangle(state.positions, vectors=False, fill=-1), recent], axis=-1)
-    attention = both(state.attention, state.recent_attention[..., :filled], vectors=False)
+    attention = layout.rectangle(state.attention, vectors=False, fill=0)
+    keys, values = state.retained()
     return View(
-        both(state.keys, state.recent_keys[..., :filled, :], vectors=True),
-        both(state.values, state.recent_values[..., :filled, :], vectors=True),
+        xp.concat([keys, state.recent_keys[..., :filled, :]], axis=-2),
+        xp.concat([values, state.recent_values[..., :filled, :]], axis=-2),
         positions,
-        attention,
+        xp.concat([attention, state.recent_attention[..., :filled]], axis=-1),
     )

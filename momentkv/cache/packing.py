@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace, device, take_rows
 from momentkv.backends.layout import Layout
+from momentkv.cache.recoding import Pool, pool_of
 from momentkv.cache.state import LayerState, NewTokens
 
 __all__ = ["View", "repack", "view_of", "widths_of"]
@@ -45,8 +46,8 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
     parts: dict[str, list[Array]] = {
         "positions": [recent_positions[..., :sinks], positions, recent_positions[..., sinks:]]
     }
-    for name in ("keys", "values"):
-        recent, retained = getattr(state, f"recent_{name}"), layout.rectangle(getattr(state, name), vectors=True)
+    for name, retained in zip(("keys", "values"), state.retained(), strict=True):
+        recent = getattr(state, f"recent_{name}")
         parts[name] = [recent[..., :sinks, :], retained, recent[..., sinks:filled, :]]
     if state.attention is not None and state.recent_attention is not None:
         recent = state.recent_attention
@@ -73,7 +74,14 @@ def widths_of(totals: Sequence[int], budgets: Sequence[int], *, sinks: int, wind
 
 
 def repack(
-    view: View, kept: Array, state: LayerState, layout: Layout, *, filled: int, room: Array | None
+    view: View,
+    kept: Array,
+    state: LayerState,
+    layout: Layout,
+    *,
+    filled: int,
+    room: Array | None,
+    renew: bool = False,
 ) -> LayerState:
     """A state of the tokens of a view that are kept: the first as sinks, the newest recent, the others retained.
 
@@ -82,12 +90,14 @@ def repack(
     view : View
     kept : bool array, shape (..., kv_head, n)
     state : LayerState
-        All else is taken from it.
+        Whose tokens the first ones of the view are. All else is taken from it.
     layout : Layout
     filled : int
         Recent slots in use, where every row and head has as many; otherwise the most.
     room : int array, shape (..., kv_head), or None
         Tokens of each row and head to retain at most, where these differ; None where ``layout`` and ``filled`` say it.
+    renew : bool
+        Whether retained tokens are coded anew, by the tokens of the view.
     """
     xp = array_namespace(view.keys)
     where = device(view.keys)
@@ -129,7 +139,16 @@ def repack(
         packed = xp.asarray(layout.packed, device=where)
         index, real = (xp.take(y, packed, axis=-1) for y in (index, real))
     for name in named:
-        arrays[name] = take(name, index, real)
+        if layout.bits is None or name not in ("keys", "values"):
+            arrays[name] = take(name, index, real)
+    if layout.bits is not None and layout.width:
+        number = xp.cumulative_sum(xp.astype(kept, xp.int32), axis=-1) - 1
+        stays = kept & (number >= sinks) & (number < sinks + retained[..., None])
+        stay = filled if room is None else sinks
+        pool = pool_of(view.keys, view.values, view.positions >= 0, stays, state, layout, stay=stay, renew=renew)
+        arrays |= recorded(pool, index)
+    elif layout.bits is not None:
+        arrays |= without_records(state)
     # Recent: the sinks, then the newest.
     place = xp.arange(layout.recent, dtype=xp.int32, device=where)
     index, real = slots(xp.where(place < sinks, place, place + retained[..., None]), layout.recent)
@@ -146,3 +165,28 @@ def repack(
         layout=layout,
         filled=filled,
     )
+
+
+def recorded(pool: Pool, index: Array) -> dict[str, Array]:
+    """Packed slots of records, given the token (of those of all heads, (..., heads * n)) that each slot holds."""
+    xp = array_namespace(pool.source)
+    heads, width = pool.key_step.shape[-2:]
+    first = xp.arange(heads, dtype=pool.source.dtype, device=device(index))[:, None] * width
+    source = xp.reshape(pool.source + first, (*pool.source.shape[:-2], heads * pool.source.shape[-1]))
+    source = xp.take_along_axis(source, index, axis=-1)
+    arrays = {}
+    for name in ("keys", "values"):
+        x = getattr(pool, name)
+        arrays[name] = take_rows(xp.reshape(x, (*x.shape[:-3], heads * width, x.shape[-1])), source)
+    for name in ("key_step", "value_step"):
+        x = getattr(pool, name)
+        arrays[name] = xp.take_along_axis(xp.reshape(x, (*x.shape[:-2], heads * width)), source, axis=-1)
+    arrays["key_mean"], arrays["key_deviation"] = pool.key_standard
+    arrays["value_mean"], arrays["value_deviation"] = pool.value_standard
+    return arrays
+
+
+def without_records(state: LayerState) -> dict[str, Array]:
+    """Packed slots of records where no head has one."""
+    arrays = {name: getattr(state, name)[..., :0, :] for name in ("keys", "values")}
+    return arrays | {name: getattr(state, name)[..., :0] for name in ("key_step", "value_step")}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, check_mask, device, nbytes
 from momentkv.backends.layout import Layout, Tiers
+from momentkv.codes import Coding, Standard, decode, row_bytes, step_dtype
 from momentkv.statistics.moments import Moments
 
 __all__ = ["LayerState", "NewTokens", "empty_state", "hidden", "joined", "place"]
@@ -38,6 +39,11 @@ class LayerState:
         Slots in use, the first ones.
     keys, values : array, shape (..., slots, d) and (..., slots, dv)
         Retained tokens, packed: see `Layout`. Of each head in order of position, the first ``counts`` of its slots.
+        Codes, uint8 (..., slots, bytes), where tokens are kept in few bits.
+    key_step, value_step : array, shape (..., slots), or None
+        Of these codes.
+    key_mean, key_deviation, value_mean, value_deviation : array, shape (..., kv_head, d) or (..., kv_head, dv), or None
+        What tokens are coded by, once there are any: see `momentkv.codes`.
     positions : int32 array, shape (..., slots)
         -1 for a slot that holds no token.
     attention : array, shape (..., slots), or None
@@ -75,6 +81,12 @@ class LayerState:
     counts: Array
     evicted: Any
     layout: Layout
+    key_step: Any = None
+    value_step: Any = None
+    key_mean: Any = None
+    key_deviation: Any = None
+    value_mean: Any = None
+    value_deviation: Any = None
     recent_attention: Any = None
     attention: Any = None
     evidence: Moments | None = None
@@ -153,7 +165,39 @@ class LayerState:
             self.values,
             self.retained_valid(),
             self.layout,
+            self.coding(),
         )
+
+    def coding(self) -> Coding | None:
+        """How retained tokens are read, where they are records; None where they are vectors, or there are none."""
+        if self.layout.bits is None or self.key_mean is None:
+            return None
+        standards = Standard(self.key_mean, self.key_deviation), Standard(self.value_mean, self.value_deviation)
+        return Coding(self.layout.bits, self.key_step, self.value_step, *standards)
+
+    def retained(self) -> tuple[Array, Array]:
+        """Keys and values of retained tokens, decoded, as a rectangle (..., kv_head, width, d); see `Layout`."""
+        if self.layout.width == 0:
+            return self.recent_keys[..., :0, :], self.recent_values[..., :0, :]
+        coding = self.coding()
+        if coding is None:
+            keys, values = (self.layout.rectangle(x, vectors=True) for x in (self.keys, self.values))
+            return keys, values
+        xp, layout = array_namespace(self.keys), self.layout
+        parts = (
+            (self.keys, coding.key_step, coding.key_standard, self.recent_keys),
+            (self.values, coding.value_step, coding.value_standard, self.recent_values),
+        )
+        keys, values = (
+            xp.astype(
+                decode(
+                    layout.rectangle(codes, vectors=True), layout.rectangle(step, vectors=False), standard, coding.bits
+                ),
+                like.dtype,
+            )
+            for codes, step, standard, like in parts
+        )
+        return keys, values
 
     def recent_valid(self) -> Array | None:
         """Which of the first ``filled`` recent slots hold a token, or None for all."""
@@ -167,7 +211,8 @@ class LayerState:
 # Array fields, in the order of the class: what is saved, moved and counted.
 ARRAYS = (
     "recent_keys", "recent_values", "recent_positions", "recent_count", "keys", "values", "positions", "counts",
-    "recent_attention", "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
+    "key_step", "value_step", "key_mean", "key_deviation", "value_mean", "value_deviation", "recent_attention",
+    "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
 )  # fmt: skip
 
 # Fields that hold arrays of their own.
@@ -217,14 +262,22 @@ def empty_state(k: Array, v: Array, *, evicted: Any, layout: Layout, observes: b
     def zeros(*shape: int, dtype: Any) -> Array:
         return xp.zeros(shape, dtype=dtype, device=where)
 
-    wide = accumulation_dtype(xp, k.dtype, v.dtype)
+    wide, bits = accumulation_dtype(xp, k.dtype, v.dtype), layout.bits
+
+    def packed(x: Array) -> Array:
+        size, dtype = (x.shape[-1], x.dtype) if bits is None else (row_bytes(x.shape[-1], bits), xp.uint8)
+        return zeros(*lead, slots, size, dtype=dtype)
+
+    steps = {}
+    if bits is not None:
+        steps = {name: zeros(*lead, slots, dtype=step_dtype(xp)) for name in ("key_step", "value_step")}
     return LayerState(
         recent_keys=zeros(*shape, k.shape[-1], dtype=k.dtype),
         recent_values=zeros(*shape, v.shape[-1], dtype=v.dtype),
         recent_positions=zeros(*shape, dtype=xp.int32) - 1,
         recent_count=zeros(*shape[:-1], dtype=xp.int32),
-        keys=zeros(*lead, slots, k.shape[-1], dtype=k.dtype),
-        values=zeros(*lead, slots, v.shape[-1], dtype=v.dtype),
+        keys=packed(k),
+        values=packed(v),
         positions=zeros(*lead, slots, dtype=xp.int32) - 1,
         counts=zeros(*shape[:-1], dtype=xp.int32),
         recent_attention=zeros(*shape, dtype=wide) if observes else None,
@@ -232,6 +285,7 @@ def empty_state(k: Array, v: Array, *, evicted: Any, layout: Layout, observes: b
         evicted=evicted,
         evidence=evidence,
         layout=layout,
+        **steps,
     )
 
 

@@ -100,7 +100,7 @@ def started(config: CacheConfig, k: Array, v: Array, budget: int | tuple[int, ..
         k,
         v,
         evicted=config.correction.empty(k, v),
-        layout=Layout(config.sinks, config.recent, (0,) * heads),
+        layout=Layout(config.sinks, config.recent, (0,) * heads, config.bits),
         observes=config.observes,
         evidence=evidence,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from momentkv import __version__
-from momentkv.evaluation.fidelity import CHOICES, Setting, measure, moment_tokens, setting_of, settings_grid
+from momentkv.evaluation.fidelity import CHOICES, Setting, bytes_as_tokens, measure, setting_of, settings_grid
 from momentkv.evaluation.gap import measure_gap, plot_gap
 from momentkv.evaluation.report import (
     environment,
@@ -48,7 +48,7 @@ def fidelity(options: argparse.Namespace) -> int:
         "texts": [Path(text).name for text in texts],
         "compressed": "once, after one-shot prefill; the following tokens teacher-forced, no further eviction",
         "sinks": 1,
-        "window": 32,
+        "window": options.window,
         "head_error": f"at every {ERRORS_EVERY}-th following token",
         "momentkv": __version__,
     }
@@ -56,7 +56,7 @@ def fidelity(options: argparse.Namespace) -> int:
     done = {(row["text"], row["policy"], row["correction"], row["bytes_as_tokens"]) for row in rows}
 
     def size(setting: Setting) -> int:
-        return setting.budget + moment_tokens(model, setting, itemsize=options.bytes // 8)
+        return bytes_as_tokens(model, setting, itemsize=options.bytes // 8, window=options.window)
 
     if done:
         console.print(f"{len(done)} results found in {options.output}; --fresh discards them")
@@ -69,7 +69,10 @@ def fidelity(options: argparse.Namespace) -> int:
             progress.update(task, description=f"fidelity, {short}", advance=len(grid) - len(left))
             if not left:
                 continue
-            for setting, result, nbytes in measure(model, ids[text], options.context, left, errors_every=ERRORS_EVERY):
+            compressed = measure(
+                model, ids[text], options.context, left, window=options.window, errors_every=ERRORS_EVERY
+            )
+            for setting, result, nbytes in compressed:
                 rows.append(
                     {
                         "text": short,
@@ -95,21 +98,26 @@ def fidelity(options: argparse.Namespace) -> int:
 
 def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
     """Settings of a command, at equal bytes: its methods, or all its policies with all its corrections."""
-    counted = options.bytes // 8
+    counted, least = options.bytes // 8, options.window + 2
     if options.methods:
         named = [setting_of(method) for method in options.methods]
         return [
             dataclasses.replace(setting, method=x.method)
             for x in named
             for setting in settings_grid(
-                model, [x.policy], options.budgets, [(x.order, x.kind, x.sharing)], itemsize=counted
+                model,
+                [x.policy],
+                options.budgets,
+                [(x.order, x.kind, x.sharing, x.bits)],
+                itemsize=counted,
+                least=least,
             )
         ]
     corrections = [CHOICES[name] for name in options.corrections]
     called = {Setting("", 0, *correction): name for name, correction in CHOICES.items()}
     return [
         dataclasses.replace(x, method=f"{x.policy}/{called[dataclasses.replace(x, policy='', budget=0)]}")
-        for x in settings_grid(model, options.policies, options.budgets, corrections, itemsize=counted)
+        for x in settings_grid(model, options.policies, options.budgets, corrections, itemsize=counted, least=least)
     ]
 
 

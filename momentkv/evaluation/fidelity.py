@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from momentkv.cache.accounting import token_equivalents
 from momentkv.cache.config import RECENT_QUERIES
+from momentkv.codes import check_bits, record_bytes
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
@@ -24,6 +26,7 @@ __all__ = [
     "DEFAULT",
     "Fidelity",
     "Setting",
+    "bytes_as_tokens",
     "compare",
     "empty_cache",
     "measure",
@@ -59,6 +62,8 @@ class Setting:
         Of the correction; order None for none.
     sharing : str
         Of the budget.
+    bits : int or None
+        Of retained tokens, see `momentkv.codes`.
     method : str
         How a command named it; settings are the same whatever they were called.
     """
@@ -68,6 +73,7 @@ class Setting:
     order: int | None
     kind: str | Correction = "moments"
     sharing: str = "uniform"
+    bits: int | None = None
     method: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -81,7 +87,8 @@ class Setting:
         """How the correction is called in tables."""
         used = get_correction(self.kind, order=self.order)
         name = next((name.replace("-", " ") for name, one in CORRECTIONS.items() if one == used), repr(used))
-        return name if self.sharing == "uniform" else f"{name}, by {self.sharing}"
+        name = name if self.sharing == "uniform" else f"{name}, by {self.sharing}"
+        return name if self.bits is None else f"{name}, {self.bits} bits"
 
 
 # `MomentCache(model)`, but for its budget.
@@ -94,7 +101,8 @@ def setting_of(method: str) -> Setting:
     Parameters
     ----------
     method : str
-        ``"default"``, what `MomentCache` does by default, or a policy and a correction as in ``"snapkv/none"``.
+        ``"default"``, what `MomentCache` does by default, or a policy and a correction as in ``"snapkv/none"``; behind
+        it the bits of retained tokens, if they are few, as in ``"default@4"``.
 
     Raises
     ------
@@ -105,14 +113,20 @@ def setting_of(method: str) -> Setting:
     --------
     >>> setting_of("snapkv/order-1").correction, setting_of("default") == DEFAULT
     ('order 1', True)
+    >>> setting_of("default@4").correction
+    'summaries, by heads, 4 bits'
     """
+    name, _, coded = method.partition("@")
+    if coded:
+        bits = check_bits(int(coded) if coded.isdecimal() else coded)
+        return dataclasses.replace(setting_of(name), bits=bits, method=method)
     if method == DEFAULT.method:
         return DEFAULT
     policy, _, correction = method.partition("/")
     if policy not in POLICIES or correction not in CHOICES:
         raise ValueError(
             f"methods has {method!r}; use {DEFAULT.method}, or POLICY/CORRECTION, a policy of {', '.join(POLICIES)} "
-            f"and a correction of {', '.join(CHOICES)}"
+            f"and a correction of {', '.join(CHOICES)}; either with @ and the bits of retained tokens behind it"
         )
     return dataclasses.replace(Setting(policy, 0, *CHOICES[correction]), method=method)
 
@@ -171,14 +185,38 @@ def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None) 
         Bytes of one number of the keys and values that tokens are counted in; by default what the model stores.
         Statistics are counted as they are stored.
     """
-    config = model.config.get_text_config(decoder=True)
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     itemsize = itemsize or model.dtype.itemsize
-    cost = token_equivalents(setting.kind, order=setting.order, d=d, itemsize=itemsize)
+    cost = token_equivalents(setting.kind, order=setting.order, d=head_dim(model), itemsize=itemsize)
     counted = get_correction(setting.kind, order=setting.order).anchored
     if get_policy(setting.policy).needs_queries and not counted:
         cost += STATISTIC_BYTES / itemsize  # mean and variance are as many numbers as a token has
+    if setting.bits is not None:
+        cost += 2  # mean and deviation of every channel of keys and of values
     return math.ceil(cost)
+
+
+def bytes_as_tokens(
+    model: Any, setting: Setting, *, itemsize: int | None = None, sinks: int = 1, window: int = 32
+) -> int:
+    """Tokens per KV head whose bytes a setting's cache takes, rounded up; see `moment_tokens`."""
+    exact = min(setting.budget, sinks + window)
+    share = record_share(model, setting, itemsize=itemsize)
+    tokens = exact + math.ceil((setting.budget - exact) * share)
+    return tokens + moment_tokens(model, setting, itemsize=itemsize)
+
+
+def record_share(model: Any, setting: Setting, *, itemsize: int | None = None) -> Fraction:
+    """Bytes of a retained token's record as a share of those of its keys and values."""
+    if setting.bits is None:
+        return Fraction(1)
+    d = head_dim(model)
+    return Fraction(record_bytes(d, d, setting.bits), 2 * d * (itemsize or model.dtype.itemsize))
+
+
+def head_dim(model: Any) -> int:
+    """Dimension of a head."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def settings_grid(
@@ -192,10 +230,11 @@ def settings_grid(
 ) -> list[Setting]:
     """All combinations, at equal bytes.
 
-    A correction is what `Setting` takes after the budget: order, kind and, optionally, sharing. A budget ``B`` means
-    the bytes of ``B`` tokens per KV head (on average, where it is shared), whose numbers have ``itemsize`` bytes, by
-    default as the model stores them; what a correction costs is taken from the tokens that it retains. Combinations
-    that would retain fewer than ``least`` tokens are left out, and so are budgets by heads for policies that look
+    A correction is what `Setting` takes after the budget: order, kind and, optionally, sharing and bits. A budget
+    ``B`` means the bytes of ``B`` tokens per KV head (on average, where it is shared), whose numbers have ``itemsize``
+    bytes, by default as the model stores them; what a correction costs is taken from the tokens that it retains. Tokens
+    of few bits are as many more, but for sinks and window, which are exact. Combinations that would retain fewer than
+    ``least`` tokens, which is sinks, window and one, are left out, and so are budgets by heads for policies that look
     across heads.
 
     Raises
@@ -203,12 +242,13 @@ def settings_grid(
     ValueError
         If that leaves none.
     """
-    grid, budgets, coupled = [], list(budgets), ""
+    grid, budgets, coupled, exact = [], list(budgets), "", least - 1
     for budget in budgets:
         for policy in policies:
             for correction in corrections:
                 setting = Setting(policy, budget, *correction)
-                tokens = budget - moment_tokens(model, setting, itemsize=itemsize)
+                beside = budget - moment_tokens(model, setting, itemsize=itemsize) - exact
+                tokens = exact + math.floor(beside / record_share(model, setting, itemsize=itemsize))
                 if tokens >= least and setting.sharing in SHARING_BY_HEADS and get_policy(policy).couples_heads:
                     coupled = get_policy(policy).name
                 elif tokens >= least:
@@ -244,6 +284,7 @@ def empty_cache(
         window=window,
         block=block,
         rollback=rollback,
+        bits=setting.bits,
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from momentkv import __version__
 from momentkv.evaluation.commands import check_methods, finished, grid_of, save
-from momentkv.evaluation.fidelity import moment_tokens
+from momentkv.evaluation.fidelity import bytes_as_tokens
 from momentkv.evaluation.haystack import KEYS, TASKS, Haystack, make_haystack
 from momentkv.evaluation.needles_report import needles_table, plot_needles
 from momentkv.evaluation.report import progress_bar, show, write_json
@@ -164,7 +164,7 @@ def labels(model: Any, cell: Cell | None, bits: int) -> dict[str, Any]:
         "policy": setting.policy_name,
         "correction": setting.correction,
         "budget": setting.budget,
-        "bytes_as_tokens": setting.budget + moment_tokens(model, setting, itemsize=bits // 8),
+        "bytes_as_tokens": bytes_as_tokens(model, setting, itemsize=bits // 8),
     }
 
 

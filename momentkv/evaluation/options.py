@@ -43,6 +43,7 @@ def add_measurements(kinds: Any) -> None:
     add_source(fidelity, context=4096, following=256, several=True)
     add_budgets(fidelity, [64, 128, 256, 512, 1024])
     add_policies(fidelity, list(POLICIES), ["none", "order-1", "summaries"])
+    add_window(fidelity)
     add_results(fidelity, "results/fidelity.json")
     fidelity.set_defaults(run=command("momentkv.evaluation.commands", "fidelity"))
 
@@ -80,6 +81,7 @@ def add_measurements(kinds: Any) -> None:
     )
     add_budgets(needles, [256, 512])
     add_policies(needles, ["snapkv", "balanced"], ["none", "summaries"])
+    needles.set_defaults(window=32)
     needles.add_argument("--generate", action="store_true", help="generate the answer, too; slower")
     needles.add_argument("--write-haystacks", metavar="FILE", help="write haystacks as token ids, and measure nothing")
     add_results(needles, "results/needles.json")
@@ -195,10 +197,15 @@ def add_policies(parser: argparse.ArgumentParser, policies: list[str], correctio
         "--methods",
         nargs="+",
         metavar="M",
-        help="default (that of MomentCache) or policy and correction, as in snapkv/none: these alone, instead of all "
-        "of the above with each other",
+        help="default (that of MomentCache) or policy and correction, as in snapkv/none, and behind it the bits of "
+        "retained tokens, as in default@4: these alone, instead of all of the above with each other",
     )
     add_bytes(parser)
+
+
+def add_window(parser: argparse.ArgumentParser) -> None:
+    """The option of tokens that are always retained, and exact."""
+    parser.add_argument("--window", type=int, default=32, help="most recent tokens, always retained, in full precision")
 
 
 def add_bytes(parser: argparse.ArgumentParser) -> None:

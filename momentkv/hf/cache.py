@@ -74,6 +74,9 @@ class MomentCache(Cache):
     static : bool
         Whether decode steps are done in buffers of constant size and address, in place and without waiting for the
         device: for `torch.compile` (``generate`` does it by itself on a GPU) and CUDA graphs. Equal otherwise.
+    bits : {3, 4, 5, 6, 8, 16, None}
+        Bits of a number of a retained token, coded by mean and deviation of its channel; None for the model's dtype.
+        Sinks, window and the block that is filling are exact all the same.
 
     Raises
     ------
@@ -110,6 +113,7 @@ class MomentCache(Cache):
         certify: int | None = None,
         tolerance: float | None = None,
         static: bool = False,
+        bits: int | None = None,
     ) -> None:
         whole = config_of(model)
         config = whole.get_text_config(decoder=True)
@@ -119,24 +123,12 @@ class MomentCache(Cache):
             raise ValueError(f"rollback is {rollback}; use at least 1 token")
         # Tensor parallelism shards KV heads; each rank's cache holds, and shares budgets among, its own.
         self.ranks = int(getattr(model, "_tp_size", None) or 1)
-        plan = Plan(
-            config,
-            budget,
-            sharing,
-            self.ranks,
-            {
-                "policy": policy,
-                "order": order,
-                "correction": correction,
-                "sinks": sinks,
-                "window": window,
-                "block": block,
-                "backend": backend,
-                "certify": certify,
-                "tolerance": tolerance,
-                "static": static,
-            },
-        )
+        settings: dict[str, Any] = {
+            "policy": policy, "order": order, "correction": correction, "sinks": sinks, "window": window,
+            "block": block, "backend": backend, "certify": certify, "tolerance": tolerance, "static": static,
+            "bits": bits,
+        }  # fmt: skip
+        plan = Plan(config, budget, sharing, self.ranks, settings)
         super().__init__(layers=plan.layers(rollback))
         self.config, self.rollback = config, rollback
         self.budget, self.sharing, self.rule, self.least = budget, plan.sharing, plan.rule, plan.least

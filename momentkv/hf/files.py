@@ -88,7 +88,8 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             "correction": described(one.correction, KINDS),
         }
         # What few caches have is written for those alone, so that a version without it reads the others.
-        for name, value in (("certify", one.certify), ("tolerance", one.tolerance), ("static", cache.static)):
+        rare = (("certify", one.certify), ("tolerance", one.tolerance), ("bits", one.bits), ("static", cache.static))
+        for name, value in rare:
             if value is not None:
                 record["settings"][name] = True if name == "static" else value
     metadata = {KEY: json.dumps(record, sort_keys=True)}
@@ -165,7 +166,7 @@ def restore(core: LayerCache, held: Mapping[str, Any], arrays: Mapping[str, torc
     config = core.config
     evicted, evidence = statistics(config, arrays["recent_keys"], arrays["recent_values"], arrays, "evicted.", path)
     own: dict[str, Any] = {name: x for name, x in arrays.items() if "." not in name}
-    layout = Layout(config.sinks, config.recent, tuple(held["widths"]))
+    layout = Layout(config.sinks, config.recent, tuple(held["widths"]), config.bits)
     numbers = {name: held[name] for name in NUMBERS}
     state = LayerState(**own, **numbers, evicted=evicted, evidence=evidence, layout=layout)
     check_state(core, state)

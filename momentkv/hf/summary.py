@@ -139,4 +139,4 @@ def measured(core: Any, trust: Callable[[Any], float] | None) -> float | None:
     if core.config.certify is None or state.query_mean is None:
         return None
     queries = state.query_mean[..., None, :] / core.attention_scale
-    return float(estimate_trust(core, queries.to(state.keys.dtype)).estimated.mean())
+    return float(estimate_trust(core, queries.to(state.recent_keys.dtype)).estimated.mean())

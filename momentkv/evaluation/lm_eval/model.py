@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 from tqdm import tqdm
 
 from momentkv.cache.budget_rules import parse_budget
+from momentkv.codes import check_bits
 from momentkv.evaluation.lm_eval.batches import check_batch
 from momentkv.evaluation.lm_eval.questions import question_start, tokens_from
 from momentkv.hf import MomentCache
@@ -49,7 +50,7 @@ class MomentLM(HFLM):
     correction : {"summaries", "order-1", "order-0", "none"}
         The anchored summaries, the paper's moments, their order 0, or plain eviction.
     sharing : str, optional
-    sinks, window, block : int
+    sinks, window, block, bits
         As `MomentCache` takes them.
     prefill_chunk : int, optional
         Tokens read at a time; by default all at once.
@@ -98,6 +99,7 @@ class MomentLM(HFLM):
         query_aware: bool = True,
         question_marker: str | None = None,
         context_field: str | None = None,
+        bits: int | None = None,
         **kwargs: Any,
     ) -> None:
         correction = correction or "none"  # lm_eval reads "none" as None
@@ -136,6 +138,7 @@ class MomentLM(HFLM):
             "sinks": sinks,
             "window": window,
             "block": block,
+            "bits": None if bits is None else check_bits(bits),
         }
         # Where the question of a prompt begins, and how many tokens the questions of the present batch have.
         self.starts: dict[str, int] = {}

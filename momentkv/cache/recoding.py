@@ -1,0 +1,96 @@
+"""Records of retained tokens through an eviction: those that stay keep theirs to the last bit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from momentkv._array import Array, array_namespace, device, take_rows
+from momentkv.backends.layout import Layout
+from momentkv.cache.state import LayerState
+from momentkv.codes import Standard, encode
+
+__all__ = ["Pool", "pool_of"]
+
+
+class Pool(NamedTuple):
+    """Records that retained slots are filled from: those at hand, and behind them those of tokens that enter the tier.
+
+    Attributes
+    ----------
+    keys, values : uint8 array, shape (..., kv_head, m, bytes)
+    key_step, value_step : array, shape (..., kv_head, m)
+    key_standard, value_standard : Standard
+    source : int array, shape (..., kv_head, n)
+        For each token of a view that will be retained, its place among the ``m``.
+    """
+
+    keys: Array
+    values: Array
+    key_step: Array
+    value_step: Array
+    key_standard: Standard
+    value_standard: Standard
+    source: Array
+
+
+def pool_of(
+    keys: Array,
+    values: Array,
+    real: Array,
+    retained: Array,
+    state: LayerState,
+    layout: Layout,
+    *,
+    stay: int,
+    renew: bool,
+) -> Pool:
+    """Records of the tokens that a layer is to retain.
+
+    Parameters
+    ----------
+    keys, values : array, shape (..., kv_head, n, d) and (..., kv_head, n, dv)
+        All tokens in order of position: sinks, those that are retained now, and all others.
+    real, retained : bool array, shape (..., kv_head, n)
+        Which slots hold a token, and which of these are to be retained.
+    state : LayerState
+        Whose tokens they are, new ones excepted.
+    layout : Layout
+        Of the state to come.
+    stay : int
+        Tokens of each head that are in no record now and will be in none.
+    renew : bool
+        Whether the standard is made anew, and all records with it.
+    """
+    xp = array_namespace(keys)
+    coding = None if renew else state.coding()
+    n, first, width = keys.shape[-2], min(state.layout.sinks, state.filled), 0
+    if coding is None:
+        standards = Standard.of(keys, real), Standard.of(values, real)
+        enters = retained
+    else:
+        standards, width = (coding.key_standard, coding.value_standard), state.layout.width
+        slot = xp.arange(n, dtype=xp.int32, device=device(keys))
+        enters = retained & ((slot < first) | (slot >= first + width))
+    # Only tokens that change their tier are coded: at most so many of any head.
+    most = max(1, min(layout.width, n - width - stay))
+    index = xp.argsort(xp.astype(~enters, xp.int8), axis=-1, stable=True)[..., :most]
+    records = [
+        encode(take_rows(x, index), standard, layout.bits or 0)
+        for x, standard in zip((keys, values), standards, strict=True)
+    ]
+    (key_codes, key_step), (value_codes, value_step) = records
+    source = xp.cumulative_sum(xp.astype(enters, index.dtype), axis=-1) - 1
+    source = xp.where(source > 0, source, xp.zeros_like(source))
+    if coding is not None:
+        source = xp.where(enters, source + width, xp.astype(slot, source.dtype) - first)
+        source = xp.clip(source, 0, width + most - 1)
+        rectangle, old = state.layout.rectangle, (state.keys, state.values)
+        key_codes, value_codes = (
+            xp.concat([rectangle(x, vectors=True), y], axis=-2)
+            for x, y in zip(old, (key_codes, value_codes), strict=True)
+        )
+        key_step, value_step = (
+            xp.concat([rectangle(x, vectors=False), y], axis=-1)
+            for x, y in zip((coding.key_step, coding.value_step), (key_step, value_step), strict=True)
+        )
+    return Pool(key_codes, value_codes, key_step, value_step, *standards, source)

@@ -1,0 +1,129 @@
+"""Whole numbers of a few bits, packed into bytes and back.
+
+A code of 3, 5, 6 or 16 bits is split into *planes* of 1, 2, 4 or 8 bits, for these divide a byte. A plane of ``w`` bits
+takes ``ceil(w d / 8)`` bytes a row: with ``m`` of them, byte ``j`` holds the channels ``j, m + j, 2 m + j, ...``, so
+that unpacking shifts whole blocks of bytes and nothing is moved within one.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from momentkv._array import Array, array_namespace, device
+
+__all__ = ["BITS", "check_bits", "pack", "row_bytes", "unpack"]
+
+# Bits of the planes of a code, the most significant first.
+PLANES = {3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (8, 8)}
+BITS = tuple(PLANES)
+
+
+def check_bits(bits: object) -> int:
+    """Bits of a code as an int.
+
+    Raises
+    ------
+    ValueError
+        If there is no code of so many bits.
+
+    Examples
+    --------
+    >>> check_bits(4)
+    4
+    >>> check_bits(7)
+    Traceback (most recent call last):
+    ValueError: bits is 7; use 3, 4, 5, 6, 8 or 16, or None for tokens as the model computes them
+    """
+    try:
+        known = not isinstance(bits, bool) and operator.index(bits) in PLANES  # type: ignore[arg-type]
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"bits is {bits!r}; use {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, or None for tokens as the model "
+            "computes them"
+        )
+    return operator.index(bits)  # type: ignore[arg-type]
+
+
+def row_bytes(d: int, bits: int) -> int:
+    """Bytes of ``d`` codes: ``d bits / 8``, each plane rounded up to whole bytes.
+
+    Examples
+    --------
+    >>> [row_bytes(64, bits) for bits in BITS], row_bytes(1, 5)
+    ([24, 32, 40, 48, 64, 128], 2)
+    """
+    return sum(-(-d * width // 8) for width in PLANES[bits])
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Codes of ``bits`` bits, whole numbers from 0 on, as bytes.
+
+    Parameters
+    ----------
+    codes : int array, shape (..., d)
+    bits : int
+        One of `BITS`.
+
+    Returns
+    -------
+    uint8 array, shape (..., row_bytes(d, bits))
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pack(np.asarray([1, 2, 3, 15]), 4).tolist()
+    [49, 242]
+    """
+    xp = array_namespace(codes)
+    *lead, d = codes.shape
+    planes, below = [], bits
+    for width in PLANES[bits]:
+        below -= width
+        plane = xp.astype((codes >> below) & (2**width - 1), xp.uint8)
+        count, m = 8 // width, -(-d * width // 8)
+        if count * m > d:
+            empty = xp.zeros((*lead, count * m - d), dtype=xp.uint8, device=device(codes))
+            plane = xp.concat([plane, empty], axis=-1)
+        packed = plane[..., :m]
+        for place in range(1, count):
+            packed = packed | (plane[..., place * m : (place + 1) * m] << (width * place))
+        planes.append(packed)
+    return planes[0] if len(planes) == 1 else xp.concat(planes, axis=-1)
+
+
+def unpack(packed: Array, bits: int, d: int) -> Array:
+    """The inverse of `pack`.
+
+    Parameters
+    ----------
+    packed : uint8 array, shape (..., row_bytes(d, bits))
+    bits, d : int
+
+    Returns
+    -------
+    uint8 array, shape (..., d)
+        int32 where a code has more than 8 bits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unpack(np.asarray([49, 242], dtype=np.uint8), 4, 4).tolist()
+    [1, 2, 3, 15]
+    """
+    xp = array_namespace(packed)
+    codes, start = None, 0
+    for width in PLANES[bits]:
+        count, m = 8 // width, -(-d * width // 8)
+        block = packed[..., start : start + m]
+        start += m
+        plane = block
+        if count > 1:
+            mask = 2**width - 1
+            parts = [block & mask, *((block >> (width * place)) & mask for place in range(1, count))]
+            plane = xp.concat(parts, axis=-1)[..., :d]
+        if bits > 8:
+            plane = xp.astype(plane, xp.int32)
+        codes = plane if codes is None else (codes << width) | plane
+    return codes

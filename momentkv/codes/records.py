@@ -1,0 +1,140 @@
+r"""Records: a token as whole numbers and one step, which say nothing of any other token.
+
+.. math:: z = (x - m) / \sigma, \qquad z \approx \delta\,(c - 2^{b-1} + 1/2), \qquad c \in \{0, \dots, 2^b - 1\}
+
+with mean :math:`m` and deviation :math:`\sigma` of each channel (`Standard`), and of each token the step
+:math:`\delta = 2^{1-b} \max_c |z_c|`, rounded up to 16 bits. No component is off by more than half a step.
+Derivation: docs/derivations/codes.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from momentkv._array import Array, accumulation_dtype, array_namespace
+from momentkv.codes.packing import pack, row_bytes, unpack
+from momentkv.codes.standard import Standard
+
+__all__ = ["Coded", "Coding", "centre", "decode", "encode", "record_bytes", "step_dtype"]
+
+# Steps of 16 bits: the least that is told from zero in full precision, and the largest.
+LEAST, MOST = 2.0**-14, 65504.0
+# Rounding to 16 bits loses at most half of this share.
+UP = 1 + 2.0**-10
+
+
+def step_dtype(xp: Any) -> Any:
+    """Of steps: 16 bits, where the library has them."""
+    return getattr(xp, "float16", xp.float32)
+
+
+def centre(bits: int) -> float:
+    """What is subtracted of a code: levels lie around zero, and none is zero."""
+    return 2.0 ** (bits - 1) - 0.5
+
+
+def encode(x: Array, standard: Standard, bits: int) -> tuple[Array, Array]:
+    """Records of tokens.
+
+    Parameters
+    ----------
+    x : array, shape (..., n, d)
+    standard : Standard
+        Of shape (..., d).
+    bits : int
+        One of `momentkv.codes.BITS`.
+
+    Returns
+    -------
+    codes : uint8 array, shape (..., n, row_bytes(d, bits))
+    step : float16 array, shape (..., n)
+        NaN for a token that is not finite; float32 in a library without float16.
+
+    Notes
+    -----
+    A token whose largest component is above ``65504 * 2**(bits - 1)`` deviations is clipped there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(100, 8))
+    >>> standard = Standard.of(x)
+    >>> codes, step = encode(x, standard, 8)
+    >>> bool((abs(decode(codes, step, standard, 8) - x) <= step[:, None] * standard.deviation / 2).all())
+    True
+    """
+    xp = array_namespace(x)
+    z = standard.standardise(x)
+    top = xp.max(xp.abs(z), axis=-1)
+    finite = xp.isfinite(top)
+    step = xp.clip(xp.where(finite, top, xp.ones_like(top)) * (UP * 2.0 ** (1 - bits)), LEAST, MOST)
+    step = xp.astype(step, step_dtype(xp))
+    z = xp.where(finite[..., None], z, xp.zeros_like(z))
+    codes = xp.floor(z / xp.astype(step, z.dtype)[..., None] + 2.0 ** (bits - 1))
+    codes = xp.astype(xp.clip(codes, 0.0, 2.0**bits - 1), xp.int32)
+    return pack(codes, bits), xp.where(finite, step, xp.full_like(step, float("nan")))
+
+
+def decode(codes: Array, step: Array, standard: Standard, bits: int) -> Array:
+    """Tokens (..., n, d) of records, in the accumulation dtype of the standard."""
+    xp = array_namespace(codes, step)
+    dtype = accumulation_dtype(xp, standard.mean.dtype)
+    levels = xp.astype(unpack(codes, bits, standard.mean.shape[-1]), dtype) - centre(bits)
+    return standard.restore(levels * xp.astype(step, dtype)[..., None])
+
+
+class Coded(NamedTuple):
+    """Keys and values of the tokens of some KV heads, in records.
+
+    Attributes
+    ----------
+    bits : int
+    keys, values : uint8 array, shape (..., kv_head, n, bytes)
+    key_step, value_step : array, shape (..., kv_head, n)
+    key_standard, value_standard : Standard
+        Of shape (..., kv_head, d) and (..., kv_head, dv).
+    """
+
+    bits: int
+    keys: Array
+    values: Array
+    key_step: Array
+    value_step: Array
+    key_standard: Standard
+    value_standard: Standard
+
+    def decoded(self) -> tuple[Array, Array]:
+        """Keys and values (..., kv_head, n, d) and (..., kv_head, n, dv)."""
+        return (
+            decode(self.keys, self.key_step, self.key_standard, self.bits),
+            decode(self.values, self.value_step, self.value_standard, self.bits),
+        )
+
+
+class Coding(NamedTuple):
+    """What the records of packed slots need to be read; see `momentkv.backends.layout.Layout`.
+
+    Attributes
+    ----------
+    bits : int
+    key_step, value_step : array, shape (..., slots)
+    key_standard, value_standard : Standard
+        Of shape (..., kv_head, d) and (..., kv_head, dv).
+    """
+
+    bits: int
+    key_step: Array
+    value_step: Array
+    key_standard: Standard
+    value_standard: Standard
+
+
+def record_bytes(d: int, dv: int, bits: int) -> int:
+    """Bytes of one token's key and value, with a step of two bytes each.
+
+    Examples
+    --------
+    >>> [record_bytes(64, 64, bits) for bits in (3, 4, 8)]
+    [52, 68, 132]
+    """
+    return row_bytes(d, bits) + row_bytes(dv, bits) + 4
