@@ -21,7 +21,9 @@ from momentkv.evaluation.fidelity import (
     CHOICES,
     DEFAULT,
     Setting,
+    bytes_as_tokens,
     compare,
+    empty_cache,
     measure,
     moment_tokens,
     setting_of,
@@ -150,6 +152,41 @@ def test_measurement_is_a_prefill_and_one_pass_over_what_follows(order: int | No
         assert math.isclose(fidelity.kl, expected.kl, rel_tol=1e-3)
         assert fidelity.top1 == expected.top1
         assert math.isclose(fidelity.nll_change, expected.nll_change, rel_tol=1e-3, abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("method", ["snapkv/none", "default"])
+def test_few_bits_are_compared_at_equal_bytes(bits: int, itemsize: int, method: str):
+    """Codes, steps, exact tokens, standards and statistics: at most those of the budget, and not one token less."""
+    model, budget, least = tiny("llama"), 90, 10
+    named = setting_of(f"{method}@{bits}")
+    chosen = (named.order, named.kind, named.sharing, named.bits)
+    (setting,) = settings_grid(model, [named.policy], [budget], [chosen], least=least, itemsize=itemsize)
+    cache = empty_cache(model, setting, window=8)
+    model(prompt(1, 15 * CONTEXT), past_key_values=cache)
+    cores = cache.moment_layers.values()
+    assert all(core.config.bits == bits and core.has_evicted for core in cores)
+    held = [item for core in cores for item in core.arrays().items()]
+    names = ("keys", "values", "_step", "_mean", "_deviation")
+    floats = {"recent_keys", "recent_values", "key_mean", "key_deviation", "value_mean", "value_deviation"}
+    # The model stores numbers of 32 bits, whatever they are counted in; the step to come has a slot more.
+    counted = sum(
+        x.numel() * (itemsize if name in floats else x.element_size())
+        for name, x in held
+        if name.endswith(names) and not name.startswith(("evicted", "query"))
+    )
+    heads, pair = 4, 2 * 16 * itemsize
+    state = moment_tokens(model, setting, itemsize=itemsize) - 2
+    counted = counted / heads - pair + state * pair
+    assert budget * pair - pair < counted <= budget * pair
+    assert bytes_as_tokens(model, setting, itemsize=itemsize, window=8) == budget
+
+
+@pytest.mark.parametrize("method", ["default@2", "default@", "snapkv@4", "snapkv/none@four", "@4"])
+def test_bits_that_there_are_not_are_refused_by_name(method: str):
+    with pytest.raises(ValueError, match=r"(bits is|methods has) "):
+        setting_of(method)
 
 
 CORRECTIONS = [(None, "moments"), (0, "moments"), (1, "moments"), (0, "summaries"), (1, "summaries")]

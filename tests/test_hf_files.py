@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pyramid": {"sharing": "pyramid"},
     "bytes": {"budget": "80KiB"},
     "few bits": {"bits": 4},
-    "few bits, bytes": {"bits": 3, "budget": "80KiB"},
+    "few bits, bytes": {"bits": 3, "budget": "40KiB"},
     "certified": {"certify": 2},
     "certified, order 0": {"certify": 0, "sharing": "uniform", "correction": "moments"},
 }

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "paper": {"sharing": "uniform", "policy": "momentkv", "correction": "moments"},
     "all queries": {"sharing": "uniform", "policy": H2O(observes=None)},
     "no scores": {"policy": "keydiff", "order": None},
+    "few bits": {"bits": 4},
 }
 ASSISTED: dict[str, Any] = {
     "assisted": lambda family: {"assistant_model": tiny(family, "sdpa"), "num_assistant_tokens": 4},

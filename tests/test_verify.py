@@ -140,6 +140,8 @@ MUTANTS = [
     ("B9 share", bounds, "share_from_mass", constant_share),
     ("B10 output of several parts", certificate, "parts_bound", least(certificate.parts_bound)),
     ("B11 compact slope", reading, "slope_from_tail", without_tail),
+    ("B12 logit from the step", bounds, "logit_from_step", scaled(theorems.logit_from_step, 0.95)),
+    ("B13 output from codes", bounds, "output_from_codes", scaled(theorems.output_from_codes, 0.98)),
     ("certificate: lse, float64", reading, "state_error", no_error),
     ("certificate: lse, float32", functions, "LARGE", 1e9),
     *(

@@ -36,6 +36,7 @@ PAGES = {
     "derivations/mass": ("Why the estimated mass is too small", "derivation-mass"),
     "derivations/summaries": ("Anchored summaries", "derivation-summaries"),
     "derivations/bounds": ("Error bounds", "derivation-bounds"),
+    "derivations/codes": ("Tokens in few bits", "derivation-codes"),
     "derivations/eviction": ("Which token to evict", "derivation-eviction"),
     "derivations/cost": ("Cost", "derivation-cost"),
     "certificates": ("Certificates", "page-certificates"),

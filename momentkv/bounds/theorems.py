@@ -17,8 +17,10 @@ from momentkv.statistics.weights import positive
 
 __all__ = [
     "Interval",
+    "logit_from_step",
     "mass_from_range",
     "mass_from_variance",
+    "output_from_codes",
     "output_from_representation",
     "output_from_value",
     "range_from_anchor",
@@ -297,3 +299,36 @@ def slope_from_tail(length: Array, tail: Array) -> Array:
         A bound of the spectral norm of what a compact (low-rank) matrix leaves out; its Frobenius norm is one.
     """
     return length * tail
+
+
+def logit_from_step(length: Array, step: Array) -> Array:
+    r"""Theorem B12: how far codes move a logit.
+
+    .. math:: |s\, q \cdot (\hat k - k)| \le \frac\delta2\, s \sum_c |q_c|\, \sigma_c
+
+    Parameters
+    ----------
+    length : array
+        :math:`s \sum_c |q_c| \sigma_c`, by the deviations that the key was coded by (`momentkv.codes`).
+    step : array
+        :math:`\delta`, of the token.
+    """
+    return length * step / 2
+
+
+def output_from_codes(logit: Array, radius: Array, value: Array) -> Array:
+    r"""Theorem B13: how far codes move the output.
+
+    If no logit is off by more than :math:`\varepsilon` and no value by more than :math:`\varepsilon_v`,
+
+    .. math:: \lVert \hat o - o \rVert \le 2 R \tanh(\varepsilon / 2) + \varepsilon_v
+
+    Parameters
+    ----------
+    logit, value : array
+        :math:`\varepsilon` (B12) and :math:`\varepsilon_v \ge \lVert \hat v_t - v_t \rVert`, say half a step times the
+        length of the values' deviations.
+    radius : array
+        :math:`R \ge \lVert v_t - c \rVert` for some :math:`c`, of the values or of the decoded ones.
+    """
+    return 2 * radius * array_namespace(logit).tanh(logit / 2) + value

@@ -2,7 +2,7 @@
 
 from momentkv.codes.attention import attend_codes
 from momentkv.codes.packing import BITS, check_bits, pack, row_bytes, unpack
-from momentkv.codes.records import Coded, Coding, decode, encode, record_bytes, step_dtype
+from momentkv.codes.records import Coded, Coding, centre, decode, encode, record_bytes, step_dtype
 from momentkv.codes.standard import Standard
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Coding",
     "Standard",
     "attend_codes",
+    "centre",
     "check_bits",
     "decode",
     "encode",

@@ -15,6 +15,7 @@ from momentkv import attention, bounds, correction
 from momentkv.attention import AttentionState
 from momentkv.bounds import functions, rounding
 from momentkv.bounds.theorems import Interval
+from momentkv.codes import BITS, Standard, centre, encode, unpack
 from momentkv.statistics.moments import Moments
 from momentkv.testing.adversaries import Batch
 from momentkv.testing.truth import LONG, UNIT, Floats, Outcome, Truth, above, norm
@@ -157,6 +158,45 @@ def check_b11(t: Truth, batch: Batch, rng: np.random.Generator) -> Outcome:
     given = guess.astype(batch.dtype)
     bound = bounds.value_error(batch.q, state, given[:, None], scale=batch.scale, slope=slope)[:, 0]
     return above(norm(t.value - given), bound, t.value_error)
+
+
+def check_b12(t: Truth, batch: Batch, rng: np.random.Generator) -> Outcome:
+    """Theorem B12, of keys in codes of every number of bits."""
+    bits = int(rng.choice(BITS))
+    standard = Standard.of(batch.k)
+    codes, step = encode(batch.k, standard, bits)
+    mean, deviation, delta = (x.astype(LONG) for x in (*standard, step))
+    level = unpack(codes, bits, batch.k.shape[-1]).astype(LONG) - centre(bits)
+    off = mean[:, None] + deviation[:, None] * level * delta[..., None] - batch.k
+    moved = np.abs((t.query[:, None] * off).sum(axis=-1))
+    length = (np.abs(t.query) * deviation).sum(axis=-1)
+    # Rounding of z and of its quotient by the step, in the dtype of the keys; and that of this check.
+    u = float(np.finfo(batch.dtype).eps) / 2
+    size = deviation[:, None] * (delta * 2.0**bits)[..., None] + np.abs(batch.k) + np.abs(mean)[:, None]
+    slack = (np.abs(t.query)[:, None] * size).sum(axis=-1) * (4 * u + 64 * UNIT)
+    each = above(moved, bounds.logit_from_step(length[:, None], delta), slack)
+    return Outcome(np.asarray(each.violated.any(axis=-1)), each.tightness)
+
+
+def check_b13(t: Truth, batch: Batch, rng: np.random.Generator) -> Outcome:
+    """Theorem B13: logits and values moved as far as may be, towards one side."""
+    v, n = batch.v.astype(LONG), batch.v.shape[-2]
+    middle = (v.max(axis=-2) + v.min(axis=-2)) / 2
+    off = v - middle[:, None]
+    side = np.sign((off * off[:, :1]).sum(axis=-1))
+    logit = rng.choice([1e-3, 0.1, 1.0, 5.0], size=len(v)).astype(LONG)
+    value = rng.choice([0.0, 0.1], size=len(v)) * t.radius
+    moved = logit[:, None] * np.where(rng.random((len(v), 1)) < 0.5, side, rng.choice([-1.0, 1.0], size=(len(v), n)))
+    error = rng.standard_normal(v.shape)
+    error *= (value / np.maximum(norm(error).max(axis=-1), 1e-30))[:, None, None]
+
+    def output(x: Floats, values: Floats) -> Floats:
+        powers = t.share * np.exp(x - x.max(axis=-1, keepdims=True))
+        return (powers[..., None] * values).sum(axis=-2) / powers.sum(axis=-1)[:, None]
+
+    changed = norm(output(t.x + moved / 2, v + error) - output(t.x - moved / 2, v))
+    slack = UNIT * (16 * n + 128) * (norm(v).max(axis=-1) + value) * (1 + np.abs(t.x).max(axis=-1))
+    return above(changed, bounds.output_from_codes(logit, norm(off).max(axis=-1), value), slack)
 
 
 def state_of(batch: Batch, rng: np.random.Generator, *, anchored: bool = False) -> Moments:
@@ -321,6 +361,8 @@ CHECKS: dict[str, Callable[[Truth, Batch, np.random.Generator], Outcome]] = {
     "B9 share": check_b9,
     "B10 output of several parts": check_b10,
     "B11 compact slope": check_b11,
+    "B12 logit from the step": check_b12,
+    "B13 output from codes": check_b13,
     **{
         f"certificate: {kind}, {'anchored, ' * anchored}{dtype}": certificate(anchored, dtype, kind)
         for anchored in (False, True)
