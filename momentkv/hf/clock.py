@@ -95,8 +95,9 @@ class Clock:
         Asks the device once.
         """
         self.open = True
-        for core in self.cores:
-            core.fix()
+        with torch.inference_mode(False):  # arrays that stay must be ones that may be written in any mode
+            for core in self.cores:
+                core.fix()
         block, steps = self.cores[0].config.block, set[int]()
         for core in self.cores:
             ticks: Any = core.stored_state.ticks

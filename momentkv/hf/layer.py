@@ -53,6 +53,8 @@ class MomentLayer(CacheLayerMixin):
         # Of a cache with static=True.
         self.clock: Clock | None = None
         self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Whether the last pass was one under `torch.inference_mode`.
+        self.was_inference = False
 
     @property
     def is_compileable(self) -> bool:
@@ -101,6 +103,7 @@ class MomentLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens; the returned keys are theirs, with the link that `momentkv_attention` follows."""
         self.come_to(key_states.device)
+        self.leave_inference_mode()
         if self.steps_statically(key_states.shape[2]):
             self.check_like_buffers(key_states, value_states)
             self.arrived = key_states.detach(), value_states.detach()
@@ -297,10 +300,30 @@ class MomentLayer(CacheLayerMixin):
             raise RuntimeError(
                 f"cannot move a cache layer to {device}: recorded passes wait for crop; call cache.crop(0) first"
             )
-        self.core.map(lambda x: x.to(device))
+        self.replace(lambda x: x.to(device))
+
+    def replace(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put other arrays of the same shapes in place of all; where steps are static, the old ones are let go of."""
+        self.core.map(function)
         if self.core.fixed is not None:
-            self.core.fixed = None  # what lies elsewhere is let go of
-            self.core.fix()
+            self.core.fixed = None
+            with torch.inference_mode(False):
+                self.core.fix()
+
+    def leave_inference_mode(self) -> None:
+        """Make arrays that were made under `torch.inference_mode` ordinary ones, if that has ended since.
+
+        Nothing may be written into them otherwise, and no gradient come through.
+        """
+        core, state = self.core, self.core.state
+        if state is None or torch.compiler.is_compiling():
+            return
+        if torch.is_inference_mode_enabled():
+            self.was_inference = True
+        elif self.was_inference or state.recent_keys.is_inference():
+            self.was_inference, core.prepared = False, None
+            if any(x.is_inference() for x in core.arrays().values()):
+                self.replace(lambda x: x.clone() if x.is_inference() else x)
 
     def come_to(self, device: torch.device) -> None:
         """Move the state to where new tokens are."""

@@ -1,0 +1,73 @@
+"""`torch.inference_mode`, `torch.no_grad` and gradients, one after the other on one cache."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import prompt, tiny
+
+from momentkv.hf import MomentCache
+
+MODES: dict[str, Any] = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
+SMALL: dict[str, Any] = {"budget": 20, "sinks": 1, "window": 8, "block": 4}
+
+
+def read(family: str, cache: MomentCache, tokens: int, seed: int) -> torch.Tensor:
+    """Logits of a few tokens one by one, or of many at once."""
+    step = 1 if tokens < 20 else tokens
+    parts = [tiny(family)(ids, past_key_values=cache).logits for ids in prompt(2, tokens, seed).split(step, dim=1)]
+    return torch.cat(parts, 1).detach()
+
+
+@pytest.mark.parametrize("policy", ["balanced", "h2o"])
+@pytest.mark.parametrize(("family", "static"), [("llama", False), ("llama", True), ("gemma3", False)])
+def test_modes_may_follow_each_other_and_change_nothing(family: str, static: bool, policy: Any):
+    modes = [name for name in MODES if not (static and name == "grad")]
+    for chosen in itertools.product(modes, repeat=3):
+        cache, other = (MomentCache(tiny(family), policy=policy, static=static, **SMALL) for _ in range(2))
+        for seed, (tokens, mode) in enumerate(zip((60, 6, 7), chosen, strict=True)):
+            with MODES[mode]():
+                found = read(family, cache, tokens, seed)
+            with torch.no_grad():
+                expected = read(family, other, tokens, seed)
+            # Whether weights want a gradient decides which of PyTorch's kernels computes, to a rounding.
+            exact = "grad" not in chosen
+            assert torch.equal(found, expected) if exact else torch.allclose(found, expected, atol=1e-4), chosen
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_what_is_changed_under_inference_mode_is_read_on_outside(static: bool, tmp_path: Path):
+    model = tiny("llama")
+    cache = MomentCache(model, static=static, **SMALL)
+    with torch.no_grad():
+        read("llama", cache, 60, 0)
+    cache.save(tmp_path / "cache")
+    with torch.inference_mode():
+        caches = [MomentCache.load(tmp_path / "cache", model) for _ in range(3)]
+        caches[0].batch_repeat_interleave(2)
+        caches[0].batch_select_indices(torch.tensor([0, 2]))
+        caches[1].reorder_cache(torch.tensor([1, 0]))
+        caches[1].reorder_cache(torch.tensor([1, 0]))
+        caches[2].crop(-2)
+    with torch.no_grad():
+        read("llama", caches[2], 2, 5)
+        expected = read("llama", cache, 9, 1)
+        assert all(torch.equal(read("llama", one, 9, 1), expected) for one in caches[:2])
+        assert read("llama", caches[2], 9, 1).isfinite().all()
+
+
+def test_a_gradient_comes_through_what_was_read_under_inference_mode():
+    """To the new tokens; what the cache holds has none."""
+    model, cache = tiny("llama"), MomentCache(tiny("llama"), **SMALL)
+    with torch.inference_mode():
+        read("llama", cache, 60, 0)
+        read("llama", cache, 2, 1)
+    embedded = model.get_input_embeddings()(prompt(2, 1, 2)).detach().requires_grad_()
+    model(inputs_embeds=embedded, past_key_values=cache).logits.sum().backward()
+    assert embedded.grad is not None
+    assert (embedded.grad != 0).any()
+    model.zero_grad(set_to_none=True)
