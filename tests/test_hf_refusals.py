@@ -41,6 +41,11 @@ CONSTRUCTIONS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "softcap": (lambda: MomentCache(config("gemma2"), 64), ["'gemma2'", "attn_logit_softcapping"]),
     "latent attention": (lambda: MomentCache(config("deepseek_v3"), 64), ["'deepseek_v3'", "kv_lora_rank"]),
     "sinks as parameters": (lambda: MomentCache(config("gpt_oss"), 64), ["'gpt_oss'", "attention sinks"]),
+    "cross-attention": (
+        lambda: MomentCache(config("gpt2", add_cross_attention=True), 64),
+        ["'gpt2'", "cross-attention"],
+    ),
+    "cross-attention layers": (lambda: MomentCache(config("mllama_text_model"), 64), ["'mllama", "cross-attention"]),
     "shared caches": (
         lambda: MomentCache(config("gemma3n_text", num_kv_shared_layers=3), 64),
         ["'gemma3n_text'", "num_kv_shared_layers"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,6 +81,26 @@ def test_recorded_tokens_that_are_taken_back_leave_no_trace(kind: str, padding: 
         assert_same(state(recorded), state(fresh))
         assert recorded.nbytes == fresh.nbytes
     assert all(core.has_evicted for core in fresh.moment_layers.values())
+
+
+@pytest.mark.parametrize("lengths", [[100], [1] * 100, [60, *[1] * 40], [30, 40, 30]], ids=str)
+@pytest.mark.parametrize("records", [False, True])
+def test_advice_of_a_crop_that_is_refused_leads_to_one_that_is_not(lengths: list[int], records: bool):
+    def read(rollback: int, records: bool) -> MomentCache:
+        cache = MomentCache(tiny("llama"), 20, **(SMALL | {"rollback": rollback}))
+        if records:
+            cache.activate_past_recording()
+        for seed, count in enumerate(lengths):
+            step(cache, count, seed)
+        return cache
+
+    with pytest.raises(RuntimeError, match=r"crop\(-90\): .*rollback=(90|180) or more") as refused:
+        read(16, records).crop(-90)
+    said = re.findall(r"rollback=(\d+) or more", str(refused.value))
+    assert "activate_past_recording" in str(refused.value) or records
+    cache = read(int(said[0]), True)
+    cache.crop(-90)
+    assert cache.get_seq_length() == 10
 
 
 def test_a_recorded_pass_keeps_the_queries_of_rows_that_are_padded_on_the_right():

@@ -39,6 +39,8 @@ class Recorded(Protocol):
 
     core: LayerCache
     passes: list[Pass]
+    rollback: int
+    record_past: bool
 
     def evict(self) -> None:
         """Evict down to the budget."""
@@ -82,10 +84,26 @@ def check_crop(layers: Sequence[Recorded], tokens: int) -> None:
             newest = (core.positions >= seen - left) & (core.positions < seen)
             if left >= seen or not bool((newest.sum(-1) == left).all()):
                 raise RuntimeError(
-                    f"crop(-{tokens}): some of these tokens have been evicted and cannot be taken back; crop no "
-                    f"more than the window ({core.config.window}), call activate_past_recording() before reading "
-                    "tokens that may have to go, or read the conversation again with a new cache"
+                    f"crop(-{tokens}): some of these tokens have been evicted and cannot be taken back; "
+                    f"{advice(layer, tokens)}"
                 )
+
+
+def advice(layer: Recorded, tokens: int) -> str:
+    """What to do where so many tokens could not be taken back."""
+    # Half of what is recorded is settled where there is more than the cache was made for.
+    enough = max(2 * tokens, layer.rollback)
+    again = "or read what stays again with a new cache"
+    if layer.record_past:
+        return (
+            f"the cache records for rollback={layer.rollback} tokens, and settles the older half of more; make it with "
+            f"rollback={enough} or more, {again}"
+        )
+    more = "" if enough == layer.rollback else f"make the cache with rollback={enough} or more and "
+    return (
+        f"crop no more than the window ({layer.core.config.window}), {more}call activate_past_recording() before "
+        f"reading tokens that may have to go, {again}"
+    )
 
 
 def crop(layers: Sequence[Recorded], tokens: int) -> None:
