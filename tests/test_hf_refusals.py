@@ -174,7 +174,11 @@ USES: dict[str, tuple[Callable[[Any, MomentCache], None], type[Exception], list[
         ValueError,
         ["attention_mask has length 1", "41 tokens"],
     ),
-    "nothing new": (read_again, ValueError, ["40 tokens arrive", "the 40 tokens", "at least one new token"]),
+    "nothing new": (
+        read_again,
+        ValueError,
+        ["40 tokens arrive", "the 40 tokens", "at least one new token", "edited or shortened, a new cache"],
+    ),
     "nothing new, padded": (
         lambda model, cache: read_again(model, cache, padding=3),
         ValueError,
@@ -315,3 +319,26 @@ def test_causal_masks_are_compact():
     for name, value in {"kv_offset": 1, "local_size": 2, "mask_function": lambda b, h, q, k: k <= q - 1}.items():
         full = momentkv_mask(**settings, attention_mask=padded.bool(), allow_is_causal_skip=False, **{name: value})
         assert full.shape == (2, 1, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("length", "static"),
+    # A static step asks the device for nothing, and so not for the position of a single token.
+    [
+        (length, static)
+        for length in (1, 5, 21, 22, 39, 40, 41)
+        for static in (False, True)
+        if length != 21 or not static
+    ],
+)
+def test_a_history_no_longer_than_what_was_read_is_refused(length: int, static: bool):
+    """Whatever part of it generate() then feeds once more: none, a single token (of 21), some or all."""
+    model, cache = tiny("llama"), cached(static=static)
+    with torch.no_grad():
+        model(prompt(2, 41), past_key_values=cache)
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=r"the history was edited or shortened, a new cache"):
+        model.generate(prompt(2, length), past_key_values=cache, max_new_tokens=4)
+    assert_unchanged(cache, before)
+    ids = torch.cat([prompt(2, 41), prompt(2, 1, seed=1)], 1)
+    assert model.generate(ids, past_key_values=cache, max_new_tokens=4).shape == (2, 46)

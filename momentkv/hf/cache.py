@@ -20,6 +20,7 @@ from momentkv.hf.checks import (
     check_limit,
     check_new_keys,
     check_sliding,
+    check_some_tokens,
     has_read,
     records,
     refuse_architecture,
@@ -193,6 +194,7 @@ class MomentCache(Cache):
         """Mask sizes as if nothing were evicted, so that one mask serves every layer."""
         if not torch.compiler.is_compiling():
             self.passes.undo()
+            check_some_tokens(query_length, self)
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 

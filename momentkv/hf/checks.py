@@ -20,6 +20,7 @@ __all__ = [
     "check_pass",
     "check_sharing",
     "check_sliding",
+    "check_some_tokens",
     "check_static_pass",
     "has_read",
     "in_any_layer",
@@ -75,6 +76,11 @@ MEANINGS = {
 DROPPING = ("phi3", "phimoe", "phi4_multimodal")
 # Settings of decoders that attend to something else than their own tokens, too.
 CROSS = ("cross_attention_layers", "add_cross_attention")
+# How to go on with a cache.
+LONGER = (
+    "give it those and at least one new token, or, if the history was edited or shortened, a new cache: ids are "
+    "counted and not compared"
+)
 # Caches of dropping models that were asked whether they hold anything, and have not been used since.
 _asked: Any = weakref.WeakSet()
 
@@ -90,13 +96,22 @@ def check_implementation(config: Any) -> None:
 
 def check_new_tokens(position_ids: Any, new: int, seen: int) -> None:
     """Raise if the tokens of a pass, ``new`` to ``seen``, have positions of tokens before: ``generate`` may do that."""
-    if not 0 < new < seen - 1 or position_ids is None or position_ids.dim() != 2:
-        return  # nothing before, or a single token: that must not wait for the device
+    if not 0 < new < seen or position_ids is None or position_ids.dim() != 2:
+        return
+    if new == seen - 1 and position_ids.device.type != "cpu":
+        return  # a single token must not wait for the device
     if bool((position_ids[:, -1] < new).any()):
         raise ValueError(
             f"{seen - new} tokens arrive at positions of the {new} tokens that the cache has read: generate() reads "
-            "its whole input once more when the cache has read all of it; give it at least one new token"
+            f"some or all of its input once more when the cache has read as many; {LONGER}"
         )
+
+
+def check_some_tokens(tokens: Any, cache: Any) -> None:
+    """Raise if a pass has no tokens, as those of ``generate`` may have where its input is short."""
+    if isinstance(tokens, int) and tokens == 0:
+        seen = int(cache.get_seq_length())
+        raise ValueError(f"no tokens arrive: the input is shorter than the {seen} that the cache has read; {LONGER}")
 
 
 def records(layer: Any) -> bool:
