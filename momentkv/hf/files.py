@@ -32,8 +32,9 @@ FORMAT = 2
 KINDS = {correction.name: type(correction) for correction in CORRECTIONS.values()}
 # What of a layer's state is a number of the host's.
 NUMBERS = ("seen", "filled", "padded", "has_evicted")
-# Of what makes its setting, in a record.
+# Arrays that a state of the same settings may have or not, and their axes.
 OPTIONAL = {"clock": 1, "ticks": 2, "query_mean": 3, "query_square": 3, "recent_queries": 4}
+OPTIONAL |= dict.fromkeys(("key_mean", "key_deviation", "value_mean", "value_deviation"), 3)
 
 
 def save(cache: Any, path: str | os.PathLike[str]) -> None:
