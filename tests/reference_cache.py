@@ -13,6 +13,11 @@ import peer_formulas
 
 from momentkv.testing import oracle
 
+# Policies that look at the largest weight, of the group and of all queries.
+LARGEST = ("second-reading", "twice")
+# Those whose evidence survives an eviction.
+KEEPING = ("h2o", *LARGEST)
+
 
 @dataclasses.dataclass
 class Rules:
@@ -65,7 +70,8 @@ class ReferenceRow:
                 self.score[head][first + i] = 0.0
         group = q.shape[0] // self.kv_heads
         out = np.zeros((*q.shape[:2], v.shape[-1]))
-        attention: list[list[dict[int, float]]] = []  # by query, by KV head: position -> weight, mean over the group
+        # By query, by KV head: position -> weight, mean or largest of the group.
+        attention: list[list[dict[int, float]]] = []
         for i in range(m):
             attention.append([])
             for head in range(self.kv_heads):
@@ -73,7 +79,8 @@ class ReferenceRow:
                 keys, values = self.tokens(head, seen)
                 queries = q[head * group : (head + 1) * group, i : i + 1]
                 state = oracle.attend(queries, keys[None], values[None], rules.scale)
-                weights = oracle.softmax(oracle.logits(queries, keys[None], rules.scale))[0][:, 0].mean(axis=0)
+                weights = oracle.softmax(oracle.logits(queries, keys[None], rules.scale))[0][:, 0]
+                weights = weights.max(axis=0) if rules.policy in LARGEST else weights.mean(axis=0)
                 attention[i].append(dict(zip(seen, weights, strict=True)))
                 if rules.order is not None and gone[head] is not None:
                     sums = oracle.Sums(*(x[None] for x in gone[head]))
@@ -105,11 +112,12 @@ class ReferenceRow:
             return
         last = attention if rules.observes is None else attention[-rules.observes :]
         for head in range(self.kv_heads):
-            if m > 1 and rules.observes is not None and m >= rules.observes and rules.policy != "h2o":
+            if m > 1 and rules.observes is not None and m >= rules.observes and rules.policy not in KEEPING:
                 self.score[head] = dict.fromkeys(self.score[head], 0.0)
             for query in last:
                 for p, weight in query[head].items():
-                    self.score[head][p] += weight
+                    before = self.score[head][p]
+                    self.score[head][p] = max(before, weight) if rules.policy in LARGEST else before + weight
 
     def importance(self, head: int) -> np.ndarray:
         rules, held = self.rules, self.retained[head]
@@ -149,7 +157,10 @@ class ReferenceRow:
                 return peer_formulas.leverage(k, v)
             case "expected-attention":
                 return peer_formulas.expected_attention(k, v, *self.queries[head])
-            case "h2o" | "tova":
+            case "twice":
+                expected = peer_formulas.expected_attention(k, v, *self.queries[head])
+                return oracle.balanced(expected, score, 0.6)
+            case "h2o" | "tova" | "second-reading":
                 return score
         raise AssertionError(rules.policy)
 
@@ -170,4 +181,4 @@ class ReferenceRow:
                 kept.append([held[j] for j in slots])
             self.retained = kept
         for head in range(self.kv_heads):
-            self.score[head] = {p: self.score[head][p] if rules.policy == "h2o" else 0.0 for p in self.retained[head]}
+            self.score[head] = {p: self.score[head][p] if rules.policy in KEEPING else 0.0 for p in self.retained[head]}

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import COMPRESSED, prompt, tiny
+from models import COMPRESSED, prompt, save_with_bytes, tiny
 from transformers import DynamicCache
 
 from momentkv import POLICIES
 from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
-from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.fidelity import (
     CHOICES,
     DEFAULT,
+    NAMED,
     Setting,
     bytes_as_tokens,
     compare,
@@ -30,9 +31,10 @@ from momentkv.evaluation.fidelity import (
     settings_grid,
 )
 from momentkv.evaluation.gap import measure_gap, plot_gap
+from momentkv.evaluation.options import ONCE
 from momentkv.evaluation.report import average, fidelity_table, plot_fidelity, read_json, write_json
 from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
-from momentkv.hf import MomentCache
+from momentkv.hf import MomentCache, read
 from momentkv.policies import H2O, Policy, SnapKV, get_policy
 from momentkv.statistics.corrections import AnchoredSummaries
 
@@ -121,7 +123,7 @@ def test_comparison_is_as_defined():
 @pytest.mark.parametrize("order", [None, 0, 1])
 def test_a_budget_as_large_as_the_context_changes_nothing(order: int | None):
     ids = prompt(1, CONTEXT + 17)
-    settings = [Setting(policy, budget, order) for policy in POLICIES for budget in (CONTEXT, 200)]
+    settings = [Setting(policy, budget, order) for policy in ONCE for budget in (CONTEXT, 200)]
     results = list(measure(tiny("llama"), ids, CONTEXT, settings))
     assert [setting for setting, _, _ in results] == settings
     for _, fidelity, nbytes in results:
@@ -273,12 +275,19 @@ def test_methods_are_settings_by_name():
     for policy in POLICIES:
         for name, correction in CHOICES.items():
             setting = setting_of(f"{policy}/{name}")
-            assert setting == Setting(policy, 0, *correction)
+            # "twice/none" is "twice" without its correction, budgets shared as there.
+            assert setting == Setting(policy, 0, *correction) or f"{policy}/{name}" in NAMED
             assert setting.method == f"{policy}/{name}"
     assert setting_of("default") == setting_of("balanced/summaries-heads") == DEFAULT
-    assert setting_of("default").method == "default"
+    for method in NAMED:
+        assert setting_of(method).method == method
+    assert setting_of("twice") == setting_of("twice/summaries-heads")
+    assert setting_of("twice/none") == setting_of("twice/none-heads")
+    assert setting_of("kvzip/none") == setting_of("second-reading/none-kvzip")
     for method in ("", "snapkv", "snapkv/", "/none", "snapkv/none/none", "Default"):
-        with pytest.raises(ValueError, match=f"methods has '{method}'; use default, or POLICY/CORRECTION"):
+        with pytest.raises(
+            ValueError, match=f"methods has '{method}'; use default, twice, twice/none, kvzip/none, or POLICY"
+        ):
             setting_of(method)
 
 
@@ -414,3 +423,21 @@ def test_the_missing_builtin_model_says_what_to_install(monkeypatch: pytest.Monk
 def test_a_model_that_is_not_there_is_an_error(tmp_path: Path):
     with pytest.raises((OSError, ValueError), match=str(tmp_path.name)):
         load_model(str(tmp_path / "nothing"))
+
+
+def test_a_replay_after_capturing_again_is_reading_twice(tmp_path: Path):
+    """Bit for bit but for roundings of other parts: the tokens are the same, and so are their scores."""
+    folder = save_with_bytes(tmp_path)
+    model, tokenizer = load_model(folder)
+    ids = tokenizer("the quick brown fox jumps over the lazy dog, and so on; " * 3, return_tensors="pt").input_ids
+    captured = CaptureCache(model, 32)
+    with torch.no_grad():
+        model(ids, past_key_values=captured)
+        capture_again(model, captured, ids, tokenizer)
+    options = {"policy": "twice", "window": 8, "block": 1}
+    replayed = replay(captured, MomentCache(model, 40, **options))
+    once = read(model, ids, MomentCache(model, 40, **options), tokenizer=tokenizer)
+    for mine, core in zip(replayed.moment_layers.values(), once.moment_layers.values(), strict=True):
+        assert torch.equal(mine.positions, core.positions)
+        assert torch.equal(mine.keys, core.keys)
+        torch.testing.assert_close(mine.attention, core.attention, rtol=1e-5, atol=1e-6)

@@ -222,7 +222,7 @@ def test_a_budget_beyond_the_context_is_the_full_cache(
     # So large that even the last layer of a pyramid keeps all.
     cells = [(question, Setting("snapkv", 12_000, *CHOICES[correction])) for question in ("unseen", "seen")]
     for made in (haystack, several):
-        asked = list(measure_haystack(model, made, cells, tokenizer=tokenizer if made is haystack else None))
+        asked = list(measure_haystack(model, made, cells, tokenizer=tokenizer, generate=made is haystack))
         count = len(made.questions)
         assert [x.cell for x in asked] == [None] * count + [cells[0]] * count + [cells[1]] * count
         assert asked[0].nbytes == len(made.context) * 2 * 2 * 2 * 16 * 4
@@ -278,7 +278,7 @@ def test_generation_is_scored_against_the_values(model: Any, haystack: Haystack,
         answer = Answer(tokens, [1] * 5, "")
         asked = haystack._replace(questions=(question._replace(answers=(answer,), values=(tokenizer.decode(tokens),)),))
         cells = [(when, Setting("snapkv", 1000, None)) for when in ("unseen", "seen")]
-        results = [x.recall for x in measure_haystack(model, asked, cells, tokenizer=tokenizer)]
+        results = [x.recall for x in measure_haystack(model, asked, cells, tokenizer=tokenizer, generate=True)]
         assert [x.values for x in results] == [expected] * 3
         assert [x.generated for x in results] == [expected] * 3
 
@@ -330,9 +330,9 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
         (["--corrections", "none", "magic"], "corrections has 'magic'; use some of none, "),
         (["--depths", "1.5"], "depths has 1.5; use shares of the context from 0 to 1"),
         (["--keys", "0"], "keys is 0; use 1 to "),
-        (["--methods", "snapkv"], "methods has 'snapkv'; use default, or POLICY/CORRECTION"),
+        (["--methods", "snapkv"], "methods has 'snapkv'; use default, twice, "),
         (["--methods", "default", "balanced/summaries-heads"], "which are the same; name it once"),
-        (["--methods", "magic/none"], "methods has 'magic/none'; use default, or POLICY/CORRECTION"),
+        (["--methods", "magic/none"], "methods has 'magic/none'; use default, twice, "),
         (["--samples", "0"], "samples is 0; use at least 1"),
         (["--seed", "-1"], "seed is -1; use 0 or"),
         (["--lengths", "20"], "length is 20, but the needle and the chat template take"),

@@ -24,7 +24,7 @@ __all__ = [
     "share_budget",
 ]
 
-Sharing = Literal["uniform", "layers", "heads", "layer-heads", "ada-kv", "pyramid"]
+Sharing = Literal["uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"]
 # Budgets that errors are measured at, as multiples of the average, and steps between them that are interpolated.
 MULTIPLES = (0.4, 1.0, 2.5, 6.25)
 STEPS = 4

@@ -12,11 +12,14 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.rereading import take_scores
 from momentkv.hf import MomentCache
 from momentkv.hf.attention import link, stock_attention
 from momentkv.hf.building import layer_kinds
+from momentkv.hf.read import CHUNK, Piece, Reading
+from momentkv.hf.repeating import REQUEST, request_of
 
-__all__ = ["Attended", "CaptureCache", "replay"]
+__all__ = ["Attended", "CaptureCache", "capture_again", "replay"]
 
 
 class Attended(NamedTuple):
@@ -85,6 +88,8 @@ class CaptureCache(Cache):
                 for kind, kwargs in layer_kinds(config)
             ]
         )
+        # Of a second reading, by layer; see `capture_again`.
+        self.scores: dict[int, torch.Tensor] = {}
 
     @property
     def capture_layers(self) -> dict[int, CaptureLayer]:
@@ -105,13 +110,37 @@ class CaptureCache(Cache):
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
 
+def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokenizer: Any) -> None:
+    """Let the model repeat a captured context, and add the scores of that second reading to what was captured.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    captured : CaptureCache
+        After one forward pass over the context.
+    ids : int tensor, shape (1, n)
+        The context.
+    tokenizer : PreTrainedTokenizer
+        Reads the request.
+    """
+    cache = MomentCache(model, policy="second-reading", correction="none", sharing="uniform")
+    for index, core in cache.moment_layers.items():
+        layer = captured.capture_layers[index]
+        core.scale = layer.scaling
+        core.append(layer.keys, layer.values)
+    with Reading(model, cache, Piece(ids, None, 0), CHUNK) as reading:
+        reading.read_again(request_of(tokenizer, REQUEST, ids[0].tolist()))
+    captured.scores = reading.scores
+
+
 def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
     """Bring an empty cache to the state that prefilling the captured context would have left.
 
     Parameters
     ----------
     captured : CaptureCache
-        After one forward pass over the context, with at least as many queries kept as the policy observes.
+        After one forward pass over the context, with at least as many queries kept as the policy observes; after
+        `capture_again`, a policy that looks at a second reading gets its scores.
     cache : MomentCache
         Empty, of the same model, which must have no sliding-window layers.
 
@@ -137,5 +166,7 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         core.scale = layer.scaling
         core.append(layer.keys, layer.values)
         core.observe(layer.queries)
+        if settings.policy.rereads and index in captured.scores:
+            take_scores(core, captured.scores[index])
         cache.layers[index].evict()
     return cache

@@ -70,7 +70,13 @@ def fidelity(options: argparse.Namespace) -> int:
             if not left:
                 continue
             compressed = measure(
-                model, ids[text], options.context, left, window=options.window, errors_every=ERRORS_EVERY
+                model,
+                ids[text],
+                options.context,
+                left,
+                window=options.window,
+                errors_every=ERRORS_EVERY,
+                tokenizer=tokenizer,
             )
             for setting, result, nbytes in compressed:
                 rows.append(

@@ -14,7 +14,7 @@ import torch
 from momentkv.cache.accounting import token_equivalents
 from momentkv.cache.config import RECENT_QUERIES
 from momentkv.codes import check_bits, record_bytes
-from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
 from momentkv.hf.checks import SHARING, SHARING_BY_HEADS
@@ -24,6 +24,7 @@ from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correct
 __all__ = [
     "CHOICES",
     "DEFAULT",
+    "NAMED",
     "Fidelity",
     "Setting",
     "bytes_as_tokens",
@@ -93,6 +94,16 @@ class Setting:
 
 # `MomentCache(model)`, but for its budget.
 DEFAULT = Setting("balanced", 0, 1, "summaries", "heads", method="default")
+# After a second reading: what momentkv does, the same without a correction, and KVzip.
+NAMED = {
+    setting.method: setting
+    for setting in (
+        DEFAULT,
+        Setting("twice", 0, 1, "summaries", "heads", method="twice"),
+        Setting("twice", 0, None, "none", "heads", method="twice/none"),
+        Setting("second-reading", 0, None, "none", "kvzip", method="kvzip/none"),
+    )
+}
 
 
 def setting_of(method: str) -> Setting:
@@ -101,8 +112,9 @@ def setting_of(method: str) -> Setting:
     Parameters
     ----------
     method : str
-        ``"default"``, what `MomentCache` does by default, or a policy and a correction as in ``"snapkv/none"``; behind
-        it the bits of retained tokens, if they are few, as in ``"default@4"``.
+        ``"default"``, what `MomentCache` does by default; ``"twice"`` and ``"twice/none"``, after a second reading with
+        the default correction and with none; ``"kvzip/none"``; or a policy and a correction as in ``"snapkv/none"``;
+        behind it the bits of retained tokens, if they are few, as in ``"default@4"``.
 
     Raises
     ------
@@ -120,12 +132,12 @@ def setting_of(method: str) -> Setting:
     if coded:
         bits = check_bits(int(coded) if coded.isdecimal() else coded)
         return dataclasses.replace(setting_of(name), bits=bits, method=method)
-    if method == DEFAULT.method:
-        return DEFAULT
+    if method in NAMED:
+        return NAMED[method]
     policy, _, correction = method.partition("/")
     if policy not in POLICIES or correction not in CHOICES:
         raise ValueError(
-            f"methods has {method!r}; use {DEFAULT.method}, or POLICY/CORRECTION, a policy of {', '.join(POLICIES)} "
+            f"methods has {method!r}; use {', '.join(NAMED)}, or POLICY/CORRECTION, a policy of {', '.join(POLICIES)} "
             f"and a correction of {', '.join(CHOICES)}; either with @ and the bits of retained tokens behind it"
         )
     return dataclasses.replace(Setting(policy, 0, *CHOICES[correction]), method=method)
@@ -298,6 +310,7 @@ def measure(
     sinks: int = 1,
     window: int = 32,
     errors_every: int = 0,
+    tokenizer: Any = None,
 ) -> Iterator[tuple[Setting, Fidelity, int]]:
     """Compress a context in many ways and compare the next-token distributions over the tokens that follow.
 
@@ -315,6 +328,8 @@ def measure(
     sinks, window : int
     errors_every : int
         Measure the error of every head at one in so many following tokens; 0 for not at all.
+    tokenizer : PreTrainedTokenizer, optional
+        For policies that look at a second reading: it reads what the model is asked.
 
     Yields
     ------
@@ -340,6 +355,8 @@ def measure(
     for index, layer in captured.capture_layers.items():
         layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
         layer.queries = queries[index]
+    if any(get_policy(setting.policy).rereads for setting in settings):
+        capture_again(model, captured, ids[:, :context], tokenizer)
     for setting in settings:
         cache = replay(captured, empty_cache(model, setting, sinks=sinks, window=window, rollback=following.shape[1]))
         nbytes = cache.nbytes

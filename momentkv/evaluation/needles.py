@@ -82,7 +82,7 @@ def needles(options: argparse.Namespace) -> int:
             if not left:
                 continue
             last = len(haystack.questions) - 1
-            for asked in measure_haystack(model, haystack, left, tokenizer=tokenizer if options.generate else None):
+            for asked in measure_haystack(model, haystack, left, tokenizer=tokenizer, generate=options.generate):
                 question = haystack.questions[asked.which]
                 row = columns | {"task": question.task, "index": asked.which, "depth": round(question.depth, 4)}
                 row |= labels(model, asked.cell, options.bytes)

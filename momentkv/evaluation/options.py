@@ -13,6 +13,8 @@ from momentkv.statistics.corrections import CORRECTIONS as NAMES
 __all__ = ["CORRECTIONS", "Parser", "add_budgets", "add_measurements", "add_source", "command"]
 
 CORRECTIONS = [name for name in NAMES if name != "moments"]  # which is "order-1"
+# Those that a command which reads a text once can measure.
+ONCE = [name for name, policy in POLICIES.items() if not policy.rereads]
 SHARED = ["none-layers", "summaries-layers", "none-heads", "summaries-heads"]
 
 
@@ -42,7 +44,7 @@ def add_measurements(kinds: Any) -> None:
     fidelity = kinds.add_parser("fidelity", help="KL, top-1 and NLL of the next tokens, at equal bytes")
     add_source(fidelity, context=4096, following=256, several=True)
     add_budgets(fidelity, [64, 128, 256, 512, 1024])
-    add_policies(fidelity, list(POLICIES), ["none", "order-1", "summaries"])
+    add_policies(fidelity, ONCE, ["none", "order-1", "summaries"])
     add_window(fidelity)
     add_results(fidelity, "results/fidelity.json")
     fidelity.set_defaults(run=command("momentkv.evaluation.commands", "fidelity"))
@@ -102,7 +104,7 @@ def add_measurements(kinds: Any) -> None:
     stream = kinds.add_parser("stream", help="error of every head over a long decode with eviction")
     add_source(stream, context=4096, following=1024)
     stream.add_argument("--budget", type=int, default=256, help="bytes, in tokens per KV head as the model stores them")
-    stream.add_argument("--policy", default="momentkv", choices=list(POLICIES), metavar="P", help="who decides")
+    stream.add_argument("--policy", default="momentkv", choices=ONCE, metavar="P", help="who decides")
     stream.add_argument(
         "--corrections",
         nargs="+",
@@ -176,14 +178,14 @@ def add_budgets(parser: argparse.ArgumentParser, budgets: list[int]) -> None:
 
 def add_policies(parser: argparse.ArgumentParser, policies: list[str], corrections: list[str]) -> None:
     """Options that say how to compress, and how bytes are counted."""
-    every = policies == list(POLICIES)
+    every = policies == ONCE
     parser.add_argument(
         "--policies",
         nargs="+",
         default=policies,
         choices=list(POLICIES),
         metavar="P",
-        help=f"of {', '.join(POLICIES)}" + (" (default: all)" if every else ""),
+        help=f"of {', '.join(POLICIES)}" + (" (default: all that read once)" if every else ""),
     )
     parser.add_argument(
         "--corrections",
@@ -197,8 +199,9 @@ def add_policies(parser: argparse.ArgumentParser, policies: list[str], correctio
         "--methods",
         nargs="+",
         metavar="M",
-        help="default (that of MomentCache) or policy and correction, as in snapkv/none, and behind it the bits of "
-        "retained tokens, as in default@4: these alone, instead of all of the above with each other",
+        help="default (that of MomentCache), twice, twice/none and kvzip/none (after a second reading), or policy and "
+        "correction, as in snapkv/none, and behind it the bits of retained tokens, as in default@4: these alone, "
+        "instead of all of the above with each other",
     )
     add_bytes(parser)
 
@@ -224,9 +227,7 @@ def add_method(
 ) -> None:
     """Options that say one way to compress."""
     parser.add_argument("--budget", type=int, default=budget, help="tokens per KV head")
-    parser.add_argument(
-        "--policy", default=policy, choices=list(POLICIES), metavar="P", help=f"of {', '.join(POLICIES)}"
-    )
+    parser.add_argument("--policy", default=policy, choices=ONCE, metavar="P", help=f"of {', '.join(ONCE)}")
     parser.add_argument("--correction", default=correction, choices=corrections, help="what stands for evicted tokens")
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from momentkv.cache.config import RECENT_QUERIES
-from momentkv.evaluation.capture import CaptureCache, replay
+from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.fidelity import Setting, empty_cache
 from momentkv.evaluation.haystack import Answer, Haystack, Question
 from momentkv.hf import MomentCache
@@ -100,6 +100,7 @@ class Reader:
         self.context = len(haystack.context)
         model(self.ids(haystack.context), past_key_values=self.captured, logits_to_keep=1)
         self.nbytes = self.captured.nbytes
+        self.scores: dict[Any, dict[int, torch.Tensor]] = {}
         self.layers = list(self.captured.capture_layers.values())
         self.read = [(layer.keys, layer.values, layer.queries) for layer in self.layers]
 
@@ -124,6 +125,15 @@ class Reader:
             both = torch.cat([x for x in (queries, layer.queries) if x is not None], dim=2)
             layer.queries = both if self.keep is None else both[:, :, -self.keep :]
         return captured
+
+    def read_again(self, tokenizer: Any, after: Question | None = None) -> None:
+        """Score what `rewind` or `rewind_to` brought back by a second reading, once for each."""
+        which = None if after is None else tuple(after.tokens)
+        if which not in self.scores:
+            read = self.haystack.context if after is None else [*self.haystack.context, *after.tokens[:-1]]
+            capture_again(self.model, self.captured, self.ids(read), tokenizer)
+            self.scores[which] = self.captured.scores
+        self.captured.scores = self.scores[which]
 
     def ask(self, fresh: Callable[[], Any], question: Question, fed: list[int]) -> Recall:
         """Feed the rest of a question and each of its answers, in one pass on a fresh cache; the best answer counts."""
@@ -164,6 +174,7 @@ def measure_haystack(
     sinks: int = 1,
     window: int = 32,
     tokenizer: Any = None,
+    generate: bool = False,
 ) -> Iterator[Asked]:
     """Ask the full cache, and each compressed one, all questions about a haystack.
 
@@ -180,7 +191,9 @@ def measure_haystack(
         When the question comes, and how to compress.
     sinks, window : int
     tokenizer : PreTrainedTokenizer, optional
-        Lets the model generate the answers, too.
+        For generated answers, and for policies that look at a second reading: it reads what the model is asked.
+    generate : bool
+        Whether the model generates the answers, too.
 
     Yields
     ------
@@ -192,7 +205,7 @@ def measure_haystack(
     reader = Reader(model, haystack, None if None in observed else max([RECENT_QUERIES, *filter(None, observed)]))
 
     def add_generated(result: Recall, cache: Any, question: Question) -> Recall:
-        if tokenizer is None:
+        if not generate:
             return result
         return dataclasses.replace(result, generated=reader.generated(cache, question, tokenizer))
 
@@ -206,6 +219,8 @@ def measure_haystack(
         for index, question in enumerate(haystack.questions):
             if when == "seen" or once is None:
                 captured = reader.rewind() if when == "unseen" else reader.rewind_to(question)
+                if get_policy(setting.policy).rereads:
+                    reader.read_again(tokenizer, question if when == "seen" else None)
                 once = replay(captured, empty_cache(model, setting, sinks=sinks, window=window, rollback=longest))
                 nbytes = once.nbytes
             fed = question.tokens if when == "unseen" else question.tokens[-1:]

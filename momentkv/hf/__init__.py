@@ -29,6 +29,7 @@ from momentkv.hf.files import CacheFileError
 from momentkv.hf.finished import FinishedRows
 from momentkv.hf.graphs import DecodeGraphs
 from momentkv.hf.layer import MomentLayer
+from momentkv.hf.read import read
 from momentkv.hf.summary import CacheSummary, LayerSummary
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "MomentLayer",
     "momentkv_attention",
     "momentkv_mask",
+    "read",
 ]
 
 AttentionInterface.register(NAME, momentkv_attention)

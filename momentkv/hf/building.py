@@ -13,9 +13,10 @@ from momentkv.cache.allocation import SharedBudget, by_importance, minimise_erro
 from momentkv.cache.budget_rules import BudgetRule, Share, TotalBytes, parse_budget
 from momentkv.cache.config import RECENT_QUERIES
 from momentkv.cache.layer import LayerCache
+from momentkv.cache.second_reading import RereadBudget, by_threshold
 from momentkv.hf.checks import SHARING_BY_HEADS, check_sharing, refuse_layer_type
 from momentkv.hf.layer import MomentLayer
-from momentkv.policies import get_policy
+from momentkv.policies import Twice, get_policy
 
 __all__ = ["Plan", "apply_rule", "kv_heads", "layer_kinds", "layer_windows", "shared_budgets"]
 
@@ -112,11 +113,14 @@ def shared_budgets(layers: Sequence[MomentLayer], sharing: str) -> list[SharedBu
     """The totals that layers share, each known to its layers."""
     if not is_shared(sharing) or not layers:
         return []
-    groups = [list(layers)] if sharing in ("layers", "heads") else [[layer] for layer in layers]
-    rule = by_importance if sharing == "ada-kv" else minimise_error
-    totals = []
+    groups = [list(layers)] if sharing in ("layers", "heads", "kvzip") else [[layer] for layer in layers]
+    rule = {"ada-kv": by_importance, "kvzip": by_threshold}.get(sharing, minimise_error)
+    rereads = isinstance(layers[0].core.config.policy, Twice) and sharing in ("heads", "layer-heads")
+    totals: list[SharedBudget] = []
     for group in groups:
-        totals.append(SharedBudget([layer.core for layer in group], rule, by_head=sharing in SHARING_BY_HEADS))
+        cores = [layer.core for layer in group]
+        by_head = sharing in SHARING_BY_HEADS
+        totals.append(RereadBudget(cores) if rereads else SharedBudget(cores, rule, by_head=by_head))
         for layer in group:
             layer.sharing = totals[-1]
     return totals

@@ -51,10 +51,10 @@ class MomentCache(Cache):
         Tokens retained per KV head, sinks and window included: one number, or one for each layer. A float in (0, 1] is
         that share of the tokens read, counted at every prefill (each chunk of one). A string like ``"64MiB"`` is the
         size of the whole cache, everything counted.
-    sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "pyramid"}, optional
+    sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"}, optional
         With one budget: the same for all, or the average, shared after every prefill by the error that each budget
         would cause among layers, among all heads of all layers, or among the heads of each layer.
-        For comparison, ``"ada-kv"`` and ``"pyramid"`` are the rules of those papers. By default
+        For comparison, ``"ada-kv"``, ``"kvzip"`` and ``"pyramid"`` are the rules of those papers. By default
         ``"heads"`` (``"layers"`` for a policy that looks across heads, `Policy.couples_heads`), and ``"uniform"`` where
         budget lists one for each layer.
     policy : str or Policy

@@ -25,6 +25,7 @@ __all__ = [
     "has_read",
     "in_any_layer",
     "is_unpadded",
+    "plain_mask",
     "records",
     "refuse_architecture",
     "refuse_arguments",
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 NAME = "momentkv"
-SHARING_BY_HEADS = ("heads", "layer-heads", "ada-kv")
+SHARING_BY_HEADS = ("heads", "layer-heads", "ada-kv", "kvzip")
 SHARING = ("uniform", "layers", *SHARING_BY_HEADS, "pyramid")
 
 # Arguments that reach attention and change nothing of it: models pass on what they were called with.
@@ -313,6 +314,16 @@ def check_pass(
         New tokens.
     """
     refuse_arguments(module, dropout, kwargs)
+    mask = plain_mask(attention_mask)
+    if layer.owner is not None:
+        seen = layer.core.seen - q_len
+        layer.owner.check(module, filled=seen > 0)
+        layer.padding.check(mask, seen)
+    return mask
+
+
+def plain_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask of attention as (batch, tokens seen), or None where nothing is padding; an error for any other mask."""
     mask = None if is_unpadded(attention_mask) else attention_mask
     if mask is not None and mask.dim() != 2:
         if mask.dtype != torch.bool or tuple(mask.shape[1:3]) != (1, 1):
@@ -322,10 +333,6 @@ def check_pass(
                 "other, packed sequences and masks of your own"
             )
         mask = mask[:, 0, 0]  # of one query
-    if layer.owner is not None:
-        seen = layer.core.seen - q_len
-        layer.owner.check(module, filled=seen > 0)
-        layer.padding.check(mask, seen)
     return mask
 
 

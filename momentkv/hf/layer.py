@@ -12,10 +12,11 @@ from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.step import check_like_stored
 from momentkv.hf.attention import NEWEST, link, linked
-from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass
+from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass, plain_mask, refuse_arguments
 from momentkv.hf.clock import Clock, check_step
 from momentkv.hf.owner import Owner
 from momentkv.hf.padding import Padding
+from momentkv.hf.reading import LayerReader
 from momentkv.hf.rollback import Pass, check_crop, crop, queries_to_keep, waiting_tokens
 from momentkv.hf.steps import static_step
 
@@ -45,6 +46,8 @@ class MomentLayer(CacheLayerMixin):
         self.attended: Callable[[], None] | None = None
         self.record_past = False
         self.passes: list[Pass] = []
+        # While `momentkv.hf.read` reads a text: who keeps its queries and, of a second reading, the scores.
+        self.reader: LayerReader | None = None
         # Rows that have ended, for the pass that brings the length to this number; see `FinishedRows`.
         self.ended: tuple[int, torch.Tensor] | None = None
         # Of the whole cache, in its first compressed layer: whose keys it holds, and what masks said of its tokens.
@@ -104,6 +107,9 @@ class MomentLayer(CacheLayerMixin):
         """Take new tokens; the returned keys are theirs, with the link that `momentkv_attention` follows."""
         self.come_to(key_states.device)
         self.leave_inference_mode()
+        if self.rereads:
+            self.arrived, self.waits = (key_states.detach(), value_states.detach()), key_states.shape[2]
+            return link(self, key_states, value_states)
         if self.steps_statically(key_states.shape[2]):
             self.check_like_buffers(key_states, value_states)
             self.arrived = key_states.detach(), value_states.detach()
@@ -125,6 +131,11 @@ class MomentLayer(CacheLayerMixin):
                 clock.undo()
             raise
 
+    @property
+    def rereads(self) -> bool:
+        """Whether passes are those of a second reading, which stores nothing."""
+        return self.reader is not None and self.reader.again
+
     def steps_statically(self, tokens: int) -> bool:
         """Whether a pass of so many tokens is a step in arrays that stay where they are."""
         return tokens == 1 and self.clock is not None and self.clock.runs
@@ -143,16 +154,21 @@ class MomentLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, None]:
         """Attend and evict; called by `momentkv_attention`. On an error the layer is as before `update`."""
         core = self.core
+        if self.rereads:
+            return self.reread(module, query, attention_mask, dropout, kwargs), None
         if self.steps_statically(query.shape[2]):
             return self.step(module, query, attention_mask, dropout, kwargs), None
         try:
             core.scale, q_len = scaling, query.shape[2]
             attention_mask = check_pass(self, module, attention_mask, q_len, dropout, kwargs)
             valid = self.real_tokens(q_len, attention_mask, kwargs)
-            core.recording = self.record_past and not core.config.static
+            core.recording = (self.record_past and not core.config.static) or self.reader is not None
             out = core.attend(query, valid=valid)
             self.waits = 0
-            if core.recording:
+            if self.reader is not None:
+                self.reader.read(query, padded=valid is not None)
+                core.release_projections()
+            elif core.recording:
                 # Of padded rows, the newest tokens may lie anywhere.
                 kept = q_len if valid is not None else queries_to_keep(core, q_len, self.rollback)
                 self.passes.append(Pass(q_len, query[:, :, q_len - kept :].detach().clone(), valid))
@@ -168,7 +184,7 @@ class MomentLayer(CacheLayerMixin):
         self.before = {}
         if self.attended is not None:
             self.attended()
-        if self.clock is not None and core is self.clock.cores[-1]:
+        if self.clock is not None and core is self.clock.cores[-1] and self.reader is None:
             self.clock.set()
         return result, None
 
@@ -190,6 +206,22 @@ class MomentLayer(CacheLayerMixin):
             out = static_step(core, query, keys, values, valid, clock.beat.flushes)
         if core is clock.cores[-1]:
             clock.open = False
+        return out.transpose(1, 2).contiguous()
+
+    @torch.no_grad()
+    def reread(
+        self, module: Any, query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, kwargs: Any
+    ) -> torch.Tensor:
+        """`attend` for tokens of a second reading: they see what is stored and each other, and are forgotten."""
+        reader: Any = self.reader
+        refuse_arguments(module, dropout, kwargs)
+        mask = plain_mask(attention_mask)
+        valid = None if mask is None else mask[:, None, -query.shape[2] :]
+        keys, values = self.arrived or (None, None)
+        self.arrived, self.waits = None, 0
+        out = reader.reread(query, keys, values, valid)
+        if self.attended is not None:
+            self.attended()
         return out.transpose(1, 2).contiguous()
 
     def real_tokens(

@@ -18,10 +18,12 @@ from momentkv.policies.leverage import Leverage
 from momentkv.policies.momentkv import MomentKV
 from momentkv.policies.novelty import Novelty
 from momentkv.policies.random import Random
+from momentkv.policies.second_reading import SecondReading
 from momentkv.policies.select import Selection, check_budget, retain
 from momentkv.policies.snapkv import SnapKV
 from momentkv.policies.streaming import Streaming
 from momentkv.policies.tova import TOVA
+from momentkv.policies.twice import Twice
 
 __all__ = [
     "CAOTE",
@@ -41,10 +43,12 @@ __all__ = [
     "Policy",
     "PolicyName",
     "Random",
+    "SecondReading",
     "Selection",
     "SnapKV",
     "Streaming",
     "Tokens",
+    "Twice",
     "check_budget",
     "get_policy",
     "retain",
@@ -65,9 +69,11 @@ PolicyName = Literal[
     "momentkv",
     "novelty",
     "random",
+    "second-reading",
     "snapkv",
     "streaming",
     "tova",
+    "twice",
 ]
 
 POLICIES: dict[str, type[Policy]] = {
@@ -89,6 +95,8 @@ POLICIES: dict[str, type[Policy]] = {
         LagKV,
         Leverage,
         ExpectedAttention,
+        SecondReading,
+        Twice,
     )
 }
 

@@ -68,6 +68,9 @@ class Policy(abc.ABC):
     couples_heads : bool
         Whether the importance of a token in one KV head depends on the others. Such a policy cannot give each head a
         budget of its own.
+    rereads : bool
+        Whether its evidence is that of a second reading, which comes from outside (`momentkv.hf.read`,
+        `momentkv.cache.rereading`).
     rounds : int
         In how many rounds a long eviction is done. Each round sees the moments of the rounds before.
     """
@@ -77,6 +80,7 @@ class Policy(abc.ABC):
     accumulates: ClassVar[bool] = False
     couples_heads: ClassVar[bool] = False
     needs_queries: ClassVar[bool] = False
+    rereads: ClassVar[bool] = False
     rounds: int = 1
 
     def observe(self, received: Array, attention: Array) -> Array:

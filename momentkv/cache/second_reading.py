@@ -1,0 +1,223 @@
+"""Who gets how many tokens after a second reading: what its scores choose in the whole model, then what errors say."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+from momentkv._array import Array, array_namespace, device
+from momentkv.cache.allocation import (
+    SharedBudget,
+    candidates,
+    finite_rows,
+    minimise_error,
+    share_budget,
+    whole_shares,
+    wins,
+)
+from momentkv.cache.curves import error_curves
+from momentkv.cache.eviction import importance_of
+from momentkv.cache.layer import LayerCache
+from momentkv.policies.novelty import ranks
+from momentkv.policies.select import protected
+from momentkv.policies.twice import Twice
+
+__all__ = ["RereadBudget", "by_threshold", "chosen_first", "places_of"]
+
+# Budgets that errors are measured at, as multiples of the average.
+MULTIPLES = (0.4, 1.0, 2.5, 6.25, 16.0)
+# Tokens beside those of the second reading that are offered to a head, as parts of the average: finely, where most are.
+EXTRAS = (0, *(0.05 * 1.25**step for step in range(24)))
+
+
+def places_of(caches: Sequence[LayerCache], scores: Sequence[Array], places: int) -> list[int]:
+    r"""How many of the best-scored tokens of a whole model are in each KV head: one threshold for all of them.
+
+    .. math:: n_h = \#\{j : a_{hj} \ge \tau\}, \qquad \sum_h n_h = \text{places}
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+    scores : sequence of array, shape (..., kv_head, n)
+        Of each cache's tokens, such that they can be compared between heads and layers.
+    places : int
+        At least one for each head.
+
+    Returns
+    -------
+    list of int
+        For each head of each cache, at least one; their sum is at most ``places``. Sinks and window do not count.
+
+    Notes
+    -----
+    Of a batch, the mean over rows decides; rows with numbers that are not finite have no say.
+    """
+    rows = [row for cache, score in zip(caches, scores, strict=True) for row in candidates(cache, score)]
+    xp = array_namespace(scores[0])
+    finite = xp.all(xp.stack([finite_rows(cache) for cache in caches]), axis=0)
+    return whole_shares(wins(rows, places, finite), places)
+
+
+def by_threshold(caches: Sequence[LayerCache], importances: Sequence[Array], average: int, by_head: bool) -> list[int]:
+    """KVzip: one threshold on the importance of tokens for all heads and layers.
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+        After the attention of a prefill, before its eviction.
+    importances : sequence of array, shape (..., kv_head, n)
+        Of each cache: `momentkv.policies.SecondReading`, or another that can be compared between heads and layers.
+    average : int
+        Tokens for each head on average.
+    by_head : bool
+        Must be True.
+
+    Returns
+    -------
+    list of int
+        A budget for each head; their sum is at most ``average`` for each.
+
+    Notes
+    -----
+    Source: KVzip (Kim et al., 2025, arXiv 2505.23416), non-uniform head budgets. A head keeps a token beside sinks and
+    window in any case.
+    """
+    config = caches[0].config
+    fixed = config.sinks + config.window
+    heads = sum(importance.shape[-2] for importance in importances)
+    return [fixed + own for own in places_of(caches, importances, (average - fixed) * heads)]
+
+
+def chosen_first(chosen: Array, counts: Sequence[int], rest: Array, real: Array) -> Array:
+    """An importance that puts the best of one ranking before all others, which follow by another ranking.
+
+    Parameters
+    ----------
+    chosen, rest : array, shape (..., kv_head, n)
+        Two importances.
+    counts : sequence of int
+        For each KV head, how many the first one chooses.
+    real : bool array, shape (..., kv_head, n)
+        False for tokens that do not compete, and slots that hold none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> scores, rest = np.array([[0.1, 0.9, 0.5, 0.2]]), np.array([[4.0, 3.0, 2.0, 1.0]])
+    >>> chosen_first(scores, [2], rest, np.ones((1, 4), dtype=bool)).tolist()
+    [[-1.0, 7.0, 6.0, -4.0]]
+    """
+    xp = array_namespace(chosen, rest)
+    first = ranks(chosen, real)
+    limits = xp.asarray(list(counts), dtype=first.dtype, device=device(chosen))[:, None]
+    return xp.where(first <= limits, 2.0 * first.shape[-1] - first, -xp.astype(ranks(rest, real), first.dtype))
+
+
+class RereadBudget(SharedBudget):
+    """Evicts caches together after a second reading, each KV head to its share of one total.
+
+    A part of the total, `momentkv.policies.Twice.share`, goes where the scores of the second reading are largest in the
+    whole model (`places_of`). Each head keeps those tokens and ranks its others by what the continuation is expected to
+    attend to. The rest of the total is shared so that the errors measured with that ranking become small, given what
+    the second reading has chosen already.
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+        With the policy `momentkv.policies.Twice`, made with ``keep_queries=True`` and one budget, the average.
+
+    Notes
+    -----
+    Derivation: docs/derivations/second-reading.md.
+
+    Raises
+    ------
+    ValueError
+        If the policy is another.
+    """
+
+    def __init__(self, caches: Sequence[LayerCache]) -> None:
+        super().__init__(caches, minimise_error, by_head=True)
+        policy = caches[0].config.policy
+        if not isinstance(policy, Twice):
+            raise ValueError(f"policy is {policy.name!r}; budgets after a second reading are for policy='twice'")
+        self.share = policy.share
+
+    def _evict(self, waiting: list[LayerCache]) -> None:
+        if not any(each.is_due for each in waiting):
+            super()._evict(waiting)
+            return
+        config = waiting[0].config
+        fixed = config.sinks + config.window
+        heads = [each.view().keys.shape[-3] for each in waiting]
+        total = (self.average - fixed) * sum(heads)
+        scores = [each.attention for each in waiting]
+        places = iter(places_of(waiting, scores, max(sum(heads), math.floor(self.share * total))))
+        chosen = [[next(places) for _ in range(number)] for number in heads]
+        importances = [
+            chosen_first(score, own, continuation(each), competing(each))
+            for each, score, own in zip(waiting, scores, chosen, strict=True)
+        ]
+        more = iter(extra_tokens(waiting, importances, chosen, total - sum(map(sum, chosen)), self.average))
+        for each, importance, own in zip(waiting, importances, chosen, strict=True):
+            each.budgets = [fixed + count + next(more) for count in own]
+            each.evict(importance)
+
+
+def continuation(cache: LayerCache) -> Array:
+    """What `Twice` ranks tokens by that the second reading did not choose."""
+    config = dataclasses.replace(cache.config, policy=Twice.beside)
+    state = cache.stored_state
+    known = config.correction.known(state.evicted)
+    return importance_of(config, cache.view(), known, cache.attention_scale, state)
+
+
+def competing(cache: LayerCache) -> Array:
+    """Which tokens may be evicted, bool (..., kv_head, n): neither sinks nor window."""
+    positions, config = cache.positions, cache.config
+    return (positions >= 0) & ~protected(positions, sinks=config.sinks, window=config.window)
+
+
+def extra_tokens(
+    caches: Sequence[LayerCache],
+    importances: Sequence[Array],
+    chosen: Sequence[Sequence[int]],
+    total: int,
+    average: int,
+) -> list[int]:
+    """Tokens for each head beside those that are chosen already, that make the sum of the measured errors small."""
+    heads = sum(map(len, chosen))
+    if total < 1:
+        return [0] * heads
+    fixed = caches[0].config.sinks + caches[0].config.window
+    grid = sorted({max(fixed + 1, round(multiple * average)) for multiple in MULTIPLES})
+    extras = sorted({round(part * average) for part in EXTRAS})
+    curves = []
+    for cache, importance, own in zip(caches, importances, chosen, strict=True):
+        for curve, count in zip(error_curves(cache, grid, importance), own, strict=True):
+            curves.append([error_at(grid, curve, fixed + count + extra) for extra in extras])
+    known = [curve for curve in curves if all(map(math.isfinite, curve))]
+    even = total // heads
+    shares = iter(share_budget(known, extras, total - even * (heads - len(known))) if known else ())
+    return [next(shares) if all(map(math.isfinite, curve)) else even for curve in curves]
+
+
+def error_at(grid: Sequence[int], curve: Sequence[float], budget: int) -> float:
+    """The error at a budget, as a power of it between budgets of the grid; at the ends it does not change.
+
+    Examples
+    --------
+    >>> error_at([16, 64], [1.0, 0.25], 32), error_at([16, 64], [1.0, 0.25], 8)
+    (0.5, 1.0)
+    """
+    # An error of zero has no logarithm; so small a one is as good.
+    tiny = 1e-12
+    if budget <= grid[0]:
+        return curve[0]
+    for (low, high), (first, last) in zip(itertools.pairwise(grid), itertools.pairwise(curve), strict=True):
+        if budget <= high:
+            part = math.log(budget / low) / math.log(high / low)
+            return max(first, tiny) ** (1 - part) * max(last, tiny) ** part
+    return curve[-1]

@@ -1,0 +1,71 @@
+"""What a model is told to repeat: tokens of a text, and of the request that comes before each part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["REQUEST", "around", "encode", "read_text", "request_of"]
+
+# The wording of KVzip (arXiv 2505.23416).
+REQUEST = "Repeat the previous context exactly."
+# Stands for what a user says, where a chat template is taken apart.
+MARK = "\N{WHITE STAR}here\N{WHITE STAR}"
+
+
+def around(tokenizer: Any) -> tuple[str, str]:
+    """What a tokenizer's chat template writes before and after what a user says; without one, nothing and a line."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", "\n"
+    turn = [{"role": "user", "content": MARK}]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    before, _, after = rendered.partition(MARK)
+    return before, after
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, special tokens only where the text has them."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def read_text(tokenizer: Any, texts: str | Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids of a text, or of several as a batch padded at the left, and its attention mask.
+
+    With a chat template, a text is the beginning of what a user says, and the turn stays open: a question follows.
+    """
+    before = around(tokenizer)[0]
+    rows = [texts] if isinstance(texts, str) else list(texts)
+    special = not getattr(tokenizer, "chat_template", None)
+    encoded = [list(tokenizer(before + row, add_special_tokens=special, verbose=False).input_ids) for row in rows]
+    longest = max(map(len, encoded), default=0)
+    pad = tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in encoded])
+    if len(set(map(len, encoded))) == 1:
+        return ids, None
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded])
+
+
+def request_of(tokenizer: Any, request: str | Sequence[int], first: Sequence[int]) -> list[int]:
+    """Ids of a request after a text whose first ids are given.
+
+    A text that begins as the chat template does is an open turn of the user: the request ends it, and the answer,
+    which is the repeated text, begins.
+
+    Raises
+    ------
+    ValueError
+        If the request is a text and there is no tokenizer.
+    """
+    if not isinstance(request, str):
+        return list(request)
+    if tokenizer is None:
+        raise ValueError(
+            f"request is {request!r}, which only a tokenizer can read; pass tokenizer=, the request as token ids "
+            "([] for none), or twice=False"
+        )
+    before, after = around(tokenizer)
+    opening = encode(tokenizer, before)
+    opens = bool(opening) and list(first[: len(opening)]) == opening
+    return encode(tokenizer, f"\n\n{request}{after if opens else chr(10) * 2}")

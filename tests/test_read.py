@@ -1,0 +1,252 @@
+"""Reading a text into a cache once and twice: what is stored, what scores are, and what is left when it fails."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import COMPRESSED, FAMILIES, build, left_padded, prompt, tiny
+
+from momentkv.hf import MomentCache, read
+from momentkv.hf.layer import MomentLayer
+
+REQUEST = [5, 7, 11]
+
+
+def made(family: str, budget: Any = 60, **options: Any) -> MomentCache:
+    return MomentCache(tiny(family), budget, **({"policy": "second-reading", "block": 8} | options))
+
+
+def read_tiny(family: str, ids: torch.Tensor, cache: MomentCache, **options: Any) -> MomentCache:
+    return read(tiny(family), ids, cache, **({"request": REQUEST, "progress": False} | options))
+
+
+def contents(cache: MomentCache) -> list[list[torch.Tensor]]:
+    """All arrays of a cache, stock layers included."""
+    return [
+        list(layer.core.arrays().values()) if isinstance(layer, MomentLayer) else [layer.keys, layer.values]
+        for layer in cache.layers
+    ]
+
+
+@pytest.mark.parametrize("family", COMPRESSED)
+def test_what_stays_is_bit_for_bit_the_first_reading(family: str):
+    ids = prompt(2, 150)
+    once = read_tiny(family, ids, made(family, 400), twice=False, chunk=64)
+    # Hybrid models have layers with a window, which a second reading must leave as the first one did.
+    twice = read_tiny(family, ids, made(family, 400), chunk=64)
+    small = read_tiny(family, ids, made(family, 60), chunk=64)
+    assert once.get_seq_length() == twice.get_seq_length() == small.get_seq_length() == ids.shape[1]
+    for mine, other, few in zip(twice.layers, once.layers, small.layers, strict=True):
+        assert torch.equal(mine.keys, other.keys)
+        assert torch.equal(mine.values, other.values)
+        if not isinstance(mine, MomentLayer):
+            assert torch.equal(few.keys, other.keys)
+            continue
+        assert torch.equal(mine.core.positions, other.core.positions)
+        places = few.core.positions.long()
+        assert (places >= 0).sum() < (other.core.positions >= 0).sum()
+        index = places.clamp(min=0)[..., None]
+        for kept, whole in ((few.keys, other.keys), (few.values, other.values)):
+            expected = whole.gather(2, index.expand(-1, -1, -1, whole.shape[-1]))
+            assert torch.equal(kept[places >= 0], expected[places >= 0])
+
+
+@pytest.mark.parametrize("family", COMPRESSED)
+def test_scores_are_the_largest_attention_weights_of_the_text_said_again(family: str):
+    """Against the weights of eager attention over text, request and text as one sequence."""
+    ids = prompt(1, 40)
+    cache = read_tiny(family, ids, made(family, 400))
+    whole = torch.cat([ids, torch.tensor([REQUEST]), ids], dim=1)
+    eager = tiny(family, "eager")
+    with torch.no_grad():
+        attentions = eager(whole, output_attentions=True).attentions
+    for index, core in cache.moment_layers.items():
+        weights = attentions[index][0, :, ids.shape[1] :, : ids.shape[1]]
+        expected = weights.amax(1).unflatten(0, (core.keys.shape[1], -1)).amax(1)
+        # Layers before it have added up some roundings, in weights that large logits make sensitive.
+        torch.testing.assert_close(core.attention[0], expected, rtol=0, atol=2e-4)
+
+
+def test_parts_are_said_again_from_the_whole_text():
+    """Each part with the tokens before it, so that it is clear where it begins; a token's score is the best of all."""
+    ids = prompt(1, 60)
+    cache = read_tiny("llama", ids, made("llama", 400), chunk=30)
+    eager = tiny("llama", "eager")
+    passes = [torch.cat([ids, torch.tensor([REQUEST]), part], 1) for part in (ids[:, :30], ids[:, 22:])]
+    with torch.no_grad():
+        attentions = [eager(one, output_attentions=True).attentions for one in passes]
+    for index, core in cache.moment_layers.items():
+        weights = torch.cat([one[index][0, :, 60:, :60] for one in attentions], dim=1)
+        expected = weights.amax(1).unflatten(0, (core.keys.shape[1], -1)).amax(1)
+        torch.testing.assert_close(core.attention[0], expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rows_of_a_padded_batch_are_read_as_alone(family: str):
+    rows = [prompt(1, 50, 0), prompt(1, 80, 1)]
+    ids, mask = left_padded(rows)
+    batch = read_tiny(family, ids, made(family, 400), attention_mask=mask, chunk=45)
+    for row, own in enumerate(rows):
+        # Parts of the batch are parts of its columns; of a row that is all pad in the first, that is the whole row.
+        alone = read_tiny(family, own, made(family, 400), chunk=100)
+        for mine, core in zip(batch.moment_layers.values(), alone.moment_layers.values(), strict=True):
+            real = mine.positions[row, 0] >= 0
+            assert int(real.sum()) == own.shape[1]
+            torch.testing.assert_close(mine.keys[row][:, real], core.keys[0], rtol=0, atol=2e-5)
+    # Padding at the right is no different.
+    flipped = read_tiny(
+        family,
+        torch.stack([x.roll(int(m.sum())) for x, m in zip(ids, mask, strict=True)]),
+        made(family, 400),
+        attention_mask=mask.flip(1),
+    )
+    for mine, core in zip(flipped.moment_layers.values(), batch.moment_layers.values(), strict=True):
+        torch.testing.assert_close(mine.keys, core.keys, rtol=0, atol=2e-5)
+    # In one part, scores are those of the row alone, too.
+    batch = read_tiny(family, ids, made(family, 400), attention_mask=mask)
+    for row, own in enumerate(rows):
+        alone = read_tiny(family, own, made(family, 400))
+        for mine, core in zip(batch.moment_layers.values(), alone.moment_layers.values(), strict=True):
+            real = mine.positions[row, 0] >= 0
+            torch.testing.assert_close(mine.attention[row][:, real], core.attention[0], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_that_has_read_generates_copies_and_is_saved(family: str, tmp_path: Path):
+    ids, question = prompt(1, 120), prompt(1, 5, 1)
+    cache = read_tiny(family, ids, made(family, policy="twice"))
+    cache.save(tmp_path / "text.safetensors")
+    both = torch.cat([ids, question], 1)
+
+    def answer(held: MomentCache) -> torch.Tensor:
+        options = {"attention_mask": torch.ones_like(both), "max_new_tokens": 12, "do_sample": False}
+        return tiny(family).generate(both, past_key_values=held, **options)
+
+    loaded = MomentCache.load(tmp_path / "text.safetensors", tiny(family))
+    first = answer(copy.deepcopy(cache))
+    assert torch.equal(first, answer(copy.deepcopy(cache)))
+    assert torch.equal(first, answer(loaded))
+    assert max(core.stored for core in loaded.moment_layers.values()) < both.shape[1]
+
+
+@pytest.mark.parametrize("budget", [60, 0.4, "40KiB"])
+def test_a_budget_is_that_of_the_text_and_not_of_its_second_reading(budget: Any):
+    cache = read_tiny("llama", prompt(1, 200), made("llama", budget, sharing="uniform"), chunk=50)
+    if budget == "40KiB":
+        once = read_tiny("llama", prompt(1, 200), made("llama", budget, sharing="uniform"), twice=False)
+        assert cache.nbytes <= 40 * 1024
+        assert [core.budget for core in cache.moment_layers.values()] == [x.budget for x in once.moment_layers.values()]
+    else:
+        assert {core.stored for core in cache.moment_layers.values()} == {60 if budget == 60 else 80}
+
+
+def test_a_text_in_segments_is_never_stored_as_a_whole(monkeypatch: pytest.MonkeyPatch):
+    ids, peak = prompt(1, 400), 0
+    attend = MomentLayer.attend
+
+    def watched(self: MomentLayer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal peak
+        result = attend(self, *args, **kwargs)
+        peak = max(peak, self.core.stored)
+        return result
+
+    monkeypatch.setattr(MomentLayer, "attend", watched)
+    cache = read_tiny("llama", ids, made("llama", 60, sharing="uniform"), segment=50, chunk=50)
+    assert cache.get_seq_length() == 400
+    assert peak == 60 + 50
+    for core in cache.moment_layers.values():
+        assert core.stored == 60
+    # What was chosen comes from all segments, with scores of its own.
+    assert len({int(p) // 50 for core in cache.moment_layers.values() for p in core.positions.flatten()}) > 4
+
+
+def test_segments_go_on_where_an_earlier_reading_ended():
+    ids = prompt(1, 200)
+    whole = read_tiny("gemma3", ids, made("gemma3", 60), segment=100)
+    parts = read_tiny("gemma3", ids[:, :100], made("gemma3", 60))
+    parts = read_tiny("gemma3", ids[:, 100:], parts)
+    for one, other in zip(contents(whole), contents(parts), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def test_a_static_cache_goes_on_in_place():
+    ids = prompt(1, 120)
+    static, plain = (read_tiny("llama", ids, made("llama", static=on), chunk=50) for on in (True, False))
+    for token in prompt(1, 20, 1)[0]:
+        with torch.no_grad():
+            one, other = (tiny("llama")(token[None, None], past_key_values=x).logits for x in (static, plain))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="a static cache reads a text when it is empty"):
+        read_tiny("llama", ids, static)
+    with pytest.raises(ValueError, match="segment is 60, but a static cache reads in one piece"):
+        read_tiny("llama", ids, made("llama", static=True), segment=60)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("call", [1, 5, 9])
+@pytest.mark.parametrize("held", [0, 90])
+def test_ctrl_c_leaves_model_and_cache_as_they_were(family: str, call: int, held: int, monkeypatch: pytest.MonkeyPatch):
+    model, cache, ids = tiny(family), made(family), prompt(1, 100)
+    if held:
+        read_tiny(family, prompt(1, held, 1), cache)
+    before = contents(cache) if held else None
+    calls, attend = 0, MomentLayer.attend
+
+    def interrupted(self: MomentLayer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return attend(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MomentLayer, "attend", interrupted)
+        state = f"the cache holds the {held} tokens" if held else "the cache is empty"
+        with pytest.raises(KeyboardInterrupt, match=f"reading was interrupted: {state}"):
+            read_tiny(family, ids, cache, chunk=40)
+    assert not model.training
+    assert cache.get_seq_length() == held
+    assert all(layer.reader is None for layer in cache.layers if isinstance(layer, MomentLayer))
+    if before is not None:
+        for one, other in zip(before, contents(cache), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    # And it can be read again, as if nothing had been.
+    fresh = made(family)
+    if held:
+        read_tiny(family, prompt(1, held, 1), fresh)
+    for one, other in zip(*(contents(read_tiny(family, ids, x)) for x in (cache, fresh)), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+def test_what_cannot_be_read_is_refused_by_name():
+    ids, model = prompt(1, 50), tiny("llama")
+    for inputs, options, message in (
+        (ids, {"request": "Say it again."}, "only a tokenizer can read; pass tokenizer="),
+        ("a text", {}, "inputs is text, which only a tokenizer can read"),
+        (ids[0], {}, r"inputs is \(50,\); give text, or token ids"),
+        (ids[:, :0], {}, "inputs has no tokens"),
+        (ids, {"chunk": 0}, "chunk is 0"),
+        (ids, {"segment": 0}, "segment is 0"),
+        (ids, {"attention_mask": torch.ones(1, 49)}, r"attention_mask has shape \(1, 49\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(model, inputs, made("llama"), **({"request": REQUEST} | options))
+    with pytest.raises(ValueError, match="policy is 'balanced', which does not look at a second reading"):
+        read(model, ids, MomentCache(model), request=REQUEST)
+    recording = made("llama")
+    recording.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=recording)
+    with pytest.raises(RuntimeError, match="recorded passes wait for crop"):
+        read(model, ids, recording, request=REQUEST)
+    sliding = tiny("mistral sliding")
+    with pytest.raises(ValueError, match="no layer of this model is compressed"):
+        read(sliding, ids, MomentCache(sliding, policy="twice"), request=REQUEST)
+    short = build(FAMILIES["llama"](max_position_embeddings=100))
+    with pytest.raises(ValueError, match="ends at token 50 of the 100"):
+        read(short, ids, MomentCache(short, policy="twice"), request=REQUEST)
+    assert read(short, ids, MomentCache(short), twice=False).get_seq_length() == 50
