@@ -16,6 +16,7 @@ from momentkv.cache.holdings import Holdings
 from momentkv.cache.observing import observed_queries, real_ones_last
 from momentkv.cache.state import LayerState, NewTokens, hidden, joined, place
 from momentkv.cache.step import arrived, attended, check_like_stored, check_step, decoded, fresh, remembered, started
+from momentkv.cache.threads import alone
 from momentkv.policies import Policy, PolicyName
 from momentkv.statistics.corrections import Correction, CorrectionName
 
@@ -82,7 +83,7 @@ class LayerCache(Holdings):
     Eviction comes after attention, so that every evicted token precedes all later queries and no mask is needed for
     the moments. Queries are always corrected by the moments of the tokens evicted in earlier steps.
     A prefill of any length is attended exactly first; then it is cut to the budget.
-    The cache keeps copies of what it is given, without gradients. One thread at a time may use it.
+    The cache keeps copies of what it is given, without gradients. One thread at a time: `step` refuses another.
 
     Examples
     --------
@@ -170,6 +171,7 @@ class LayerCache(Holdings):
         else:
             self.budgets = list(self._budget)
 
+    @alone
     def step(self, q: Array, k: Array, v: Array, *, valid: Array | None = None) -> Array:
         """Append tokens, attend from their queries, then evict down to the budget if the block is full.
 
@@ -190,7 +192,7 @@ class LayerCache(Holdings):
         ValueError
             If shapes do not fit; the cache is then unchanged.
         RuntimeError
-            If an earlier step was interrupted while a static state's own arrays were written.
+            If another step is under way, or one was interrupted while a static state's own arrays were written.
 
         Notes
         -----

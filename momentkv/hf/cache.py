@@ -177,7 +177,7 @@ class MomentCache(Cache):
                 self.passes.settle(key_states.shape[2], self.rollback)
                 if self.rule is not None:
                     apply_rule(self, self.rule, key_states, value_states)
-        self.passes.check_attended(layer_idx)
+        self.passes.check_layer(layer_idx)
         layer = self.layers[layer_idx]
         if layer.is_initialized and isinstance(layer, DynamicSlidingWindowLayer):
             layer.keys, layer.values = (x.to(key_states.device) for x in (layer.keys, layer.values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,7 @@ class PassKeeper:
         # many tokens they had seen.
         self.left = self.start = 0
         self.before: list[Any] = []
+        self.thread: int | None = None
         # The layer whose new tokens the last pass left without attention, where none has ever come to any.
         self.unreached: int | None = None
         self.reached = False
@@ -58,6 +60,18 @@ class PassKeeper:
         if unreached is not None:
             raise RuntimeError(self.never_reached(unreached))
         self.before, self.start, self.left = self.held(), self.length, len(self.moments)
+        self.thread = threading.get_ident()
+
+    def check_layer(self, layer_idx: int) -> None:
+        """Raise if a pass does not find a layer as it is when one pass follows the other."""
+        self.check_attended(layer_idx)
+        held = int(self.layers[layer_idx].get_seq_length())
+        if self.thread != threading.get_ident() or held != self.start:
+            raise RuntimeError(
+                f"layer {layer_idx} holds {held} tokens where this pass began with {self.start}, in thread "
+                f"{self.thread}: one thread at a time may use a cache. Give each a cache of its own, a copy.deepcopy "
+                "say, or hold a lock around its passes; call reset() on this one, and read its tokens again"
+            )
 
     def attended(self) -> None:
         """One more layer is through."""
