@@ -17,14 +17,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers.cache_utils import DynamicCache
 
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import wanted_queries
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import CHOICES, Fidelity, Setting, compare, empty_cache, settings_grid
 from momentkv.evaluation.report import progress_bar, show
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.evaluation.steps import Step, Typical, evicted_tokens, typical
 from momentkv.hf import MomentCache
-from momentkv.policies import get_policy
 
 __all__ = ["demo"]
 
@@ -120,8 +119,7 @@ def hide(tokenizer: Any, text: str, context: int) -> str:
 @torch.inference_mode()
 def read(model: Any, ids: torch.Tensor, context: int) -> tuple[CaptureCache, torch.Tensor]:
     """Prefill once and predict the following tokens; every cache below starts from this one exact prefill."""
-    observed = [get_policy(policy).observes or 0 for _, policy, _ in ROWS]
-    captured = CaptureCache(model, max(RECENT_QUERIES, *observed))
+    captured = CaptureCache(model, wanted_queries(policy for _, policy, _ in ROWS))
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
     full = full_cache(model, captured)
     logits: torch.Tensor = model(ids[:, context:-1], past_key_values=full).logits[0]

@@ -86,6 +86,16 @@ def leverage(keys: np.ndarray, values: np.ndarray, by_values: bool = False, cent
     return of(keys) * of(values) if by_values else of(keys)
 
 
+def expected_attention_of_heads(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Logarithm of expected softmax weights, mean over heads (group, m, d), times ``||v||``, all Gaussian."""
+    weights = np.zeros(len(keys))
+    for q in f64(queries):
+        mean, covariance = q.mean(axis=0), np.cov(q.T, bias=True).reshape(q.shape[1], q.shape[1])
+        logit = np.array([mean @ k + k @ covariance @ k / 2 for k in f64(keys)])
+        weights += np.exp(logit - logit.max()) / np.exp(logit - logit.max()).sum() / len(queries)
+    return np.log(weights * np.linalg.norm(f64(values), axis=-1))
+
+
 def expected_attention(
     keys: np.ndarray, values: np.ndarray, mean: np.ndarray, variance: np.ndarray, by_values: bool = True
 ) -> np.ndarray:

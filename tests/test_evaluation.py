@@ -14,6 +14,7 @@ from models import COMPRESSED, prompt, save_with_bytes, tiny
 from transformers import DynamicCache
 
 from momentkv import POLICIES
+from momentkv.cache.config import wanted_queries
 from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
@@ -35,7 +36,7 @@ from momentkv.evaluation.options import ONCE
 from momentkv.evaluation.report import average, fidelity_table, plot_fidelity, read_json, write_json
 from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
 from momentkv.hf import MomentCache, read
-from momentkv.policies import H2O, Policy, SnapKV, get_policy
+from momentkv.policies import H2O, Policy, SnapKV
 from momentkv.statistics.corrections import AnchoredSummaries
 
 SMALL = {"sinks": 1, "window": 8}
@@ -66,9 +67,7 @@ def test_replay_is_a_prefill(correction: str, policy: str | Policy, family: str)
     prefilled, replayed = (MomentCache(model, 20, policy=policy, correction=correction, **UNIFORM) for _ in range(2))
     with torch.no_grad():
         model(ids, past_key_values=prefilled)
-    observes = get_policy(policy).observes
-    keep = observes if observes is None else max(observes, 32)
-    assert replay(capture(family, ids, keep), replayed) is replayed
+    assert replay(capture(family, ids, wanted_queries([policy])), replayed) is replayed
     for index, core in prefilled.moment_layers.items():
         twin = replayed.moment_layers[index]
         assert core.keys.shape[2] == 20
@@ -97,14 +96,14 @@ def test_replay_needs_the_queries_that_the_policy_observes():
     for policy, keep, message in ((SnapKV(), 31, "keep=32"), (H2O(observes=None), 59, "keep=None")):
         with pytest.raises(ValueError, match=rf"{keep} queries were captured, but policy '{policy.name}' .*{message}"):
             replay(capture("llama", ids, keep), MomentCache(model, 20, policy=policy, **UNIFORM))
-    short = capture("llama", ids[:, :10], 32)  # shorter than the observation window: all there are
+    short = capture("llama", ids[:, :10], 256)  # shorter than the observation window: all there are
     assert replay(short, MomentCache(model, 20, policy="snapkv", **UNIFORM)).get_seq_length() == 10
 
 
 def test_replay_refuses_sliding_layers():
     model = tiny("gemma3")
     with pytest.raises(ValueError, match="full attention in every layer"):
-        replay(capture("gemma3", prompt(1, CONTEXT), 32), MomentCache(model, 20, **UNIFORM))
+        replay(capture("gemma3", prompt(1, CONTEXT), 256), MomentCache(model, 20, **UNIFORM))
 
 
 def test_comparison_is_as_defined():
@@ -215,7 +214,7 @@ def test_grid_compares_at_equal_bytes(itemsize: int | None, budgets: list[int]):
             block=1,
             **UNIFORM,
         )
-        replay(capture("llama", ids, 32), cache)
+        replay(capture("llama", ids, 256), cache)
         cores = cache.moment_layers.values()
         arrays = [(name, x) for core in cores for name, x in core.arrays().items()]
         assert {core.stored for core in cores} == {setting.budget}
@@ -430,7 +429,7 @@ def test_a_replay_after_capturing_again_is_reading_twice(tmp_path: Path):
     folder = save_with_bytes(tmp_path)
     model, tokenizer = load_model(folder)
     ids = tokenizer("the quick brown fox jumps over the lazy dog, and so on; " * 3, return_tensors="pt").input_ids
-    captured = CaptureCache(model, 32)
+    captured = CaptureCache(model, 256)
     with torch.no_grad():
         model(ids, past_key_values=captured)
         capture_again(model, captured, ids, tokenizer)

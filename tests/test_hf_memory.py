@@ -45,7 +45,7 @@ def held(x: Any, storages: dict[int, int], seen: set[int]) -> dict[int, int]:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_a_prefill_never_holds_more_than_the_full_cache(name: str, sharing: str | None):
-    """After each layer: keys and values of those so far without what they were views of, and their newest queries."""
+    """After each layer: keys and values of those so far, their importances, and the queries that errors take."""
     model, counts = MODELS[name](), []
     cache = MomentCache(model, sharing=sharing, **SMALL)
     hooks = [
@@ -60,7 +60,7 @@ def test_a_prefill_never_holds_more_than_the_full_cache(name: str, sharing: str 
     config = model.config
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = config.hidden_size // config.num_attention_heads
-    full = TOKENS * kv_heads * (2 * head_dim * 4 + 4)  # of a layer: keys, values and positions
+    full = TOKENS * kv_heads * (2 * head_dim * 4 + 4 + 4)  # of a layer: keys, values, positions and importances
     newest = RECENT_QUERIES * config.hidden_size * 4
     state = cache.nbytes // len(cache.layers)
     assert len(counts) == config.num_hidden_layers

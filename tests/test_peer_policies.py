@@ -286,6 +286,35 @@ def test_expected_attention_is_of_the_last_queries_of_a_prefill(backend: Library
         np.testing.assert_allclose(got[head], peer_formulas.expected_attention(*arguments), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("length", [40, 300])
+def test_after_a_prefill_expected_attention_is_that_of_each_head_of_the_group(backend: Library, length: int):
+    """Of the last 256 queries, as far as there are so many, with their whole covariance."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, heads, length, 4)) for heads in (6, 2, 2))
+    cache = LayerCache(64, policy=ExpectedAttention(), block=1000)
+    cache.append(*(backend.asarray(x) for x in (k, v)))
+    cache.attend(backend.asarray(q))
+    got = backend.numpy(cache.importance())
+    recent = 0.5 * q[:, :, -256:].reshape(2, 2, 3, -1, 4)
+    for head in np.ndindex(2, 2):
+        exact = peer_formulas.expected_attention_of_heads(k[head], v[head], recent[head])
+        np.testing.assert_allclose(got[head], exact, rtol=1e-10, atol=1e-12)
+
+
+def test_queries_of_padding_are_not_expected():
+    """A row's importances are those it has by itself, whatever its padding holds."""
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, heads, 90, 4)) for heads in (4, 2, 2))
+    alone, padded = (LayerCache(64, policy=ExpectedAttention(), block=1000) for _ in range(2))
+    alone.append(k, v)
+    alone.attend(q)
+    wide = [np.concatenate([np.full((1, x.shape[1], 30, 4), 7.0), x], axis=2) for x in (q, k, v)]
+    valid = np.broadcast_to(np.arange(120) >= 30, (1, 2, 120))
+    padded.append(*wide[1:])
+    padded.attend(wide[0], valid=valid)
+    np.testing.assert_allclose(padded.importance()[..., 30:], alone.importance(), rtol=1e-12, atol=1e-12)
+
+
 def test_expected_attention_needs_queries():
     x = np.ones((1, 3, 2))
     tokens = Tokens(x, x, np.arange(3)[None], x[..., 0], Moments.empty(x, x), 1.0)

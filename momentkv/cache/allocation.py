@@ -8,16 +8,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array
+from momentkv.cache.competition import whole_shares
 from momentkv.cache.curves import error_curves
 from momentkv.cache.layer import LayerCache
-from momentkv.policies.select import protected
 
 __all__ = [
     "SharedBudget",
     "Sharing",
     "budget_grid",
-    "by_importance",
     "minimise_error",
     "pyramid_budgets",
     "refine",
@@ -28,8 +27,6 @@ Sharing = Literal["uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip"
 # Budgets that errors are measured at, as multiples of the average, and steps between them that are interpolated.
 MULTIPLES = (0.4, 1.0, 2.5, 6.25)
 STEPS = 4
-# Part of the average that Ada-KV gives to every head before heads compete, as in its paper.
-SAFEGUARD = 0.2
 # How many times fewer tokens than the average PyramidKV gives to the last layer, as in its paper.
 STEEPNESS = 20
 
@@ -52,9 +49,9 @@ class SharedBudget:
 
     Notes
     -----
-    Until the last of the caches has attended, every one holds all its tokens: when the layers of a model share, a
-    prefill in one piece needs as much memory as the full cache while it lasts, one in chunks as much as the budget and
-    a chunk. Each chunk shares anew. While decoding, each keeps to its budget.
+    Until the last of the caches has attended, every one holds all its tokens and a number for each, its importance:
+    when the layers of a model share, a prefill in one piece needs as much memory as the full cache while it lasts, one
+    in chunks as much as the budget and a chunk. Each chunk shares anew. While decoding, each keeps to its budget.
     """
 
     def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool) -> None:
@@ -62,33 +59,45 @@ class SharedBudget:
         self.rule, self.by_head = rule, by_head
         budget = self.caches[0].budget
         self.average = budget if isinstance(budget, int) else budget[0]
-        self.waiting: list[LayerCache] = []
+        self.waiting: list[tuple[LayerCache, Array]] = []  # and importances, of those of which something is to go
 
     def evict(self, cache: LayerCache) -> None:
         """Evict one cache, or, after a prefill, wait for the others and then evict them all, or none."""
         if cache.newest_queries is None:
             cache.evict()
             return
-        if any(cache is other for other in self.waiting):
+        if any(cache is other for other, _ in self.waiting):
             self.waiting = []  # left by a pass that failed
-        self.waiting.append(cache)
+        self.waiting.append((cache, self.ranked(cache)))
         if len(self.waiting) < len(self.caches):
             return
         waiting, self.waiting = self.waiting, []
-        before = [each.held() for each in waiting]
+        before = [each.held() for each, _ in waiting]
         try:
-            self._evict(waiting)
+            self._evict(*map(list, zip(*waiting, strict=True)))
         except BaseException:
-            for each, held in zip(waiting, before, strict=True):
+            for (each, _), held in zip(waiting, before, strict=True):
                 each.go_back(held)
             raise
 
-    def _evict(self, waiting: list[LayerCache]) -> None:
+    def ranked(self, cache: LayerCache) -> Array:
+        """Importances of a cache that waits, or None if nothing of it is to go; what ranked its tokens is let go."""
+        if not cache.is_due:
+            return None
+        importance = self.importance(cache)
+        cache.release_queries()
+        return importance
+
+    def importance(self, cache: LayerCache) -> Array:
+        """What the tokens of a cache are ranked by before anything is shared."""
+        return cache.importance()
+
+    def _evict(self, waiting: list[LayerCache], ranked: list[Array]) -> None:
         if not any(each.is_due for each in waiting):
             for each in waiting:
                 each.evict()  # nothing goes yet, but the queries are let go
             return
-        importances = [each.importance() for each in waiting]
+        importances = [self.importance(each) if x is None else x for each, x in zip(waiting, ranked, strict=True)]
         shares = iter(self.rule(waiting, importances, self.average, self.by_head))
         for each, importance in zip(waiting, importances, strict=True):
             heads = importance.shape[-2]
@@ -145,114 +154,6 @@ def minimise_error(
     known = [curve for curve in curves if curve is not None]
     shares = iter(share_budget(known, fine, average * len(known)))
     return [average if curve is None else next(shares) for curve in curves]
-
-
-def by_importance(caches: Sequence[LayerCache], importances: Sequence[Array], average: int, by_head: bool) -> list[int]:
-    r"""Ada-KV: heads of a layer compete for one total by the importance of their tokens.
-
-    With free budget :math:`b` (the average less sinks and window) and :math:`H` heads, head :math:`h` gets
-
-    .. math:: \alpha b + (1 - \alpha)\, n_h
-
-    beside sinks and window, where :math:`n_h` of the :math:`bH` most important tokens of all heads are in head
-    :math:`h`, and :math:`\alpha = 0.2` is a safeguard.
-
-    Parameters
-    ----------
-    caches : sequence of LayerCache
-        After the attention of a prefill, before its eviction. Each layer is shared by itself.
-    importances : sequence of array, shape (..., kv_head, n)
-        Of each cache, `LayerCache.importance`.
-    average : int
-        Tokens for each head on average.
-    by_head : bool
-        Must be True: heads compete.
-
-    Returns
-    -------
-    list of int
-        A budget for each head of each layer; those of a layer add up to at most ``average`` for each.
-
-    Notes
-    -----
-    Rows of a batch with numbers that are not finite have no say. Only for policies whose importances can be compared
-    between heads: attention weights can, ranks (as `Balanced` gives) cannot and share evenly. Of a batch, the mean over
-    rows decides.
-    Source: Ada-KV (Feng et al., 2024, arXiv 2407.11550), algorithm 1 and its safeguard.
-    """
-    budgets: list[int] = []
-    for cache, importance in zip(caches, importances, strict=True):
-        fixed = cache.config.sinks + cache.config.window
-        free = average - fixed
-        rows = candidates(cache, importance)
-        won = wins(rows, free * len(rows), finite_rows(cache))
-        shares = [SAFEGUARD * free + (1 - SAFEGUARD) * count for count in won]
-        budgets += [fixed + share for share in whole_shares(shares, free * len(rows))]
-    return budgets
-
-
-def whole_shares(shares: Sequence[float], total: int) -> list[int]:
-    """Shares rounded down to whole tokens, at least one each; what that adds is taken from the largest.
-
-    Examples
-    --------
-    >>> whole_shares([2.6, 0.2, 0.2], 3), whole_shares([0.95, 0.05, 5.4], 7)
-    ([1, 1, 1], [1, 1, 5])
-    """
-    # A product of decimal fractions may fall a rounding below the whole number that it stands for.
-    whole = [max(1, math.floor(share + 1e-9)) for share in shares]
-    while sum(whole) > total:
-        whole[whole.index(max(whole))] -= 1
-    return whole
-
-
-def candidates(cache: LayerCache, importance: Array) -> list[Array]:
-    """For each KV head, the importance of every token that may be evicted, shape (row, n); ``-inf`` elsewhere."""
-    xp, config = array_namespace(importance), cache.config
-    positions = cache.view().positions
-    always = protected(positions, sinks=config.sinks, window=config.window)
-    competing = xp.where((positions >= 0) & ~always, importance, -xp.inf * xp.ones_like(importance))
-    heads, n = competing.shape[-2:]
-    return [xp.reshape(competing[..., head, :], (-1, n)) for head in range(heads)]
-
-
-def finite_rows(cache: LayerCache) -> Array:
-    """Which rows of a batch, (row,), hold finite keys, values and newest queries alone."""
-    view = cache.view()
-    xp = array_namespace(view.keys)
-    real = (view.positions >= 0)[..., None]
-    arrays = [xp.where(real, x, xp.zeros_like(x)) for x in (view.keys, view.values)]
-    arrays += [x for x in (cache.newest_queries,) if x is not None]
-    rows = [xp.all(xp.isfinite(xp.reshape(x, (-1, math.prod(x.shape[-3:])))), axis=-1) for x in arrays]
-    return xp.all(xp.stack(rows), axis=0)
-
-
-def wins(rows: Sequence[Array], places: int, counted: Array | None = None) -> list[float]:
-    """How many of the most important places go to each head, on average over the rows of a batch that are counted.
-
-    Where none is, every head has as many.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> wins([np.array([[5.0, 1.0]]), np.array([[4.0, 3.0, 2.0]])], 3)
-    [1.0, 2.0]
-    """
-    xp = array_namespace(rows[0])
-    everyone = xp.concat(list(rows), axis=-1)
-    counted = xp.ones_like(everyone[:, 0], dtype=xp.bool) if counted is None else counted
-    number = float(xp.sum(xp.astype(counted, everyone.dtype)))
-    if not number:
-        return [places / len(rows)] * len(rows)
-    order = xp.argsort(everyone, axis=-1, descending=True, stable=True)[:, :places]
-    real = xp.isfinite(xp.take_along_axis(everyone, order, axis=-1)) & counted[:, None]
-    counts, start = [], 0
-    for row in rows:
-        stop = start + row.shape[-1]
-        own = real & (order >= start) & (order < stop)
-        counts.append(float(xp.sum(xp.astype(own, everyone.dtype))) / number)
-        start = stop
-    return counts
 
 
 def pyramid_budgets(average: int, layers: int, *, sinks: int = 1, window: int = 32) -> list[int]:

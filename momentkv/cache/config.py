@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from momentkv._array import Array
@@ -15,11 +15,13 @@ from momentkv.codes import check_bits
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.statistics.corrections import Correction, get_correction
 
-__all__ = ["RECENT_QUERIES", "CacheConfig", "whole_number"]
+__all__ = ["RECENT_QUERIES", "CacheConfig", "wanted_queries", "whole_number"]
 
 # Queries that the correction is anchored at: the last of a prefill, and while decoding an average that fades at this
 # rate. RoPE turns queries, so that an average over many positions says little about the next ones.
 RECENT_QUERIES = 32
+# Queries of a prefill that expected attention is that of: over so many positions RoPE has turned what turns fast.
+NEWEST_QUERIES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,11 @@ class CacheConfig:
         return self.policy.needs_queries or self.correction.anchored
 
     @property
+    def newest(self) -> int:
+        """Queries of a prefill that are kept until its eviction, as far as there are so many."""
+        return kept_queries(self.policy)
+
+    @property
     def order(self) -> int | None:
         """Order of the correction; None for plain eviction."""
         return self.correction.order
@@ -87,6 +94,24 @@ class CacheConfig:
     def corrects(self) -> bool:
         """Whether anything stands for evicted tokens."""
         return self.correction.order is not None
+
+
+def kept_queries(policy: Policy) -> int:
+    """Queries of a prefill that its eviction takes under a policy, beside those that the policy observes."""
+    return NEWEST_QUERIES if policy.needs_queries else RECENT_QUERIES
+
+
+def wanted_queries(policies: Iterable[str | Policy]) -> int | None:
+    """Newest queries of a prefill that all that these policies do takes; None for all of them.
+
+    Examples
+    --------
+    >>> wanted_queries(["knorm"]), wanted_queries(["snapkv", "balanced"])
+    (32, 256)
+    """
+    found = [get_policy(policy) for policy in policies]
+    observed = [policy.observes for policy in found if policy.observes is not None]
+    return None if len(observed) < len(found) else max([*observed, *map(kept_queries, found)])
 
 
 def make_config(

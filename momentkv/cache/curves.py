@@ -9,6 +9,7 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace, take_rows
 from momentkv.attention import AttentionState, merge
+from momentkv.cache.config import RECENT_QUERIES
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.packing import View
 from momentkv.policies.select import ranking
@@ -19,10 +20,11 @@ __all__ = ["error_curve", "error_curves"]
 def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | None = None) -> list[list[float]]:
     """Error that eviction to each budget would cause in each KV head for the newest queries, correction included.
 
-    Mean over the group and the queries (and the rows of a batch whose errors are all finite; NaN if none has such) of
-    the squared relative error of the output, against what the cache gives before the eviction (exact attention if
-    nothing has been evicted yet). Tokens are ranked once for all budgets, as they are now; at a first eviction one
-    summary stands in for several.
+    Squared error of the output, against what the cache gives before the eviction (exact attention if nothing has been
+    evicted yet), in mean over the group and the queries, as a part of the mean squared output of all heads of the
+    layer; then the mean over the rows of a batch whose errors are all finite, NaN if none has such. So a head counts
+    for as much as it says: the mean over heads is the relative error of the layer. Tokens are ranked once for all
+    budgets, as they are now; at a first eviction one summary stands in for several.
 
     Parameters
     ----------
@@ -55,6 +57,7 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
             "the cache holds no newest queries to measure errors with: call error_curves between attend(q) of a whole "
             "window of queries and evict(), on a cache made with keep_queries=True"
         )
+    q = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
     config, state, view = cache.config, cache.stored_state, cache.view()
     backend = config.backend_of(q)
     xp = array_namespace(q)
@@ -84,7 +87,7 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
         return state.out if expansion is None else backend.correct(state, q, expansion, scale=scale)
 
     exact = output(states[-1], evicted, state.has_evicted)
-    norm = xp.sum(exact * exact, axis=-1)
+    norm = xp.mean(xp.sum(exact * exact, axis=-1), axis=(-2, -1), keepdims=True)
     kv_heads, window = view.keys.shape[-3], cache.query_window
     errors = []
     for budget, attended, (k, v, positions) in zip(

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from momentkv._array import Array, array_namespace, device, take_rows
+from momentkv._array import Array, accumulation_dtype, array_namespace, device, take_rows
+from momentkv.attention import group_queries
 from momentkv.backends.layout import Layout
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.packing import View, repack, view_of, widths_of
@@ -67,7 +68,14 @@ class Totals:
 
 
 def importance_of(
-    config: CacheConfig, view: View, known: Any, scale: float, state: LayerState | None, *, ask: bool = True
+    config: CacheConfig,
+    view: View,
+    known: Any,
+    scale: float,
+    state: LayerState | None,
+    *,
+    newest: Array | None = None,
+    ask: bool = True,
 ) -> Array:
     """The policy's ranking of the tokens of a view, shape (..., kv_head, n).
 
@@ -82,8 +90,13 @@ def importance_of(
     if attention is None:
         attention = xp.zeros(view.positions.shape, dtype=known.weight.dtype, device=device(view.positions))
     window = query_window(state)
-    queries = (None, None) if window is None else window
-    tokens = Tokens(view.keys, view.values, view.positions, attention, known, scale, *queries)
+    summary = (None, None) if window is None else window
+    queries = None
+    if newest is not None and config.policy.needs_queries:
+        of_heads = group_queries(newest, view.keys.shape[-3])
+        of_heads = xp.reshape(of_heads, (*of_heads.shape[:-2], -1, *newest.shape[-2:]))
+        queries = scale * xp.astype(of_heads, accumulation_dtype(xp, newest.dtype), copy=False)
+    tokens = Tokens(view.keys, view.values, view.positions, attention, known, scale, summary[0], summary[1], queries)
     importance = config.policy.importance(tokens)
     name = config.policy.name or type(config.policy).__name__
     shape = getattr(importance, "shape", None)
@@ -171,7 +184,7 @@ def evicted_state(
     importance : array, shape (..., kv_head, n), optional
         Of the tokens of `view_of`, where it is known.
     newest : array, shape (..., q_head, m, d), optional
-        Newest queries, for a correction that is calibrated at its first eviction.
+        Newest queries, for a policy that ranks by them and a correction that is calibrated at its first eviction.
 
     Returns
     -------
@@ -205,7 +218,7 @@ def evicted_state(
             if importance is None or done > 1:
                 left = view._replace(positions=positions)
                 known = config.correction.known(evicted)
-                importance = importance_of(config, left, known, scale, state, ask=not in_place)
+                importance = importance_of(config, left, known, scale, state, newest=newest, ask=not in_place)
             target = limits if rounds == 1 else xp.where(one_block, limits, between(counts, limits, done / rounds))
             kept = kept_by_rank(importance, positions, target, config)
             if config.corrects:
@@ -216,7 +229,8 @@ def evicted_state(
         if newest is not None and config.corrects:
             # Rows whose first eviction this is and whose newest queries are all real; others keep what they have.
             first = xp.all(view.positions[..., -RECENT_QUERIES:] >= 0, axis=-1) & (state.evicted.weight == 0)
-            evicted = config.correction.calibrate(evicted, newest, view.keys, scale=scale, mask=gone & first[..., None])
+            judges = newest[..., -RECENT_QUERIES:, :]
+            evicted = config.correction.calibrate(evicted, judges, view.keys, scale=scale, mask=gone & first[..., None])
         if evidence is not None:
             k, v, mask = gathered(view, gone, most)
             evidence = evidence.update(k, v, mask=mask)

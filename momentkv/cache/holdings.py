@@ -9,7 +9,7 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace, device, nbytes
 from momentkv.backends import get_backend
-from momentkv.cache.config import CacheConfig
+from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.packing import View, view_of
 from momentkv.cache.queries import query_window
 from momentkv.cache.state import LayerState, NewTokens
@@ -56,6 +56,12 @@ class Holdings:
     budgets: list[int] | None = None
     fixed: LayerState | None = None
     torn: bool = False
+
+    def release_queries(self) -> None:
+        """Let go of the queries of a prefill that ranked its tokens; those that errors are measured with stay."""
+        if self.newest_queries is not None and self.newest_queries.shape[-2] > RECENT_QUERIES:
+            copy = get_backend(self.newest_queries).copy
+            self.newest_queries = copy(self.newest_queries[..., -RECENT_QUERIES:, :])
 
     def take_number(self) -> None:
         """Become known to operators."""

@@ -290,9 +290,8 @@ class LayerCache(Holdings):
         backend = config.backend_of(q)
         new, q = real_ones_last(new, backend.detach(q), ask=not self.is_fixed)
         state = remembered(config, state, new, q, scale=self.attention_scale)
-        recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
-        if recent.shape[-2] == RECENT_QUERIES and (config.remembers_queries or config.keep_queries):
-            self.newest_queries = backend.copy(recent)
+        if q.shape[-2] >= RECENT_QUERIES and (config.remembers_queries or config.keep_queries):
+            self.newest_queries = backend.copy(q[..., max(q.shape[-2] - config.newest, 0) :, :])
         if new.attention is not None and state.attention is not None:
             state, new = observed_queries(config, backend, state, new, q, self.attention_scale)
         self.state, self.new = state, new
@@ -375,10 +374,8 @@ class LayerCache(Holdings):
 
     def importance(self) -> Array:
         """The policy's ranking of the tokens of `view`, shape (batch..., kv_head, n)."""
-        state, view = self.stored_state, self.view()
-        return importance_of(
-            self.config, view, self.config.correction.known(state.evicted), self.attention_scale, state
-        )
+        state, known = self.stored_state, self.config.correction.known(self.stored_state.evicted)
+        return importance_of(self.config, self.view(), known, self.attention_scale, state, newest=self.newest_queries)
 
     def map(self, function: Callable[[Array], Array]) -> None:
         """Apply a function to every array: to select, repeat or reorder rows, or to move devices."""

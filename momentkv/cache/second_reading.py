@@ -8,15 +8,8 @@ import math
 from collections.abc import Sequence
 
 from momentkv._array import Array, array_namespace, device
-from momentkv.cache.allocation import (
-    SharedBudget,
-    candidates,
-    finite_rows,
-    minimise_error,
-    share_budget,
-    whole_shares,
-    wins,
-)
+from momentkv.cache.allocation import SharedBudget, minimise_error, share_budget
+from momentkv.cache.competition import candidates, finite_rows, whole_shares, wins
 from momentkv.cache.curves import error_curves
 from momentkv.cache.eviction import importance_of
 from momentkv.cache.layer import LayerCache
@@ -145,10 +138,18 @@ class RereadBudget(SharedBudget):
             raise ValueError(f"policy is {policy.name!r}; budgets after a second reading are for policy='twice'")
         self.share = policy.share
 
-    def _evict(self, waiting: list[LayerCache]) -> None:
+    def importance(self, cache: LayerCache) -> Array:
+        """What `Twice` ranks tokens by that the second reading did not choose."""
+        config = dataclasses.replace(cache.config, policy=Twice.beside)
+        state = cache.stored_state
+        known = config.correction.known(state.evicted)
+        return importance_of(config, cache.view(), known, cache.attention_scale, state, newest=cache.newest_queries)
+
+    def _evict(self, waiting: list[LayerCache], ranked: list[Array]) -> None:
         if not any(each.is_due for each in waiting):
-            super()._evict(waiting)
+            super()._evict(waiting, ranked)
             return
+        ranked = [self.importance(each) if x is None else x for each, x in zip(waiting, ranked, strict=True)]
         config = waiting[0].config
         fixed = config.sinks + config.window
         heads = [each.view().keys.shape[-3] for each in waiting]
@@ -157,21 +158,13 @@ class RereadBudget(SharedBudget):
         places = iter(places_of(waiting, scores, max(sum(heads), math.floor(self.share * total))))
         chosen = [[next(places) for _ in range(number)] for number in heads]
         importances = [
-            chosen_first(score, own, continuation(each), competing(each))
-            for each, score, own in zip(waiting, scores, chosen, strict=True)
+            chosen_first(score, own, rest, competing(each))
+            for each, score, own, rest in zip(waiting, scores, chosen, ranked, strict=True)
         ]
         more = iter(extra_tokens(waiting, importances, chosen, total - sum(map(sum, chosen)), self.average))
         for each, importance, own in zip(waiting, importances, chosen, strict=True):
             each.budgets = [fixed + count + next(more) for count in own]
             each.evict(importance)
-
-
-def continuation(cache: LayerCache) -> Array:
-    """What `Twice` ranks tokens by that the second reading did not choose."""
-    config = dataclasses.replace(cache.config, policy=Twice.beside)
-    state = cache.stored_state
-    known = config.correction.known(state.evicted)
-    return importance_of(config, cache.view(), known, cache.attention_scale, state)
 
 
 def competing(cache: LayerCache) -> Array:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import wanted_queries
 from momentkv.cache.rereading import take_scores
 from momentkv.hf import MomentCache
 from momentkv.hf.attention import link, stock_attention
@@ -156,7 +156,7 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         settings = core.config
         observes, length = settings.policy.observes, layer.keys.shape[2]
         if observes is not None and (settings.remembers_queries or settings.keep_queries):
-            observes = max(observes, RECENT_QUERIES)
+            observes = wanted_queries([settings.policy])
         kept = 0 if layer.queries is None else layer.queries.shape[2]
         if kept < min(length, length if observes is None else observes):
             raise ValueError(

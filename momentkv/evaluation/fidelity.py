@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from momentkv.cache.accounting import token_equivalents
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import wanted_queries
 from momentkv.codes import check_bits, record_bytes
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.errors import head_errors
@@ -339,10 +339,8 @@ def measure(
         Bytes of the compressed cache after the context.
     """
     settings = list(settings)
-    observed = [get_policy(setting.policy).observes for setting in settings]
-    keep = None if None in observed else max(RECENT_QUERIES, *(count for count in observed if count is not None))
     ids = ids.to(model.device)
-    captured = CaptureCache(model, keep)
+    captured = CaptureCache(model, wanted_queries(setting.policy for setting in settings))
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
     if errors_every:
         for layer in captured.capture_layers.values():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import wanted_queries
 from momentkv.diagnostics import EvictionError
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors
@@ -75,7 +75,7 @@ def measure_gap(
     ids = ids.to(model.device)
     used = dataclasses.replace(setting, order=1, kind="moments") if setting.order is None else setting
     policy = get_policy(setting.policy)
-    captured = CaptureCache(model, None if policy.observes is None else max(policy.observes, RECENT_QUERIES))
+    captured = CaptureCache(model, wanted_queries([policy]))
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
     cache = replay(captured, empty_cache(model, used, sinks=sinks, window=window))
     for layer in captured.capture_layers.values():

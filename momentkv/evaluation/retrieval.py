@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import wanted_queries
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.fidelity import Setting, empty_cache
 from momentkv.evaluation.haystack import Answer, Haystack, Question
@@ -201,8 +201,7 @@ def measure_haystack(
         The full cache comes first.
     """
     cells = list(cells)
-    observed = [get_policy(setting.policy).observes for _, setting in cells]
-    reader = Reader(model, haystack, None if None in observed else max([RECENT_QUERIES, *filter(None, observed)]))
+    reader = Reader(model, haystack, wanted_queries(setting.policy for _, setting in cells))
 
     def add_generated(result: Recall, cache: Any, question: Question) -> Recall:
         if not generate:

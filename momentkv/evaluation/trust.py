@@ -13,7 +13,7 @@ from rich.console import Console
 
 from momentkv.attention import logits, merge, softmax_state
 from momentkv.bounds import output_error, read
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import wanted_queries
 from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import retained_mask
@@ -95,7 +95,7 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
     """
     ids = ids.to(model.device)
     policy = get_policy(setting.policy)
-    captured = CaptureCache(model, None if policy.observes is None else max(policy.observes, RECENT_QUERIES))
+    captured = CaptureCache(model, wanted_queries([policy]))
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
     cache = replay(captured, empty_cache(model, setting, sinks=1, window=32))
     for each in captured.capture_layers.values():

@@ -9,8 +9,9 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
 from momentkv.backends import get_backend
-from momentkv.cache.allocation import SharedBudget, by_importance, minimise_error, pyramid_budgets
+from momentkv.cache.allocation import SharedBudget, minimise_error, pyramid_budgets
 from momentkv.cache.budget_rules import BudgetRule, Share, TotalBytes, parse_budget
+from momentkv.cache.competition import by_importance
 from momentkv.cache.config import RECENT_QUERIES
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.second_reading import RereadBudget, by_threshold

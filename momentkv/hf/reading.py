@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import wanted_queries
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.rereading import reread, take_scores
 
@@ -30,8 +30,7 @@ class LayerReader:
         self.queries: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
         self.stored: torch.Tensor | None = None
-        observes = self.core.config.policy.observes
-        self.keep = None if observes is None else max(observes, RECENT_QUERIES)
+        self.keep = wanted_queries([self.core.config.policy])
 
     def read(self, query: torch.Tensor, *, padded: bool) -> None:
         """Take note of queries of the first reading: as many of the newest as policy and correction look at."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import wanted_queries
 from momentkv.cache.layer import LayerCache
 
 __all__ = ["Pass", "Recorded", "check_crop", "crop", "queries_to_keep", "settle", "waiting_tokens"]
@@ -57,8 +57,8 @@ def waiting_tokens(tokens_to_remove: int) -> int:
 
 def queries_to_keep(core: LayerCache, q_len: int, rollback: int) -> int:
     """Newest queries of a pass that reading it again without its last ``rollback`` tokens takes."""
-    observes = core.config.policy.observes
-    return q_len if observes is None else min(q_len, rollback + max(observes, RECENT_QUERIES))
+    wanted = wanted_queries([core.config.policy])
+    return q_len if wanted is None else min(q_len, rollback + wanted)
 
 
 def check_crop(layers: Sequence[Recorded], tokens: int) -> None:

@@ -31,6 +31,9 @@ class Tokens:
     query_mean, query_variance : array, shape (..., kv_head, d), or None
         Mean, and variance of each coordinate, of the recent queries times ``scale``, over all heads of the group; None
         unless the policy or the correction needs them.
+    queries : array, shape (..., kv_head, group, m, d), or None
+        Times ``scale``, the queries of the last ``m`` slots, where they are at hand: after a prefill, for a policy that
+        `Policy.needs_queries`. Those of padding mean nothing.
     """
 
     keys: Array
@@ -41,6 +44,7 @@ class Tokens:
     scale: float
     query_mean: Array | None = None
     query_variance: Array | None = None
+    queries: Array | None = None
 
     @property
     def score(self) -> Array:
@@ -64,7 +68,8 @@ class Policy(abc.ABC):
         Whether what a token has received survives an eviction (True) or starts afresh (False), so that it covers the
         queries since the last eviction.
     needs_queries : bool
-        Whether it wants mean and variance of the recent queries, which are then stored.
+        Whether it wants mean and variance of the recent queries, which are then stored, and after a prefill its newest
+        queries themselves.
     couples_heads : bool
         Whether the importance of a token in one KV head depends on the others. Such a policy cannot give each head a
         budget of its own.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
 from momentkv.policies.base import Policy, Tokens
+from momentkv.statistics.grouping import finite_max
 from momentkv.statistics.weights import positive
 
 __all__ = ["ExpectedAttention"]
@@ -16,11 +17,15 @@ __all__ = ["ExpectedAttention"]
 class ExpectedAttention(Policy):
     r"""Attention weight, times the norm of the value, in expectation over Gaussian queries.
 
-    .. math:: \mathrm{importance}_j = \mu^\top k_j + \tfrac12 \sum_c \sigma_c^2 k_{jc}^2 + \log \lVert v_j \rVert
+    .. math:: \mathrm{importance}_j = \log \frac1G \sum_h
+        \frac{e^{\ell_{hj}}}{\sum_i e^{\ell_{hi}}} + \log \lVert v_j \rVert, \qquad
+        \ell_{hj} = \mu_h^\top k_j + \tfrac12 k_j^\top \Sigma_h k_j
 
     With :math:`q \sim N(\mu, \Sigma)`, the expectation of :math:`e^{q \cdot k_j}` is
-    :math:`e^{\mu \cdot k_j + k_j^\top \Sigma k_j / 2}`; this is the logarithm of that times the norm, which ranks alike
-    and does not overflow. Needs keys, values, and mean and variance of the recent queries.
+    :math:`e^{\mu \cdot k_j + k_j^\top \Sigma k_j / 2}`. After a prefill, :math:`\mu_h` and :math:`\Sigma_h` are mean
+    and covariance of its last 256 queries in query head :math:`h` of the group. While decoding, what is stored of
+    recent queries stands for them: one mean, and one variance of each coordinate, for the whole group; then
+    :math:`\mathrm{importance}_j = \ell_j + \log \lVert v_j \rVert`. Logarithms rank alike and do not overflow.
 
     Parameters
     ----------
@@ -29,11 +34,9 @@ class ExpectedAttention(Policy):
 
     Notes
     -----
-    Source: Expected Attention (arXiv 2510.00636). Three things differ. The paper has the statistics of a prompt's
-    queries before RoPE, and averages the rotation over the 512 positions to come; here they are of the last 32 queries
-    (while decoding, of an average that fades as fast), at the angles they had. :math:`\Sigma` is the variance of each
-    coordinate, where the paper has the whole covariance. And the queries of all heads of a group make one Gaussian,
-    where the paper averages the expected weights of each. Derivation: docs/derivations/eviction.md.
+    Source: Expected Attention (arXiv 2510.00636). There the statistics are of queries before RoPE, and rotations are
+    averaged over the 512 positions to come. Here the 256 queries have the rotations of as many positions: that
+    averages them as well, and needs to know nothing of positions. Derivation: docs/derivations/eviction.md.
     """
 
     name: ClassVar[str] = "expected-attention"
@@ -41,19 +44,43 @@ class ExpectedAttention(Policy):
     values: bool = True
 
     def importance(self, tokens: Tokens) -> Array:
-        if tokens.query_mean is None or tokens.query_variance is None:
-            raise ValueError(
-                "query_mean or query_variance of the tokens is None, but expected attention is that of such queries; "
-                "pass both, as LayerCache does"
-            )
         xp = array_namespace(tokens.keys, tokens.values)
-        keys, values, mean, variance = accumulate(
-            xp, tokens.keys, tokens.values, tokens.query_mean, tokens.query_variance
-        )
         real = tokens.positions >= 0
+        keys, values = accumulate(xp, tokens.keys, tokens.values)
         keys, values = (xp.where(real[..., None], x, xp.zeros_like(x)) for x in (keys, values))
-        logit = xp.sum(keys * (mean[..., None, :] + variance[..., None, :] * keys / 2), axis=-1)
+        if tokens.queries is not None:
+            logit = by_head(xp, tokens.queries, keys, real)
+        elif tokens.query_mean is not None and tokens.query_variance is not None:
+            mean, variance = accumulate(xp, tokens.query_mean, tokens.query_variance)
+            logit = xp.sum(keys * (mean[..., None, :] + variance[..., None, :] * keys / 2), axis=-1)
+        else:
+            raise ValueError(
+                "query_mean or query_variance of the tokens is None, and so are its queries, but expected attention is "
+                "that of such queries; pass both, as LayerCache does"
+            )
         if not self.values:
             return logit
         norm = xp.linalg.vector_norm(values, axis=-1)
         return xp.where(norm > 0, logit + xp.log(positive(xp, norm)), -xp.inf * xp.ones_like(norm))
+
+
+def by_head(xp: Any, queries: Array, keys: Array, real: Array) -> Array:
+    """Log of expected attention, mean over the group, (..., n), to queries (..., group, m, d) of the last slots."""
+    queries, keys = accumulate(xp, queries, keys)
+    group, m = queries.shape[-3:-1]
+    weight = xp.astype(real[..., None, -m:, None], queries.dtype)
+    queries = xp.where(weight > 0, queries, xp.zeros_like(queries))
+    number = positive(xp, xp.sum(weight, axis=-2))
+    mean = xp.sum(queries, axis=-2) / number
+    off = weight * (queries - mean[..., None, :])
+    covariance = xp.matmul(xp.matrix_transpose(off), off) / number[..., None]
+    total = None
+    # A head at a time: all at once would hold the keys once for each.
+    for head in range(group):
+        spread = xp.sum(xp.matmul(keys, covariance[..., head, :, :]) * keys, axis=-1)
+        logit = xp.matmul(keys, mean[..., head, :, None])[..., 0] + spread / 2
+        logit = xp.where(real, logit, -xp.inf * xp.ones_like(logit))
+        top = finite_max(logit)
+        logit = logit - top - xp.log(positive(xp, xp.sum(xp.exp(logit - top), axis=-1, keepdims=True)))
+        total = logit if total is None else xp.logaddexp(total, logit)
+    return total - xp.log(xp.asarray(float(group), dtype=queries.dtype))
