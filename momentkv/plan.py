@@ -185,7 +185,7 @@ def plan(
             heads=heads,
             token=record + POSITION_BYTES + score,
             exact=token + POSITION_BYTES + score,
-            state=state + queries + 2 * POSITION_BYTES + (0 if bits is None else 2 * token),
+            state=state + queries + 2 * POSITION_BYTES + (0 if bits is None else 3 * token // 2),
             beside=sliding * longest * token,
             block=block,
             least=least,
@@ -198,7 +198,7 @@ def plan(
     recent = sinks + window + block  # always there; so few tokens are all in it
     waiting = block if context >= recent else recent - retained
     coded = max(0, retained - sinks - window) if context >= recent else 0
-    standards = 2 * token if bits is not None and coded else 0
+    standards = 3 * token // 2 if bits is not None and coded else 0
     bounded = sliding * min(context, longest)
     equivalent = token_equivalents(kind, d=d, itemsize=itemsize)
     return Plan(

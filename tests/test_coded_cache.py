@@ -156,7 +156,7 @@ def test_bytes_are_those_of_codes_steps_and_standards(bits: int, dtype: Any):
     size, slots = np.dtype(dtype).itemsize, 24 - 4
     records = slots * (row_bytes(D, bits) + row_bytes(DV, bits) + 2 * 2 + 4)
     recent = state.layout.recent * ((D + DV) * size + 4) + 2 * 4
-    assert cache.nbytes == ROWS * KV_HEADS * (records + recent + 2 * (D + DV) * size)
+    assert cache.nbytes == ROWS * KV_HEADS * (records + recent + (2 * D + DV) * size)
 
 
 def test_rows_may_be_selected_and_copies_go_on_alike():

@@ -21,8 +21,8 @@ def standard_of(backend: Library, x: np.ndarray, mask: np.ndarray | None = None)
     return few.Standard.of(backend.asarray(x), backend.asarray(mask))
 
 
-def coded_of(backend: Library, k: np.ndarray, v: np.ndarray, bits: int) -> few.Coded:
-    standards = [standard_of(backend, x) for x in (k, v)]
+def coded_of(backend: Library, k: np.ndarray, v: np.ndarray, bits: int, centred: bool) -> few.Coded:
+    standards = standard_of(backend, k), few.Standard.of(backend.asarray(v), centred=centred)
     (keys, key_step), (values, value_step) = (
         few.encode(backend.asarray(x), standard, bits) for x, standard in zip((k, v), standards, strict=True)
     )
@@ -72,17 +72,14 @@ def test_a_record_depends_on_no_other_token(backend: Library, case: Case, bits: 
         assert_same(backend.numpy(its), backend.numpy(step)[..., token : token + 1])
 
 
-@given(case=cases(), bits=bits_of)
-def test_attention_from_codes_is_that_of_the_decoded_tokens(backend: Library, case: Case, bits: int):
+@given(case=cases(), bits=bits_of, centred=st.booleans())
+def test_attention_from_codes_is_that_of_the_decoded_tokens(backend: Library, case: Case, bits: int, centred: bool):
     q, k, v = case.arrays()
-    coded = coded_of(backend, k, v, bits)
+    coded = coded_of(backend, k, v, bits, centred)
     mask = case.mask()
     scale = case.d**-0.5
     state, weights = few.attend_codes(backend.asarray(q), coded, scale=scale, mask=backend.asarray(mask))
-    plain = (
-        few.Standard(*(backend.asarray(backend.numpy(x)) for x in coded.key_standard)),
-        few.Standard(*(backend.asarray(backend.numpy(x)) for x in coded.value_standard)),
-    )
+    plain = [x.map(lambda y: backend.asarray(backend.numpy(y))) for x in (coded.key_standard, coded.value_standard)]
     exact = [
         backend.numpy(few.decode(c, backend.asarray(backend.numpy(s)), standard, bits))
         for c, s, standard in zip((coded.keys, coded.values), (coded.key_step, coded.value_step), plain, strict=True)
@@ -92,7 +89,8 @@ def test_attention_from_codes_is_that_of_the_decoded_tokens(backend: Library, ca
     u, group = unit(case.dtype), case.group
     reach, size = [], []
     for standard, step in ((coded.key_standard, coded.key_step), (coded.value_standard, coded.value_step)):
-        mean, deviation, own = (backend.numpy(x) for x in (*standard, step))
+        deviation, own = backend.numpy(standard.deviation), backend.numpy(step)
+        mean = 0 * deviation if standard.mean is None else backend.numpy(standard.mean)
         most = own.max(axis=-1, initial=0.0)[..., None] * deviation * 2.0**bits
         (reach if standard is coded.key_standard else size).append(np.abs(mean) + most)
     reach, size = (np.repeat(x[0], group, axis=-2) for x in (reach, size))
@@ -141,6 +139,16 @@ def test_what_does_not_vary_is_given_back(bits: int, tokens: str):
     assert (np.abs(decoded - x) <= step / 2 + 2.0**-22 * np.abs(x))[~np.broadcast_to(varies, x.shape)].all()
     if tokens != "constant channels":
         np.testing.assert_allclose(decoded, x, rtol=2.0**-22, atol=2.0**-15)
+
+
+def test_values_near_zero_stay_there_where_the_standard_is_around_it():
+    """As those of tokens are that are attended to for want of others."""
+    x = 1 + np.random.default_rng(0).normal(size=(100, 8))
+    x[7] *= 1e-3
+    for centred, least, most in ((True, 1e-2, 1.0), (False, 0.0, 1e-3)):
+        standard = few.Standard.of(x, centred=centred)
+        off = few.decode(*few.encode(x, standard, 4), standard, 4)[7] - x[7]
+        assert least <= np.abs(off).max() <= most
 
 
 def test_padding_has_no_part_in_the_standard():

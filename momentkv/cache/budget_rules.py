@@ -105,7 +105,7 @@ class TotalBytes(BudgetRule):
         if config.remembers_queries:
             state += 2 * k.shape[-1] * sums
         if config.bits is not None:
-            state += 2 * pair  # mean and deviation of each channel
+            state += pair + k.shape[-1] * k.dtype.itemsize  # mean and deviation of keys, deviation of values
         return self.retained(
             heads=layers * batch * kv_heads,
             token=record + beside,

@@ -182,8 +182,7 @@ def recorded(pool: Pool, index: Array) -> dict[str, Array]:
         x = getattr(pool, name)
         arrays[name] = xp.take_along_axis(xp.reshape(x, (*x.shape[:-2], heads * width)), source, axis=-1)
     arrays["key_mean"], arrays["key_deviation"] = pool.key_standard
-    arrays["value_mean"], arrays["value_deviation"] = pool.value_standard
-    return arrays
+    return arrays | {"value_deviation": pool.value_standard.deviation}
 
 
 def without_records(state: LayerState) -> dict[str, Array]:

@@ -65,7 +65,8 @@ def pool_of(
     coding = None if renew else state.coding()
     n, first, width = keys.shape[-2], min(state.layout.sinks, state.filled), 0
     if coding is None:
-        standards = Standard.of(keys, real), Standard.of(values, real)
+        # Tokens that are attended to for want of others have values near zero, which must stay so.
+        standards = Standard.of(keys, real), Standard.of(values, real, centred=False)
         enters = retained
     else:
         standards, width = (coding.key_standard, coding.value_standard), state.layout.width

@@ -42,7 +42,7 @@ class LayerState:
         Codes, uint8 (..., slots, bytes), where tokens are kept in few bits.
     key_step, value_step : array, shape (..., slots), or None
         Of these codes.
-    key_mean, key_deviation, value_mean, value_deviation : array, shape (..., kv_head, d) or (..., kv_head, dv), or None
+    key_mean, key_deviation, value_deviation : array, shape (..., kv_head, d) or (..., kv_head, dv), or None
         What tokens are coded by, once there are any: see `momentkv.codes`.
     positions : int32 array, shape (..., slots)
         -1 for a slot that holds no token.
@@ -85,7 +85,6 @@ class LayerState:
     value_step: Any = None
     key_mean: Any = None
     key_deviation: Any = None
-    value_mean: Any = None
     value_deviation: Any = None
     recent_attention: Any = None
     attention: Any = None
@@ -172,7 +171,7 @@ class LayerState:
         """How retained tokens are read, where they are records; None where they are vectors, or there are none."""
         if self.layout.bits is None or self.key_mean is None:
             return None
-        standards = Standard(self.key_mean, self.key_deviation), Standard(self.value_mean, self.value_deviation)
+        standards = Standard(self.key_mean, self.key_deviation), Standard(None, self.value_deviation)
         return Coding(self.layout.bits, self.key_step, self.value_step, *standards)
 
     def retained(self) -> tuple[Array, Array]:
@@ -211,7 +210,7 @@ class LayerState:
 # Array fields, in the order of the class: what is saved, moved and counted.
 ARRAYS = (
     "recent_keys", "recent_values", "recent_positions", "recent_count", "keys", "values", "positions", "counts",
-    "key_step", "value_step", "key_mean", "key_deviation", "value_mean", "value_deviation", "recent_attention",
+    "key_step", "value_step", "key_mean", "key_deviation", "value_deviation", "recent_attention",
     "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ r"""Attention over tokens that are never decoded: the affine map moves into the 
 
 from __future__ import annotations
 
-from momentkv._array import Array, accumulate, array_namespace
+from momentkv._array import Array, accumulate, array_namespace, device
 from momentkv.attention import AttentionState, group_queries, masked, softmax_weights, ungroup_queries
 from momentkv.codes.packing import unpack
 from momentkv.codes.records import Coded, centre
@@ -40,12 +40,12 @@ def attend_codes(q: Array, coded: Coded, *, scale: float, mask: Array | None = N
     """
     xp = array_namespace(q)
     bits, n, q_heads, q_len = coded.bits, coded.keys.shape[-2], q.shape[-3], q.shape[-2]
-    kv_heads, d, dv = coded.keys.shape[-3], coded.key_standard.mean.shape[-1], coded.value_standard.mean.shape[-1]
-    q, mean, deviation = accumulate(xp, q, *coded.key_standard)
-    value_mean, value_deviation = (x[..., None, :] for x in accumulate(xp, *coded.value_standard))
+    kv_heads, (mean, deviation), of_values = coded.keys.shape[-3], coded.key_standard, coded.value_standard
+    d, dv = deviation.shape[-1], of_values.deviation.shape[-1]
+    q, deviation = accumulate(xp, q, deviation)
     dtype = q.dtype
     folded = group_queries(q, kv_heads) * scale
-    shift = xp.matmul(folded, mean[..., None])
+    shift = 0.0 if mean is None else xp.matmul(folded, xp.astype(mean, dtype)[..., None])
     folded = folded * deviation[..., None, :]
     zero = centre(bits) * xp.sum(folded, axis=-1, keepdims=True)
     logits, blocks = [], [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
@@ -61,10 +61,12 @@ def attend_codes(q: Array, coded: Coded, *, scale: float, mask: Array | None = N
     )
     weights, lse = softmax_weights(masked(products, mask))
     flat = xp.reshape(weights, (*folded.shape[:-1], n))
-    out = xp.sum(flat, axis=-1, keepdims=True) * value_mean
+    out = xp.zeros((*folded.shape[:-1], dv), dtype=dtype, device=device(q))
     for block in blocks:
         part = flat[..., block] * xp.astype(coded.value_step[..., block], dtype)[..., None, :]
         codes = xp.astype(unpack(coded.values[..., block, :], bits, dv), dtype)
-        sums = xp.matmul(part, codes) - centre(bits) * xp.sum(part, axis=-1, keepdims=True)
-        out = out + value_deviation * sums
+        out = out + (xp.matmul(part, codes) - centre(bits) * xp.sum(part, axis=-1, keepdims=True))
+    out = out * xp.astype(of_values.deviation, dtype)[..., None, :]
+    if of_values.mean is not None:  # weights add up to one, or to zero where no token is seen
+        out = out + xp.sum(flat, axis=-1, keepdims=True) * xp.astype(of_values.mean, dtype)[..., None, :]
     return AttentionState(ungroup_queries(out, q_heads, q_len), xp.reshape(lse, (*lead[:-4], q_heads, q_len))), weights

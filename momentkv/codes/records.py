@@ -2,8 +2,9 @@ r"""Records: a token as whole numbers and one step, which say nothing of any oth
 
 .. math:: z = (x - m) / \sigma, \qquad z \approx \delta\,(c - 2^{b-1} + 1/2), \qquad c \in \{0, \dots, 2^b - 1\}
 
-with mean :math:`m` and deviation :math:`\sigma` of each channel (`Standard`), and of each token the step
-:math:`\delta = 2^{1-b} \max_c |z_c|`, rounded up to 16 bits. No component is off by more than half a step.
+with mean :math:`m` (of keys; zero for values) and deviation :math:`\sigma` of each channel (`Standard`), and of each
+token the step :math:`\delta = 2^{1-b} \max_c |z_c|`, rounded up to 16 bits. No component is off by more than half a
+step.
 Derivation: docs/derivations/codes.md.
 """
 
@@ -78,8 +79,8 @@ def encode(x: Array, standard: Standard, bits: int) -> tuple[Array, Array]:
 def decode(codes: Array, step: Array, standard: Standard, bits: int) -> Array:
     """Tokens (..., n, d) of records, in the accumulation dtype of the standard."""
     xp = array_namespace(codes, step)
-    dtype = accumulation_dtype(xp, standard.mean.dtype)
-    levels = xp.astype(unpack(codes, bits, standard.mean.shape[-1]), dtype) - centre(bits)
+    dtype = accumulation_dtype(xp, standard.deviation.dtype)
+    levels = xp.astype(unpack(codes, bits, standard.deviation.shape[-1]), dtype) - centre(bits)
     return standard.restore(levels * xp.astype(step, dtype)[..., None])
 
 
@@ -92,7 +93,7 @@ class Coded(NamedTuple):
     keys, values : uint8 array, shape (..., kv_head, n, bytes)
     key_step, value_step : array, shape (..., kv_head, n)
     key_standard, value_standard : Standard
-        Of shape (..., kv_head, d) and (..., kv_head, dv).
+        Of shape (..., kv_head, d) and (..., kv_head, dv), that of values around zero.
     """
 
     bits: int
@@ -119,7 +120,7 @@ class Coding(NamedTuple):
     bits : int
     key_step, value_step : array, shape (..., slots)
     key_standard, value_standard : Standard
-        Of shape (..., kv_head, d) and (..., kv_head, dv).
+        Of shape (..., kv_head, d) and (..., kv_head, dv), that of values around zero.
     """
 
     bits: int

@@ -19,18 +19,21 @@ class Standard(NamedTuple):
 
     Attributes
     ----------
-    mean, deviation : array, shape (..., d)
-        The deviation is positive.
+    mean : array, shape (..., d), or None
+        None for zero.
+    deviation : array, shape (..., d)
+        Root of the mean square of what tokens are from the mean; positive.
     """
 
-    mean: Array
+    mean: Array | None
     deviation: Array
 
     @classmethod
-    def of(cls, x: Array, mask: Array | None = None) -> Standard:
+    def of(cls, x: Array, mask: Array | None = None, *, centred: bool = True) -> Standard:
         """Of the tokens ``x``, shape (..., n, d), those where ``mask`` (..., n) is True; in the dtype of ``x``.
 
-        Without a token, mean 0 and deviation 1; without variation, the deviation is what rounding would make of it.
+        From zero, where not ``centred``. Without a token, or where all are zero, the deviation is 1; where they do not
+        vary, it is what rounding would make of it.
         """
         xp = array_namespace(x)
         (wide,) = accumulate(xp, x)
@@ -39,39 +42,42 @@ class Standard(NamedTuple):
             wide = xp.where(mask[..., None], wide, xp.zeros_like(wide))
         count = xp.sum(real, axis=-1)[..., None]
         count = xp.maximum(count, xp.ones_like(count))
-        mean = xp.sum(wide / count[..., None, :], axis=-2)
-        # What is read is what tokens are coded by, rounded to the dtype that it is stored in.
-        mean = xp.astype(mean, x.dtype)
-        off = (wide - xp.astype(mean, wide.dtype)[..., None, :]) * real[..., None]
-        most = xp.max(xp.abs(off), axis=-2, keepdims=True) if x.shape[-2] else xp.zeros_like(mean)[..., None, :]
+        least, mean = 0.0 * count, None
+        if centred:
+            # What is read is what tokens are coded by, rounded to the dtype that it is stored in.
+            mean = xp.astype(xp.sum(wide / count[..., None, :], axis=-2), x.dtype)
+            rounded = xp.astype(mean, wide.dtype)
+            wide, least = (wide - rounded[..., None, :]) * real[..., None], LEAST_OF_MEAN * xp.abs(rounded)
+        most = xp.max(xp.abs(wide), axis=-2) if x.shape[-2] else xp.sum(wide, axis=-2)
         most = xp.where(most > 0, most, xp.ones_like(most))
         # Divided first, so that no square overflows.
-        squares = xp.sum((off / most) ** 2, axis=-2) / count
-        deviation = most[..., 0, :] * xp.sqrt(squares)
-        size = xp.abs(xp.astype(mean, wide.dtype))
-        deviation = xp.maximum(deviation, LEAST_OF_MEAN * size)
+        deviation = most * xp.sqrt(xp.sum((wide / most[..., None, :]) ** 2, axis=-2) / count)
+        deviation = xp.maximum(deviation, least)
         deviation = xp.maximum(deviation, LEAST_OF_ALL * xp.max(deviation, axis=-1, keepdims=True))
         deviation = xp.astype(deviation, x.dtype)
         return cls(mean, xp.where(deviation > 0, deviation, xp.ones_like(deviation)))
 
     def map(self, function: Callable[[Array], Array]) -> Standard:
         """The images of mean and deviation."""
-        return Standard(function(self.mean), function(self.deviation))
+        return Standard(None if self.mean is None else function(self.mean), function(self.deviation))
 
     def standardise(self, x: Array) -> Array:
         """Tokens (..., n, d) in deviations from the mean."""
         xp = array_namespace(x)
         mean, deviation = self.wide(x)
-        return (xp.astype(x, mean.dtype) - mean) / deviation
+        x = xp.astype(x, deviation.dtype)
+        return (x if mean is None else x - mean) / deviation
 
     def restore(self, z: Array) -> Array:
         """The inverse of `standardise`."""
         xp = array_namespace(z)
         mean, deviation = self.wide(z)
-        return mean + deviation * xp.astype(z, mean.dtype)
+        x = deviation * xp.astype(z, deviation.dtype)
+        return x if mean is None else mean + x
 
-    def wide(self, x: Array) -> tuple[Array, Array]:
+    def wide(self, x: Array) -> tuple[Array | None, Array]:
         """Mean and deviation (..., 1, d), to compute with tokens ``x``."""
         xp = array_namespace(x)
-        dtype = accumulation_dtype(xp, x.dtype, self.mean.dtype)
-        return xp.astype(self.mean, dtype)[..., None, :], xp.astype(self.deviation, dtype)[..., None, :]
+        dtype = accumulation_dtype(xp, x.dtype, self.deviation.dtype)
+        wide = self.map(lambda y: xp.astype(y, dtype)[..., None, :])
+        return wide.mean, wide.deviation

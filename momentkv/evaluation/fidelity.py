@@ -203,7 +203,7 @@ def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None) 
     if get_policy(setting.policy).needs_queries and not counted:
         cost += STATISTIC_BYTES / itemsize  # mean and variance are as many numbers as a token has
     if setting.bits is not None:
-        cost += 2  # mean and deviation of every channel of keys and of values
+        cost += 1.5  # mean and deviation of every channel of keys, deviation of every one of values
     return math.ceil(cost)
 
 

@@ -165,7 +165,7 @@ def check_b12(t: Truth, batch: Batch, rng: np.random.Generator) -> Outcome:
     bits = int(rng.choice(BITS))
     standard = Standard.of(batch.k)
     codes, step = encode(batch.k, standard, bits)
-    mean, deviation, delta = (x.astype(LONG) for x in (*standard, step))
+    mean, deviation, delta = (np.asarray(x).astype(LONG) for x in (*standard, step))
     level = unpack(codes, bits, batch.k.shape[-1]).astype(LONG) - centre(bits)
     off = mean[:, None] + deviation[:, None] * level * delta[..., None] - batch.k
     moved = np.abs((t.query[:, None] * off).sum(axis=-1))
