@@ -141,13 +141,14 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of keys and values"
     )
-    plan.add_argument("--bits", type=int, metavar="N", help="of retained tokens, if they are few: 3, 4, 5, 6, 8 or 16")
+    plan.add_argument("--bits", metavar="N", help="of retained tokens (3, 4, 5, 6, 8, 16), or of keys and values (4/3)")
     plan.set_defaults(run=run_plan)
 
 
 def run_plan(options: argparse.Namespace) -> int:
     """Run ``momentkv plan``, which needs neither torch nor transformers for what it knows."""
     from momentkv.cache.budget_rules import budget_from_text
+    from momentkv.codes import bits_from_text
     from momentkv.plan import Shape, find_shape, plan, table_of, table_of_known
 
     if options.list:
@@ -173,7 +174,7 @@ def run_plan(options: argparse.Namespace) -> int:
         correction=options.correction,
         batch=options.batch,
         dtype=options.dtype,
-        bits=options.bits,
+        bits=None if options.bits is None else bits_from_text(options.bits),
     )
     print(table_of(result, name))
     return 0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.cache.budget_rules import POSITION_BYTES, Share, TotalBytes, parse_budget
-from momentkv.codes import check_bits, record_bytes
+from momentkv.codes import pair_of_bits, record_bytes
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.shapes import KNOWN, Shape, find_shape, shape_from_config
 from momentkv.statistics.corrections import Correction, get_correction
@@ -108,7 +109,7 @@ def plan(
     sinks: int = 1,
     window: int = 32,
     block: int = 32,
-    bits: int | None = None,
+    bits: int | Sequence[int] | None = None,
 ) -> Plan:
     """Bytes that a cache holds after so many tokens.
 
@@ -165,7 +166,7 @@ def plan(
     if isinstance(asked, list):
         raise ValueError(f"budget is {budget!r}, one for each layer; plan one number, their average")
     d, itemsize = shape.head_dim, DTYPES[dtype]
-    record = 2 * d * itemsize if bits is None else record_bytes(d, d, check_bits(bits))
+    record = 2 * d * itemsize if bits is None else record_bytes(d, d, pair_of_bits(bits))
     heads = batch * shape.kv_heads * shape.full_layers
     token = 2 * d * itemsize
     score = SCORE_BYTES if get_policy(policy).observes != 0 else 0

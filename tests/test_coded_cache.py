@@ -12,7 +12,7 @@ from libraries import LIBRARIES, Library
 
 from momentkv import LayerCache, correct
 from momentkv.attention import attend
-from momentkv.codes import BITS, row_bytes
+from momentkv.codes import BITS, SPLIT, row_bytes
 from momentkv.testing.rounding import assert_same
 
 D, DV, KV_HEADS, GROUP, ROWS = 16, 8, 2, 2, 2
@@ -64,7 +64,7 @@ def test_steps_attend_to_the_tokens_that_the_cache_shows(backend: Library, lengt
         pytest.skip("compiles every shape anew: the others are other shapes alone")
     q, k, v = tokens(sum(LENGTHS[lengths]))
     valid = valid_of(padded, k.shape[-2])
-    cache = LayerCache(budget, bits=5, **SETTINGS)
+    cache = LayerCache(budget, bits=(5, 4), **SETTINGS)
     for part in parts(LENGTHS[lengths]):
         given = [backend.asarray(x[..., part, :]) for x in (q, k, v)]
         held = [] if cache.state is None else [backend.numpy(x) for x in (cache.keys, cache.values, cache.positions)]
@@ -118,7 +118,7 @@ def test_what_is_recent_is_exact():
 @pytest.mark.parametrize("bits", BITS)
 def test_retained_tokens_are_within_half_a_step(bits: int):
     q, k, v = tokens(50)
-    cache = LayerCache(30, bits=bits, **SETTINGS)
+    cache = LayerCache(30, bits=(bits, bits), **SETTINGS)
     cache.step(q, k, v)
     state = cache.state
     assert state is not None
@@ -137,7 +137,7 @@ def test_more_bits_are_nearer_and_sixteen_as_good_as_exact():
     whole = LayerCache(24, **SETTINGS)
     given = [whole.step(q[..., part, :], k[..., part, :], v[..., part, :]) for part in parts([60, *[1] * 20])]
     errors = []
-    for bits in BITS:
+    for bits in SPLIT:
         cache = LayerCache(24, bits=bits, **SETTINGS)
         out = [cache.step(q[..., part, :], k[..., part, :], v[..., part, :]) for part in parts([60, *[1] * 20])]
         errors.append(max(float(np.abs(x - y).max()) for x, y in zip(out, given, strict=True)))
@@ -149,12 +149,12 @@ def test_more_bits_are_nearer_and_sixteen_as_good_as_exact():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_bytes_are_those_of_codes_steps_and_standards(bits: int, dtype: Any):
     q, k, v = (x.astype(dtype) for x in tokens(80))
-    cache = LayerCache(24, bits=bits, order=None, policy="knorm", **SETTINGS)
+    cache = LayerCache(24, bits=(bits, 3), order=None, policy="knorm", **SETTINGS)
     cache.step(q, k, v)
     state = cache.state
     assert state is not None
     size, slots = np.dtype(dtype).itemsize, 24 - 4
-    records = slots * (row_bytes(D, bits) + row_bytes(DV, bits) + 2 * 2 + 4)
+    records = slots * (row_bytes(D, bits) + row_bytes(DV, 3) + 2 * 2 + 4)
     recent = state.layout.recent * ((D + DV) * size + 4) + 2 * 4
     assert cache.nbytes == ROWS * KV_HEADS * (records + recent + (2 * D + DV) * size)
 

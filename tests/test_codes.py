@@ -26,7 +26,7 @@ def coded_of(backend: Library, k: np.ndarray, v: np.ndarray, bits: int, centred:
     (keys, key_step), (values, value_step) = (
         few.encode(backend.asarray(x), standard, bits) for x, standard in zip((k, v), standards, strict=True)
     )
-    return few.Coded(bits, keys, values, key_step, value_step, *standards)
+    return few.Coded((bits, bits), keys, values, key_step, value_step, *standards)
 
 
 @given(bits=bits_of, d=st.sampled_from([1, 2, 3, 7, 8, 64, 80, 96, 112, 128]), seed=st.integers(0, 99))
@@ -109,8 +109,10 @@ def test_blocks_of_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch, n: int
     rng = np.random.default_rng(n)
     q, k, v = (rng.normal(size=(2, heads, m, 16)) for heads, m in ((4, 3), (2, n), (2, n)))
     standards = few.Standard.of(k), few.Standard.of(v)
-    (keys, key_step), (values, value_step) = (few.encode(x, s, 5) for x, s in zip((k, v), standards, strict=True))
-    coded = few.Coded(5, keys, values, key_step, value_step, *standards)
+    (keys, key_step), (values, value_step) = (
+        few.encode(x, s, b) for x, s, b in zip((k, v), standards, (5, 4), strict=True)
+    )
+    coded = few.Coded((5, 4), keys, values, key_step, value_step, *standards)
     whole, weights = few.attend_codes(q, coded, scale=0.25)
     monkeypatch.setattr(attention, "BLOCK", 10)
     parts, same = few.attend_codes(q, coded, scale=0.25)
@@ -190,10 +192,18 @@ def test_numbers_near_the_end_of_the_range_are_coded():
     np.testing.assert_allclose(decoded, x, rtol=0, atol=2e36)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 2, 7, 9, 32, 4.0, "four", "4", True, None])
+@pytest.mark.parametrize(
+    "bits", [0, 1, 2, 7, 9, 32, 4.0, "four", "4", True, None, (4,), (4, 7), (4, 3, 3), (), [4, "3"]]
+)
 def test_other_bits_are_refused_by_name(bits: object):
-    with pytest.raises(ValueError, match=r"bits is .*; use 3, 4, 5, 6, 8 or 16"):
-        few.check_bits(bits)
+    with pytest.raises(ValueError, match=r"bits is .*; use 3, 4, 5, 6, 8 or 16, two of 2, 3, 4, 5, 6, 8 and 16"):
+        few.pair_of_bits(bits)
+
+
+@pytest.mark.parametrize("bits", few.SPLIT)
+def test_bits_of_keys_and_values_are_those_asked_for_on_average(bits: int):
+    assert sum(few.pair_of_bits(bits)) == 2 * bits
+    assert few.bits_from_text(few.bits_as_text(few.pair_of_bits(bits))) == few.pair_of_bits(bits)
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(3, 8), (4, 16)])

@@ -33,8 +33,8 @@ def read(cache: LayerCache, count: int, seed: int = 0) -> None:
 @pytest.mark.parametrize("context", [20, 64, 80, 95, 300])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("policy", ["momentkv", "knorm", "expected-attention"])
-@pytest.mark.parametrize("bits", [None, 3])
-def test_planned_bytes_are_those_of_a_layer(context: int, correction: str, policy: str, bits: int | None):
+@pytest.mark.parametrize("bits", [None, 3, (5, 4)])
+def test_planned_bytes_are_those_of_a_layer(context: int, correction: str, policy: str, bits: object):
     cache = LayerCache(64, policy=policy, correction=correction, bits=bits)
     read(cache, context)
     result = plan(SMALL, context, 64, correction=correction, batch=3, dtype="float32", policy=policy, bits=bits)

@@ -27,14 +27,14 @@ class Layout:
         Slots of the recent tier of each KV head: sinks, window and block.
     widths : tuple of int
         Slots of retained tokens of each KV head, packed in this order.
-    bits : int or None
-        Of a number of a retained token's record; None where retained tokens are vectors as they came.
+    bits : tuple of int, or None
+        Of a number of a retained token's key and value; None where retained tokens are vectors as they came.
     """
 
     sinks: int
     recent: int
     widths: tuple[int, ...]
-    bits: int | None = None
+    bits: tuple[int, int] | None = None
 
     @property
     def heads(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from momentkv._array import Array
 from momentkv.backends import ArrayBackend, get_backend
-from momentkv.codes import check_bits
+from momentkv.codes import pair_of_bits
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.statistics.corrections import Correction, get_correction
 
@@ -39,7 +39,8 @@ class CacheConfig:
     certify : int or None
     tolerance : float or None
     static : bool
-    bits : int or None
+    bits : tuple of int, or None
+        Of keys and of values.
     """
 
     policy: Policy
@@ -53,7 +54,7 @@ class CacheConfig:
     certify: int | None
     tolerance: float | None
     static: bool
-    bits: int | None = None
+    bits: tuple[int, int] | None = None
 
     def backend_of(self, x: Array) -> ArrayBackend:
         """The backend that was given, or that of the array; an error if the one given is for other arrays."""
@@ -128,7 +129,7 @@ def make_config(
     certify: int | None,
     tolerance: float | None,
     static: bool,
-    bits: int | None,
+    bits: int | Sequence[int] | None,
 ) -> CacheConfig:
     """Settings of a cache, or an error that names the one that is out of range."""
     sinks, window, block = (
@@ -145,12 +146,12 @@ def make_config(
         )
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale is {scale!r}; use a finite factor on q . k, or None for 1 / sqrt(d)")
-    if bits is not None:
-        bits = check_bits(bits)
+    coded = None if bits is None else pair_of_bits(bits)
+    if coded is not None:
         for name, value in (("certify", certify), ("static", static or None)):
             if value is not None:
                 raise ValueError(
-                    f"bits is {bits} with {name}={value}, which does not know what few bits lose; leave one of them out"
+                    f"bits is {bits!r} with {name}={value}, which does not know what they lose; leave one of them out"
                 )
     return CacheConfig(
         policy=get_policy(policy),
@@ -164,7 +165,7 @@ def make_config(
         certify=certify,
         tolerance=tolerance,
         static=static,
-        bits=bits,
+        bits=coded,
     )
 
 

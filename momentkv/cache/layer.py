@@ -58,9 +58,10 @@ class LayerCache(Holdings):
     static : bool
         Whether steps of one token are done in arrays that keep their size and place, by the device's own count. `step`
         then asks the device whether a block is full; `momentkv.hf` keeps the time on the host, so that nothing waits.
-    bits : {3, 4, 5, 6, 8, 16, None}
-        Bits of a number of a retained token's record, see `momentkv.codes`; None for tokens as they came. Sinks, window
-        and the block that is filling are exact all the same.
+    bits : int or pair of int, optional
+        Bits of a number of a retained token, on average (3, 4, 5, 6, 8 or 16) or of its key and of its value: see
+        `momentkv.codes`. None for tokens as they came. Sinks, window and the block that is filling are exact all the
+        same.
 
     Raises
     ------
@@ -113,7 +114,7 @@ class LayerCache(Holdings):
         certify: int | None = None,
         tolerance: float | None = None,
         static: bool = False,
-        bits: int | None = None,
+        bits: int | Sequence[int] | None = None,
     ) -> None:
         self.config: CacheConfig = make_config(
             policy=policy,

@@ -76,8 +76,8 @@ def pool_of(
     most = max(1, min(layout.width, n - width - stay))
     index = xp.argsort(xp.astype(~enters, xp.int8), axis=-1, stable=True)[..., :most]
     records = [
-        encode(take_rows(x, index), standard, layout.bits or 0)
-        for x, standard in zip((keys, values), standards, strict=True)
+        encode(take_rows(x, index), standard, bits)
+        for x, standard, bits in zip((keys, values), standards, layout.bits or (), strict=True)
     ]
     (key_codes, key_step), (value_codes, value_step) = records
     source = xp.cumulative_sum(xp.astype(enters, index.dtype), axis=-1) - 1

@@ -184,17 +184,15 @@ class LayerState:
             return keys, values
         xp, layout = array_namespace(self.keys), self.layout
         parts = (
-            (self.keys, coding.key_step, coding.key_standard, self.recent_keys),
-            (self.values, coding.value_step, coding.value_standard, self.recent_values),
+            (self.keys, coding.key_step, coding.key_standard, coding.bits[0], self.recent_keys),
+            (self.values, coding.value_step, coding.value_standard, coding.bits[1], self.recent_values),
         )
         keys, values = (
             xp.astype(
-                decode(
-                    layout.rectangle(codes, vectors=True), layout.rectangle(step, vectors=False), standard, coding.bits
-                ),
+                decode(layout.rectangle(codes, vectors=True), layout.rectangle(step, vectors=False), standard, bits),
                 like.dtype,
             )
-            for codes, step, standard, like in parts
+            for codes, step, standard, bits, like in parts
         )
         return keys, values
 
@@ -263,8 +261,8 @@ def empty_state(k: Array, v: Array, *, evicted: Any, layout: Layout, observes: b
 
     wide, bits = accumulation_dtype(xp, k.dtype, v.dtype), layout.bits
 
-    def packed(x: Array) -> Array:
-        size, dtype = (x.shape[-1], x.dtype) if bits is None else (row_bytes(x.shape[-1], bits), xp.uint8)
+    def packed(x: Array, place: int) -> Array:
+        size, dtype = (x.shape[-1], x.dtype) if bits is None else (row_bytes(x.shape[-1], bits[place]), xp.uint8)
         return zeros(*lead, slots, size, dtype=dtype)
 
     steps = {}
@@ -275,8 +273,8 @@ def empty_state(k: Array, v: Array, *, evicted: Any, layout: Layout, observes: b
         recent_values=zeros(*shape, v.shape[-1], dtype=v.dtype),
         recent_positions=zeros(*shape, dtype=xp.int32) - 1,
         recent_count=zeros(*shape[:-1], dtype=xp.int32),
-        keys=packed(k),
-        values=packed(v),
+        keys=packed(k, 0),
+        values=packed(v, 1),
         positions=zeros(*lead, slots, dtype=xp.int32) - 1,
         counts=zeros(*shape[:-1], dtype=xp.int32),
         recent_attention=zeros(*shape, dtype=wide) if observes else None,

@@ -1,21 +1,24 @@
 """Tokens in few bits: standardised, coded one by one, and attended to without being decoded."""
 
 from momentkv.codes.attention import attend_codes
-from momentkv.codes.packing import BITS, check_bits, pack, row_bytes, unpack
+from momentkv.codes.packing import BITS, SPLIT, bits_as_text, bits_from_text, pack, pair_of_bits, row_bytes, unpack
 from momentkv.codes.records import Coded, Coding, centre, decode, encode, record_bytes, step_dtype
 from momentkv.codes.standard import Standard
 
 __all__ = [
     "BITS",
+    "SPLIT",
     "Coded",
     "Coding",
     "Standard",
     "attend_codes",
+    "bits_as_text",
+    "bits_from_text",
     "centre",
-    "check_bits",
     "decode",
     "encode",
     "pack",
+    "pair_of_bits",
     "record_bytes",
     "row_bytes",
     "step_dtype",

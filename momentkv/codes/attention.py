@@ -39,7 +39,7 @@ def attend_codes(q: Array, coded: Coded, *, scale: float, mask: Array | None = N
     That of the decoded tokens, to rounding. Codes are unpacked by blocks of tokens, twice in all.
     """
     xp = array_namespace(q)
-    bits, n, q_heads, q_len = coded.bits, coded.keys.shape[-2], q.shape[-3], q.shape[-2]
+    (of_key, of_value), n, q_heads, q_len = coded.bits, coded.keys.shape[-2], q.shape[-3], q.shape[-2]
     kv_heads, (mean, deviation), of_values = coded.keys.shape[-3], coded.key_standard, coded.value_standard
     d, dv = deviation.shape[-1], of_values.deviation.shape[-1]
     q, deviation = accumulate(xp, q, deviation)
@@ -47,10 +47,10 @@ def attend_codes(q: Array, coded: Coded, *, scale: float, mask: Array | None = N
     folded = group_queries(q, kv_heads) * scale
     shift = 0.0 if mean is None else xp.matmul(folded, xp.astype(mean, dtype)[..., None])
     folded = folded * deviation[..., None, :]
-    zero = centre(bits) * xp.sum(folded, axis=-1, keepdims=True)
+    zero = centre(of_key) * xp.sum(folded, axis=-1, keepdims=True)
     logits, blocks = [], [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
     for block in blocks:
-        codes = xp.astype(unpack(coded.keys[..., block, :], bits, d), dtype)
+        codes = xp.astype(unpack(coded.keys[..., block, :], of_key, d), dtype)
         step = xp.astype(coded.key_step[..., block], dtype)[..., None, :]
         logits.append((xp.matmul(folded, xp.matrix_transpose(codes)) - zero) * step + shift)
     lead = (*folded.shape[:-2], q_heads // kv_heads, q_len, n)
@@ -64,8 +64,8 @@ def attend_codes(q: Array, coded: Coded, *, scale: float, mask: Array | None = N
     out = xp.zeros((*folded.shape[:-1], dv), dtype=dtype, device=device(q))
     for block in blocks:
         part = flat[..., block] * xp.astype(coded.value_step[..., block], dtype)[..., None, :]
-        codes = xp.astype(unpack(coded.values[..., block, :], bits, dv), dtype)
-        out = out + (xp.matmul(part, codes) - centre(bits) * xp.sum(part, axis=-1, keepdims=True))
+        codes = xp.astype(unpack(coded.values[..., block, :], of_value, dv), dtype)
+        out = out + (xp.matmul(part, codes) - centre(of_value) * xp.sum(part, axis=-1, keepdims=True))
     out = out * xp.astype(of_values.deviation, dtype)[..., None, :]
     if of_values.mean is not None:  # weights add up to one, or to zero where no token is seen
         out = out + xp.sum(flat, axis=-1, keepdims=True) * xp.astype(of_values.mean, dtype)[..., None, :]

@@ -8,18 +8,22 @@ that unpacking shifts whole blocks of bytes and nothing is moved within one.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 from momentkv._array import Array, array_namespace, device
 
-__all__ = ["BITS", "check_bits", "pack", "row_bytes", "unpack"]
+__all__ = ["BITS", "SPLIT", "bits_as_text", "bits_from_text", "pack", "pair_of_bits", "row_bytes", "unpack"]
 
 # Bits of the planes of a code, the most significant first.
-PLANES = {3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (8, 8)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (8, 8)}
 BITS = tuple(PLANES)
+# Bits of keys and of values, where there are so many on average. An error of a key moves the weights of all tokens, one
+# of a value is averaged with those of others: up to 5, values can spare what keys need.
+SPLIT = {3: (4, 2), 4: (5, 3), 5: (6, 4), 6: (6, 6), 8: (8, 8), 16: (16, 16)}
 
 
-def check_bits(bits: object) -> int:
-    """Bits of a code as an int.
+def pair_of_bits(bits: object) -> tuple[int, int]:
+    """Bits of keys and of values, given as two numbers or as their average.
 
     Raises
     ------
@@ -28,22 +32,62 @@ def check_bits(bits: object) -> int:
 
     Examples
     --------
-    >>> check_bits(4)
-    4
-    >>> check_bits(7)
+    >>> pair_of_bits(4), pair_of_bits([4, 4])
+    ((5, 3), (4, 4))
+    >>> pair_of_bits(7)
     Traceback (most recent call last):
-    ValueError: bits is 7; use 3, 4, 5, 6, 8 or 16, or None for tokens as the model computes them
+    ValueError: bits is 7; use 3, 4, 5, 6, 8 or 16, two of 2, 3, 4, 5, 6, 8 and 16 (of keys and of values), or None
     """
-    try:
-        known = not isinstance(bits, bool) and operator.index(bits) in PLANES  # type: ignore[arg-type]
-    except TypeError:
-        known = False
-    if not known:
+    pair = None
+    if isinstance(bits, (tuple, list)):
+        if len(bits) == 2 and all(whole(each) in PLANES for each in bits):
+            pair = operator.index(bits[0]), operator.index(bits[1])
+    else:
+        pair = SPLIT.get(whole(bits))
+    if pair is None:
         raise ValueError(
-            f"bits is {bits!r}; use {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, or None for tokens as the model "
-            "computes them"
+            f"bits is {bits!r}; use {listed(SPLIT, 'or')}, two of {listed(PLANES, 'and')} (of keys and of values), or "
+            "None"
         )
-    return operator.index(bits)  # type: ignore[arg-type]
+    return pair
+
+
+def whole(bits: object) -> int:
+    """An integer as an int; 0 for anything else."""
+    try:
+        return 0 if isinstance(bits, bool) else operator.index(bits)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
+
+
+def listed(numbers: Iterable[int], last: str) -> str:
+    """Numbers as a phrase."""
+    *most, end = map(str, numbers)
+    return f"{', '.join(most)} {last} {end}"
+
+
+def bits_from_text(text: str) -> tuple[int, int]:
+    """Bits as they are written on a command line.
+
+    Examples
+    --------
+    >>> bits_from_text("4"), bits_from_text("5/4")
+    ((5, 3), (5, 4))
+    """
+    parts = [int(part) if part.isdecimal() else part for part in text.split("/")]
+    return pair_of_bits(parts[0] if len(parts) == 1 else parts)
+
+
+def bits_as_text(bits: tuple[int, int]) -> str:
+    """The inverse of `bits_from_text`.
+
+    Examples
+    --------
+    >>> bits_as_text((5, 3)), bits_as_text((5, 4))
+    ('4', '5/4')
+    """
+    average = sum(bits) // 2
+    return str(average) if SPLIT.get(average) == bits else f"{bits[0]}/{bits[1]}"
 
 
 def row_bytes(d: int, bits: int) -> int:
@@ -52,7 +96,7 @@ def row_bytes(d: int, bits: int) -> int:
     Examples
     --------
     >>> [row_bytes(64, bits) for bits in BITS], row_bytes(1, 5)
-    ([24, 32, 40, 48, 64, 128], 2)
+    ([16, 24, 32, 40, 48, 64, 128], 2)
     """
     return sum(-(-d * width // 8) for width in PLANES[bits])
 

@@ -89,14 +89,15 @@ class Coded(NamedTuple):
 
     Attributes
     ----------
-    bits : int
+    bits : tuple of int
+        Of keys and of values.
     keys, values : uint8 array, shape (..., kv_head, n, bytes)
     key_step, value_step : array, shape (..., kv_head, n)
     key_standard, value_standard : Standard
         Of shape (..., kv_head, d) and (..., kv_head, dv), that of values around zero.
     """
 
-    bits: int
+    bits: tuple[int, int]
     keys: Array
     values: Array
     key_step: Array
@@ -107,8 +108,8 @@ class Coded(NamedTuple):
     def decoded(self) -> tuple[Array, Array]:
         """Keys and values (..., kv_head, n, d) and (..., kv_head, n, dv)."""
         return (
-            decode(self.keys, self.key_step, self.key_standard, self.bits),
-            decode(self.values, self.value_step, self.value_standard, self.bits),
+            decode(self.keys, self.key_step, self.key_standard, self.bits[0]),
+            decode(self.values, self.value_step, self.value_standard, self.bits[1]),
         )
 
 
@@ -117,25 +118,26 @@ class Coding(NamedTuple):
 
     Attributes
     ----------
-    bits : int
+    bits : tuple of int
+        Of keys and of values.
     key_step, value_step : array, shape (..., slots)
     key_standard, value_standard : Standard
         Of shape (..., kv_head, d) and (..., kv_head, dv), that of values around zero.
     """
 
-    bits: int
+    bits: tuple[int, int]
     key_step: Array
     value_step: Array
     key_standard: Standard
     value_standard: Standard
 
 
-def record_bytes(d: int, dv: int, bits: int) -> int:
+def record_bytes(d: int, dv: int, bits: tuple[int, int]) -> int:
     """Bytes of one token's key and value, with a step of two bytes each.
 
     Examples
     --------
-    >>> [record_bytes(64, 64, bits) for bits in (3, 4, 8)]
-    [52, 68, 132]
+    >>> [record_bytes(64, 64, bits) for bits in ((3, 3), (4, 3), (4, 4))]
+    [52, 60, 68]
     """
-    return row_bytes(d, bits) + row_bytes(dv, bits) + 4
+    return row_bytes(d, bits[0]) + row_bytes(dv, bits[1]) + 4

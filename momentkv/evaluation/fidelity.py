@@ -13,7 +13,7 @@ import torch
 
 from momentkv.cache.accounting import token_equivalents
 from momentkv.cache.config import wanted_queries
-from momentkv.codes import check_bits, record_bytes
+from momentkv.codes import bits_as_text, bits_from_text, record_bytes
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.errors import head_errors
 from momentkv.hf import MomentCache
@@ -63,8 +63,8 @@ class Setting:
         Of the correction; order None for none.
     sharing : str
         Of the budget.
-    bits : int or None
-        Of retained tokens, see `momentkv.codes`.
+    bits : tuple of int, or None
+        Of keys and values of retained tokens, see `momentkv.codes`.
     method : str
         How a command named it; settings are the same whatever they were called.
     """
@@ -74,7 +74,7 @@ class Setting:
     order: int | None
     kind: str | Correction = "moments"
     sharing: str = "uniform"
-    bits: int | None = None
+    bits: tuple[int, int] | None = None
     method: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -89,7 +89,7 @@ class Setting:
         used = get_correction(self.kind, order=self.order)
         name = next((name.replace("-", " ") for name, one in CORRECTIONS.items() if one == used), repr(used))
         name = name if self.sharing == "uniform" else f"{name}, by {self.sharing}"
-        return name if self.bits is None else f"{name}, {self.bits} bits"
+        return name if self.bits is None else f"{name}, {bits_as_text(self.bits)} bits"
 
 
 # `MomentCache(model)`, but for its budget.
@@ -114,7 +114,7 @@ def setting_of(method: str) -> Setting:
     method : str
         ``"default"``, what `MomentCache` does by default; ``"twice"`` and ``"twice/none"``, after a second reading with
         the default correction and with none; ``"kvzip/none"``; or a policy and a correction as in ``"snapkv/none"``;
-        behind it the bits of retained tokens, if they are few, as in ``"default@4"``.
+        behind it the bits of retained tokens, as in ``"default@4"`` or, of keys and values, ``"default@4/3"``.
 
     Raises
     ------
@@ -130,10 +130,9 @@ def setting_of(method: str) -> Setting:
     """
     name, _, coded = method.partition("@")
     if coded:
-        bits = check_bits(int(coded) if coded.isdecimal() else coded)
-        return dataclasses.replace(setting_of(name), bits=bits, method=method)
-    if method in NAMED:
-        return NAMED[method]
+        return dataclasses.replace(setting_of(name), bits=bits_from_text(coded), method=method)
+    if method == DEFAULT.method:
+        return DEFAULT
     policy, _, correction = method.partition("/")
     if policy not in POLICIES or correction not in CHOICES:
         raise ValueError(

@@ -75,9 +75,9 @@ class MomentCache(Cache):
     static : bool
         Whether decode steps are done in buffers of constant size and address, in place and without waiting for the
         device: for `torch.compile` (``generate`` does it by itself on a GPU) and CUDA graphs. Equal otherwise.
-    bits : {3, 4, 5, 6, 8, 16, None}
-        Bits of a number of a retained token, coded by mean and deviation of its channel; None for the model's dtype.
-        Sinks, window and the block that is filling are exact all the same.
+    bits : int or pair of int, optional
+        Bits of a number of a retained token, on average (3, 4, 5, 6, 8 or 16) or of its key and of its value; None for
+        the model's dtype. Sinks, window and the block that is filling are exact all the same.
 
     Raises
     ------
@@ -114,7 +114,7 @@ class MomentCache(Cache):
         certify: int | None = None,
         tolerance: float | None = None,
         static: bool = False,
-        bits: int | None = None,
+        bits: int | Sequence[int] | None = None,
     ) -> None:
         whole = config_of(model)
         config = whole.get_text_config(decoder=True)

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 from tqdm import tqdm
 
 from momentkv.cache.budget_rules import parse_budget
-from momentkv.codes import check_bits
+from momentkv.codes import bits_from_text
 from momentkv.evaluation.lm_eval.batches import check_batch
 from momentkv.evaluation.lm_eval.questions import question_start, tokens_from
 from momentkv.hf import MomentCache
@@ -99,7 +99,7 @@ class MomentLM(HFLM):
         query_aware: bool = True,
         question_marker: str | None = None,
         context_field: str | None = None,
-        bits: int | None = None,
+        bits: int | str | None = None,
         **kwargs: Any,
     ) -> None:
         correction = correction or "none"  # lm_eval reads "none" as None
@@ -138,7 +138,7 @@ class MomentLM(HFLM):
             "sinks": sinks,
             "window": window,
             "block": block,
-            "bits": None if bits is None else check_bits(bits),
+            "bits": None if bits is None else bits_from_text(str(bits)),
         }
         # Where the question of a prompt begins, and how many tokens the questions of the present batch have.
         self.starts: dict[str, int] = {}
