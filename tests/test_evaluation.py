@@ -158,6 +158,7 @@ def test_measurement_is_a_prefill_and_one_pass_over_what_follows(order: int | No
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("method", ["snapkv/none", "default"])
+@torch.inference_mode()
 def test_few_bits_are_compared_at_equal_bytes(bits: int, itemsize: int, method: str):
     """Codes, steps, exact tokens, standards and statistics: at most those of the budget, and not one token less."""
     model, budget, least = tiny("llama"), 90, 10

@@ -131,8 +131,8 @@ def setting_of(method: str) -> Setting:
     name, _, coded = method.partition("@")
     if coded:
         return dataclasses.replace(setting_of(name), bits=bits_from_text(coded), method=method)
-    if method == DEFAULT.method:
-        return DEFAULT
+    if method in NAMED:
+        return NAMED[method]
     policy, _, correction = method.partition("/")
     if policy not in POLICIES or correction not in CHOICES:
         raise ValueError(
