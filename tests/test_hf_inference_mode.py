@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,22 @@ def test_a_gradient_comes_through_what_was_read_under_inference_mode():
     assert embedded.grad is not None
     assert (embedded.grad != 0).any()
     model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_a_cache_holds_has_no_gradient(family: str, recorded: bool):
+    """Stock layers included: a graph that is held grows with every pass, and cannot be copied."""
+    cache = MomentCache(tiny(family), **SMALL)
+    if recorded:
+        cache.activate_past_recording()
+    tiny(family).zero_grad(set_to_none=True)
+    for seed, tokens in enumerate((60, 1, 30, 2)):
+        tiny(family)(prompt(2, tokens, seed), past_key_values=cache)
+    for layer in cache.layers:
+        held = [layer.keys, layer.values] if not hasattr(layer, "core") else list(layer.core.arrays().values())
+        held += [layer.core.new.keys, layer.core.new.values] if recorded and hasattr(layer, "core") else []
+        assert not any(x.requires_grad for x in held)
+    twin = copy.deepcopy(cache)
+    with torch.no_grad():
+        assert torch.equal(read(family, twin, 5, 9), read(family, cache, 5, 9))

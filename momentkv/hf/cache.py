@@ -179,9 +179,14 @@ class MomentCache(Cache):
                     apply_rule(self, self.rule, key_states, value_states)
         self.passes.check_layer(layer_idx)
         layer = self.layers[layer_idx]
-        if layer.is_initialized and isinstance(layer, DynamicSlidingWindowLayer):
+        if not isinstance(layer, DynamicSlidingWindowLayer):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer.is_initialized:
             layer.keys, layer.values = (x.to(key_states.device) for x in (layer.keys, layer.values))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        attended: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # A graph that is kept would keep those of all passes before.
+        layer.keys, layer.values = (x.detach() for x in (layer.keys, layer.values))
+        return attended
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding and evicted ones included; those of a pass that failed are not among them."""
