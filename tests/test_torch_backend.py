@@ -14,10 +14,12 @@ from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momentkv import Moments, attend, correct
-from momentkv.backends import get_backend, plain
+from momentkv import codes as few
+from momentkv.backends import get_backend, plain, records
 from momentkv.backends import torch as torch_backend
 from momentkv.backends.base import ArrayBackend
 from momentkv.backends.layout import Layout, Tiers
+from momentkv.backends.records import unpack_words
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
@@ -202,3 +204,36 @@ def test_every_backend_decodes_alike():
     other = ArrayBackend().decode(q, tiers, moments.expansion(), scale=0.3, weights=True)
     for x, y in zip(one, other, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("bits", few.BITS)
+@pytest.mark.parametrize("d", [1, 7, 16, 64, 80, 96, 128])
+def test_words_unpack_to_what_bytes_do(bits: int, d: int):
+    codes = torch.randint(0, 2**bits, (2, 5, d), dtype=torch.int32, generator=torch.Generator().manual_seed(d))
+    packed = few.pack(codes, bits)
+    assert torch.equal(unpack_words(packed, bits, d).int(), codes)
+    assert torch.equal(unpack_words(packed[:, ::2], bits, d).int(), codes[:, ::2])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bits", [(5, 3), (4, 2), (16, 8)])
+def test_records_are_attended_to_as_by_the_reference(
+    monkeypatch: pytest.MonkeyPatch, bits: tuple[int, int], masked: bool
+):
+    monkeypatch.setattr(records, "BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, h, n, 64, generator=generator, dtype=torch.float64) for h, n in ((4, 3), (2, 40), (2, 40))
+    )
+    standards = few.Standard.of(k), few.Standard.of(v, centred=False)
+    (keys, key_step), (values, value_step) = (
+        few.encode(x, standard, each) for x, standard, each in zip((k, v), standards, bits, strict=True)
+    )
+    coded = few.Coded(bits, keys, values, key_step, value_step, *standards)
+    mask = torch.rand(2, 2, 1, 3, 40, generator=generator) < 0.5 if masked else None
+    if mask is not None:
+        mask[0, 0, 0, 1] = False
+    state, weights = records.attend_records(q, coded, scale=0.2, mask=mask)
+    exact, shares = few.attend_codes(q, coded, scale=0.2, mask=mask)
+    for x, y in ((state.out, exact.out), (state.lse, exact.lse), (weights, shares)):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)

@@ -26,6 +26,8 @@ from momentkv.backends.plain import (
     joined_output,
     prepare,
 )
+from momentkv.backends.records import attend_records
+from momentkv.codes import Coded
 from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
@@ -65,6 +67,13 @@ class TorchBackend(ArrayBackend):
             AttentionState(out, lse.reshape(*batch, q_heads, q_len)),
             weights.reshape(*batch, kv_heads, -1, q_len, n),
         )
+
+    def attend_codes(
+        self, q: Array, coded: Coded, *, scale: float, mask: Array | None = None
+    ) -> tuple[AttentionState, Array]:
+        if coded.keys.shape[-2] == 0:
+            return super().attend_codes(q, coded, scale=scale, mask=mask)
+        return attend_records(q, coded, scale=scale, mask=mask)
 
     def attend_stored(
         self, q: Array, tiers: Tiers, *, scale: float, weights: bool = False

@@ -1,12 +1,23 @@
 """Tokens in few bits: standardised, coded one by one, and attended to without being decoded."""
 
 from momentkv.codes.attention import attend_codes
-from momentkv.codes.packing import BITS, SPLIT, bits_as_text, bits_from_text, pack, pair_of_bits, row_bytes, unpack
+from momentkv.codes.packing import (
+    BITS,
+    PLANES,
+    SPLIT,
+    bits_as_text,
+    bits_from_text,
+    pack,
+    pair_of_bits,
+    row_bytes,
+    unpack,
+)
 from momentkv.codes.records import Coded, Coding, centre, decode, encode, record_bytes, step_dtype
 from momentkv.codes.standard import Standard
 
 __all__ = [
     "BITS",
+    "PLANES",
     "SPLIT",
     "Coded",
     "Coding",

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from momentkv._array import Array, array_namespace, device
 
-__all__ = ["BITS", "SPLIT", "bits_as_text", "bits_from_text", "pack", "pair_of_bits", "row_bytes", "unpack"]
+__all__ = ["BITS", "PLANES", "SPLIT", "bits_as_text", "bits_from_text", "pack", "pair_of_bits", "row_bytes", "unpack"]
 
 # Bits of the planes of a code, the most significant first.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (8, 8)}

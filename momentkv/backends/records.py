@@ -1,0 +1,85 @@
+"""Attention to records in plain PyTorch: codes are unpacked eight bytes at a time."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from momentkv.attention import AttentionState
+from momentkv.codes import PLANES, Coded, centre, unpack
+
+__all__ = ["attend_records", "unpack_words"]
+
+# Words of so many bytes, the widest first.
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+# Tokens whose codes are unpacked at once.
+BLOCK = 2048
+
+
+def unpack_words(packed: torch.Tensor, bits: int, d: int) -> torch.Tensor:
+    """`momentkv.codes.unpack`: shifts and masks of words, each of which does so to all of its bytes."""
+    sizes = [-(-d * width // 8) for width in PLANES[bits]]
+    wide = next((wide for wide in WORDS if all(m % wide == 0 for m in sizes)), None)
+    exact = all(8 * m == d * width for m, width in zip(sizes, PLANES[bits], strict=True))
+    if wide is None or not exact or bits > 8 or not packed.is_contiguous():
+        return unpack(packed, bits, d)
+    words = packed.view(WORDS[wide])
+    codes: torch.Tensor | None = None
+    start = 0
+    for width, m in zip(PLANES[bits], sizes, strict=True):
+        plane = words[..., start : start + m // wide]
+        start += m // wide
+        if width < 8:
+            # What a shift brings in from the next byte, or as sign, is masked out.
+            shifts, mask = shifts_of(width, wide, packed.device)
+            plane = ((plane[..., None, :] >> shifts) & mask).flatten(-2)
+        codes = plane if codes is None else (codes << width) | plane
+    whole: torch.Tensor = words if codes is None else codes
+    return whole.view(torch.uint8)
+
+
+@lru_cache(maxsize=64)
+def shifts_of(width: int, wide: int, where: torch.device) -> tuple[torch.Tensor, int]:
+    """Shifts (count, 1) of a plane, and the bits that are kept of every byte of a word."""
+    mask = int.from_bytes(bytes([2**width - 1]) * wide, "little")
+    return torch.arange(0, 8, width, dtype=WORDS[wide], device=where)[:, None], mask
+
+
+def attend_records(
+    q: torch.Tensor, coded: Coded, *, scale: float, mask: torch.Tensor | None = None
+) -> tuple[AttentionState, torch.Tensor]:
+    """`momentkv.codes.attend_codes` in few dispatches."""
+    (mean, deviation), (middle, spread), (of_key, of_value) = coded.key_standard, coded.value_standard, coded.bits
+    dtype = torch.float64 if torch.float64 in (q.dtype, deviation.dtype) else torch.float32
+    *batch, kv_heads, n, _ = coded.keys.shape
+    heads, q_len, d, dv = q.shape[:-1], q.shape[-2], deviation.shape[-1], spread.shape[-1]
+    folded = q.to(dtype).reshape(*batch, kv_heads, -1, d) * scale
+    tilted = folded * deviation.to(dtype)[..., None, :]
+    zero = centre(of_key) * tilted.sum(-1, keepdim=True)
+    blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+    products = [torch.matmul(tilted, numbers(coded.keys, block, of_key, d, dtype).mT) for block in blocks]
+    logits = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)) - zero
+    logits = logits * coded.key_step.to(dtype)[..., None, :]
+    if mean is not None:
+        logits = logits + torch.matmul(folded, mean.to(dtype)[..., None])
+    if mask is not None:
+        shape = logits.shape
+        logits = logits.reshape(*batch, kv_heads, -1, q_len, n).masked_fill(~mask, -torch.inf).reshape(shape)
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    # A query that sees nothing has lse = -inf; shifting by 0 instead leaves all its weights at zero.
+    weights = torch.exp(logits - (lse if mask is None else lse.nan_to_num(neginf=0.0)))
+    part = weights * coded.value_step.to(dtype)[..., None, :]
+    out = part.sum(-1, keepdim=True) * -centre(of_value)
+    for block in blocks:
+        out = out + torch.matmul(part[..., block], numbers(coded.values, block, of_value, dv, dtype))
+    out = out * spread.to(dtype)[..., None, :]
+    if middle is not None:
+        out = out + weights.sum(-1, keepdim=True) * middle.to(dtype)[..., None, :]
+    state = AttentionState(out.reshape(*heads, dv), lse.reshape(heads))
+    return state, weights.reshape(*batch, kv_heads, -1, q_len, n)
+
+
+def numbers(packed: torch.Tensor, block: slice, bits: int, d: int, dtype: torch.dtype) -> torch.Tensor:
+    """Codes of a block of tokens in the dtype that products are taken in."""
+    return unpack_words(packed[..., block, :].contiguous(), bits, d).to(dtype)
