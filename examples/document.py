@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from momentkv.evaluation.sources import load_model, load_text, tokenize
-from momentkv.hf import MomentCache
+from momentkv.hf import MomentCache, read
 
 QUESTIONS = [
     "Which statement is used for conditional execution?",
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3000, help="tokens of the text to read")
     parser.add_argument("--question", nargs="+", default=QUESTIONS, help="questions to ask")
     parser.add_argument("--budget", type=int, default=256, help="tokens retained per KV head, on average")
+    parser.add_argument("--twice", action="store_true", help="read it a second time, to see what questions may need")
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--cache", type=Path, help="where to keep the compressed document; default: a temporary file")
     options = parser.parse_args()
@@ -41,10 +42,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = options.cache or Path(folder) / "document.safetensors"
-        compressed: Any = MomentCache(model, budget=options.budget)
+        compressed: Any = MomentCache(model, budget=options.budget, policy="twice" if options.twice else "balanced")
         full: Any = DynamicCache(config=model.config)
-        reading = {"moment": seconds(lambda: read(model, compressed, document))}
-        reading["full"] = seconds(lambda: read(model, full, document))
+        reading = {
+            "moment": seconds(lambda: read(model, document, compressed, twice=options.twice, tokenizer=tokenizer))
+        }
+        reading["full"] = seconds(lambda: read_full(model, full, document))
         saving = seconds(lambda: compressed.save(path))
         loading = seconds(lambda: MomentCache.load(path, model))
         compressed = MomentCache.load(path, model)
@@ -84,8 +87,8 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - start
 
 
-def read(model: Any, cache: Any, document: torch.Tensor) -> None:
-    """Read all of the document into a cache."""
+def read_full(model: Any, cache: Any, document: torch.Tensor) -> None:
+    """Read all of the document into the full cache."""
     with torch.no_grad():
         model(document, past_key_values=cache, logits_to_keep=1)
 

@@ -159,7 +159,7 @@ class ReferenceRow:
                 return peer_formulas.expected_attention(k, v, *self.queries[head])
             case "twice":
                 expected = peer_formulas.expected_attention(k, v, *self.queries[head])
-                return oracle.balanced(expected, score, 0.6)
+                return oracle.balanced(expected, oracle.value_aware(score, v), 0.6)
             case "h2o" | "tova" | "second-reading":
                 return score
         raise AssertionError(rules.policy)

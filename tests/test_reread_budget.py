@@ -11,7 +11,7 @@ from momentkv import LayerCache
 from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
-from momentkv.cache.second_reading import RereadBudget, by_threshold, error_at, places_of
+from momentkv.cache.second_reading import RereadBudget, by_threshold, error_at, looked_for, places_of
 from momentkv.policies import Twice
 
 SINKS, WINDOW, AVERAGE, COUNT = 1, 4, 30, 150
@@ -31,11 +31,11 @@ def waiting(seed: int, batch: int = 1, peaked: float = 1.0, **options) -> LayerC
     return cache
 
 
-def free_of_all(caches: list[LayerCache]) -> list[tuple[float, int, int, int]]:
+def free_of_all(caches: list[LayerCache], of=lambda cache: cache.attention) -> list[tuple[float, int, int, int]]:
     """Scores of one row that compete, with layer, head and position."""
     return [
-        (float(cache.attention[0, head, j]), layer, head, j)
-        for layer, cache in enumerate(caches)
+        (float(scores[0, head, j]), layer, head, j)
+        for layer, scores in enumerate(map(of, caches))
         for head in range(2)
         for j in range(SINKS, COUNT - WINDOW)
     ]
@@ -77,8 +77,8 @@ def test_kvzip_parts_a_batch_by_the_mean_and_rows_with_nan_have_no_say():
 def test_each_head_keeps_what_the_second_reading_chose_for_it(share: float, correction: str):
     caches = [waiting(layer, peaked=3.0, policy=Twice(share=share), correction=correction) for layer in range(3)]
     total = 6 * (AVERAGE - FIXED)
-    places = places_of(caches, [cache.attention for cache in caches], int(share * total))
-    best = sorted(free_of_all(caches), reverse=True)[: int(share * total)]
+    places = places_of(caches, [looked_for(cache) for cache in caches], int(share * total))
+    best = sorted(free_of_all(caches, looked_for), reverse=True)[: int(share * total)]
     assert places == [sum(x[1:3] == (layer, head) for x in best) for layer in range(3) for head in range(2)]
     shared = RereadBudget(caches)
     for cache in caches:
@@ -104,7 +104,7 @@ def test_the_rest_goes_where_it_lowers_the_measured_error():
     cache.append(k, v)
     cache.attend(q)
     take_scores(cache, rng.random((1, 2, COUNT)))
-    chosen = places_of([cache], [cache.attention], AVERAGE - FIXED)
+    chosen = places_of([cache], [looked_for(cache)], AVERAGE - FIXED)
     needs = [curve[0] for curve in error_curves(cache, [AVERAGE])]
     assert needs[1] < 1e-6 < needs[0]
     RereadBudget([cache]).evict(cache)

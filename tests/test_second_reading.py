@@ -11,6 +11,7 @@ from libraries import LIBRARIES, Library
 from momentkv import LayerCache, Moments, Tokens
 from momentkv.cache.rereading import reread, take_scores
 from momentkv.policies import ExpectedAttention, SecondReading, Twice
+from momentkv.policies.twice import largest_changes
 
 HEADS, GROUP, N, M, D, DV = 2, 2, 30, 300, 4, 3
 
@@ -181,7 +182,7 @@ def test_each_ranking_has_its_share_at_every_budget(share: float, budget: int):
     shown = tokens(9)
     mixed, again, expected = (
         np.argsort(-policy.importance(shown), kind="stable")
-        for policy in (Twice(share=share), SecondReading(), ExpectedAttention())
+        for policy in (Twice(share=share), Twice(share=1.0), ExpectedAttention())
     )
     for head in range(2):
         first = set(again[head, : round(share * budget)]) | set(expected[head, : round((1 - share) * budget)])
@@ -199,3 +200,33 @@ def test_attention_is_observed_as_the_largest_weight(backend: Library):
     weights, received = rng.random((1, HEADS, GROUP, 5, N)), rng.random((1, HEADS, N))
     found = SecondReading().observe(backend.asarray(received), backend.asarray(weights))
     np.testing.assert_array_equal(backend.numpy(found), np.maximum(received, weights.max((2, 3))))
+
+
+def test_what_an_output_may_lose_is_the_score_times_how_far_the_value_stands_out(backend: Library):
+    rng = np.random.default_rng(11)
+    scores, values, real = rng.random((2, N)), rng.standard_normal((2, N, DV)), rng.random((2, N)) < 0.7
+    values[~real] = np.nan
+    found = backend.numpy(largest_changes(*map(backend.asarray, (scores, values, real))))
+    for head in range(2):
+        own = values[head, real[head]]
+        expected = (
+            scores[head, real[head]] * np.linalg.norm(own - own.mean(0), axis=1) / np.linalg.norm(own, axis=1).mean()
+        )
+        np.testing.assert_allclose(found[head, real[head]], expected, rtol=1e-12)
+        assert not found[head, ~real[head]].any()
+
+
+def test_tokens_in_few_bits_are_read_as_they_are_decoded(backend: Library):
+    """Segments read again what an earlier one has retained; of codes, that is what attention makes of them."""
+    k, v, q, k2, v2 = case(12)
+    cache = filled(backend, k, v, budget=20, correction="none", bits=4)
+    cache.evict(backend.asarray(np.random.default_rng(13).random((1, HEADS, N))))
+    assert cache.has_evicted
+    view = cache.view()
+    assert (backend.numpy(view.positions) >= 0).all()
+    out, scores = reread(cache, *map(backend.asarray, (q, k2, v2)))
+    keys, values = backend.numpy(view.keys), backend.numpy(view.values)
+    outs, largest = oracle(keys, values, q, k2, v2)
+    error = rounding(q, keys, k2)
+    np.testing.assert_allclose(backend.numpy(out)[0], outs, rtol=0, atol=2 * error * np.abs(outs).max())
+    np.testing.assert_allclose(backend.numpy(scores)[0], largest, rtol=0, atol=error)

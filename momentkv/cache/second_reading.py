@@ -15,7 +15,7 @@ from momentkv.cache.eviction import importance_of
 from momentkv.cache.layer import LayerCache
 from momentkv.policies.novelty import ranks
 from momentkv.policies.select import protected
-from momentkv.policies.twice import Twice
+from momentkv.policies.twice import Twice, largest_changes
 
 __all__ = ["RereadBudget", "by_threshold", "chosen_first", "places_of"]
 
@@ -111,10 +111,10 @@ def chosen_first(chosen: Array, counts: Sequence[int], rest: Array, real: Array)
 class RereadBudget(SharedBudget):
     """Evicts caches together after a second reading, each KV head to its share of one total.
 
-    A part of the total, `momentkv.policies.Twice.share`, goes where the scores of the second reading are largest in the
-    whole model (`places_of`). Each head keeps those tokens and ranks its others by what the continuation is expected to
-    attend to. The rest of the total is shared so that the errors measured with that ranking become small, given what
-    the second reading has chosen already.
+    A part of the total, `momentkv.policies.Twice.share`, goes where what the second reading looks for is largest in the
+    whole model (`places_of` of `momentkv.policies.twice.largest_changes`). Each head keeps those tokens and ranks its
+    others by what the continuation is expected to attend to. The rest of the total is shared so that the errors
+    measured with that ranking become small, given what the second reading has chosen already.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ class RereadBudget(SharedBudget):
         fixed = config.sinks + config.window
         heads = [each.view().keys.shape[-3] for each in waiting]
         total = (self.average - fixed) * sum(heads)
-        scores = [each.attention for each in waiting]
+        scores = [looked_for(each) for each in waiting]
         places = iter(places_of(waiting, scores, max(sum(heads), math.floor(self.share * total))))
         chosen = [[next(places) for _ in range(number)] for number in heads]
         importances = [
@@ -165,6 +165,11 @@ class RereadBudget(SharedBudget):
         for each, importance, own in zip(waiting, importances, chosen, strict=True):
             each.budgets = [fixed + count + next(more) for count in own]
             each.evict(importance)
+
+
+def looked_for(cache: LayerCache) -> Array:
+    """What a second reading looks for, such that it can be compared between heads and layers."""
+    return largest_changes(cache.attention, cache.values, cache.positions >= 0)
 
 
 def competing(cache: LayerCache) -> Array:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, accumulate, array_namespace
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.expected import ExpectedAttention
-from momentkv.policies.novelty import ranks
+from momentkv.policies.novelty import centred, ranks
 from momentkv.policies.second_reading import SecondReading
+from momentkv.statistics.weights import positive
 
-__all__ = ["Twice"]
+__all__ = ["Twice", "largest_changes"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Twice(SecondReading):
-    """Two rankings taken in turn: `SecondReading` and `ExpectedAttention`.
+    r"""Two rankings taken in turn: what a second reading looks for, and `ExpectedAttention`.
 
-    The first says what a later question may need, the second what the text itself goes on with. Of every
-    ``1 / share`` tokens retained one is the best of the second reading, as `Balanced` mixes its rankings.
+    .. math:: c_j = a_j\, \lVert v_j - \bar v \rVert
+
+    with the score :math:`a_j` of `SecondReading` says what a later question may need, as `Attention` says it of the
+    window; the other says what the text itself goes on with. A share of the tokens retained is the first ranking's, at
+    every budget, as `Balanced` mixes its own.
 
     Parameters
     ----------
@@ -45,12 +49,40 @@ class Twice(SecondReading):
             raise ValueError(f"share is {self.share}; use a share of the budget from 0 to 1")
 
     def importance(self, tokens: Tokens) -> Array:
+        real = tokens.positions >= 0
+        again = largest_changes(tokens.attention, tokens.values, real)
         if self.share == 1:
-            return tokens.attention
+            return again
         expected = self.beside.importance(tokens)
         if self.share == 0:
             return expected
         xp = array_namespace(expected)
-        real = tokens.positions >= 0
-        turn = xp.minimum(ranks(tokens.attention, real) / self.share, ranks(expected, real) / (1 - self.share))
+        turn = xp.minimum(ranks(again, real) / self.share, ranks(expected, real) / (1 - self.share))
         return -turn
+
+
+def largest_changes(scores: Array, values: Array, real: Array) -> Array:
+    r"""What the output of some query may lose with a token, relative to the values of its head.
+
+    .. math:: a_j\, \frac{\lVert v_j - \bar v \rVert}{\frac1n \sum_i \lVert v_i \rVert}
+
+    Parameters
+    ----------
+    scores : array, shape (..., kv_head, n)
+        Largest attention weight that a query gave each token.
+    values : array, shape (..., kv_head, n, dv)
+    real : bool array, shape (..., kv_head, n)
+        False for slots that hold no token; these get zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> largest_changes(np.array([0.5, 0.5, 0.2]), np.array([[3.0], [1.0], [2.0]]), np.ones(3, dtype=bool)).tolist()
+    [0.25, 0.25, 0.0]
+    """
+    xp = array_namespace(scores, values)
+    scores, values = accumulate(xp, scores, values)
+    weight = xp.astype(real, values.dtype)
+    norms = weight * xp.linalg.vector_norm(xp.where(real[..., None], values, xp.zeros_like(values)), axis=-1)
+    mean = xp.sum(norms, axis=-1, keepdims=True) / positive(xp, xp.sum(weight, axis=-1, keepdims=True))
+    return scores * xp.linalg.vector_norm(centred(values, real), axis=-1) / positive(xp, mean)
