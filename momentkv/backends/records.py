@@ -7,14 +7,15 @@ from functools import lru_cache
 import torch
 
 from momentkv.attention import AttentionState
-from momentkv.codes import PLANES, Coded, centre, unpack
+from momentkv.backends.layout import Layout, Tiers
+from momentkv.codes import PLANES, Coded, Coding, centre, unpack
 
-__all__ = ["attend_records", "unpack_words"]
+__all__ = ["attend_packed", "attend_records", "unpack_words"]
 
 # Words of so many bytes, the widest first.
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-# Tokens whose codes are unpacked at once.
-BLOCK = 2048
+# Tokens whose codes are unpacked at once, of all heads of a layer or of one.
+BLOCK = 8192
 
 
 def unpack_words(packed: torch.Tensor, bits: int, d: int) -> torch.Tensor:
@@ -78,6 +79,56 @@ def attend_records(
         out = out + weights.sum(-1, keepdim=True) * middle.to(dtype)[..., None, :]
     state = AttentionState(out.reshape(*heads, dv), lse.reshape(heads))
     return state, weights.reshape(*batch, kv_heads, -1, q_len, n)
+
+
+def attend_packed(
+    q: torch.Tensor, tiers: Tiers, coding: Coding, *, scale: float
+) -> tuple[AttentionState, torch.Tensor]:
+    """`attend_records` to all retained slots of heads that have different numbers of them.
+
+    Codes of all heads are unpacked at once; logits lie in a rectangle (batch, kv_head, group * q_len, width).
+    """
+    layout, (of_key, of_value) = tiers.layout, coding.bits
+    (mean, deviation), (_, spread) = coding.key_standard, coding.value_standard
+    dtype = torch.float64 if torch.float64 in (q.dtype, deviation.dtype) else torch.float32
+    batch, d, dv, heads = q.shape[0], deviation.shape[-1], spread.shape[-1], q.shape[:-1]
+    folded = q.to(dtype).reshape(batch, layout.heads, -1, d) * scale
+    tilted = folded * deviation.to(dtype)[..., None, :]
+    keys, values = (
+        unpack_words(x.contiguous(), bits, size).to(dtype)
+        for x, bits, size in ((tiers.keys, of_key, d), (tiers.values, of_value, dv))
+    )
+    logits = tilted.new_zeros((*tilted.shape[:-1], layout.width))
+    spans = [(start, start + width, width) for start, width in zip(layout.starts, layout.widths, strict=True)]
+    for head, (start, stop, width) in enumerate(spans):
+        logits[:, head, :, :width] = torch.matmul(tilted[:, head], keys[:, start:stop].mT)
+    key_step, value_step = (
+        layout.rectangle(x, vectors=False).to(dtype)[..., None, :] for x in (coding.key_step, coding.value_step)
+    )
+    logits = (logits - centre(of_key) * tilted.sum(-1, keepdim=True)) * key_step
+    if mean is not None:
+        logits = logits + torch.matmul(folded, mean.to(dtype)[..., None])
+    there = slots_of(layout, q.device) if tiers.valid is None else tiers.valid
+    logits = logits.masked_fill(~there[..., None, :], -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    weights = torch.exp(logits - lse.nan_to_num(neginf=0.0))
+    part = (weights * value_step).masked_fill(~there[..., None, :], 0.0)
+    out = torch.stack(
+        [
+            torch.matmul(part[:, head, :, :width], values[:, start:stop])
+            for head, (start, stop, width) in enumerate(spans)
+        ],
+        dim=1,
+    )
+    out = (out - centre(of_value) * part.sum(-1, keepdim=True)) * spread.to(dtype)[..., None, :]
+    state = AttentionState(out.reshape(*heads, dv), lse.reshape(heads))
+    return state, weights.reshape(batch, layout.heads, -1, heads[-1], layout.width)
+
+
+@lru_cache(maxsize=1024)
+def slots_of(layout: Layout, where: torch.device) -> torch.Tensor:
+    """Which slots of a rectangle (kv_head, width) there are."""
+    return torch.as_tensor(layout.real, device=where)
 
 
 def numbers(packed: torch.Tensor, block: slice, bits: int, d: int, dtype: torch.dtype) -> torch.Tensor:

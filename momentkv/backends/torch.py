@@ -26,7 +26,7 @@ from momentkv.backends.plain import (
     joined_output,
     prepare,
 )
-from momentkv.backends.records import attend_records
+from momentkv.backends.records import BLOCK, attend_packed, attend_records
 from momentkv.codes import Coded
 from momentkv.statistics.expansion import Expansion
 
@@ -67,6 +67,14 @@ class TorchBackend(ArrayBackend):
             AttentionState(out, lse.reshape(*batch, q_heads, q_len)),
             weights.reshape(*batch, kv_heads, -1, q_len, n),
         )
+
+    def attend_retained(
+        self, q: Array, tiers: Tiers, *, scale: float, weights: bool
+    ) -> tuple[AttentionState | None, Array | None]:
+        coding, few = tiers.coding, q.ndim == 4 and tiers.keys.shape[-2] <= BLOCK
+        if coding is not None and few and not tiers.layout.equal:
+            return attend_packed(q, tiers, coding, scale=scale)
+        return super().attend_retained(q, tiers, scale=scale, weights=weights)
 
     def attend_codes(
         self, q: Array, coded: Coded, *, scale: float, mask: Array | None = None
