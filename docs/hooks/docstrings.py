@@ -38,6 +38,7 @@ PAGES = {
     "derivations/bounds": ("Error bounds", "derivation-bounds"),
     "derivations/codes": ("Tokens in few bits", "derivation-codes"),
     "derivations/eviction": ("Which token to evict", "derivation-eviction"),
+    "derivations/second-reading": ("The second reading", "derivation-second-reading"),
     "derivations/cost": ("Cost", "derivation-cost"),
     "certificates": ("Certificates", "page-certificates"),
     "evaluation": ("Evaluation", "page-evaluation"),
