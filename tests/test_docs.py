@@ -136,7 +136,7 @@ def test_python_blocks_run_and_print_what_the_page_shows(page, request):
 
 def test_every_tutorial_shows_output():
     tutorials = [page for page in PAGES if page.parent.name == "tutorials"]
-    assert len(tutorials) == 7
+    assert len(tutorials) == 8
     for page in tutorials:
         assert sum(block.output is not None for block in code_blocks(page)) >= 2, page.name
 

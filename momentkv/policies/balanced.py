@@ -35,7 +35,7 @@ class Balanced(Policy):
 
     name: ClassVar[str] = "balanced"
     needs_queries: ClassVar[bool] = True
-    novelty: float = 0.4
+    novelty: float = 0.3
     kernel: int = 5
 
     def __post_init__(self) -> None:
