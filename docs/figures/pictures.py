@@ -5,7 +5,8 @@ Run: python docs/figures/pictures.py [--output docs/assets]
 - heads.json is made by docs/figures/heads.py;
 - gap.json by momentkv evaluate gap --text compound --budget 128 --policy momentkv --output docs/data/gap.json;
 - fidelity.json by momentkv evaluate fidelity --bytes 32 --policies momentkv --corrections none order-1 summaries
-  summaries-layers --output docs/data/fidelity.json.
+  summaries-layers --output docs/data/fidelity.json;
+- held-out-smollm2.json and held-out-qwen.json by the commands in docs/evaluation.md#held-out.
 
 Each picture is drawn twice, for light and for dark pages.
 """
@@ -59,6 +60,7 @@ def main() -> None:
         "head-directions": draw_heads,
         "mass-direction": draw_mass_direction,
         "kl-bytes": draw_kl,
+        "held-out": draw_held_out,
         "memory": draw_memory,
     }
     for name, draw in pictures.items():
@@ -159,6 +161,40 @@ def draw_kl(theme: Theme) -> Figure:
     axis.set_xlabel("cache, MiB, correction included")
     axis.set_ylabel("KL(full || compressed), nats")
     axis.legend()
+    return figure
+
+
+KL_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+
+
+def draw_held_out(theme: Theme) -> Figure:
+    """KL against bytes on texts that chose nothing, a panel for each model."""
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axis, name, title in zip(
+        panels, ("smollm2", "qwen"), ("SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"), strict=True
+    ):
+        rows = read(f"held-out-{name}.json")["rows"]
+        for method, label, colour, style in (
+            ("snapkv/none", "SnapKV", theme.retained, ">-"),
+            ("momentkv/order-1", "MomentKV (the paper)", theme.order_1, "s-"),
+            ("default", "default", theme.evicted, "D-"),
+            ("default@4", "default, bits=4", theme.summaries, "o-"),
+        ):
+            own = [row for row in rows if row["method"] == method]
+            budgets = sorted({row["bytes_as_tokens"] for row in own})
+            means = [np.mean([row["kl"] for row in own if row["bytes_as_tokens"] == budget]) for budget in budgets]
+            axis.plot(budgets, means, style, color=colour, ms=4, label=label)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(budgets, [f"{budget}" for budget in budgets])
+        axis.set_yticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
+        axis.yaxis.set_minor_formatter("")
+        axis.set_title(title)
+        axis.set_xlabel("bytes, in 16-bit tokens a KV head")
+        axis.set_ylim(0.004, 0.22)
+    panels[0].set_ylabel("KL(full || compressed), nats")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
