@@ -81,6 +81,13 @@ def speed_table() -> Table:
     return speed.table_of(speed_rows(), argparse.Namespace(model=None, context=131072, budget=1024, threads=2))
 
 
+def test_a_peak_of_nothing_has_no_ratio():
+    """Where memory is short, what a process holds may not rise above what it held before."""
+    rows = [row | {"peak_bytes": 0} for row in speed_rows()]
+    options = argparse.Namespace(model=None, context=131072, budget=1024, threads=2)
+    assert " 0 " in rendered(speed.table_of(rows, options), 120)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["demo", "speed"])
 def test_tables_of_every_day_fit_and_cut_nothing(name: str, width: int):

@@ -195,7 +195,8 @@ def table_of(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
     for row in rows:
         flush = row["seconds_of_a_flush"]
         cells = {
-            key: [f"{row[key] / unit:.{digits}f}", f"{row[key] / full[key]:.2f}"]
+            # Where memory is short, what a process holds may not rise above what it held before.
+            key: [f"{row[key] / unit:.{digits}f}", f"{row[key] / full[key]:.2f}" if full[key] else ""]
             for key, unit, digits in (("tokens_per_second", 1, 2), ("cache_bytes", 2**20, 1), ("peak_bytes", 2**20, 0))
         }
         table.add_row(
