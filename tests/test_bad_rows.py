@@ -99,6 +99,24 @@ def test_a_row_with_nan_has_no_say_in_budgets(backend: Library, rule: Any, polic
     assert shares([1]) == [40, 40]
 
 
+@pytest.mark.parametrize("policy", ["expected-attention", "balanced"])
+@pytest.mark.parametrize("place", [-1, -40, -200])
+def test_a_query_that_is_not_finite_stops_no_other_row(backend: Library, policy: str, place: int):
+    """Also one of those that only the ranking looks at, long before the window; keys and values are all finite."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((2, heads, 260, 8)) for heads in (4, 2, 2)]
+
+    def kept(rows: list[int]) -> np.ndarray:
+        cache = LayerCache(64, window=8, block=1, policy=policy)
+        with np.errstate(all="ignore"):
+            cache.step(*(backend.asarray(x[rows]) for x in arrays))
+        return backend.numpy(cache.positions)
+
+    alone = kept([1])
+    arrays[0][0, 0, place] = np.nan
+    assert np.array_equal(kept([0, 1])[1:], alone)
+
+
 # Squares of the first are no numbers of float32, those of the others are zero, or hardly more.
 @pytest.mark.parametrize("scale", [1e30, 1e20, 1e-20, 3e-23, 1e-30])
 @pytest.mark.parametrize("name", ["balanced", "novelty", "leverage"])

@@ -124,6 +124,10 @@ def is_sound(tokens: Tokens) -> Array:
     arrays = [xp.where(real[..., None], x, xp.zeros_like(x)) for x in (tokens.keys, tokens.values)]
     arrays += [xp.where(real, tokens.attention, xp.zeros_like(tokens.attention))[..., None]]
     arrays += [x[..., None] for x in known if x is not None]
+    if tokens.queries is not None:
+        q = tokens.queries
+        q = xp.where(real[..., None, -q.shape[-2] :, None], q, xp.zeros_like(q))
+        arrays += [xp.reshape(q, (*q.shape[:-3], -1, q.shape[-1]))]
     sound = xp.ones_like(real[..., 0])
     for x in arrays:
         limit = xp.finfo(x.dtype).max ** 0.125
@@ -218,7 +222,9 @@ def evicted_state(
             if importance is None or done > 1:
                 left = view._replace(positions=positions)
                 known = config.correction.known(evicted)
-                importance = importance_of(config, left, known, scale, state, newest=newest, ask=not in_place)
+                # Queries belong to the last slots, and later rounds have emptied some of these.
+                queries = newest if done == 1 else None
+                importance = importance_of(config, left, known, scale, state, newest=queries, ask=not in_place)
             target = limits if rounds == 1 else xp.where(one_block, limits, between(counts, limits, done / rounds))
             kept = kept_by_rank(importance, positions, target, config)
             if config.corrects:
