@@ -16,8 +16,8 @@ from momentkv.cache.rereading import take_scores
 from momentkv.hf import MomentCache
 from momentkv.hf.attention import link, stock_attention
 from momentkv.hf.building import layer_kinds
+from momentkv.hf.reading import CHUNK, Piece, Reading
 from momentkv.hf.repeating import REQUEST, request_of
-from momentkv.hf.rereading import CHUNK, Piece, Reading
 
 __all__ = ["Attended", "CaptureCache", "capture_again", "replay"]
 

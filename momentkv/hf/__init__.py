@@ -29,7 +29,7 @@ from momentkv.hf.files import CacheFileError
 from momentkv.hf.finished import FinishedRows
 from momentkv.hf.graphs import DecodeGraphs
 from momentkv.hf.layer import MomentLayer
-from momentkv.hf.rereading import read
+from momentkv.hf.reading import read
 from momentkv.hf.summary import CacheSummary, LayerSummary
 
 __all__ = [

@@ -14,9 +14,9 @@ from momentkv.cache.step import check_like_stored
 from momentkv.hf.attention import NEWEST, link, linked
 from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass, plain_mask, refuse_arguments
 from momentkv.hf.clock import Clock, check_step
+from momentkv.hf.layer_reader import LayerReader
 from momentkv.hf.owner import Owner
 from momentkv.hf.padding import Padding
-from momentkv.hf.reading import LayerReader
 from momentkv.hf.rollback import Pass, check_crop, crop, queries_to_keep, waiting_tokens
 from momentkv.hf.steps import static_step
 

@@ -1,62 +1,323 @@
-"""What a layer keeps of the readings of a text: the first one's newest queries, the second one's scores."""
+"""Reading a text into a cache, once or twice, before anything of it is evicted."""
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
 import torch
+from tqdm.auto import tqdm
 
-from momentkv.cache.config import wanted_queries
-from momentkv.cache.layer import LayerCache
-from momentkv.cache.rereading import reread, take_scores
+from momentkv.hf.cache import MomentCache
+from momentkv.hf.layer_reader import LayerReader
+from momentkv.hf.repeating import REQUEST, read_text, request_of
 
-__all__ = ["LayerReader"]
+__all__ = ["Piece", "Reading", "read"]
+
+# Seconds before a progress bar shows.
+PATIENCE = 2.0
+# Tokens before a part of the text that are repeated with it, so that it is clear where it begins.
+LEAD = 8
+# Most tokens of one pass.
+CHUNK = 2048
+# Positions that must be left behind a text for its parts to be repeated, if these are no shorter.
+ROOM = 64
 
 
-class LayerReader:
-    """Of one compressed layer, while it has it: the newest queries of the first reading, then scores of the second.
+class Piece(NamedTuple):
+    """Tokens that are read together, and the mask over them and all before them.
 
     Attributes
     ----------
-    again : bool
-        Whether passes are of the second reading, which is not stored.
-    queries : tensor, shape (batch, q_head, m, d), or None
-    scores : tensor, shape (batch, kv_head, n), or None
-    stored : tensor, shape (batch, kv_head, n), or None
-        Scores before this second reading.
+    ids : int tensor, shape (batch, n)
+    mask : int tensor, shape (batch, seen + n), or None
+    seen : int
+        Tokens of the cache before them.
     """
 
-    def __init__(self, core: LayerCache) -> None:
-        self.core = core
-        self.again = self.padded = False
-        self.queries: torch.Tensor | None = None
-        self.scores: torch.Tensor | None = None
-        self.stored: torch.Tensor | None = None
-        self.keep = wanted_queries([self.core.config.policy])
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    seen: int
 
-    def read(self, query: torch.Tensor, *, padded: bool) -> None:
-        """Take note of queries of the first reading: as many of the newest as policy and correction look at."""
-        self.padded = self.padded or padded
-        both = [x for x in (self.queries, query.detach()) if x is not None]
-        queries = torch.cat(both, dim=2) if len(both) > 1 else both[0]
-        # Of padded rows, the newest tokens may lie anywhere.
-        self.queries = queries if self.padded or self.keep is None else queries[:, :, -self.keep :].clone()
 
-    def end_first(self) -> None:
-        """Show the first reading to the layer's policy and correction."""
-        self.core.recording = False
-        self.stored = self.core.attention
-        self.core.observe(self.queries)
-        self.queries = None
+def read(
+    model: Any,
+    inputs: Any,
+    cache: MomentCache,
+    *,
+    twice: bool = True,
+    tokenizer: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    request: str | Sequence[int] = REQUEST,
+    chunk: int = CHUNK,
+    segment: int | None = None,
+    progress: bool = True,
+) -> MomentCache:
+    """Read a text into a cache, then once more to see what its own words look for, and then evict.
 
-    def reread(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Output of a pass of the second reading, whose scores are kept."""
-        out, scores = reread(self.core, query, keys, values, valid=valid)
-        self.scores = scores if self.scores is None else torch.maximum(self.scores, scores)
-        return out
+    The first reading stores all tokens. For the second, the model is asked to repeat the text, part by part, and is
+    shown it: a token's score is the largest attention that any query of this gives it. Nothing of the second reading
+    is stored; keys, values and positions are those of the first.
 
-    def end_second(self) -> None:
-        """Give the layer the scores of the second reading, in place of what its policy saw of the first."""
-        if self.scores is not None and self.stored is not None:
-            # What was stored before has scores from its own second reading.
-            take_scores(self.core, torch.maximum(self.scores, self.stored))
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With ``attn_implementation="momentkv"``, that the cache was made for.
+    inputs : str, sequence of str, int tensor (batch, n), or what a tokenizer returns
+        A text is the beginning of a user's turn if the tokenizer has a chat template; a question may follow. Several
+        are padded at the left. After tokens that the cache has read, these are the new ones.
+    cache : MomentCache
+        For two readings with a policy that looks at them, ``"twice"`` or ``"second-reading"``.
+    twice : bool
+        False reads once: as a prefill in one pass, in parts of bounded size.
+    tokenizer : PreTrainedTokenizer, optional
+        Reads texts, and the request.
+    attention_mask : int tensor, shape (batch, seen + n), optional
+        Zero for padding.
+    request : str or sequence of int
+        What the model is told before each part of the text; ids need no tokenizer, and ``[]`` is none.
+    chunk : int
+        Most tokens of one pass.
+    segment : int, optional
+        Read, read again and evict so many tokens at a time: at most the budget, a segment and its blocks are stored.
+        None for the whole text in one piece.
+    progress : bool
+        Show a bar where it takes more than two seconds.
+
+    Returns
+    -------
+    MomentCache
+        ``cache``, ready for ``generate``, ``copy.deepcopy`` and ``save``.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to read, no tokenizer for a text, or a policy that does not look at a second reading.
+    RuntimeError
+        If recorded passes wait for `MomentCache.crop`.
+    KeyboardInterrupt
+        On Ctrl-C. As on any error, the cache is then as it was before, and so is the model.
+
+    Notes
+    -----
+    The second reading costs as much as reading twice the text with its first half stored. In one piece the whole text
+    is stored until it ends.
+
+    Source: KVzip (arXiv 2505.23416). Derivation: docs/derivations/second-reading.md.
+    """
+    ids, mask = ids_of(inputs, tokenizer, attention_mask)
+    seen, n = int(cache.get_seq_length()), ids.shape[1]
+    check(cache, ids, mask, twice=twice, chunk=chunk, segment=segment)
+    whole = None if mask is None or bool(mask.all()) else mask.to(model.device)
+    asked = request_of(tokenizer, request, first_ids(ids, whole)) if twice else []
+    if twice:
+        chunk = chunk_within(model, seen + n, len(asked) + LEAD, chunk)
+    ids = ids.to(model.device)
+    pieces = []
+    for start, stop in parts(n, segment or n):
+        pieces.append(Piece(ids[:, start:stop], None if whole is None else whole[:, : seen + stop], seen + start))
+    before = cache.passes.held()
+    try:
+        with (
+            torch.no_grad(),
+            tqdm(total=n * (1 + twice), unit="token", delay=PATIENCE, leave=False, disable=not progress) as bar,
+        ):
+            for piece in pieces:
+                with Reading(model, cache, piece, chunk) as reading:
+                    reading.read(bar.update)
+                    if twice:
+                        reading.read_again(asked, bar.update)
+                reading.evict()
+            if cache.static is not None:
+                cache.static.set()
+    except BaseException as error:
+        cache.passes.go_back(before)
+        if isinstance(error, KeyboardInterrupt):
+            state = f"holds the {seen} tokens that it held" if seen else "is empty"
+            raise KeyboardInterrupt(f"reading was interrupted: the cache {state}, and the model is unchanged") from None
+        raise
+    return cache
+
+
+class Reading:
+    """A piece of a text on its way into a cache: its first reading, a second one, and the eviction after both.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    cache : MomentCache
+    piece : Piece
+    chunk : int
+        Most tokens of one pass.
+    """
+
+    def __init__(self, model: Any, cache: MomentCache, piece: Piece, chunk: int) -> None:
+        self.model, self.cache, self.piece, self.chunk = model, cache, piece, chunk
+        self.layers = cache.passes.moments
+        self.readers = [LayerReader(layer.core) for layer in self.layers]
+        self.options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            self.options["logits_to_keep"] = 1
+
+    def __enter__(self) -> Reading:
+        for layer, reader in zip(self.layers, self.readers, strict=True):
+            layer.reader = reader
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for layer in self.layers:
+            layer.reader = None
+
+    def read(self, done: Any = None) -> None:
+        """Read the piece; all of it is stored. ``done`` is called with the tokens of each pass."""
+        for start, stop in parts(self.piece.ids.shape[1], self.chunk):
+            mask = None if self.piece.mask is None else self.piece.mask[:, : self.piece.seen + stop]
+            self.forward(self.piece.ids[:, start:stop], mask)
+            if done is not None:
+                done(stop - start)
+        for reader in self.readers:
+            reader.end_first()
+
+    def read_again(self, request: Sequence[int], done: Any = None) -> None:
+        """Let the model repeat the piece, part by part, from what is stored; only scores are kept."""
+        ids, mask, seen = self.piece
+        rows, n = ids.shape
+        asked = torch.tensor([list(request)] * rows, dtype=ids.dtype, device=ids.device).reshape(rows, -1)
+        for reader in self.readers:
+            reader.again = True
+        held = self.cache.passes.held()
+        for start, stop in parts(n, self.chunk):
+            part, again = ids[:, max(0, start - LEAD) : stop], None
+            if mask is not None:
+                real = mask[:, seen + stop - part.shape[1] : seen + stop]
+                # Padding comes last, where it parts no tokens that a sliding window should hold together.
+                order = real.ne(0).long().argsort(dim=1, descending=True, stable=True)
+                part, real = part.gather(1, order), real.gather(1, order)
+                again = torch.cat([mask, torch.ones_like(asked), real], dim=1)
+            self.forward(torch.cat([asked, part], dim=1), again)
+            # Layers with a sliding window have stored the pass, and budgets that are shares of the text have grown.
+            self.cache.passes.go_back(held)
+            if done is not None:
+                done(stop - start)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """One pass of the model."""
+        if mask is None:
+            self.model(ids, **self.options)
+            return
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        self.model(ids, attention_mask=mask, position_ids=positions, **self.options)
+
+    @property
+    def scores(self) -> dict[int, torch.Tensor]:
+        """Of the second reading, by layer of the model."""
+        read = zip(self.cache.moment_layers, self.readers, strict=True)
+        return {index: reader.scores for index, reader in read if reader.scores is not None}
+
+    @torch.no_grad()
+    def evict(self) -> None:
+        """Evict in all layers; the cache then goes on as after any prefill."""
+        for layer, reader in zip(self.layers, self.readers, strict=True):
+            reader.end_second()
+            layer.evict()
+
+
+def ids_of(inputs: Any, tokenizer: Any, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids (batch, n) and the attention mask of whatever a text was given as."""
+    texts = isinstance(inputs, str) or (
+        isinstance(inputs, Sequence) and bool(inputs) and all(isinstance(text, str) for text in inputs)
+    )
+    if texts:
+        if tokenizer is None:
+            raise ValueError("inputs is text, which only a tokenizer can read; pass tokenizer=, or token ids")
+        return read_text(tokenizer, inputs)
+    if not isinstance(inputs, torch.Tensor) and hasattr(inputs, "keys"):
+        mask = inputs.get("attention_mask") if mask is None else mask
+        inputs = inputs["input_ids"]
+    if not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.is_floating_point():
+        given = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        raise ValueError(f"inputs is {given}; give text, or token ids as a tensor of shape (batch, tokens)")
+    return inputs, mask
+
+
+def check(
+    cache: MomentCache,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    twice: bool,
+    chunk: int,
+    segment: int | None,
+) -> None:
+    """Raise unless a text can be read so."""
+    if not cache.passes.moments:
+        raise ValueError("no layer of this model is compressed (all have a sliding window): there is nothing to evict")
+    seen = int(cache.get_seq_length())
+    for name, size in (("chunk", chunk), ("segment", segment)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; read at least one token at a time")
+    if ids.shape[1] == 0:
+        raise ValueError("inputs has no tokens; there is nothing to read")
+    if mask is not None and tuple(mask.shape) != (ids.shape[0], seen + ids.shape[1]):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; it must cover all tokens seen with this cache and those "
+            f"to be read, {(ids.shape[0], seen + ids.shape[1])}"
+        )
+    first = cache.passes.moments[0]
+    if cache.static is not None and seen:
+        raise RuntimeError(
+            f"a static cache reads a text when it is empty, and this one has read {seen} tokens; call cache.reset(), "
+            "or make it with static=False"
+        )
+    if cache.static is not None and segment is not None:
+        raise ValueError(f"segment is {segment}, but a static cache reads in one piece; make it with static=False")
+    if first.passes:
+        raise RuntimeError("recorded passes wait for crop; call cache.crop(0) before reading more")
+    policy = first.core.config.policy
+    if twice and not policy.rereads:
+        raise ValueError(
+            f'policy is {policy.name!r}, which does not look at a second reading; make the cache with policy="twice", '
+            "or read with twice=False"
+        )
+
+
+def first_ids(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+    """Ids of the first row that are no padding."""
+    row = ids[0]
+    real = row if mask is None else row[mask[0, -ids.shape[1] :].bool()]
+    first: list[int] = real.tolist()
+    return first
+
+
+def parts(n: int, most: int) -> Iterator[tuple[int, int]]:
+    """About equal parts of at most so many tokens.
+
+    Examples
+    --------
+    >>> list(parts(10, 4))
+    [(0, 4), (4, 7), (7, 10)]
+    """
+    count = math.ceil(n / most)
+    small, larger = divmod(n, count)
+    start = 0
+    for index in range(count):
+        stop = start + small + (index < larger)
+        yield start, stop
+        start = stop
+
+
+def chunk_within(model: Any, length: int, beside: int, chunk: int) -> int:
+    """Most tokens of a part that the model has positions for, behind a text and what comes before the part."""
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return chunk
+    room: int = min(chunk, limit - length - beside)
+    if room < min(chunk, ROOM):
+        raise ValueError(
+            f"the text ends at token {length} of the {limit} that the model has positions for: there is no room to "
+            "repeat it; read a shorter text, or with twice=False"
+        )
+    return room
