@@ -83,6 +83,21 @@ def test_scores_are_the_largest_weights_and_outputs_those_of_one_softmax(backend
     assert cache.seen == N
 
 
+@pytest.mark.parametrize("place", [3, 255, 256, 290])
+def test_a_query_of_any_block_may_be_the_one_that_looks(backend: Library, place: int):
+    """Queries before others see fewer of their own tokens, so that in random ones the first block has all maxima."""
+    k, v, q, k2, v2 = case(4)
+    q[0, :, place] = 20 * np.repeat(k[0, :, 7], GROUP, axis=0)
+    k[0, :, 7] = 4 * k[0, :, 7] / np.linalg.norm(k[0, :, 7], axis=-1, keepdims=True)
+    outs, largest = oracle(k, v, q, k2, v2)
+    without = oracle(k, v, *(np.delete(x, place, axis=2) for x in (q, k2, v2)))[1]
+    assert (without < largest - 0.1).any(axis=1).all()
+    out, scores = reread(filled(backend, k, v), *map(backend.asarray, (q, k2, v2)))
+    error = rounding(q, k, k2)
+    np.testing.assert_allclose(backend.numpy(out)[0], outs, rtol=0, atol=2 * error * np.abs(outs).max())
+    np.testing.assert_allclose(backend.numpy(scores)[0], largest, rtol=0, atol=error)
+
+
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e200])
 def test_padding_is_not_seen_and_its_queries_do_not_count(backend: Library, garbage: float):
     k, v, q, k2, v2 = case(1)
