@@ -104,10 +104,6 @@ class SharedBudget:
             each.budgets = [next(shares) for _ in range(heads)] if self.by_head else [next(shares)] * heads
             each.evict(importance)
 
-    def assign(self, average: int) -> None:
-        """Another average from now on; what has its share keeps it until the eviction that is to come."""
-        self.average = average
-
     def reset(self) -> None:
         """Back to the average for all."""
         self.waiting = []

@@ -105,13 +105,6 @@ class Coded(NamedTuple):
     key_standard: Standard
     value_standard: Standard
 
-    def decoded(self) -> tuple[Array, Array]:
-        """Keys and values (..., kv_head, n, d) and (..., kv_head, n, dv)."""
-        return (
-            decode(self.keys, self.key_step, self.key_standard, self.bits[0]),
-            decode(self.values, self.value_step, self.value_standard, self.bits[1]),
-        )
-
 
 class Coding(NamedTuple):
     """What the records of packed slots need to be read; see `momentkv.backends.layout.Layout`.
