@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "the paper's": {"policy": "momentkv", "correction": "moments", "sharing": "uniform"},
     "one budget": {"sharing": "uniform"},
     "default": {},
+    "in 4 bits": {"bits": 4},
 }
 TEXT = "specialnames"
 CHUNK = 512
@@ -110,11 +111,13 @@ def speed(options: argparse.Namespace) -> int:
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """What the storage of a layer is judged by."""
-    full, snapkv, _, one, default = rows
+    full, snapkv, _, one, default, bits = rows
     mean_of, median_of = ({row["cache"]: row["seconds_per_step"][key] for row in rows} for key in ("mean", "median"))
     return {
         "step between flushes: default / one budget": default["seconds_between_flushes"]
         / one["seconds_between_flushes"],
+        "step between flushes: in 4 bits / default": bits["seconds_between_flushes"]
+        / default["seconds_between_flushes"],
         "default: mean step / median step": mean_of["default"] / median_of["default"],
         "mean step: default / snapkv": mean_of["default"] / mean_of[snapkv["cache"]],
         "mean step: default / full cache": mean_of["default"] / mean_of[full["cache"]],
