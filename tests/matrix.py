@@ -175,7 +175,7 @@ def page() -> str:
     rows = [f"| {mode} |" + " ✓ |" * len(FAMILIES) for mode in MODES]
     return "\n".join(
         [
-            "# Families, modes and model types",
+            "# Supported models { #page-support }",
             "",
             "<!-- Written by tests/matrix.py. -->",
             "",

@@ -209,11 +209,22 @@ def test_docstring_mathematics_becomes_markdown():
     assert load_hook("docstrings").to_markdown("Theorem B8': above B8.") == "[Theorem B8'][b8-prime]: above B8."
 
 
-def test_parameters_that_share_a_description_have_types_of_their_own():
+def test_parameters_that_share_a_description_have_types_and_defaults_of_their_own():
     pytest.importorskip("griffe")
-    start, end = "Sum.\n\nParameters\n----------\n", "c, d : int\n    Two.\n\nNotes\n-----\nx, y\n    z"
-    docstring = f"{start}a, b\n    As there.\n{end}"
-    assert load_hook("docstrings").to_markdown(docstring) == f"{start}a\n    As there.\nb\n    As there.\n{end}"
+    start, end = "Sum.\n\nParameters\n----------\n", "\nNotes\n-----\nx, y\n    z"
+    docstring = f"{start}a, b\n    As there.\nc, d : int\n    Two.\n{end}"
+    entries = "a\n    As there.\nb\n    As there.\nc : int\n    Two.\nd : int\n    Two.\n"
+    assert load_hook("docstrings").to_markdown(docstring) == f"{start}{entries}{end}"
+
+
+def test_formulas_beside_each_other_may_stand_below_each_other():
+    pytest.importorskip("mkdocs.exceptions")
+    page = load_hook("mathml").convert_page(
+        '<div class="arithmatex">\\[a = b \\qquad \\sqrt{c \\qquad d}\\]</div>', "page"
+    )
+    assert page.count("<math") == 2
+    (whole,) = load_hook("mathml").parts(r"\left( a \qquad b \right)")
+    assert whole == r"\left( a \qquad b \right)"
 
 
 def test_doctests_before_all_sections_become_code_blocks():

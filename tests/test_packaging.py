@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -24,9 +26,13 @@ NOT_PUBLISHED = (".git", ".github")
 FOLDERS = ("momentkv", "tests", "docs", "examples", ".ci")
 
 
+# What releasing.md says to set; whether they are set elsewhere changes nothing here.
+ADDRESSES = {"MOMENTKV_SITE": "https://docs.example.org/", "MOMENTKV_SOURCE": "https://code.example.org/momentkv"}
+
+
 def run(*command: str | Path, folder: Path, path: Path | None = None) -> str:
     """Output of a Python command; imports come from ``path`` and the environment, not from the repository."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | ADDRESSES
     if path is not None:
         environment["PYTHONPATH"] = str(path)
     done = subprocess.run(
@@ -81,6 +87,33 @@ def test_descriptions_render_and_metadata_is_valid(built: Path):
     assert run("-m", "twine", "check", "--strict", *sorted(built.iterdir()), folder=built).count("PASSED") == 2
 
 
+def test_what_pypi_shows_leads_to_the_site_and_the_source(built: Path):
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(wheel.read(name))
+    urls = dict(entry.split(", ") for entry in metadata.get_all("Project-URL"))
+    site, source = ADDRESSES.values()
+    assert urls == {
+        "Paper": "https://arxiv.org/abs/2606.01563",
+        "Documentation": site,
+        "Source": source,
+        "Changelog": f"{site}changelog/",
+    }
+    shown = metadata.get_payload()
+    links = re.findall(r'\]\(([^)\s]+)\)|(?:src|srcset)="([^"]+)"', shown)
+    targets = {target or picture for target, picture in links if not target.startswith("#")}
+    assert len(targets) > 15
+    for target in targets:
+        assert target.startswith("https://"), target
+        if target.startswith(site):
+            path, _, _ = target.removeprefix(site).partition("#")
+            page = ROOT / "docs" / path
+            assert page.is_file() or page.with_suffix(".md").is_file() or (page / "index.md").is_file(), target
+    assert f"{site}evaluation/#held-out" in targets
+    assert f"{source}/blob/HEAD/CONTRIBUTING.md" in targets
+
+
 def test_the_wheel_installs_and_its_command_runs(built: Path, tmp_path: Path):
     (path,) = built.glob("*.whl")
     target = tmp_path / "installed"
@@ -103,7 +136,7 @@ def test_tests_run_from_the_unpacked_sdist(built: Path, tmp_path: Path):
 
 def test_the_version_is_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", momentkv.__version__)
-    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
     assert f"version = {{{momentkv.__version__}}}" in (ROOT / "docs" / "cite.md").read_text()
 
 

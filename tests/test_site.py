@@ -35,7 +35,7 @@ FLAGS = [
 ]  # fmt: skip
 # In milliseconds: much more than a busy machine needs, for what never comes.
 PATIENCE = 600_000
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
 # What mathematics that was not rendered looks like to a reader.
 RAW_TEX = re.compile(r"\\\(|\\\[|\$\$|\\(?:frac|mathrm|sum|lVert|hat|mu|log|exp)\b|:math:")
 MEANT_FOR_READERS = """() => {
@@ -54,8 +54,24 @@ WIDE = """() => [...document.querySelectorAll("body *")].filter((x) => {
     if (getComputedStyle(y).overflowX !== "visible") return false;
   return getComputedStyle(x).position !== "fixed";
 }).map((x) => x.tagName + "." + x.className).slice(0, 5)"""
+# Formulas, code and tables that do not fit: hidden above or below, or at the side. What can be scrolled sideways, and
+# shows a shadow where there is more, is let pass where that is allowed.
+CLIPPED = """(scrolling) => [...document.querySelectorAll("article :is(.math, pre > code, pre span[id], table)")]
+  .filter((x) => {
+    if (x.matches("div.math, pre > code") && x.scrollHeight > x.clientHeight + 1) return true;
+    const box = x.getBoundingClientRect(), page = document.querySelector("article").getBoundingClientRect();
+    const edge = scrolling ? window.innerWidth : page.right;
+    if (x.scrollWidth <= Math.max(x.clientWidth, box.width) + 1 && box.right <= edge + 1) return false;
+    const scrolled = x.closest(".md-typeset__scrollwrap, div.math, span.math.wide, .output pre > code");
+    const style = scrolled && getComputedStyle(scrolled);
+    return !scrolling || !scrolled || style.overflowX !== "auto" || !style.backgroundImage.includes("gradient");
+  }).map((x) => `${x.tagName} ${x.textContent.trim().slice(0, 60)}`)"""
 BROKEN_IMAGES = """() => [...document.images].filter((x) => x.loading !== "lazy" && !x.naturalWidth || !x.alt)
   .map((x) => x.src)"""
+
+
+# Where the site says that it is published.
+PUBLISHED = "https://docs.example.org/"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -122,7 +138,8 @@ def site(tmp_path_factory):
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"MOMENTKV_SITE": PUBLISHED}
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert built.returncode == 0, built.stderr
     with served(folder) as address:
         yield Site(folder, address)
@@ -216,6 +233,7 @@ def test_every_page_loads_by_itself_with_its_mathematics(browser, quick_site):
             assert tab.evaluate(BROKEN_IMAGES) == [], f"{page} has a picture that is broken or has no text"
             assert tab.evaluate("document.querySelectorAll('article h1').length") == 1, f"{page} needs one title"
             assert tab.evaluate("document.documentElement.scrollWidth") <= DESKTOP["width"], f"{page} is too wide"
+            assert tab.evaluate(CLIPPED, False) == [], f"{page} has something that is clipped"
             assert tab.evaluate("document.body.dataset.mdColorScheme") == "default"
 
 
@@ -225,6 +243,7 @@ def test_every_page_fits_a_phone_in_the_dark(browser, quick_site):
             tab = show(page)
             width, wide = tab.evaluate("document.documentElement.scrollWidth"), tab.evaluate(WIDE)
             assert width <= PHONE["width"], f"{page} is {width} wide on a phone: {wide}"
+            assert tab.evaluate(CLIPPED, True) == [], f"{page} has something clipped that nobody can scroll to"
             assert tab.evaluate("document.body.dataset.mdColorScheme") == "slate"
 
 
@@ -262,14 +281,57 @@ def test_formulas_are_laid_out_with_the_font_of_the_site(browser, site):
         assert tab.evaluate(larger) > 1.2
 
 
-def test_search_finds_the_anchor(browser, site):
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        ("anchor", "derivations/summaries"),
+        ("quantization", "derivations/codes"),
+        ("install", "install"),
+        ("Llama", "support"),
+        ("FAQ", "faq"),
+    ],
+)
+def test_search_finds(browser, site, words, page):
     with opened(browser, site, ".") as tab:
         # The search listens to keys that are let go, so the word is typed: a value that is only set may go unseen.
         search = tab.locator("input.md-search__input")
         search.focus()
-        search.press_sequentially("anchor")
+        search.press_sequentially(words)
         tab.locator(".md-search-result__meta", has_text="matching").wait_for()
-        tab.locator(".md-search-result__item a[href*='derivations/summaries']").first.wait_for(state="attached")
+        tab.locator(f".md-search-result__item a[href*='{page}/']").first.wait_for(state="attached")
+        found = tab.locator(".md-search-result__item > a").evaluate_all("x => x.map((y) => y.href)")
+        assert any(f"/{page}/" in address for address in found[:3]), found[:3]
+
+
+def test_every_page_is_in_the_sitemap(site):
+    sitemap = (site.folder / "sitemap.xml").read_text(encoding="utf-8")
+    assert set(re.findall("<loc>(.*?)</loc>", sitemap)) == {
+        PUBLISHED if page == "." else f"{PUBLISHED}{page}/" for page in site.pages
+    }
+
+
+def test_a_page_that_does_not_exist_leads_to_those_that_do(site):
+    links = site.parse(site.folder / "404.html").targets
+    assert {"/install/", "/guide/", "/measured/", "/derivations/", "/reference/"} <= links
+
+
+def test_every_tab_has_a_page_of_its_own_that_leads_to_the_others(browser, site):
+    with opened(browser, site, ".") as tab:
+        tabs = tab.locator(".md-tabs__link").evaluate_all("x => x.map((y) => [y.textContent.trim(), y.href])")
+    assert [name for name, _ in tabs] == ["Start", "Guide", "Results", "Theory", "Reference"]
+    for name, address in tabs:
+        with opened(browser, site) as show:
+            page = show(address.removeprefix(site.address).strip("/") or ".")
+            assert page.locator("article a[href]").count() > 8, name
+
+
+def test_copied_code_has_no_prompts(browser, site):
+    with opened(browser, site, "reference/attention") as tab:
+        code = tab.locator("pre > code", has_text=">>>").first
+        copied = code.evaluate("x => { x.setAttribute('data-md-copying', ''); return x.innerText; }")
+        assert ">>>" in code.text_content()
+        assert ">>>" not in copied
+        assert "import numpy as np" in copied
 
 
 def test_a_reader_can_turn_the_light_off(browser, site):

@@ -169,17 +169,16 @@ KL_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 def draw_held_out(theme: Theme) -> Figure:
     """KL against bytes on texts that chose nothing, a panel for each model."""
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axis, name, title in zip(
-        panels, ("smollm2", "qwen"), ("SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"), strict=True
-    ):
+    # Small, so that its letters are still letters where a phone shrinks it.
+    figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, name, title in zip(panels, ("smollm2", "qwen"), ("SmolLM2-135M", "Qwen2.5-0.5B"), strict=True):
         rows = read(f"held-out-{name}.json")["rows"]
         for method, label, colour, style in (
             ("snapkv/none", "SnapKV", theme.retained, ">-"),
             ("momentkv/order-1", "MomentKV (the paper)", theme.order_1, "s-"),
-            ("default", "default", theme.evicted, "D-"),
-            ("default@4", "default, bits=4", theme.summaries, "o-"),
+            ("default", "momentkv", theme.evicted, "D-"),
+            ("default@4", "momentkv, bits=4", theme.summaries, "o-"),
         ):
             own = [row for row in rows if row["method"] == method]
             budgets = sorted({row["bytes_as_tokens"] for row in own})
@@ -191,10 +190,10 @@ def draw_held_out(theme: Theme) -> Figure:
         axis.set_yticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
         axis.yaxis.set_minor_formatter("")
         axis.set_title(title)
-        axis.set_xlabel("bytes, in 16-bit tokens a KV head")
         axis.set_ylim(0.004, 0.22)
-    panels[0].set_ylabel("KL(full || compressed), nats")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    panels[0].set_ylabel("KL to the full cache, nats")
+    figure.supxlabel("bytes, as 16-bit tokens for each KV head", fontsize="medium")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

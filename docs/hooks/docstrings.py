@@ -23,8 +23,8 @@ CHOICE = re.compile(r"(?<= : )\{([^}]*)\}")
 RETURNED = re.compile(r"^( *)(array|tensor), shape \(", re.MULTILINE)
 DOCTEST = re.compile(r"(?<=\n\n)(?:>>> .*\n(?:.+\n)*)+")
 FLAG = re.compile(r" *# doctest: .*$", re.MULTILINE)
-# Parameters that share a description and leave their types to the signature.
-NAMES = re.compile(r"^(\w+(?:, \w+)+)\n((?: +\S.*\n?)*)", re.MULTILINE)
+# Parameters that share a description.
+NAMES = re.compile(r"^(\w+(?:, \w+)+)( : .*)?\n((?: +\S.*\n?)*)", re.MULTILINE)
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.M)
 # Title of each page that docstrings name, and the id of its heading.
 PAGES = {
@@ -62,7 +62,7 @@ def to_markdown(docstring: str) -> str:
 
 
 def one_by_one(docstring: str) -> str:
-    """Give each of the parameters that share an entry one of its own; griffe would give all the first one's type."""
+    """Give each of the parameters that share an entry one of its own; griffe would give all the first one's default."""
     sections = [*SECTION.finditer(docstring), None]
     for section, after in itertools.pairwise(sections):
         if section and section[1] == "Parameters":
@@ -73,7 +73,7 @@ def one_by_one(docstring: str) -> str:
 
 def entries(shared: re.Match[str]) -> str:
     """An entry for each name of a shared one."""
-    return "".join(f"{name}\n{shared[2].rstrip()}\n" for name in shared[1].split(", "))
+    return "".join(f"{name}{shared[2] or ''}\n{shared[3].rstrip()}\n" for name in shared[1].split(", "))
 
 
 def fence_doctests(docstring: str) -> str:

@@ -49,6 +49,9 @@ PRIMES = {"\N{PRIME}", "\N{DOUBLE PRIME}", "\N{TRIPLE PRIME}"}
 ACCENTS = {"\N{MACRON}", "\N{CARON}"}
 NAMESPACE = "http://www.w3.org/1998/Math/MathML"
 
+# What opens a part of a formula, and what closes it.
+OPENED = {"{": 1, "}": -1, r"\left": 1, r"\right": -1}
+BRACKET = re.compile(r"\\(?:left|right)(?![a-z])|(?<!\\)[{}]")
 SYMBOL = re.compile(r"<m[ino][ >]")
 # Inline formulas of more symbols have a line of their own on a narrow screen.
 WIDE = 24
@@ -66,6 +69,23 @@ def to_mathml(tex: str, display: str) -> str:
         mathml = re.sub(pattern, replacement, mathml)
     root = ElementTree.fromstring(mathml)
     return with_primes_and_accents(root) if any(x.text in PRIMES | ACCENTS for x in root.iter()) else mathml
+
+
+def parts(tex: str) -> list[str]:
+    r"""Formulas that stand beside each other, parted by ``\qquad``; where there is no room they stand below each other.
+
+    Examples
+    --------
+    >>> parts(r"a = b, \qquad \frac{c \qquad d}{2}")
+    ['a = b, ', ' \\frac{c \\qquad d}{2}']
+    """
+    whole = [""]
+    for part in re.split(r"(\\qquad)", tex):
+        if part != r"\qquad" or r"\begin" in tex or sum(OPENED[x] for x in BRACKET.findall(whole[-1])):
+            whole[-1] += part
+        else:
+            whole.append("")
+    return whole
 
 
 def with_primes_and_accents(root: ElementTree.Element) -> str:
@@ -92,7 +112,10 @@ def convert_page(content: str, where: str) -> str:
     def replace(formula: re.Match[str]) -> str:
         tex = html.unescape(formula["tex"]).strip()
         try:
-            mathml = to_mathml(tex, "inline" if formula["open"] == "(" else "block")
+            if formula["open"] == "(":
+                mathml = to_mathml(tex, "inline")
+            else:
+                mathml = "".join(to_mathml(part, "block") for part in parts(tex))
         except Exception as error:
             raise PluginError(f"{where}: cannot convert the formula {tex!r} to MathML: {error}") from error
         kind = "math wide" if formula["open"] == "(" and len(SYMBOL.findall(mathml)) > WIDE else "math"
