@@ -35,7 +35,9 @@ __all__ = [
     "concrete",
     "device",
     "nbytes",
+    "real_rows",
     "take_rows",
+    "take_rows_of",
 ]
 
 # Arrays of any library: the array API has no common base class to name here.
@@ -192,10 +194,46 @@ def take_rows(x: Array, index: Array) -> Array:
     >>> take_rows(np.asarray([[[1.0], [2.0]], [[3.0], [4.0]]]), np.asarray([[1], [0]])).tolist()
     [[[2.0]], [[3.0]]]
     """
-    xp = array_namespace(x, index)
+    return take_rows_of(index, x)[0]
+
+
+def take_rows_of(index: Array, *arrays: Array) -> tuple[Array, ...]:
+    """`take_rows` of several arrays (..., n, d) by one index; the last axes may differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys, values = np.asarray([[[1.0], [2.0]]]), np.asarray([[[3.0, 4.0], [5.0, 6.0]]])
+    >>> [x.tolist() for x in take_rows_of(np.asarray([[1]]), keys, values)]
+    [[[[2.0]]], [[[5.0, 6.0]]]]
+    """
+    xp = array_namespace(index, *arrays)
+    *lead, n, _ = arrays[0].shape
+    count, m = math.prod(lead), index.shape[-1]
+    if count > 1:
+        first = xp.arange(0, count * n, n or 1, dtype=index.dtype, device=device(index))
+        index = index + xp.reshape(first, (*lead, 1))
+    flat = xp.reshape(index, (-1,))
+    return tuple(
+        xp.reshape(xp.take(xp.reshape(x, (count * n, x.shape[-1])), flat, axis=0), (*lead, m, x.shape[-1]))
+        for x in arrays
+    )
+
+
+def real_rows(x: Array, real: Array) -> Array:
+    """Rows (..., n, d) where ``real``, broadcastable to (..., n), is true; zero elsewhere, whatever lies there.
+
+    As ``where`` of a mask for every number; moving whole rows takes a fraction of its time.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> real_rows(np.asarray([[1.0, 2.0], [np.nan, 3.0]]), np.asarray([True, False])).tolist()
+    [[1.0, 2.0], [0.0, 0.0]]
+    """
+    xp = array_namespace(x, real)
     *lead, n, d = x.shape
-    count = math.prod(lead)
-    first = xp.arange(count, dtype=index.dtype, device=device(x)) * n
-    flat = xp.reshape(index, (count, index.shape[-1])) + first[:, None]
-    rows = xp.take(xp.reshape(x, (count * n, d)), xp.reshape(flat, (-1,)), axis=0)
-    return xp.reshape(rows, (*lead, index.shape[-1], d))
+    zero = xp.zeros((*lead, 1, d), dtype=x.dtype, device=device(x))
+    slots = xp.arange(n, device=device(x))
+    index = xp.where(real, slots, xp.full_like(slots, n))
+    return take_rows(xp.concat([x, zero], axis=-2), xp.broadcast_to(index, (*lead, n)))

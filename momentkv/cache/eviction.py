@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from momentkv._array import Array, accumulation_dtype, array_namespace, device, take_rows
+from momentkv._array import Array, accumulation_dtype, array_namespace, device, take_rows_of
 from momentkv.attention import group_queries
 from momentkv.backends.layout import Layout
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
@@ -14,7 +14,7 @@ from momentkv.cache.packing import View, repack, view_of, widths_of
 from momentkv.cache.queries import query_window
 from momentkv.cache.state import LayerState, NewTokens
 from momentkv.policies import Tokens
-from momentkv.policies.select import ranking
+from momentkv.policies.select import kept
 from momentkv.trust import trust_of
 
 __all__ = ["Totals", "evicted_state", "importance_of", "kept_by_rank"]
@@ -137,10 +137,7 @@ def is_sound(tokens: Tokens) -> Array:
 
 def kept_by_rank(importance: Array, positions: Array, limits: Array, config: CacheConfig) -> Array:
     """Which tokens are among the ``limits`` (..., kv_head) first of the ranking, sinks and window always."""
-    xp = array_namespace(importance)
-    order = ranking(importance, positions, sinks=config.sinks, window=config.window)
-    rank = xp.argsort(order, axis=-1, stable=True)
-    return (positions >= 0) & (rank < xp.astype(limits, rank.dtype)[..., None])
+    return kept(importance, positions, limits, sinks=config.sinks, window=config.window)
 
 
 def between(counts: Array, limits: Array, share: float) -> Array:
@@ -157,7 +154,7 @@ def gathered(view: View, gone: Array, most: int) -> tuple[Array, Array, Array]:
     if 2 * most >= gone.shape[-1]:
         return view.keys, view.values, gone
     index = xp.argsort(xp.astype(~gone, xp.int8), axis=-1, stable=True)[..., :most]
-    k, v = (take_rows(x, index) for x in (view.keys, view.values))
+    k, v = take_rows_of(index, view.keys, view.values)
     return k, v, xp.take_along_axis(gone, index, axis=-1)
 
 

@@ -54,5 +54,5 @@ class Balanced(Policy):
         real = tokens.positions >= 0
         novel = novelty.importance(tokens)
         # A token's turn comes at the place that either ranking gives it, whichever is first.
-        turn = xp.minimum(ranks(expected, real) / (1 - self.novelty), ranks(novel, real) / self.novelty)
-        return -turn
+        places = ranks(xp.stack([expected, novel]), real)
+        return -xp.minimum(places[0, ...] / (1 - self.novelty), places[1, ...] / self.novelty)

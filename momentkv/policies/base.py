@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from functools import cached_property
 from typing import ClassVar
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, accumulate, array_namespace, real_rows
 from momentkv.statistics.moments import Moments
 
 __all__ = ["Policy", "Tokens"]
@@ -45,6 +46,24 @@ class Tokens:
     query_mean: Array | None = None
     query_variance: Array | None = None
     queries: Array | None = None
+
+    @cached_property
+    def vectors(self) -> tuple[Array, Array]:
+        """Keys and values in one accumulation dtype; zero in a slot that holds no token, whatever lies there."""
+        stacked = self.stacked
+        if stacked is not None:
+            return stacked[0, ...], stacked[1, ...]
+        xp, real = array_namespace(self.keys, self.values), self.positions >= 0
+        keys, values = (real_rows(x, real) for x in accumulate(xp, self.keys, self.values))
+        return keys, values
+
+    @cached_property
+    def stacked(self) -> Array | None:
+        """`vectors` as one array, shape (2, ..., kv_head, n, d); None where values have another dimension."""
+        xp = array_namespace(self.keys, self.values)
+        if self.keys.shape != self.values.shape:
+            return None
+        return real_rows(xp.stack(accumulate(xp, self.keys, self.values)), self.positions >= 0)
 
     @property
     def score(self) -> Array:

@@ -44,15 +44,13 @@ class ExpectedAttention(Policy):
     values: bool = True
 
     def importance(self, tokens: Tokens) -> Array:
-        xp = array_namespace(tokens.keys, tokens.values)
-        real = tokens.positions >= 0
-        keys, values = accumulate(xp, tokens.keys, tokens.values)
-        keys, values = (xp.where(real[..., None], x, xp.zeros_like(x)) for x in (keys, values))
+        keys, values = tokens.vectors
+        xp = array_namespace(keys, values)
         if tokens.queries is not None:
-            logit = by_head(xp, tokens.queries, keys, real)
+            logit = by_head(xp, tokens.queries, keys, tokens.positions >= 0)
         elif tokens.query_mean is not None and tokens.query_variance is not None:
             mean, variance = accumulate(xp, tokens.query_mean, tokens.query_variance)
-            logit = xp.sum(keys * (mean[..., None, :] + variance[..., None, :] * keys / 2), axis=-1)
+            logit = xp.sum(keys * (mean[..., None, :] + (variance / 2)[..., None, :] * keys), axis=-1)
         else:
             raise ValueError(
                 "query_mean or query_variance of the tokens is None, and so are its queries, but expected attention is "

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from momentkv._array import Array, accumulate, array_namespace, device
+from momentkv._array import Array, array_namespace, device, real_rows
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
 from momentkv.statistics.weights import positive
@@ -46,22 +46,25 @@ class Novelty(Policy):
         check_kernel(self.kernel)
 
     def importance(self, tokens: Tokens) -> Array:
-        xp = array_namespace(tokens.keys, tokens.values)
-        keys, values = accumulate(xp, tokens.keys, tokens.values)
-        real = tokens.positions >= 0
-        if keys.shape == values.shape:
-            both = mahalanobis(centred(xp.stack([keys, values]), real), real)
+        stacked, real = tokens.stacked, tokens.positions >= 0
+        if stacked is not None:
+            both = mahalanobis(from_mean(stacked, real), real)
+            novelty = both[0, ...] * both[1, ...]
         else:
-            both = xp.stack([mahalanobis(centred(x, real), real) for x in (keys, values)])
-        novelty = xp.prod(both, axis=0)
+            of_key, of_value = (mahalanobis(from_mean(x, real), real) for x in tokens.vectors)
+            novelty = of_key * of_value
         return pool_neighbours(novelty, tokens.positions, self.kernel) if self.kernel > 1 else novelty
 
 
 def centred(x: Array, real: Array) -> Array:
     """Vectors less their mean, over real slots; zero elsewhere."""
+    return from_mean(real_rows(x, real), real)
+
+
+def from_mean(x: Array, real: Array) -> Array:
+    """`centred` of vectors that are zero already where nothing is real."""
     xp = array_namespace(x)
     weight = xp.astype(real, x.dtype)[..., None]
-    x = xp.where(real[..., None], x, xp.zeros_like(x))
     number = positive(xp, xp.sum(weight, axis=-2, keepdims=True))
     return weight * (x - xp.sum(x, axis=-2, keepdims=True) / number)
 
@@ -81,22 +84,50 @@ def mahalanobis(off: Array, real: Array) -> Array:
     xp = array_namespace(off)
     d = off.shape[-1]
     number = positive(xp, xp.sum(xp.astype(real, off.dtype), axis=-1))
-    covariance = xp.matmul(xp.matrix_transpose(off), off) / number[..., None, None]
-    mean = xp.sum(off * off, axis=(-2, -1)) / number / d
+    covariance = off.mT @ off / number[..., None, None]
+    mean = xp.linalg.trace(covariance) / d
     identity = xp.eye(d, dtype=off.dtype, device=device(off))
     ridge = RIDGE * positive(xp, mean)
     # Of vectors whose squares are hardly numbers, as much as has an inverse.
     ridge = xp.maximum(ridge, xp.full_like(ridge, xp.finfo(off.dtype).smallest_normal))
     covariance = covariance + ridge[..., None, None] * identity
-    # A matrix that is not finite may stop the inversion of all.
-    finite = xp.all(xp.isfinite(covariance), axis=(-2, -1))[..., None]
-    inverse = xp.linalg.inv(xp.where(finite[..., None], covariance, identity))
-    distance = xp.sum(xp.matmul(off, inverse) * off, axis=-1)
+    # A matrix that is not finite may stop the inversion of all. No entry of a covariance is above its diagonal's.
+    finite = xp.isfinite(mean)[..., None]
+    inverse = inverted(xp.where(finite[..., None], covariance, identity))
+    distance = xp.sum((off @ inverse) * off, axis=-1)
     return xp.where(finite, distance, xp.full_like(distance, math.nan))
+
+
+def inverted(matrix: Array) -> Array:
+    r"""Inverse of symmetric positive definite matrices (..., d, d), by two inversions of half the size.
+
+    .. math:: \begin{pmatrix} A & B \\ B^\top & C \end{pmatrix}^{-1} =
+        \begin{pmatrix} A^{-1} + W S^{-1} W^\top & -W S^{-1} \\ -S^{-1} W^\top & S^{-1} \end{pmatrix}, \qquad
+        W = A^{-1} B, \quad S = C - B^\top W
+
+    A library's own solves for the identity column by column; most of this are products, in half the time.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> inverted(np.asarray([[2.0, 1.0], [1.0, 2.0]])).round(3).tolist()
+    [[0.667, -0.333], [-0.333, 0.667]]
+    """
+    xp = array_namespace(matrix)
+    half = matrix.shape[-1] // 2
+    if half == 0:
+        return xp.linalg.inv(matrix)
+    first = xp.linalg.inv(matrix[..., :half, :half])
+    corner = matrix[..., :half, half:]
+    across = first @ corner
+    rest = xp.linalg.inv(matrix[..., half:, half:] - corner.mT @ across)
+    between = -(across @ rest)
+    top = xp.concat([first - between @ across.mT, between], axis=-1)
+    return xp.concat([top, xp.concat([between.mT, rest], axis=-1)], axis=-2)
 
 
 def ranks(x: Array, real: Array) -> Array:
     """1 for the largest of the real slots, 2 for the next; empty slots come last."""
     xp = array_namespace(x)
-    order = xp.argsort(xp.where(real, x, -xp.inf * xp.ones_like(x)), axis=-1, descending=True, stable=True)
+    order = xp.argsort(xp.where(real, x, -xp.inf), axis=-1, descending=True, stable=True)
     return xp.astype(xp.argsort(order, axis=-1, stable=True) + 1, x.dtype)

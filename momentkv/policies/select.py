@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace, concrete, device
 
-__all__ = ["Selection", "check_budget", "retain"]
+__all__ = ["Selection", "check_budget", "kept", "retain"]
 
 
 class Selection(NamedTuple):
@@ -59,16 +59,13 @@ def retain(importance: Array, positions: Array, *, budget: int | Array, sinks: i
     xp = array_namespace(importance, positions)
     valid = positions >= 0
     n = positions.shape[-1]
-    order = ranking(importance, positions, sinks=sinks, window=window)
-    rank = xp.argsort(order, axis=-1, stable=True)
-    limit = budget if isinstance(budget, int) else xp.astype(budget, rank.dtype)[..., None]
-    retained = valid & (rank < limit)
+    retained = kept(importance, positions, budget, sinks=sinks, window=window)
     counts = xp.sum(xp.astype(retained, xp.int32), axis=-1)
     # What is enough for any values; no wider than these need, where one can look at them.
     width = min(budget, n) if isinstance(budget, int) else n
     if n and concrete(counts):
         width = int(xp.max(counts))
-    slots = xp.arange(n, dtype=rank.dtype, device=device(rank))
+    slots = xp.arange(n, device=device(counts))
     # Retained slots first, in order; the others follow and are cut off or marked unfilled.
     indices = xp.argsort(xp.where(retained, slots, slots + n), axis=-1, stable=True)[..., :width]
     filled = xp.arange(width, device=device(counts)) < counts[..., None]
@@ -91,6 +88,35 @@ def ranking(importance: Array, positions: Array, *, sinks: int, window: int) -> 
     kinds = xp.astype(~always, xp.int32) + xp.astype(positions < 0, xp.int32)
     by_kind = xp.argsort(xp.take_along_axis(kinds, order, axis=-1), axis=-1, stable=True)
     return xp.take_along_axis(order, by_kind, axis=-1)
+
+
+def kept(importance: Array, positions: Array, limits: int | Array, *, sinks: int, window: int) -> Array:
+    """Which tokens a budget retains, shape (..., n): the first ``limits`` of `ranking`, without sorting slots.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> kept(np.array([0.0, 1.0, 9.0, 2.0, 0.0]), np.arange(5), 3, sinks=1, window=1).tolist()
+    [True, False, True, False, True]
+    """
+    xp = array_namespace(importance, positions)
+    real, always = positions >= 0, protected(positions, sinks=sinks, window=window)
+    if importance.shape[-1] == 0:
+        return real
+    held = xp.sum(xp.astype(always, xp.int32), axis=-1, keepdims=True)
+    free = (limits if isinstance(limits, int) else xp.astype(limits, held.dtype)[..., None]) - held
+    choice, lowest = real & ~always, -xp.inf
+    if xp.isdtype(importance.dtype, "integral"):
+        lowest = xp.iinfo(importance.dtype).min
+    else:  # NaN is above all, as where it is sorted
+        importance = xp.where(importance == importance, importance, xp.inf)
+    score = xp.where(choice, importance, lowest)
+    # The least important token that stays; those above it; and of its equals, the first.
+    place = xp.clip(free - 1, 0, score.shape[-1] - 1)
+    last = xp.take_along_axis(xp.sort(score, axis=-1, descending=True), place, axis=-1)
+    above, level = score > last, choice & (score == last)
+    ties = free - xp.sum(xp.astype(above, xp.int32), axis=-1, keepdims=True)
+    return always | above | (level & (xp.cumulative_sum(xp.astype(level, xp.int32), axis=-1) <= ties))
 
 
 def protected(positions: Array, *, sinks: int, window: int) -> Array:

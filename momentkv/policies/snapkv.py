@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, device
 from momentkv.policies.base import Policy, Tokens
 
 __all__ = ["SnapKV", "check_kernel", "pool_neighbours"]
@@ -65,18 +65,21 @@ def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:
     [3.0, 3.0, 3.0]
     """
     xp = array_namespace(score, positions)
-    # Empty slots may lie between neighbours; moved to the front, they no longer do.
-    order = xp.argsort(xp.astype(positions >= 0, xp.int32), axis=-1, stable=True)
-    score, positions = (xp.take_along_axis(x, order, axis=-1) for x in (score, positions))
-    valid = positions >= 0
-    zero = xp.zeros_like(score)
-    score = xp.where(valid, score, zero)
-    pooled = score
     half, n = kernel // 2, score.shape[-1]
-    for offset in range(1, min(half, n - 1) + 1):
-        near = valid[..., offset:] & valid[..., :-offset] & (positions[..., offset:] - positions[..., :-offset] <= half)
-        edge = zero[..., :offset]
-        earlier = xp.where(near, score[..., :-offset], zero[..., offset:])
-        later = xp.where(near, score[..., offset:], zero[..., offset:])
-        pooled = pooled + xp.concat([edge, earlier], axis=-1) + xp.concat([later, edge], axis=-1)
-    return xp.take_along_axis(pooled / kernel, xp.argsort(order, axis=-1, stable=True), axis=-1)
+    # Empty slots may lie between neighbours; moved to the end, they no longer do.
+    real = positions >= 0
+    order = xp.argsort(xp.astype(real, xp.int8), axis=-1, descending=True, stable=True)
+    score = xp.take_along_axis(xp.where(real, score, 0.0), order, axis=-1)
+    place = xp.take_along_axis(positions, order, axis=-1)
+
+    def shifted(x: Array) -> Array:
+        """By -half to half slots, shape (kernel, ..., n); zeros come in."""
+        edge = xp.zeros((*x.shape[:-1], half), dtype=x.dtype, device=device(x))
+        wide = xp.concat([edge, x, edge], axis=-1)
+        return xp.stack([wide[..., shift : shift + n] for shift in range(kernel)])
+
+    near = xp.abs(shifted(place) - place) <= half
+    pooled = xp.sum(xp.where(near, shifted(score), 0.0), axis=0) / kernel
+    # A token is where as many real ones precede it.
+    back = xp.cumulative_sum(xp.astype(real, order.dtype), axis=-1, include_initial=True)[..., :-1]
+    return xp.where(real, xp.take_along_axis(pooled, back, axis=-1), 0.0)

@@ -91,7 +91,7 @@ def check_spread(below: Array) -> None:
 
 def positive(xp: Any, x: Array) -> Array:
     """``x`` where it is positive and 1 elsewhere, to divide by."""
-    return xp.where(x > 0, x, xp.ones_like(x))
+    return xp.where(x > 0, x, 1.0)
 
 
 def outer(a: Array, b: Array) -> Array:
