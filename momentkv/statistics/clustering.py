@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from momentkv._array import Array, array_namespace, device
 from momentkv.statistics.weights import positive
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["centres", "cluster", "low_rank"]
 
 LLOYD_STEPS = 3
 SUBSPACE_STEPS = 3
 OVERSAMPLING = 4
-# More points than so many for each group: distances as differences of squares.
+# Up to so many points for each group, distances between all of them are worked out at once.
 MANY = 16
 
 
@@ -41,49 +46,57 @@ def cluster(x: Array, weight: Array, groups: int) -> Array:
     xp = array_namespace(x, weight)
     if groups == 1:
         return xp.ones_like(x[..., :1])
+    *lead, n, f = x.shape
+    count = math.prod(lead)
+    x, weight = xp.reshape(x, (count, n, f)), xp.reshape(weight, (count, n))
     # Distances below are differences of squares, which resolve little far from zero.
-    x = x - (xp.matmul(weight[..., None, :], x) / positive(xp, xp.sum(weight, axis=-1))[..., None, None])
-    chosen = xp.argmax(weight, axis=-1, keepdims=True)
-    picked = [xp.take_along_axis(x, chosen[..., None], axis=-2)]
-    many = x.shape[-2] > MANY * groups
-    square = xp.sum(x * x, axis=-1) if many else None
+    x = x - (weight[:, None, :] @ x) / positive(xp, xp.sum(weight, axis=-1))[:, None, None]
+    square = xp.sum(x * x, axis=-1)
+    first = xp.arange(0, count * n, n or 1, device=device(x))
+    rows, table = xp.reshape(x, (count * n, f)), None
+    if n <= MANY * groups:
+        # Few points: all distances at once, and then a row of them for each centre.
+        table = square[:, :, None] + square[:, None, :] - 2 * (x @ x.mT)
+        table = xp.reshape(weight[:, None, :] * xp.where(table > 0, table, 0.0), (count * n, n))
 
-    def distance_to(centre: Array) -> Array:
-        if square is None:
-            return xp.sum((x - centre) ** 2, axis=-1)
-        # One product instead of three passes over memory; among many points, ones this close may share a group.
-        product = xp.matmul(x, xp.matrix_transpose(centre))[..., 0]
-        far = square - 2 * product + xp.sum(centre * centre, axis=-1)
-        return xp.maximum(far, xp.zeros_like(far))
+    def away(row: Array) -> Array:
+        """Weight times squared distance of each point from a chosen one."""
+        if table is not None:
+            return xp.take(table, row, axis=0)
+        centre = xp.take(rows, row, axis=0)
+        far = square - 2 * (x @ centre[:, :, None])[:, :, 0] + xp.sum(centre * centre, axis=-1, keepdims=True)
+        return weight * xp.where(far > 0, far, 0.0)
 
-    nearest = distance_to(picked[0])
-    for _ in range(1, groups):
-        chosen = xp.argmax(weight * nearest, axis=-1, keepdims=True)
-        picked.append(xp.take_along_axis(x, chosen[..., None], axis=-2))
-        nearest = xp.minimum(nearest, distance_to(picked[-1]))
-    centre = xp.concat(picked, axis=-2)
+    picked = [first + xp.argmax(weight, axis=-1)]
+    nearest = away(picked[0])
+    for _ in range(2, groups):
+        picked.append(first + xp.argmax(nearest, axis=-1))
+        nearest = xp.minimum(nearest, away(picked[-1]))
+    picked.append(first + xp.argmax(nearest, axis=-1))
+    centre = xp.reshape(xp.take(rows, xp.reshape(xp.stack(picked, axis=-1), (-1,)), axis=0), (count, groups, f))
     # With fewer different points than groups, a centre is picked again; between two at one place rounding would decide.
-    alike = xp.all(centre[..., :, None, :] == centre[..., None, :, :], axis=-1)
-    again = xp.any(xp.tril(alike, k=-1), axis=-1)
-    slots = xp.arange(groups, device=device(x))
+    apart = xp.max(xp.abs(centre[:, :, None, :] - centre[:, None, :, :]), axis=-1)
+    again = xp.any(xp.tril(apart == 0, k=-1), axis=-1)
+    never = xp.where(again, math.inf, xp.zeros_like(apart[:, 0, :]))
+    slots, twice = xp.arange(groups, device=device(x)), 2 * x
     for step in range(LLOYD_STEPS):
         # |x|^2 is the same for all groups and left out.
-        length = xp.sum(centre * centre, axis=-1)
-        length = xp.where(again, xp.full_like(length, math.inf), length)
-        distance = length[..., None, :] - 2 * xp.matmul(x, xp.matrix_transpose(centre))
-        member = xp.astype(xp.argmin(distance, axis=-1)[..., None] == slots, x.dtype)
+        length = xp.sum(centre * centre, axis=-1) + never
+        distance = length[:, None, :] - twice @ centre.mT
+        member = xp.astype(xp.argmin(distance, axis=-1, keepdims=True) == slots, x.dtype)
         if step < LLOYD_STEPS - 1:
             part, mean = centres(member, weight, x)
-            centre = xp.where((part > 0)[..., None], mean, centre)
-    return member
+            centre = xp.where((part > 0)[:, :, None], mean, centre)
+    return xp.reshape(member, (*lead, n, groups))
 
 
-def centres(member: Array, weight: Array, x: Array) -> tuple[Array, Array]:
-    """Weight and weighted mean of each group: shapes (..., groups) and (..., groups, f); zero for an empty group."""
-    xp = array_namespace(member, weight, x)
-    weighted = xp.matrix_transpose(weight[..., None] * member)
+def centres(member: Array, weight: Array, *points: Array) -> tuple[Array, ...]:
+    """Weight of each group, (..., groups), and its weighted means, (..., groups, f); zero for an empty group."""
+    xp = array_namespace(member, weight, *points)
+    weighted = (weight[..., None] * member).mT
     part = xp.sum(weighted, axis=-1)
-    return part, xp.matmul(weighted, x) / positive(xp, part)[..., None]
+    number = positive(xp, part)[..., None]
+    return part, *((weighted @ x) / number for x in points)
 
 
 def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
@@ -113,18 +126,21 @@ def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
     p, d = matrix.shape[-2:]
     scaled = matrix * deviation[..., None, :]
     # Decompositions refuse all matrices for one that is not finite; that one's factors are NaN.
-    finite = xp.all(xp.isfinite(scaled), axis=(-2, -1))[..., None, None]
-    scaled = xp.where(finite, scaled, xp.zeros_like(scaled))
-    width = min(rank + OVERSAMPLING, p, d)
-    # A fixed matrix without structure that a covariance could be orthogonal to.
-    rows = xp.arange(1, d + 1, dtype=matrix.dtype, device=device(matrix))
-    columns = xp.arange(1, width + 1, dtype=matrix.dtype, device=device(matrix))
-    start = xp.cos(math.sqrt(2) * rows[:, None] * columns[None, :] ** 2)
-    basis, _ = xp.linalg.qr(xp.matmul(scaled, start))
+    finite = xp.isfinite(xp.max(xp.abs(scaled), axis=(-2, -1), keepdims=True))
+    scaled = xp.where(finite, scaled, 0.0)
+    square = scaled @ scaled.mT
+    start = xp.asarray(start_of(d, min(rank + OVERSAMPLING, p, d)), dtype=matrix.dtype, device=device(matrix))
+    basis, _ = xp.linalg.qr(scaled @ start)
     for _ in range(SUBSPACE_STEPS):
-        basis, _ = xp.linalg.qr(xp.matmul(scaled, xp.matmul(xp.matrix_transpose(scaled), basis)))
-    inside = xp.matmul(xp.matrix_transpose(basis), scaled)
-    _, vectors = xp.linalg.eigh(xp.matmul(inside, xp.matrix_transpose(inside)))
-    left = xp.matmul(basis, vectors[..., -rank:])
-    left = xp.where(finite, left, xp.full_like(left, math.nan))
-    return left, xp.matmul(xp.matrix_transpose(left), matrix)
+        basis, _ = xp.linalg.qr(square @ basis)
+    _, vectors = xp.linalg.eigh(basis.mT @ (square @ basis))
+    left = xp.where(finite, basis @ vectors[..., -rank:], math.nan)
+    return left, left.mT @ matrix
+
+
+@cache
+def start_of(d: int, width: int) -> np.ndarray[Any, Any]:
+    """A fixed matrix (d, width) without structure that a covariance could be orthogonal to."""
+    import numpy as np  # when first needed: importing momentkv loads no array library
+
+    return np.cos(math.sqrt(2) * np.arange(1, d + 1)[:, None] * np.arange(1, width + 1) ** 2)

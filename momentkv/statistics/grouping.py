@@ -28,6 +28,8 @@ class Groups(NamedTuple):
         Of each coordinate of the keys within groups, weighted by shares of the total weight.
     covariance : array, shape (..., dv, d), or None
         Of values and keys within groups, likewise.
+    share : array, shape (..., n)
+        Of each point in the total weight.
     """
 
     log_weight: Array
@@ -35,6 +37,7 @@ class Groups(NamedTuple):
     value_mean: Array
     variance: Array
     covariance: Array | None
+    share: Array
 
 
 def part(log_weight: Array, keys: Array, values: Array, deviation: Array, groups: int, *, covariance: bool) -> Groups:
@@ -51,24 +54,22 @@ def part(log_weight: Array, keys: Array, values: Array, deviation: Array, groups
         Whether it is wanted.
     """
     xp = array_namespace(keys)
-    share = shares(log_weight)
+    share, total = shared(log_weight)
     if groups == 1:
         member = xp.ones_like(keys[..., :1])
     else:
         features = xp.concat([keys * deviation[..., None, :], standardised(values, share)], axis=-1)
         member = cluster(features, share**GROUPING_POWER, groups)
-    weight, key_mean = centres(member, share, keys)
-    _, value_mean = centres(member, share, values)
-    off_keys, off_values = keys - xp.matmul(member, key_mean), values - xp.matmul(member, value_mean)
+    weight, key_mean, value_mean = centres(member, share, keys, values)
+    off_keys, off_values = keys - member @ key_mean, values - member @ value_mean
     weighted = share[..., None] * off_keys
-    top = finite_max(log_weight)
-    total = xp.log(positive(xp, xp.sum(xp.exp(log_weight - top), axis=-1, keepdims=True))) + top
     return Groups(
-        xp.where(weight > 0, xp.log(positive(xp, weight)) + total, -math.inf * xp.ones_like(weight)),
+        xp.where(weight > 0, xp.log(positive(xp, weight)) + total, -math.inf),
         key_mean,
         value_mean,
         xp.sum(weighted * off_keys, axis=-2),
-        xp.matmul(xp.matrix_transpose(off_values), weighted) if covariance else None,
+        off_values.mT @ weighted if covariance else None,
+        share,
     )
 
 
@@ -76,14 +77,21 @@ def finite_max(x: Array) -> Array:
     """Maximum over the last axis, kept; 0 where all is ``-inf``."""
     xp = array_namespace(x)
     top = xp.max(x, axis=-1, keepdims=True)
-    return xp.where(top > -math.inf, top, xp.zeros_like(top))
+    return xp.where(top > -math.inf, top, 0.0)
 
 
 def shares(log_weight: Array) -> Array:
     """Weights as shares of their sum over the last axis; all zero for the empty set."""
+    return shared(log_weight)[0]
+
+
+def shared(log_weight: Array) -> tuple[Array, Array]:
+    """`shares`, and the log of the sum, with the last axis kept; that of the empty set means nothing."""
     xp = array_namespace(log_weight)
-    weight = xp.exp(log_weight - finite_max(log_weight))
-    return weight / positive(xp, xp.sum(weight, axis=-1, keepdims=True))
+    top = finite_max(log_weight)
+    weight = xp.exp(log_weight - top)
+    total = positive(xp, xp.sum(weight, axis=-1, keepdims=True))
+    return weight / total, xp.log(total) + top
 
 
 def total_weights(*log_weights: Array) -> tuple[Array, ...]:
@@ -96,9 +104,9 @@ def total_weights(*log_weights: Array) -> tuple[Array, ...]:
 def standardised(values: Array, share: Array) -> Array:
     """Values from their mean, in units of their mean distance from it; slots without weight are left out."""
     xp = array_namespace(values)
-    some: Any = xp.astype(share > 0, values.dtype)
-    number = positive(xp, xp.sum(some, axis=-1))
-    mean = xp.sum(some[..., None] * values, axis=-2) / number[..., None]
-    off = some[..., None] * (values - mean[..., None, :])
-    spread = xp.sum(xp.linalg.vector_norm(off, axis=-1), axis=-1) / number
-    return off / positive(xp, spread)[..., None, None]
+    some: Any = xp.astype(share > 0, values.dtype)[..., None]
+    number = positive(xp, xp.sum(some, axis=-2, keepdims=True))
+    mean = xp.sum(some * values, axis=-2, keepdims=True) / number
+    off = some * (values - mean)
+    spread = xp.sum(xp.linalg.vector_norm(off, axis=-1, keepdims=True), axis=-2, keepdims=True) / number
+    return off / positive(xp, spread)

@@ -187,22 +187,19 @@ class Summaries:
         if mask is not None:
             check_mask("mask", mask, k.shape[:-1], k)
             # Left-out slots may hold anything; times a weight of zero would keep their NaN and infinities.
-            count = xp.where(mask, count, xp.zeros_like(count))
-            k, v = (xp.where(mask[..., None], x, xp.zeros_like(x)) for x in (k, v))
+            count = xp.where(mask, count, 0.0)
+            k, v = (xp.where(mask[..., None], x, 0.0) for x in (k, v))
         tokens = xp.matmul(k, moved.anchor[..., None])[..., 0]
-        tokens = xp.where(count > 0, tokens, xp.full_like(tokens, -math.inf))
+        tokens = xp.where(count > 0, tokens, -math.inf)
         added = xp.sum(count, axis=-1)
         held = xp.concat([moved.log_weight, tokens], axis=-1)
-        # Share of the weight whose variance within groups is known already.
-        old = xp.sum(shares(held)[..., : moved.log_weight.shape[-1]], axis=-1)
         k, v = xp.concat([moved.key_mean, k], axis=-2), xp.concat([moved.value_mean, v], axis=-2)
-        new = moved._group(held, k, v, moved.slope, old, window, self.count + added).arrays()
+        new = moved._group(held, k, v, moved.slope, self.log_weight.shape[-1], window, self.count + added).arrays()
         # Grouping anew would move what a head holds; a row of a batch must not feel when other rows evict.
+        some = [added > 0]
+        some += [some[0][..., None], some[0][..., None, None]]
         return Summaries(
-            **{
-                name: xp.where(xp.reshape(added, (*added.shape, *(1,) * (x.ndim - added.ndim))) > 0, new[name], x)
-                for name, x in self.arrays().items()
-            }
+            **{name: xp.where(some[x.ndim - added.ndim], new[name], x) for name, x in self.arrays().items()}
         )
 
     def merge(self, other: Summaries, window: QueryWindow) -> Summaries:
@@ -234,7 +231,8 @@ class Summaries:
         log_weight = xp.concat([self.log_weight, other.log_weight], axis=-1)
         keys = xp.concat([self.key_mean, other.key_mean], axis=-2)
         values = xp.concat([self.value_mean, other.value_mean], axis=-2)
-        return pooled._group(log_weight, keys, values, slope, xp.ones_like(mine), window, self.count + other.count)
+        count, own = self.count + other.count, log_weight.shape[-1]
+        return pooled._group(log_weight, keys, values, slope, own, window, count)
 
     def reanchor(self, anchor: Array) -> Summaries:
         r"""The same estimate, expanded around another anchor.
@@ -343,20 +341,22 @@ class Summaries:
         keys: Array,
         values: Array,
         slope: Array,
-        old: Array,
+        own: int,
         window: QueryWindow,
         count: Array,
     ) -> Summaries:
-        """Part weighted points into groups; ``old`` is the share of weight that has ``key_variance`` and ``slope``."""
+        """Part weighted points into groups; the first ``own`` have ``key_variance`` and ``slope`` within."""
         xp = array_namespace(keys)
         deviation = xp.sqrt(xp.astype(window.variance, keys.dtype, copy=False))
         groups = part(
             log_weight, keys, values, deviation, self.log_weight.shape[-1], covariance=self.slope_left.shape[-1] > 0
         )
-        variance = groups.variance + old[..., None] * self.key_variance
+        # Share of the weight whose variance within groups is known already.
+        old = xp.sum(groups.share[..., :own], axis=-1, keepdims=True)
+        variance = groups.variance + old * self.key_variance
         left, right = self.slope_left, self.slope_right
         if groups.covariance is not None:
-            left, right = low_rank(groups.covariance + old[..., None, None] * slope, deviation, self.rank)
+            left, right = low_rank(groups.covariance + old[..., None] * slope, deviation, self.rank)
         return dataclasses.replace(
             self,
             count=count,
