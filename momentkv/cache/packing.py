@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, array_namespace, device, take_rows
+from momentkv._array import Array, array_namespace, device, take_rows, take_rows_of
 from momentkv.backends.layout import Layout
 from momentkv.cache.recoding import Pool, pool_of
 from momentkv.cache.state import LayerState, NewTokens
@@ -110,53 +110,50 @@ def repack(
     # The slots of kept tokens first, in order: the j-th of them is token j.
     order = xp.argsort(xp.astype(~kept, xp.int8), axis=-1, stable=True)
     flat = order + xp.arange(heads, dtype=order.dtype, device=where)[:, None] * n
-    named: dict[str, tuple[Array, float]] = {"keys": (view.keys, 0), "values": (view.values, 0)}
-    named["positions"] = (view.positions, -1)
-    if view.attention is not None:
-        named["attention"] = (view.attention, 0)
 
-    def slots(number: Array, width: int) -> tuple[Array, Array]:
-        """Where tokens of these numbers, (..., kv_head, width), lie among those of all heads, and whether they are."""
-        real = xp.broadcast_to(number < total[..., None], (*total.shape, width))
-        token = xp.broadcast_to(xp.minimum(number, xp.full_like(number, n - 1)), real.shape)
-        index = xp.take_along_axis(flat, xp.astype(token, flat.dtype), axis=-1)
-        return tuple(xp.reshape(y, (*y.shape[:-2], heads * width)) for y in (index, real))
+    # Number of the token in each slot, n for none: of retained ones, from the first after the sinks on; then of the
+    # recent tier, the sinks and the newest.
+    place = xp.arange(layout.width + layout.recent, dtype=xp.int32, device=where) - layout.width
+    later = xp.where(place < sinks, place, place + retained[..., None])
+    packed = xp.where(place < retained[..., None] - layout.width, place + (layout.width + sinks), n)
+    number = xp.where(place < 0, packed, later)
+    full = number < total[..., None]
+    index = xp.take_along_axis(flat, xp.astype(xp.where(full, number, n - 1), flat.dtype), axis=-1)
 
-    def take(name: str, index: Array, real: Array) -> Array:
+    def tier(x: Array, first: int, last: int) -> Array:
+        return xp.reshape(x[..., first:last], (*x.shape[:-2], -1))
+
+    def take(index: Array, real: Array, *, vectors: bool) -> dict[str, Array]:
         """Tokens by place; slots without one hold another's vectors, and are told by their position."""
-        x, empty = named[name]
-        if name in ("keys", "values"):
-            return take_rows(xp.reshape(x, (*x.shape[:-3], heads * n, x.shape[-1])), index)
-        y = xp.take_along_axis(xp.reshape(x, (*x.shape[:-2], heads * n)), index, axis=-1)
-        return xp.where(real, y, xp.full_like(y, empty))
+        taken = {}
+        if vectors:
+            both = (xp.reshape(x, (*x.shape[:-3], heads * n, x.shape[-1])) for x in (view.keys, view.values))
+            taken["keys"], taken["values"] = take_rows_of(index, *both)
+        for name, empty in (("positions", -1), ("attention", 0)):
+            x = getattr(view, name)
+            if x is not None:
+                y = xp.take_along_axis(xp.reshape(x, (*x.shape[:-2], heads * n)), index, axis=-1)
+                taken[name] = xp.where(real, y, empty)
+        return taken
 
-    arrays: dict[str, Any] = {}
-    # Retained: from the first token after the sinks on.
-    place = xp.arange(layout.width, dtype=xp.int32, device=where)
-    number = xp.where(place < retained[..., None], place + sinks, xp.full_like(place, n))
-    index, real = slots(number, layout.width)
+    own, real = (tier(x, 0, layout.width) for x in (index, full))
     if not layout.equal:
-        packed = xp.asarray(layout.packed, device=where)
-        index, real = (xp.take(y, packed, axis=-1) for y in (index, real))
-    for name in named:
-        if layout.bits is None or name not in ("keys", "values"):
-            arrays[name] = take(name, index, real)
+        places = xp.asarray(layout.packed, device=where)
+        own, real = (xp.take(y, places, axis=-1) for y in (own, real))
+    arrays = take(own, real, vectors=layout.bits is None)
     if layout.bits is not None and layout.width:
         number = xp.cumulative_sum(xp.astype(kept, xp.int32), axis=-1) - 1
         stays = kept & (number >= sinks) & (number < sinks + retained[..., None])
         stay = filled if room is None else sinks
         pool = pool_of(view.keys, view.values, view.positions >= 0, stays, state, layout, stay=stay, renew=renew)
-        arrays |= recorded(pool, index)
+        arrays |= recorded(pool, own)
     elif layout.bits is not None:
         arrays |= without_records(state)
-    # Recent: the sinks, then the newest.
-    place = xp.arange(layout.recent, dtype=xp.int32, device=where)
-    index, real = slots(xp.where(place < sinks, place, place + retained[..., None]), layout.recent)
-    for name in named:
-        x = take(name, index, real)
-        last = x.shape[-1:] if name in ("keys", "values") else ()
-        lead = x.shape[: len(x.shape) - 1 - len(last)]
-        arrays[f"recent_{name}"] = xp.reshape(x, (*lead, heads, layout.recent, *last))
+    last = layout.width + layout.recent
+    for name, x in take(*(tier(x, layout.width, last) for x in (index, full)), vectors=True).items():
+        ends = x.shape[-1:] if name in ("keys", "values") else ()
+        lead = x.shape[: len(x.shape) - 1 - len(ends)]
+        arrays[f"recent_{name}"] = xp.reshape(x, (*lead, heads, layout.recent, *ends))
     return dataclasses.replace(
         state,
         **arrays,
