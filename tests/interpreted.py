@@ -9,40 +9,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from expansions import Decode, expected, f64, make
 
 from momentkv.backends.triton.decode import decode_triton
+from momentkv.testing.decoding import Decode, decode_cases, expected, f64, make
 from momentkv.testing.rounding import assert_within
 
 HALF = torch.float16
-CASES = [
-    *(Decode(d=d, dtype=dtype) for d in (64, 96, 128, 256) for dtype in (torch.float32, HALF)),
-    *(
-        Decode(d=64, dtype=HALF, estimate=kind, splits=2)
-        for kind in ("order 0", "order 1", "order 2", "summaries x 12")
-    ),
-    *(Decode(d=96, estimate=kind, scored=True) for kind in ("order 1", "order 2", "summaries x 1", "summaries x 20")),
-    Decode(d=256, estimate="summaries x 12", group=1, kv_heads=1, splits=3),
-    # Other dimensions than the padded ones, for keys and for values.
-    Decode(d=40, dv=24, estimate="order 2", group=3, splits=3),
-    Decode(d=3, dv=1, estimate="summaries x 2", group=1, batch=1),
-    # Groups: odd, more than a tile of queries, several queries a head.
-    Decode(group=7, estimate="order 1", kv_heads=1),
-    Decode(group=17, q_len=2, kv_heads=1, batch=1, dtype=HALF, estimate="summaries x 3", scored=True),
-    Decode(group=35, kv_heads=1, batch=1, dtype=HALF),
-    # No token, one token; more splits than tokens, so that some are empty.
-    *(Decode(d=16, capacity=n, estimate=kind, splits=2, scored=True) for n in (0, 1) for kind in ("none", "order 1")),
-    # Neither tokens nor, in one head, an estimate.
-    Decode(d=16, capacity=0, estimate="order 1"),
-    # Ragged: counts, padding, packed, all of them.
-    Decode(d=16, counted=True, splits=3),
-    Decode(d=16, masked=True, estimate="order 0"),
-    Decode(d=16, counted=True, masked=True, scored=True, splits=2, estimate="summaries x 2", kv_heads=3),
-    Decode(d=16, packed=True, splits=2, estimate="order 1", scored=True, kv_heads=3),
-    Decode(d=16, packed=True, masked=True),
-    # Logits of many hundreds.
-    Decode(d=64, size=30.0, scale=1.0, estimate="order 0", splits=2),
-]
+CASES = decode_cases(torch.float32, HALF)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from expansions import Decode, expected, f64, make
 from hypothesis import given
 
 from momentkv import Moments
@@ -20,6 +19,7 @@ from momentkv.backends.torch import TorchBackend, decode_tiers
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
+from momentkv.testing.decoding import Decode, expected, f64, make
 from momentkv.testing.rounding import assert_within
 from momentkv.testing.strategies import Case, cases
 
@@ -166,7 +166,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 def test_the_oracle_of_expansions_is_that_of_moments():
     """Of order 1 around the zero query, the expansion's oracle gives the paper's formula."""
-    from expansions import evaluate
+    from momentkv.testing.decoding import evaluate
 
     rng = np.random.default_rng(0)
     k, v, q = (rng.standard_normal((1, 2, n, 4)) for n in (6, 6, 1))

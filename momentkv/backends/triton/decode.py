@@ -10,11 +10,32 @@ import triton
 from momentkv.backends.triton.decode_kernel import combine_kernel, decode_kernel
 from momentkv.statistics.expansion import Expansion
 
-__all__ = ["DecodeBlocks", "decode_blocks", "decode_triton", "estimate_flags", "number_of_splits"]
+__all__ = [
+    "DecodeBlocks",
+    "Launch",
+    "decode_blocks",
+    "decode_launches",
+    "decode_triton",
+    "estimate_flags",
+    "number_of_splits",
+]
 
 # Blocks of the sequence for each multiprocessor, so that all have work while some wait for memory.
 WAVES = 2
 SPLITS = 64  # at most; the combine kernel holds the outputs of all splits of a query
+# What the kernel calls the parts of an expansion.
+POINTERS = {
+    "anchor": "ANCHOR",
+    "log_weight": "LOG_WEIGHT",
+    "key_mean": "KEY_MEAN",
+    "value_mean": "VALUE_MEAN",
+    "slope": "SLOPE",
+    "slope_left": "LEFT",
+    "slope_right": "RIGHT",
+    "variance": "VARIANCE",
+    "strength": "STRENGTH",
+    "cap": "CAP",
+}
 
 
 class DecodeBlocks(NamedTuple):
@@ -52,7 +73,7 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype) -> DecodeBlock
         BLOCK_D=wide[0],
         BLOCK_V=wide[1],
         BLOCK_C=16 if single or largest > 128 else 32,
-        num_warps=8 if queries == 32 or (single and largest > 64) else 4,
+        num_warps=8 if queries == 32 or largest > (64 if single else 128) else 4,
         num_stages=2 if single else 3,
     )
 
@@ -82,13 +103,37 @@ def estimate_flags(expansion: Expansion | None) -> dict[str, Any]:
     spread = 0 if expansion.variance is None else expansion.variance.ndim - expansion.log_weight.ndim + 1
     return {
         "SUMMARIES": summaries,
-        "BLOCK_S": max(16, triton.next_power_of_2(summaries)),
+        "BLOCK_S": 16,
         "RANK": 0 if expansion.slope_right is None else expansion.slope_right.shape[-2],
         "FULL_SLOPE": expansion.slope is not None,
         "FULL_VARIANCE": spread == 2,
         "DIAGONAL_VARIANCE": spread == 1,
         "ANCHORED": expansion.anchor is not None,
     }
+
+
+class Launch(NamedTuple):
+    """One kernel and all that it is launched with, worked out from shapes and dtypes alone.
+
+    Attributes
+    ----------
+    kernel : triton.JITFunction
+    grid : tuple of int
+    arguments : dict
+        At run time, by name.
+    constants, options : dict
+        At compile time: arguments, and ``num_warps`` and ``num_stages``.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def __call__(self) -> None:
+        """Run it."""
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 def decode_triton(
@@ -108,6 +153,33 @@ def decode_triton(
 
     ``splits`` overrules the number of parts of the sequence.
     """
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    out, lse, logits, launches = decode_launches(
+        q, k, v, positions, counts, starts, capacity, expansion, scale, scored, processors, splits
+    )
+    for launch in launches:
+        launch()
+    return out, lse, logits
+
+
+def decode_launches(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    capacity: int,
+    expansion: Expansion | None,
+    scale: float,
+    scored: bool,
+    processors: int,
+    splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[Launch]]:
+    """What `decode_triton` returns, still empty, and the launches that fill it on a device of so many processors.
+
+    No tensor is read, so that tensors without data tell what a real call would launch.
+    """
     batch, q_heads, q_len, d = q.shape
     dv = v.shape[-1]
     kv_heads = k.shape[1] if starts is None else starts.shape[-1]
@@ -116,7 +188,6 @@ def decode_triton(
     tiles = triton.cdiv(rows, blocks.BLOCK_M)
     q = q.contiguous()
     if splits is None:
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
         splits = number_of_splits(heads * tiles, capacity, blocks.BLOCK_N, processors)
     # With few heads the estimate would make one split the slowest; it gets one for itself.
     own = expansion is not None and splits > 1
@@ -133,67 +204,56 @@ def decode_triton(
         part_out = torch.empty((heads, splits, rows, dv), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((heads, splits, rows), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
-        return out, lse, logits
+        return out, lse, logits, []
     packed = starts is not None
+    names = ("kb", "kh", "kn", "vb", "vh", "vn", "pb", "ph", "sd", "sv")
     strides = [0, 0, k.stride(-2), 0, 0, v.stride(-2)] if packed else [*k.stride()[:3], *v.stride()[:3]]
     strides += [0, 0] if packed or positions is None else list(positions.stride()[:2])
-    estimate = [None] * 10 if expansion is None else [contiguous(name, x) for name, x in expansion._asdict().items()]
-    log_weight, key_mean, value_mean, anchor, slope, left, right, variance, strength, cap = estimate
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"  # the latter means nothing to halves
-    decode_kernel[(heads, splits, tiles)](
-        q,
-        k,
-        v,
-        positions,
-        counts,
-        starts,
-        anchor,
-        log_weight,
-        key_mean,
-        value_mean,
-        slope,
-        left,
-        right,
-        variance,
-        strength,
-        cap,
-        out,
-        lse,
-        part_out,
-        part_lse,
-        logits,
-        scale,
-        rows,
-        capacity,
-        kv_heads,
-        *strides,
-        *((0, 0) if slope is None else slope.stride()[-2:]),
-        D=d,
-        DV=dv,
-        SPLITS=splits,
-        OWN_SPLIT=int(own),
-        MASKED=positions is not None,
-        COUNTED=counts is not None,
-        PACKED=packed,
-        SCORED=scored,
-        PRECISION=precision,
+    parts: dict[str, Any] = dict.fromkeys(Expansion._fields)
+    if expansion is not None:
+        parts = {name: contiguous(name, x) for name, x in expansion._asdict().items()}
+    strides += [0, 0] if parts["slope"] is None else list(parts["slope"].stride()[-2:])
+    sizes = blocks._asdict()
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+    arguments = {
+        "Q": q,
+        "K": k,
+        "V": v,
+        "POSITIONS": positions,
+        "COUNTS": counts,
+        "STARTS": starts,
+        **{POINTERS[name]: x for name, x in parts.items()},
+        "OUT": out,
+        "LSE": lse,
+        "PART_OUT": part_out,
+        "PART_LSE": part_lse,
+        "LOGITS": logits,
+        "scale": scale,
+        "rows": rows,
+        "capacity": capacity,
+        "kv_heads": kv_heads,
+        "splits": splits,
+        **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
+    }
+    constants = {
+        "D": d,
+        "DV": dv,
+        "PARTED": splits > 1,
+        "OWN_SPLIT": int(own),
+        "MASKED": positions is not None,
+        "COUNTED": counts is not None,
+        "PACKED": packed,
+        "SCORED": scored,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # the latter means nothing to halves
         **estimate_flags(expansion),
-        **blocks._asdict(),
-    )
+        **sizes,
+    }
+    launches = [Launch(decode_kernel, (heads, splits, tiles), arguments, constants, options)]
     if splits > 1:
-        combine_kernel[(heads, rows)](
-            part_out,
-            part_lse,
-            out,
-            lse,
-            rows,
-            DV=dv,
-            BLOCK_V=blocks.BLOCK_V,
-            SPLITS=splits,
-            BLOCK_S=triton.next_power_of_2(splits),
-            num_warps=4,
-        )
-    return out, lse, logits
+        arguments = {"PART_OUT": part_out, "PART_LSE": part_lse, "OUT": out, "LSE": lse, "rows": rows, "splits": splits}
+        constants = {"DV": dv, "BLOCK_V": blocks.BLOCK_V, "BLOCK_S": triton.next_power_of_2(splits)}
+        launches.append(Launch(combine_kernel, (heads, rows), arguments, constants, {"num_warps": 4, "num_stages": 1}))
+    return out, lse, logits, launches
 
 
 def contiguous(name: str, x: torch.Tensor | None) -> torch.Tensor | None:

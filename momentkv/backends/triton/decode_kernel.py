@@ -58,32 +58,35 @@ def initial_state(
     vm = vv < DV
     x = q.to(tl.float32) * scale
     if ANCHORED:
-        x -= tl.load(ANCHOR + head * D + dd, mask=dm, other=0.0)[None, :]
+        x -= tl.load(ANCHOR + head * D + dd, mask=dm, other=0.0).to(tl.float32)[None, :]
     if SUMMARIES == 1:
-        mean = tl.load(KEY_MEAN + head * D + dd, mask=dm, other=0.0)
+        mean = tl.load(KEY_MEAN + head * D + dd, mask=dm, other=0.0).to(tl.float32)
         lse = tl.load(LOG_WEIGHT + head) + tl.sum(x * mean[None, :], 1)
         value = tl.load(VALUE_MEAN + head * DV + vv, mask=vm, other=0.0)
         out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32) + value[None, :]
     else:
-        ss = tl.arange(0, BLOCK_S)
-        sm = ss < SUMMARIES
-        mean = tl.load(
-            KEY_MEAN + (head * SUMMARIES + ss[:, None]) * D + dd[None, :], mask=sm[:, None] & dm[None, :], other=0.0
-        )
-        log_weight = tl.load(LOG_WEIGHT + head * SUMMARIES + ss, mask=sm, other=float("-inf"))
-        products = tl.dot(x, tl.trans(mean), input_precision="ieee") + log_weight[None, :]
-        top = tl.max(products, 1)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        weights = tl.exp(products - shift[:, None])
-        total = tl.sum(weights, 1)
+        # As many at a time as a tile has, so that registers do not depend on how many there are.
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        for first in tl.range(0, SUMMARIES, BLOCK_S, num_stages=1):
+            ss = first + tl.arange(0, BLOCK_S)
+            sm = ss < SUMMARIES
+            place = head * SUMMARIES + ss
+            mean = tl.load(KEY_MEAN + place[:, None] * D + dd[None, :], mask=sm[:, None] & dm[None, :], other=0.0)
+            log_weight = tl.load(LOG_WEIGHT + place, mask=sm, other=float("-inf"))
+            products = tl.dot(x, tl.trans(mean.to(tl.float32)), input_precision="ieee") + log_weight[None, :]
+            new = tl.maximum(top, tl.max(products, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            fade = tl.exp(top - shift)
+            weights = tl.exp(products - shift[:, None])
+            total = total * fade + tl.sum(weights, 1)
+            value = tl.load(VALUE_MEAN + place[:, None] * DV + vv[None, :], mask=sm[:, None] & vm[None, :], other=0.0)
+            out = tl.dot(weights, value.to(tl.float32), out * fade[:, None], input_precision="ieee")
+            top = new
         safe = tl.where(total == 0.0, 1.0, total)
-        lse = tl.where(total == 0.0, float("-inf"), tl.log(safe) + shift)
-        value = tl.load(
-            VALUE_MEAN + (head * SUMMARIES + ss[:, None]) * DV + vv[None, :],
-            mask=sm[:, None] & vm[None, :],
-            other=0.0,
-        )
-        out = tl.dot(weights / safe[:, None], value, input_precision="ieee")
+        lse = tl.where(total == 0.0, float("-inf"), tl.log(safe) + top)
+        out /= safe[:, None]
     for r in tl.static_range(RANK):
         right = tl.load(RIGHT + (head * RANK + r) * D + dd, mask=dm, other=0.0)
         left = tl.load(LEFT + (head * DV + vv) * RANK + r, mask=vm, other=0.0)
@@ -126,7 +129,8 @@ def initial_state(
     )
 
 
-@triton.jit
+# Numbers that differ from call to call do not choose a specialisation, of which there would be one for each.
+@triton.jit(do_not_specialize=["rows", "capacity", "kv_heads", "splits"])
 def decode_kernel(
     Q,
     K,
@@ -153,6 +157,7 @@ def decode_kernel(
     rows,
     capacity,
     kv_heads,
+    splits,
     stride_kb,
     stride_kh,
     stride_kn,
@@ -170,7 +175,7 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTED: tl.constexpr,
     OWN_SPLIT: tl.constexpr,
     SUMMARIES: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -185,12 +190,13 @@ def decode_kernel(
     SCORED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (batch * kv_head, SPLITS, blocks of rows), where a row is a query of the KV head's group.
+    """Grid: (batch * kv_head, splits, blocks of rows), where a row is a query of the KV head's group.
 
-    Q is (head, rows, D); OUT, LSE, LOGITS are (head, rows, ...); PART_OUT, PART_LSE are (head, SPLITS, rows, ...).
+    Q is (head, rows, D); OUT, LSE, LOGITS are (head, rows, ...); PART_OUT, PART_LSE are (head, splits, rows, ...), and
+    written where the sequence is PARTED, that is, splits > 1.
     K and V have strides, or, PACKED, tokens one after the other, those of a head from STARTS on. Of a head's slots
     (``capacity``), only the first COUNTS are in use, and of these the ones whose position is not negative. The sequence
-    is parted in SPLITS - OWN_SPLIT; the estimate starts the last split.
+    is parted in splits - OWN_SPLIT; the estimate starts the last split.
     """
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -218,7 +224,7 @@ def decode_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if SUMMARIES > 0:  # noqa: SIM102 (decided when compiling, the split when running)
-        if split == SPLITS - 1:
+        if split == splits - 1:
             top, total, acc = initial_state(
                 q,
                 Q,
@@ -257,7 +263,7 @@ def decode_kernel(
     slots = count
     if SCORED:
         slots = capacity
-    share = tl.cdiv(tl.cdiv(slots, SPLITS - OWN_SPLIT), BLOCK_N) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(slots, splits - OWN_SPLIT), BLOCK_N) * BLOCK_N
     begin = tl.minimum(share * split, slots)
     end = tl.minimum(begin + share, slots)
     for start in range(begin, end, BLOCK_N):
@@ -290,7 +296,7 @@ def decode_kernel(
     safe = tl.where(some, total, 1.0)
     out = acc / safe[:, None]
     lse = tl.where(some, top + tl.log2(safe), float("-inf"))
-    if SPLITS == 1:
+    if not PARTED:
         tl.store(
             OUT + (head * rows + rr[:, None]) * DV + vv[None, :],
             out.to(OUT.dtype.element_ty),
@@ -298,21 +304,21 @@ def decode_kernel(
         )
         tl.store(LSE + head * rows + rr, lse * 0.6931471805599453, mask=rm)
     else:
-        part = (head * SPLITS + split) * rows + rr
+        part = (head * splits + split) * rows + rr
         tl.store(PART_OUT + part[:, None] * DV + vv[None, :], out, mask=rm[:, None] & vm[None, :])
         tl.store(PART_LSE + part, lse, mask=rm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def combine_kernel(
     PART_OUT,
     PART_LSE,
     OUT,
     LSE,
     rows,
+    splits,
     DV: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Merge the states of all splits. Grid: (batch * kv_head, rows)."""
@@ -321,8 +327,8 @@ def combine_kernel(
     vv = tl.arange(0, BLOCK_V)
     ss = tl.arange(0, BLOCK_S)
     vm = vv < DV
-    sm = ss < SPLITS
-    part = (head * SPLITS + ss) * rows + row
+    sm = ss < splits
+    part = (head * splits + ss) * rows + row
     lse = tl.load(PART_LSE + part, mask=sm, other=float("-inf"))
     top = tl.max(lse, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from momentkv.statistics.expansion import Expansion
 from momentkv.testing import oracle
 from momentkv.testing.rounding import FUNCTION, StateError, attention_error, merge_error
+
+__all__ = ["Decode", "Inputs", "decode_cases", "evaluate", "expected", "f64", "make"]
 
 UNIT_OF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
 
@@ -28,7 +32,7 @@ class Decode:
     batch: int = 2
     estimate: str = "none"
     dtype: torch.dtype = torch.float32
-    splits: int = 1
+    splits: int = 1  # 0: as many as the device wants
     counted: bool = False
     masked: bool = False
     packed: bool = False
@@ -42,8 +46,51 @@ class Decode:
         return ",".join(changed).replace("torch.", "") or "default"
 
 
+def decode_cases(single: torch.dtype, half: torch.dtype) -> list[Decode]:
+    """Head dimensions, estimates and layouts; empty sets, one token, odd groups, logits of many hundreds."""
+    return [
+        *(Decode(d=d, dtype=dtype) for d in (64, 96, 128, 256) for dtype in dict.fromkeys((single, half))),
+        *(
+            Decode(d=64, dtype=half, estimate=kind, splits=2)
+            for kind in ("order 0", "order 1", "order 2", "summaries x 12")
+        ),
+        *(
+            Decode(d=96, dtype=single, estimate=kind, scored=True)
+            for kind in ("order 1", "order 2", "summaries x 1", "summaries x 20")
+        ),
+        Decode(d=256, dtype=single, estimate="summaries x 12", group=1, kv_heads=1, splits=3),
+        # Other dimensions than the padded ones, for keys and for values.
+        Decode(d=40, dv=24, dtype=single, estimate="order 2", group=3, splits=3),
+        Decode(d=3, dv=1, dtype=single, estimate="summaries x 2", group=1, batch=1),
+        # Groups: odd, more than a tile of queries, several queries a head.
+        Decode(group=7, dtype=single, estimate="order 1", kv_heads=1),
+        Decode(group=17, q_len=2, kv_heads=1, batch=1, dtype=half, estimate="summaries x 3", scored=True),
+        Decode(group=35, kv_heads=1, batch=1, dtype=half),
+        # No token, one token; more splits than tokens, so that some are empty.
+        *(
+            Decode(d=16, dtype=single, capacity=n, estimate=kind, splits=2, scored=True)
+            for n in (0, 1)
+            for kind in ("none", "order 1")
+        ),
+        # Neither tokens nor, in one head, an estimate.
+        Decode(d=16, dtype=single, capacity=0, estimate="order 1"),
+        # Ragged: counts, padding, packed, all of them.
+        Decode(d=16, dtype=single, counted=True, splits=3),
+        Decode(d=16, dtype=single, masked=True, estimate="order 0"),
+        Decode(
+            d=16, dtype=single, counted=True, masked=True, scored=True, splits=2, estimate="summaries x 2", kv_heads=3
+        ),
+        Decode(d=16, dtype=single, packed=True, splits=2, estimate="order 1", scored=True, kv_heads=3),
+        Decode(d=16, dtype=single, packed=True, masked=True),
+        # Logits of many hundreds.
+        Decode(d=64, dtype=single, size=30.0, scale=1.0, estimate="order 0", splits=2),
+    ]
+
+
 @dataclasses.dataclass
 class Inputs:
+    """What `momentkv.backends.operators.decode` is given, and which slots hold tokens."""
+
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -51,11 +98,11 @@ class Inputs:
     counts: torch.Tensor | None
     starts: torch.Tensor | None
     expansion: Expansion | None
-    valid: np.ndarray  # (batch, kv_head, capacity): the slots that hold tokens
+    valid: NDArray[Any]  # (batch, kv_head, capacity): the slots that hold tokens
 
 
-def make(case: Decode) -> Inputs:
-    """The arguments; whatever must not be read is NaN."""
+def make(case: Decode, device: str = "cpu") -> Inputs:
+    """The arguments, the same on every device; whatever must not be read is NaN."""
     rng = np.random.default_rng(7)
     d, dv, lead = case.d, case.dv or case.d, (case.batch, case.kv_heads)
 
@@ -85,7 +132,21 @@ def make(case: Decode) -> Inputs:
         positions = None if positions is None else positions[used]
         flat = counts.flatten().long()
         starts = (flat.cumsum(0) - flat).reshape(lead)
-    return Inputs(q, k, v, positions, counts, starts, expansion_of(case, rng, d, dv), valid)
+    made = Inputs(q, k, v, positions, counts, starts, expansion_of(case, rng, d, dv), valid)
+    return made if device == "cpu" else moved(made, device)
+
+
+def moved(inputs: Inputs, device: str) -> Inputs:
+    """The same on a device."""
+    expansion = inputs.expansion
+    if expansion is not None:
+        expansion = Expansion(*(None if x is None else x.to(device) for x in expansion))
+    there: dict[str, Any] = {
+        name: None if x is None else x.to(device)
+        for name in ("q", "k", "v", "positions", "counts", "starts")
+        for x in (getattr(inputs, name),)
+    }
+    return dataclasses.replace(inputs, **there, expansion=expansion)
 
 
 def expansion_of(case: Decode, rng: np.random.Generator, d: int, dv: int) -> Expansion | None:
@@ -136,16 +197,17 @@ def expansion_of(case: Decode, rng: np.random.Generator, d: int, dv: int) -> Exp
     )
 
 
-def f64(x: torch.Tensor) -> np.ndarray:
-    return x.double().numpy()
+def f64(x: torch.Tensor) -> NDArray[Any]:
+    """As NumPy's float64."""
+    return np.asarray(x.double().cpu())
 
 
-def dense(case: Decode, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dense(case: Decode, inputs: Inputs) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Queries, keys and values with a slot for every token, zero where there is none."""
     k, v = f64(inputs.k), f64(inputs.v)
     if case.packed:
         assert inputs.counts is not None
-        used = np.arange(case.capacity) < inputs.counts.numpy()[..., None]
+        used = np.arange(case.capacity) < inputs.counts.cpu().numpy()[..., None]
         whole = [np.zeros((*used.shape, x.shape[-1])) for x in (k, v)]
         for full, x in zip(whole, (k, v), strict=True):
             full[used] = x
@@ -154,7 +216,7 @@ def dense(case: Decode, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndar
     return f64(inputs.q), np.where(hidden, 0.0, k), np.where(hidden, 0.0, v)
 
 
-def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, np.ndarray, StateError]:
+def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], StateError]:
     """Exact state, exact logits of the retained tokens, and what rounding may change of the state."""
     q, k, v = dense(case, inputs)
     mask = inputs.valid[..., None, None, :]
@@ -174,11 +236,13 @@ def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, np.ndarray, St
     return state, logits, error
 
 
-def evaluate(q: np.ndarray, expansion: Expansion, case: Decode) -> tuple[oracle.State, StateError, float]:
+def evaluate(q: NDArray[Any], expansion: Expansion, case: Decode) -> tuple[oracle.State, StateError, float]:
     """The estimate straight from its definition, its error, and the largest norm of what it adds up."""
-    parts = {name: None if x is None else f64(x) for name, x in expansion._asdict().items()}
+    parts: dict[str, Any] = {name: None if x is None else f64(x) for name, x in expansion._asdict().items()}
     group, u = case.group, 2.0**-24
-    each = {name: None if x is None else oracle.to_query_heads(x, q.shape[1], 1) for name, x in parts.items()}
+    each: dict[str, Any] = {
+        name: None if x is None else oracle.to_query_heads(x, q.shape[1], 1) for name, x in parts.items()
+    }
     anchor = np.zeros(1) if each["anchor"] is None else each["anchor"][:, :, None, :]
     x = case.scale * q - anchor
     logits = each["log_weight"][:, :, None, :] + np.einsum("bhid,bhmd->bhim", x, each["key_mean"])

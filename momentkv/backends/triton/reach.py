@@ -1,0 +1,145 @@
+"""Every specialisation of the kernels that a decoding step can launch, asked of what launches them.
+
+`decode_tiers` is called with tensors that have no data, for every correction, dtype and kind of storage, and each call
+of the operator that it makes is taken to `decode_launches`, which is what a GPU would run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from momentkv.backends.layout import Layout, Tiers
+from momentkv.backends.operators import DTYPES, assemble, decode, decode_operator
+from momentkv.backends.torch import decode_tiers
+from momentkv.backends.triton.builds import Build, build_of
+from momentkv.backends.triton.decode import Launch, decode_launches
+from momentkv.statistics.corrections import CORRECTIONS, AnchoredSummaries
+from momentkv.statistics.expansion import Expansion
+from momentkv.statistics.moments import Moments
+from momentkv.statistics.window import QueryWindow
+
+__all__ = ["DIMENSIONS", "expansions", "launches_of", "reachable"]
+
+DIMENSIONS = (64, 96, 128, 256)
+KV_HEADS = 2
+# Query heads of a KV head: those that fit in one tile of 16, and more.
+GROUPS = (4, 24)
+PROCESSORS = 132
+
+
+class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what the operator is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.arguments: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is decode_operator._opoverload:
+            self.arguments.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def expansions(d: int) -> dict[str, Expansion | None]:
+    """What every correction makes of a few tokens, of one row, as the cache hands it to the operator."""
+    rng = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, KV_HEADS, 40, d, generator=rng) for _ in range(2))
+    window = QueryWindow.from_queries(torch.randn(1, KV_HEADS, 32, d, generator=rng), KV_HEADS)
+    mask = torch.ones(k.shape[:-1], dtype=torch.bool)
+    kinds = CORRECTIONS | {
+        "summaries, no slope": AnchoredSummaries(rank=0),
+        "one summary": AnchoredSummaries(summaries=1),
+        "40 summaries": AnchoredSummaries(summaries=40),
+    }
+    made = {
+        name: kind.expansion(kind.fold(kind.empty(k, v), k, v, mask=mask, window=window))
+        for name, kind in kinds.items()
+    }
+    # No cache has it, but whoever calls the operator may.
+    return made | {"order-2": Moments.from_tokens(k, v, order=2).expansion(order=2)}
+
+
+def without_data(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tiers_of(dtype: torch.dtype, d: int, batch: int, layout: Layout, *, masked: bool) -> Tiers:
+    """Stored tokens, without data."""
+    recent, slots = (batch, layout.heads, layout.recent), (batch, sum(layout.widths))
+    return Tiers(
+        recent_keys=without_data(*recent, d, dtype=dtype),
+        recent_values=without_data(*recent, d, dtype=dtype),
+        recent_valid=without_data(*recent, dtype=torch.bool) if masked else None,
+        keys=without_data(*slots, d, dtype=dtype),
+        values=without_data(*slots, d, dtype=dtype),
+        valid=without_data(batch, layout.heads, layout.width, dtype=torch.bool) if masked else None,
+        layout=layout,
+    )
+
+
+def spread_out(expansion: Expansion | None, batch: int, heads: int) -> Expansion | None:
+    """The expansion of one row and `KV_HEADS` heads as one of so many, without data, its axes in the same order."""
+    if expansion is None:
+        return None
+
+    def image(x: torch.Tensor) -> torch.Tensor:
+        shape = (batch, heads, *x.shape[2:])
+        across = x.ndim == 4 and x.stride(-2) < x.stride(-1)
+        if across:
+            return without_data(*shape[:-2], shape[-1], shape[-2], dtype=x.dtype).mT
+        return without_data(*shape, dtype=x.dtype)
+
+    return Expansion(*(None if x is None else image(x) for x in expansion))
+
+
+def launches_of(
+    tiers: Tiers, expansion: Expansion | None, group: int, *, scored: bool, processors: int = PROCESSORS
+) -> Iterator[Launch]:
+    """What a decoding step over these tokens launches on a device of so many processors."""
+    batch, heads, _, d = tiers.recent_keys.shape
+    q = without_data(batch, heads * group, 1, d, dtype=tiers.recent_keys.dtype)
+    with Calls() as calls:
+        decode_tiers(q, tiers, spread_out(expansion, batch, heads), scale=d**-0.5, weights=scored)
+    for arguments in calls.arguments:
+        yield from launched(arguments, processors)
+
+
+def launched(arguments: tuple[Any, ...], processors: int) -> list[Launch]:
+    """The launches of one call of the operator."""
+    q, k, v, positions, counts, starts, capacity, scale, scored, *parts = arguments
+    return decode_launches(q, k, v, positions, counts, starts, capacity, assemble(*parts), scale, scored, processors)[
+        -1
+    ]
+
+
+def reachable(dtypes: tuple[torch.dtype, ...] = DTYPES, dimensions: tuple[int, ...] = DIMENSIONS) -> Iterator[Build]:
+    """Every specialisation once: corrections, masks, weights, packed or not, one split or several."""
+    seen: set[Build] = set()
+    for d in dimensions:
+        made = expansions(d)
+        for dtype, (name, expansion), group in itertools.product(dtypes, made.items(), GROUPS):
+            found: list[Launch] = []
+            # Few heads and many, so that a sequence is parted and is not; none retained, and some.
+            for batch, width, masked, scored in itertools.product((1, 512), (0, 480), (False, True), (False, True)):
+                tiers = tiers_of(dtype, d, batch, Layout(1, 65, (width,) * KV_HEADS), masked=masked)
+                if name != "order-2":
+                    found += launches_of(tiers, expansion, group, scored=scored)
+                    continue
+                q = without_data(batch, KV_HEADS * group, 1, d, dtype=dtype)
+                with Calls() as calls:
+                    decode(q, tiers.recent_keys, tiers.recent_values, spread_out(expansion, batch, KV_HEADS), scale=1.0)
+                found += launched(calls.arguments[0], PROCESSORS)
+            if name == "none":  # every number of splits that the combining kernel tells apart
+                for width in (2**i for i in range(5, 15)):
+                    tiers = tiers_of(dtype, d, 1, Layout(1, 65, (width,) * KV_HEADS), masked=False)
+                    found += launches_of(tiers, None, group, scored=False)
+            for launch in found:
+                build = build_of(launch)
+                if build not in seen:
+                    seen.add(build)
+                    yield build
