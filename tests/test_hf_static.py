@@ -12,10 +12,10 @@ import torch
 from matrix import MODES, generate
 from models import FAMILIES, build, left_padded, prompt, tiny
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import CompileConfig
 
 from momentkv import LayerCache
+from momentkv.backends.recording import record_traced
 from momentkv.cache.state import LayerState
 from momentkv.hf import DecodeGraphs, FinishedRows, MomentCache
 from momentkv.hf.clock import Clock, ring
@@ -243,18 +243,6 @@ def test_step_and_flush_never_ask_the_device(name: str):
             bool((state.counts > 0).any())
 
 
-def record(function: Any) -> Any:
-    """As a CUDA graph does: what the function does to tensors, to be done again without its Python."""
-    with torch.no_grad():
-        recorded = make_fx(function)()
-
-    def replay() -> Any:
-        with torch.no_grad():
-            return recorded()
-
-    return replay
-
-
 @pytest.mark.parametrize(
     ("settings", "captured"),
     [({}, False), (PAPER, True), (PAPER | {"policy": "h2o"}, True), (PAPER | {"order": None}, True)],
@@ -269,7 +257,7 @@ def test_recorded_steps_equal_the_model(settings: dict[str, Any], captured: bool
         for cache in (dynamic, static):
             model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
         before = [x.clone() for x in tensors(static)]
-        step = DecodeGraphs(model, static, capture_flush=captured, recorder=record)
+        step = DecodeGraphs(model, static, capture_flush=captured, recorder=record_traced)
         assert all(torch.equal(x, y) for x, y in zip(before, tensors(static), strict=True))
         for seed in range(STEPS):
             ids = prompt(3, 1, seed=seed)
@@ -294,8 +282,8 @@ def test_recorded_steps_are_refused_by_name():
     with pytest.raises(ValueError, match="on cpu, where there are no CUDA graphs"):
         DecodeGraphs(model, static)
     with pytest.raises(ValueError, match="capture_flush=True, but 'balanced'"):
-        DecodeGraphs(model, static, capture_flush=True, recorder=record)
-    step = DecodeGraphs(model, static, recorder=record)
+        DecodeGraphs(model, static, capture_flush=True, recorder=record_traced)
+    step = DecodeGraphs(model, static, recorder=record_traced)
     with pytest.raises(ValueError, match=r"ids has shape \(1, 1\); the graph was recorded for \(2, 1\)"):
         step(prompt(1, 1))
     static.batch_select_indices(torch.tensor([0]))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from momentkv.backends.recording import Recorder, record_cuda
 from momentkv.hf.clock import Clock
 
 __all__ = ["DecodeGraphs", "record_cuda"]
 
-# A recorder runs a function as often as it likes and returns what does the same without running its Python.
-Function = Callable[[], Any]
-Recorder = Callable[[Function], Function]
-WARMUPS = 1
 # What calls a routine of a library that waits for the device to say whether it succeeded.
 WAITING_POLICIES = ("balanced", "novelty", "leverage")
 
@@ -144,22 +140,3 @@ class DecodeGraphs:
     def _tensors(self) -> list[torch.Tensor]:
         """All that a step changes."""
         return [x for core in self.static.cores for x in core.stored_state.arrays().values()]
-
-
-def record_cuda(function: Function) -> Function:
-    """Capture a function in a CUDA graph, after a few runs that compile its kernels."""
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUPS):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function()
-
-    def replay() -> Any:
-        graph.replay()
-        return out
-
-    return replay
