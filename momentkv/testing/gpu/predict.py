@@ -1,0 +1,188 @@
+"""How long launches should take on GPUs that nobody has at hand: bytes, and how many are asked for at once.
+
+Bytes are counted from the kernels' own loads and stores. Registers and shared memory, as compiled, say how many blocks
+run at once; what they ask for before they wait, and the time until an answer comes, bound the bandwidth (Little's law).
+Blocks come in waves, each at the bandwidth that its number of blocks can draw. Everything else is left out: a
+prediction is what a good kernel should reach, and is no measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from momentkv.backends.operators import decode
+from momentkv.backends.triton.builds import GPUS, Build, Gpu, Usage, build_of, compile_build, occupancy
+from momentkv.backends.triton.decode import Launch
+from momentkv.backends.triton.reach import Calls, expansions, launched, spread_out, without_data
+from momentkv.backends.triton.traffic import counting
+from momentkv.evaluation.layer_times import Shape
+from momentkv.testing.gpu.layers import SHAPES
+from momentkv.testing.gpu.parts import Row
+
+__all__ = ["KINDS", "Prediction", "compiled", "counted", "predictions"]
+
+# Names as in `momentkv.evaluation.layer_times.of_layer`, of corrections as in `reach.expansions`.
+KINDS = {"retained only": "none", "moments of order 1": "order-1", "12 summaries": "summaries"}
+# Assumed, not measured: seconds of a launch, seconds from a request to its answer, share of the bandwidth on paper that
+# a copy reaches.
+LAUNCH, LATENCY, COPY = 3e-6, 0.8e-6, 0.9
+
+
+class Prediction(NamedTuple):
+    """Of one operator call on one GPU.
+
+    Attributes
+    ----------
+    gpu, name : str
+    shape : dict
+    launches, blocks : int
+        Blocks of the first launch that a multiprocessor holds.
+    bytes_of_a_token : float
+        Of one KV head.
+    bytes : int
+    seconds : float
+        Predicted.
+    """
+
+    gpu: str
+    name: str
+    shape: dict[str, int]
+    launches: int
+    blocks: int
+    bytes_of_a_token: float
+    bytes: int
+    seconds: float
+
+
+def calls_of(shape: Shape, kind: str, dtype: torch.dtype, *, heads: int | None = None) -> list[Launch]:
+    """What the operator launches for a shape, or for the same with other heads: tensors without data."""
+    batch, kv_heads = (shape.batch, shape.kv_heads) if heads is None else (1, heads)
+    q = without_data(batch, kv_heads * shape.group, 1, shape.d, dtype=dtype)
+    k = without_data(batch, kv_heads, shape.budget, shape.d, dtype=dtype)
+    expansion = spread_out(expansions(shape.d)[KINDS[kind]], batch, kv_heads)
+    with Calls() as calls:
+        decode(q, k, k, expansion, scale=shape.d**-0.5)
+    return launched(calls.arguments[0], GPUS["H100"].processors)
+
+
+def compiled(rehearse: bool) -> Iterator[Row]:
+    """What every launch of the shapes that are measured takes of a multiprocessor, for each kind of GPU."""
+    done: dict[tuple[Build, int], Usage] = {}
+    for shape in SHAPES:
+        for kind in KINDS:
+            launches = calls_of(shape, kind, torch.bfloat16)
+            for place, launch in enumerate(launches):
+                build = build_of(launch)
+                for target in sorted({gpu.target for gpu in GPUS.values()}):
+                    if (build, target) not in done:
+                        done[build, target] = compile_build(build, target)
+                    usage = done[build, target]
+                    warps = dict(build.options)["num_warps"]
+                    yield {
+                        "shape": shape._asdict(),
+                        "name": kind,
+                        "launch": place,
+                        "kernel": build.name,
+                        "target": target,
+                        **usage._asdict(),
+                        "right": usage.fits(target),
+                        "warps": warps,
+                        "blocks": occupancy(usage, warps, target),
+                        "programs": int(torch.tensor(launch.grid).prod()),
+                        "asked": asked(launch),
+                    }
+
+
+def asked(launch: Launch) -> int:
+    """Bytes that a block asks for before it waits: tiles of keys and values of all stages but the one in use."""
+    sizes = launch.constants
+    if "BLOCK_N" not in sizes:
+        return int(4 * sizes["DV"])
+    width = launch.arguments["K"].element_size()
+    return int((launch.options["num_stages"] - 1) * sizes["BLOCK_N"] * (sizes["D"] + sizes["DV"]) * width / 2)
+
+
+def counted(rehearse: bool) -> Iterator[Row]:
+    """Bytes of a token, and of all else, of one KV head of every shape; the same for all heads and rows."""
+    done: dict[tuple[Any, ...], tuple[float, float]] = {}
+    for shape in SHAPES:
+        for kind in KINDS:
+            splits = calls_of(shape, kind, torch.float16)[0].arguments["splits"]
+            key = (shape.group, shape.d, kind, splits)
+            if key not in done:
+                few, more = (bytes_moved(shape._replace(budget=n), kind, splits) for n in (64, 192))
+                a_token = (more - few) / 128
+                done[key] = a_token, few - 64 * a_token
+            a_token, rest = done[key]
+            yield {"shape": shape._asdict(), "name": kind, "a_token": a_token, "a_head": rest}
+
+
+def bytes_moved(shape: Shape, kind: str, splits: int) -> int:
+    """Of one KV head, by running the kernels on numbers of 16 bits; the interpreter has float16, which are as wide."""
+    from momentkv.backends.triton.decode import decode_triton
+
+    q = torch.zeros(1, shape.group, 1, shape.d, dtype=torch.float16)
+    k = torch.zeros(1, 1, shape.budget, shape.d, dtype=torch.float16)
+    expansion = expansions(shape.d)[KINDS[kind]]
+    if expansion is not None:
+        expansion = type(expansion)(*(None if x is None else x[:, :1] for x in expansion))
+        splits -= splits > 1  # one more is added for the estimate
+    with counting() as traffic:
+        decode_triton(q, k, k, None, None, None, shape.budget, expansion, 1.0, False, splits)
+    return traffic.loaded + traffic.stored
+
+
+def predictions(parts: list[dict[str, Any]]) -> list[Prediction]:
+    """From what a rehearsal compiled and counted; none if it did not."""
+    rows = {part["name"]: part["rows"] for part in parts}
+    usages, traffic = rows.get("compiled kernels", []), rows.get("bytes of kernels", [])
+    made = []
+    for gpu, limits in GPUS.items():
+        for each in traffic:
+            launches = [
+                row
+                for row in usages
+                if row["shape"] == each["shape"] and row["name"] == each["name"] and row["target"] == limits.target
+            ]
+            if not launches:
+                continue
+            shape = Shape(**each["shape"])
+            total = shape.batch * shape.kv_heads * (each["a_head"] + shape.budget * each["a_token"])
+            seconds = seconds_of(total, launches[0], limits) + LAUNCH * len(launches)
+            made.append(
+                Prediction(
+                    gpu,
+                    each["name"],
+                    each["shape"],
+                    len(launches),
+                    launches[0]["blocks"],
+                    each["a_token"],
+                    int(total),
+                    seconds,
+                )
+            )
+    return made
+
+
+def seconds_of(nbytes: float, launch: Row, gpu: Gpu) -> float:
+    """Of so many bytes, read by the blocks of a launch in waves.
+
+    Examples
+    --------
+    >>> gpu = Gpu(target=90, processors=100, bandwidth=1e12)
+    >>> few, many = ({"programs": n, "blocks": 4, "asked": 32768} for n in (10, 4000))
+    >>> seconds_of(1e9, few, gpu) > 2 * seconds_of(1e9, many, gpu)
+    True
+    """
+    room = launch["blocks"] * gpu.processors
+    waves, rest = divmod(launch["programs"], room)
+    a_program = nbytes / launch["programs"]
+    seconds = 0.0
+    for number, programs in ((waves, room), (1, rest)):
+        if programs:
+            bandwidth = min(COPY * gpu.bandwidth, programs * launch["asked"] / LATENCY)
+            seconds += number * programs * a_program / bandwidth
+    return seconds

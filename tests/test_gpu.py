@@ -1,0 +1,228 @@
+"""The command for a GPU, rehearsed: all parts run, one that fails costs only itself, predictions are arithmetic."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is there on Linux only")
+
+from momentkv import LayerCache
+from momentkv.backends.torch import TorchBackend, decode_tiers
+from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build, occupancy
+from momentkv.backends.triton.reach import Calls, launched, reachable
+from momentkv.testing.gpu import run
+from momentkv.testing.gpu.page import page_of
+from momentkv.testing.gpu.parts import PARTS, Part
+from momentkv.testing.gpu.predict import COPY, LAUNCH, predictions, seconds_of
+
+ROOT = Path(__file__).parents[1]
+REHEARSED = ["kernels, bfloat16", "kernels, float32", "steps as graphs", "one layer", "a model of 8B"]
+REHEARSED += ["memory of a prefill", "compute-sanitizer", "tokens in few bits"]
+
+
+def test_a_rehearsal_runs_the_parts_and_says_what_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "gpu.json"
+    assert run.main(["--rehearse", "--output", str(path), "--parts", *REHEARSED]) == 0
+    parts = {part["name"]: part for part in json.loads(path.read_text())["parts"]}
+    assert list(parts) == REHEARSED
+    assert {name: part["why"] for name, part in parts.items() if part["state"] == "skipped"} == {
+        "kernels, bfloat16": "Triton's interpreter cannot multiply matrices of bfloat16",
+        "compute-sanitizer": "a rehearsal has no GPU to watch",
+        "tokens in few bits": "not available: Triton does not read codes yet",
+    }
+    for name, part in parts.items():
+        assert part["state"] == "skipped" or (part["state"] == "done" and part["rows"]), (name, part["why"])
+        assert all(row.get("right", True) for row in part["rows"])
+    assert {row["kind"] for row in parts["steps as graphs"]["rows"]} == {"default", "the paper's", "observed", "plain"}
+    assert [row["name"] for row in parts["a model of 8B"]["rows"]] == [
+        "budget 24",
+        "full cache of 64",
+        "full cache of 128",
+    ]
+    out = capsys.readouterr().out
+    assert "a rehearsal, no timing" in out
+    assert "not available: Triton does not read codes yet" in out
+
+
+def test_what_fails_or_takes_too_long_costs_only_itself():
+    late = run.run_part(PARTS["kernels, float32"]._replace(seconds=1.0), seconds=100, rehearse=True)
+    assert (late["state"], late["why"]) == ("late", "stopped after 1 s")
+    failed = run.run_part(Part("no such part", 60, ""), seconds=100, rehearse=True)
+    assert failed["state"] == "failed"
+    assert "no such part" in failed["why"]
+    assert run.run_part(PARTS["one layer"], seconds=0.5, rehearse=True)["state"] == "no time"
+
+
+def test_all_parts_fit_into_nine_minutes_most_of_the_time_for_what_measures():
+    parts = [part for part in PARTS.values() if not part.rehearsed]
+    assert sum(part.seconds for part in parts[:6]) <= run.TOTAL <= 9 * 60
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main([]) == 2
+    assert "--rehearse" in capsys.readouterr().out
+
+
+def test_it_needs_neither_transformers_nor_rich():
+    """The bare machine: every module of the command, but for the part that is about transformers."""
+    code = (
+        "import sys\nsys.modules.update(dict.fromkeys(('transformers', 'rich', 'matplotlib', 'psutil', 'scipy')))\n"
+        "import momentkv.testing.gpu.run\n"
+        + "\n".join(f"import momentkv.testing.gpu.{part.function.partition(':')[0]}" for part in PARTS.values())
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_bytes_of_a_token_are_counted_from_the_loads():
+    """A key and a value of two bytes a number, once for the whole group; masks leave out what does not exist."""
+    code = (
+        "from momentkv.testing.gpu.predict import bytes_moved\nfrom momentkv.evaluation.layer_times import Shape\n"
+        "print([bytes_moved(Shape(1, 1, 4, 96, n, 0), 'retained only', 1) for n in (0, 64, 65, 200)])"
+    )
+    interpreted = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=interpreted, cwd=ROOT)
+    none, *some = json.loads(ran.stdout)
+    # Four queries and outputs of 96 halves, and four lse of 4 bytes.
+    assert none == 2 * 4 * 96 * 2 + 4 * 4
+    assert [x - none for x in some] == [n * 2 * 96 * 2 for n in (64, 65, 200)]
+
+
+def launch_row(**changes: Any) -> dict[str, Any]:
+    shape = {"batch": 64, "kv_heads": 8, "group": 4, "d": 128, "budget": 512, "context": 8192}
+    row = {"shape": shape, "name": "retained only", "target": 90, "blocks": 3, "programs": 512, "asked": 32768}
+    return row | changes
+
+
+def test_predictions_are_bytes_over_bandwidth_where_enough_is_asked_for():
+    traffic = {"shape": launch_row()["shape"], "name": "retained only", "a_token": 512.0, "a_head": 2064.0}
+    parts = [{"name": "compiled kernels", "rows": [launch_row()]}, {"name": "bytes of kernels", "rows": [traffic]}]
+    found = {each.gpu: each for each in predictions(parts)}
+    assert set(found) == set(GPUS)
+    for name, gpu in GPUS.items():
+        assert found[name].bytes == 512 * (512 * 512 + 2064)
+        least = LAUNCH + found[name].bytes / (COPY * gpu.bandwidth)
+        assert least <= found[name].seconds <= 1.3 * least
+    assert predictions([{"name": "bytes of kernels", "rows": [traffic]}]) == []
+    gpu = GPUS["H100"]
+    assert seconds_of(1e6, launch_row(programs=8), gpu) > 3 * seconds_of(1e6, launch_row(programs=132), gpu)
+
+
+def test_occupancy_follows_from_each_limit():
+    assert occupancy(Usage(registers=255, stack=0, shared=0), warps=8, target=90) == 1
+    assert occupancy(Usage(registers=32, stack=0, shared=0), warps=4, target=90) == 16
+    assert occupancy(Usage(registers=16, stack=0, shared=0), warps=1, target=80) == 32
+    assert occupancy(Usage(registers=16, stack=0, shared=113 * 1024), warps=4, target=90) == 2
+    assert occupancy(Usage(registers=16, stack=0, shared=113 * 1024), warps=4, target=80) == 1
+
+
+class Fused(TorchBackend):
+    """Decodes as on CUDA wherever it is."""
+
+    def decode(self, q: Any, tiers: Any, expansion: Any, *, scale: float, weights: bool = False) -> Any:
+        return decode_tiers(q, tiers, expansion, scale=scale, weights=weights)
+
+    def prepare(self, expansion: Any) -> Any:
+        return expansion
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_what_a_cache_launches_is_among_what_is_enumerated(static: bool):
+    known = set(reachable((torch.float32,), (64,)))
+    found = set()
+    for settings in (
+        {"policy": "balanced", "correction": "summaries"},
+        {"policy": "h2o", "correction": "moments"},
+        {"policy": "momentkv", "order": 0},
+        {"policy": "snapkv", "order": None},
+    ):
+        cache = LayerCache(24, window=8, block=4, static=static, backend=Fused(), **settings)
+        q, k = torch.randn(2, 8, 60, 64), torch.randn(2, 2, 60, 64)
+        cache.step(q, k, k)
+        with Calls() as calls:
+            for _ in range(6):
+                cache.step(q[:, :, :1], k[:, :, :1], k[:, :, :1])
+        assert len(calls.arguments) == 12
+        for arguments in calls.arguments:
+            found |= {build_of(launch) for launch in launched(arguments, 132)}
+    assert found <= known
+    assert len(found) > 4
+
+
+def test_accesses_of_spilled_registers_in_loops_are_seen():
+    """A kernel that is given too few registers, compiled: the report would fail."""
+    builds = reachable((torch.bfloat16,), (128,))
+    build = next(build for build in builds if dict(build.constants).get("SUMMARIES") == 12)
+    usage = compile_build(build._replace(options=(*build.options, ("maxnreg", 40))), 90)
+    assert usage.looped > 0
+    assert not usage.fits(90)
+    assert compile_build(build, 90).fits(90)
+
+
+def measured() -> dict[str, Any]:
+    """A result as of a GPU, made up: a layer twice as slow as predicted, all kernels right."""
+    predicted = json.loads((ROOT / "docs" / "data" / "gpu-predicted.json").read_text())
+    layer = [{"name": "copy", "bytes": 2**31, "seconds": {"median": 1e-3}}]
+    for row in predicted["predictions"]:
+        if row["gpu"] == "H100":
+            seconds = {"median": 2 * row["seconds"]}
+            layer.append({"name": row["name"], "shape": row["shape"], "bytes": row["bytes"], "seconds": seconds})
+    kernels = [{"case": "d=3", "right": True, "share": 0.5, "relative": 1.5e-3}]
+    return {
+        "about": predicted["about"] | {"rehearsal": False, "device": {"name": "NVIDIA H100 of a test"}},
+        "parts": [
+            {"name": "one layer", "state": "done", "why": "", "seconds": 1.0, "rows": layer},
+            {"name": "kernels, bfloat16", "state": "done", "why": "", "seconds": 1.0, "rows": kernels},
+        ],
+    }
+
+
+def page_script() -> Any:
+    spec = importlib.util.spec_from_file_location("speed_page", ROOT / "docs" / "figures" / "speed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def copied(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "assets").mkdir()
+    shutil.copy(ROOT / "docs" / "speed.md", tmp_path)
+    for path in (ROOT / "docs" / "data").glob("gpu-*.json"):
+        shutil.copy(path, tmp_path / "data")
+    return tmp_path
+
+
+def test_the_page_is_what_its_data_say(tmp_path: Path):
+    docs = copied(tmp_path)
+    page_script().main(["--docs", str(docs)])
+    assert (docs / "speed.md").read_text() == (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_a_measured_result_goes_beside_the_predictions(tmp_path: Path):
+    docs = copied(tmp_path)
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps(measured()))
+    page_script().main([str(result), "--docs", str(docs)])
+    text = (docs / "speed.md").read_text()
+    assert "measured, NVIDIA H100 of a test, us" in text
+    assert "at most 8e-3 | | | | 1.5e-03 |" in text
+    assert "1 of 1" in text
+    # Twice as slow in every row: the same ratios as predicted.
+    [order] = [line.split(" | ") for line in text.splitlines() if line.startswith("| order 1 over no moments")]
+    assert order[-1].removesuffix(" |") == order[3]
+    assert (docs / "assets" / "speed.svg").stat().st_size > 0
+    assert "wrong" not in page_of(measured())
