@@ -98,7 +98,7 @@ def test_pictures_are_drawn_from_the_data(tmp_path):
     command = [sys.executable, str(ROOT / "docs" / "figures" / "pictures.py"), "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     drawn = sorted(path.name for path in tmp_path.iterdir())
-    assert len(drawn) == 10
+    assert len(drawn) == 12
     for name in drawn:
         new, committed = ((folder / name).read_text() for folder in (tmp_path, ROOT / "docs" / "assets"))
         # Shapes, and places to a tenth of a point, whatever the machine; the text depends on the fonts of matplotlib.

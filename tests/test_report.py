@@ -156,7 +156,7 @@ def test_page_says_where_the_default_loses_and_where_there_is_no_signal(folder: 
     text = page.with_suffix(".md").read_text()
     assert "Needles: in none of the 1 cells" in text
     assert "KL: no other method that was measured has a smaller one." in text
-    assert "| 100 tokens |  | full cache | 4 | no signal (0 %) |" in text.replace(SPACE, " ")
+    assert "No signal: the full cache finds 0 % in 100 tokens (n = 4)." in text.replace(SPACE, " ")
     assert "| single | 100 | unseen | 64 | balanced, none, by heads | 4 | +25 (+0 to +75) |" in text
     assert "`momentkv x`" in text
     written(folder / "needles.json", needle_rows({("full cache", ""): [1] * 4, OURS: [0, 0, 1, 0], PEER: [1, 1, 1, 1]}))
@@ -169,7 +169,7 @@ def test_page_says_where_the_default_loses_and_where_there_is_no_signal(folder: 
 def test_plots_show_what_was_measured(folder: Path):
     summary = gather(results_in([folder]))
     (axis,) = plot_found(summary["needles"]).axes  # the task without signal has no panel
-    assert axis.get_title() == "single, 100 tokens, unseen, n = 4"
+    assert axis.get_title() == "single, 100 tokens,\nunseen, n = 4"
     drawn = {line.get_label(): line[0].get_ydata() for line in axis.containers}
     assert {name: float(y[0]) for name, y in drawn.items()} == {
         "default (balanced, summaries, by heads)": 0.5, "snapkv, none": 0.25, "balanced, none, by heads": 0.25,
@@ -317,9 +317,13 @@ def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path):
     summary = read_json(source)
     images = {x: f"assets/report-{x}.svg" for x in ("found", "depths", "kl", "gap") if f"report-{x}" in page_text()}
     made = markdown_of(summary, images).partition("\n")[2]
-    assert made.strip() in page_text()
-    for name in images.values():
+    # The page has each plot twice, for light and for dark.
+    dark = re.compile(r"\n!\[.*\]\((.*-dark\.svg)#only-dark\)")
+    assert made.strip() in dark.sub("", page_text()).replace("-light.svg#only-light", ".svg")
+    assert len(dark.findall(page_text())) == len(images) == 4
+    for name in dark.findall(page_text()):
         assert (ROOT / "docs" / name).is_file()
+        assert (ROOT / "docs" / name.replace("-dark", "-light")).is_file()
 
 
 def page_text() -> str:

@@ -58,6 +58,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Callable[[Theme], Figure]] = {
         "head-directions": draw_heads,
+        "directional-gap": draw_gap,
         "mass-direction": draw_mass_direction,
         "kl-bytes": draw_kl,
         "held-out": draw_held_out,
@@ -137,6 +138,34 @@ def draw_mass_direction(theme: Theme) -> Figure:
     right.set_ylabel("relative error of the output")
     right.set_title("mass against error")
     right.legend(fontsize=8)
+    return figure
+
+
+def draw_gap(theme: Theme) -> Figure:
+    """Evicted mass, direction and error by layer; lines are medians over the heads, bands the middle 80 %."""
+    gap = read("gap.json")
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    axes = [*upper.subplots(1, 2), lower.subplots()]
+    panels = (
+        ("evicted mass  $w_E$", [("evicted_mass", theme.evicted, "o", "")]),
+        (r"direction  $\cos(o_E, o_R)$", [("cosine", theme.evicted, "o", "")]),
+        (
+            "relative error of the output",
+            [("plain", theme.retained, ">", "plain eviction"), ("corrected", theme.order_1, "s", "corrected, order 1")],
+        ),
+    )
+    for axis, (title, curves) in zip(axes, panels, strict=True):
+        for name, colour, marker, label in curves:
+            low, median, high = np.quantile(gap["by_layer_and_head"][name], [0.1, 0.5, 0.9], axis=-1)
+            axis.fill_between(gap["layers"], low, high, color=colour, alpha=0.18, linewidth=0)
+            axis.plot(gap["layers"], median, color=colour, marker=marker, ms=3, label=label or None)
+        axis.set_title(title)
+        axis.set_xlabel("layer")
+    axes[0].set_ylim(bottom=0)
+    axes[1].axhline(0, color=theme.faint, lw=0.8, zorder=0)
+    axes[2].set_ylim(bottom=0)
+    axes[2].legend()
     return figure
 
 

@@ -103,10 +103,9 @@ def opening(summary: dict[str, Any]) -> str:
     return (
         f"Measurements{measured}, momentkv {summary['momentkv']}, written by `momentkv evaluate report` from the "
         "results of the commands [below](#commands).\n\n"
-        f"*bytes*: a budget stands for the bytes of so many {tokens_in(bits_in(summary))} a KV head, correction "
-        "included. *Intervals*, in parentheses, are of 95 %: a bootstrap (2,000 draws, seed 0) over haystacks, or "
-        "texts; where all or none of the questions of a cell succeed, Wilson's interval over haystacks. The "
-        "**default** is "
+        f"*bytes*: a budget stands for the bytes of so many {tokens_in(bits_in(summary))} for each KV head, correction "
+        "included. *Intervals*, in parentheses, are of 95 %: a bootstrap (2,000 draws, seed 0) over haystacks or "
+        "texts; where all or none of the questions of a cell succeed, Wilson's interval over haystacks. The **default** is "
         f"{DEFAULT_METHOD[0]} with {DEFAULT_METHOD[1]}."
     )
 
@@ -139,20 +138,26 @@ def needles_section(summary: dict[str, Any], plots: dict[str, str]) -> str:
         return ""
     parts = [
         "## Needles { #report-needles }",
-        "Share of values of which every token is the most likely one, given those before it. *unseen*: the question is "
-        "read after compression (query-agnostic); *seen*: it is the end of what is compressed (query-aware). *n*: "
-        "questions. *no signal*: the full cache finds less than half of the values, so nothing can be said.",
+        "Fraction of hidden values whose every token is the top-1 prediction. *unseen*: the question is read after "
+        "compression (query-agnostic). *seen*: the question is the end of what is compressed (query-aware). *n*: "
+        "questions. *no signal*: the full cache finds less than half of the values, so compression cannot be judged.",
     ]
     if "found" in plots:
         parts.append(f"![Values found against bytes, by task and length]({plots['found']})")
     for task in dict.fromkeys(x["task"] for x in rows):
         chosen = [x for x in rows if x["task"] == task]
+        heading = f"### {task[0].upper()}{task[1:]}"
+        uncompressed = [x for x in chosen if x["bytes"] is None]
+        if not any(x["signal"] for x in uncompressed):
+            said = ", ".join(f"{100 * x['share']:.0f}{SPACE}% in {x['length']} tokens" for x in uncompressed)
+            parts += [heading, f"No signal: the full cache finds {said} (n = {uncompressed[0]['n']})."]
+            continue
         budgets = sorted({x["bytes"] for x in chosen if x["bytes"]})
         lines = []
         for length in sorted({x["length"] for x in chosen}):
             full = next(x for x in chosen if x["length"] == length and x["bytes"] is None)
             note = percent(full) if full["signal"] else f"no{SPACE}signal{SPACE}({100 * full['share']:.0f}{SPACE}%)"
-            lines.append([f"{length} tokens", "", "full cache", str(full["n"]), note, *[""] * (len(budgets) - 1)])
+            lines.append([f"{length}", "", "full cache", str(full["n"]), note, *[""] * (len(budgets) - 1)])
             if not full["signal"]:
                 continue
             for question in ("unseen", "seen"):
@@ -161,9 +166,10 @@ def needles_section(summary: dict[str, Any], plots: dict[str, str]) -> str:
                     cells = {x["bytes"]: x for x in asked if (x["policy"], x["correction"]) == method}
                     count = str(max(x["n"] for x in cells.values()))
                     found = [bold(percent(cells[size]), method) if size in cells else "" for size in budgets]
-                    lines.append(["", question, bold(called(method), method), count, *found])
+                    name = "**default**" if method == DEFAULT_METHOD else called(method)
+                    lines.append(["", question, name, count, *found])
         parts += [
-            f"### {task[0].upper()}{task[1:]}",
+            heading,
             table(["context", "question", "policy, correction", "n", *(f"{size}" for size in budgets)], lines),
         ]
     if "depths" in plots:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -17,14 +18,18 @@ __all__ = ["draw"]
 Method = tuple[str, str]
 
 
-def draw(summary: dict[str, Any], folder: Path) -> dict[str, Path]:
+def draw(summary: dict[str, Any], folder: Path, *, ground: str = "white") -> dict[str, Path]:
     """Write the plots that a summary has data for; paths by name.
 
-    The same summary gives the same files: no dates, and identifiers from a fixed salt.
+    The same summary gives the same files: no dates, and identifiers from a fixed salt. For pages that are light or
+    dark, ``ground`` is ``"light"`` or ``"dark"``: the plots then have no ground of their own, and that word in their
+    names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Path] = {}
-    with mpl.rc_context({"svg.hashsalt": "momentkv", "font.size": 8}):
+    style = mpl.style.library["dark_background"] if ground == "dark" else {}
+    suffix = "" if ground == "white" else f"-{ground}"
+    with mpl.rc_context({**style, "svg.hashsalt": "momentkv", "font.size": 8}):
         for name, figure in (
             ("found", plot_found(summary["needles"])),
             ("depths", plot_depths(summary["depths"])),
@@ -32,8 +37,8 @@ def draw(summary: dict[str, Any], folder: Path) -> dict[str, Path]:
             ("gap", plot_gaps(summary["gap"])),
         ):
             if figure is not None:
-                path = folder / f"report-{name}.svg"
-                figure.savefig(path, metadata={"Date": None})
+                path = folder / f"report-{name}{suffix}.svg"
+                figure.savefig(path, metadata={"Date": None}, transparent=bool(suffix))
                 drawn[name] = path
     return drawn
 
@@ -58,7 +63,7 @@ def plot_found(rows: list[Row]) -> Figure | None:
     methods = methods_of(rows)
     columns = min(3, len(kinds))
     lines = -(-len(kinds) // columns)
-    figure = Figure(figsize=(3.1 * columns, 0.6 + 2.3 * lines), layout="constrained")
+    figure = Figure(figsize=(3.1 * columns, 0.6 + 2.5 * lines), layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for axis in panels[len(kinds) :]:
         axis.set_axis_off()
@@ -83,11 +88,11 @@ def plot_found(rows: list[Row]) -> Figure | None:
                 elinewidth=0.7,
                 label=called(method),
             )
-        axis.set_title(f"{task}, {length} tokens, {question}, n = {full['n']}")
+        axis.set_title(f"{task}, {length} tokens,\n{question}, n = {full['n']}")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_ylim(-0.05, 1.05)
-        axis.set_xlabel("bytes, in tokens a KV head")
+        axis.set_xlabel("bytes, in tokens for each KV head")
     figure.supylabel("values found", fontsize=8)
     legend(figure)
     return figure
@@ -109,15 +114,15 @@ def plot_depths(rows: list[Row]) -> Figure | None:
             for x in rows:
                 if (x["policy"], x["correction"]) == method and x["bytes"] == size:
                     shares[lengths.index(x["length"]), x["band"]] = x["share"]
-            axis.set_facecolor("0.9")
+            axis.patch.set(facecolor="0.5", alpha=0.3)
             axis.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             for (row, column), share in np.ndenumerate(shares):
                 if not np.isnan(share):
-                    axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6)
+                    axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color="black")
             axis.set_xticks(range(BANDS), [f"{(band + 0.5) / BANDS:.1f}" for band in range(BANDS)])
             axis.set_yticks(range(len(lengths)), [str(length) for length in lengths])
             if method == methods[0]:
-                axis.set_title(f"{size} bytes, in tokens")
+                axis.set_title(f"bytes of {size} tokens")
             if method == methods[-1]:
                 axis.set_xlabel("depth")
         line[0].set_ylabel(called(method).replace("default (", "default\n(").replace(", ", ",\n"), fontsize=6)
@@ -148,7 +153,7 @@ def plot_kl(rows: list[Row]) -> Figure | None:
     for ticks in (axis.xaxis, axis.yaxis):
         ticks.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
-    axis.set_xlabel("bytes, in tokens a KV head")
+    axis.set_xlabel("bytes, in tokens for each KV head")
     axis.set_ylabel("KL(full || compressed), nats")
     legend(figure)
     return figure
