@@ -248,7 +248,7 @@ def table_of(readings: list[Reading], title: str) -> Table:
             style="bold green" if x.name == ROWS[-1][0] else "",
         )
     table.caption = (
-        "kept: tokens a KV head; MiB: moments counted; share: of the full cache's; KL: in nats, and top-1: the same "
+        "kept: tokens per KV head; MiB: moments counted; share: of the full cache's; KL: in nats, and top-1: the same "
         "most likely token, over the text's own next tokens; tokens/s: of the median step; flush: ms of a step that "
         f"evicts a block; found: {NEEDLE!r} is hidden in the text, and asked for after compression"
     )
@@ -269,7 +269,7 @@ def texts_of(readings: list[Reading], question: str) -> Table:
     table.add_column("what", no_wrap=True, style="bold")
     table.add_column("text", ratio=1, overflow="fold")
     for x in readings:
-        table.add_row(x.name, f"{x.tokens} tokens kept a KV head", style="bold")
+        table.add_row(x.name, f"{x.tokens} tokens kept per KV head", style="bold")
         for what, text in (("continues", x.continuation), ("answers", x.answer), ("number", x.secret)):
             table.add_row(what, Text(text))
         table.add_section()

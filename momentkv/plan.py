@@ -46,7 +46,7 @@ class Plan:
     dtype : str
     correction : str
     retained, waiting : int
-        Tokens a KV head: within the budget, and room for those appended since the last eviction, always there.
+        Tokens per KV head: within the budget, and room for those appended since the last eviction, always there.
     full : int
         Of the cache that evicts nothing.
     retained_bytes, waiting_bytes : int
@@ -278,7 +278,7 @@ def title_of(result: Plan, name: str) -> list[str]:
     return [
         name,
         f"{result.context:,} tokens of context",
-        f"budget {result.asked}: {result.budget:,} retained a KV head",
+        f"budget {result.asked}: {result.budget:,} retained per KV head",
     ]
 
 
@@ -289,7 +289,8 @@ def notes_of(result: Plan) -> list[str]:
     lines = [
         f"{of}{shape.layers} layers x {shape.kv_heads} KV heads x {shape.head_dim}, {result.dtype}, "
         f"batch {result.batch}",
-        f"{result.total:,} of {result.full:,} bytes: 1 in {result.full / result.total:,.1f}",
+        f"{result.total:,} of {result.full:,} bytes",
+        f"{result.full / result.total:,.1f} times smaller than the full cache",
     ]
     if not shape.full_layers:
         return [*lines, "every layer has a window: the budget changes nothing"]

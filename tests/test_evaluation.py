@@ -366,7 +366,7 @@ def test_table_and_average_are_means_over_texts():
     assert cells["kept"] == ["128", "128", "256", "256"]
     assert (cells["top-1"], cells["NLL"], cells["error"]) == (["50%"] * 4, ["-0.250"] * 4, ["0.125"] * 4)
     assert [row.style for row in table.rows] == ["bold green", "", "bold green", ""]
-    assert "of so many 16-bit tokens a KV head" in str(table.caption)
+    assert "of so many 16-bit tokens per KV head" in str(table.caption)
     assert "tokens as the model stores them" in str(fidelity_table(rows(), title="title", bits=None).caption)
 
 

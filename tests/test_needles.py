@@ -390,7 +390,7 @@ def test_table_gives_shares_and_says_where_there_is_no_signal(tmp_path: Path):
         assert cells["found"] == expected
         assert cells["question"] == ["single, 100:", "unseen", "", "seen", ""]
         assert cells["bytes"] == ["", "64", "128", "64", "128"]
-        assert "bytes: of so many 32-bit tokens a KV head" in str(table.caption)
+        assert "bytes: of so many 32-bit tokens per KV head" in str(table.caption)
     assert is_image(plot_needles(made_rows(True), tmp_path / "new" / "needles.png", title="title", bits=32))
 
 

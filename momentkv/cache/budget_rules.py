@@ -44,7 +44,7 @@ class Share(BudgetRule):
     share: float
 
     def tokens(self, seen: int, least: int) -> int:
-        """Tokens retained a KV head once so many have been read; never fewer than the least possible.
+        """Tokens retained for each KV head once so many have been read; never fewer than the least possible.
 
         Examples
         --------
@@ -165,7 +165,7 @@ def parse_budget(budget: object) -> int | list[int] | BudgetRule:
     Parameters
     ----------
     budget : int, float, str or sequence of int
-        Tokens a KV head, a share in (0, 1] of the tokens read, or bytes of the whole cache, like ``"64MiB"``.
+        Tokens for each KV head, a share in (0, 1] of the tokens read, or bytes of the whole cache, like ``"64MiB"``.
 
     Raises
     ------

@@ -24,12 +24,12 @@ __all__ = ["LayerCache"]
 
 
 class LayerCache(Holdings):
-    """Keys and values of one attention layer within a budget, and what stands for the tokens that did not fit.
+    """Keys and values of one attention layer within a budget, and statistics of the tokens that did not fit.
 
     Parameters
     ----------
     budget : int or sequence of int
-        Tokens retained per KV head, sinks and window included: one number for all, or one for each.
+        Tokens retained for each KV head, sinks and window included: one number for all, or one for each.
     policy : str or Policy
         Who decides what to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
@@ -59,16 +59,16 @@ class LayerCache(Holdings):
         Whether steps of one token are done in arrays that keep their size and place, by the device's own count. `step`
         then asks the device whether a block is full; `momentkv.hf` keeps the time on the host, so that nothing waits.
     bits : int or pair of int, optional
-        Bits of a number of a retained token, on average (3, 4, 5, 6, 8 or 16) or of its key and of its value: see
-        `momentkv.codes`. None for tokens as they came. Sinks, window and the block that is filling are exact all the
-        same.
+        Quantization: bits for each number of a retained token, on average (3, 4, 5, 6, 8 or 16), or for those of its
+        key and of its value: see `momentkv.codes`. None for the dtype of the arrays. Sinks, window and the block that
+        is filling stay exact.
 
     Raises
     ------
     ValueError
         If an argument is out of range, ``budget < sinks + window + 1``, or a tolerance is given without ``certify``.
     TypeError
-        If a whole number is none.
+        If an argument that counts something is not a whole number.
 
     Attributes
     ----------
@@ -81,10 +81,11 @@ class LayerCache(Holdings):
 
     Notes
     -----
-    Eviction comes after attention, so that every evicted token precedes all later queries and no mask is needed for
-    the moments. Queries are always corrected by the moments of the tokens evicted in earlier steps.
-    A prefill of any length is attended exactly first; then it is cut to the budget.
-    The cache keeps copies of what it is given, without gradients. One thread at a time: `step` refuses another.
+    Eviction comes after attention, so that every evicted token precedes all later queries and the moments need no mask.
+    Queries are corrected by the moments of the tokens evicted in earlier steps.
+    A prefill of any length gets exact attention first; then it is cut to the budget.
+    The cache keeps copies of the arrays it is given, without gradients. One thread at a time: `step` refuses another.
+    The defaults are the paper's method; `momentkv.hf.MomentCache` has others, which gave better results on models.
 
     Examples
     --------

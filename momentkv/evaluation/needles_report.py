@@ -130,7 +130,7 @@ def needles_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
         table.add_row(*cells)
         shown = task, length, question, size
     table.caption = (
-        f"on top: task and tokens of context; bytes: of so many {tokens_in(bits)} a KV head, correction included; "
+        f"on top: task and tokens of context; bytes: of so many {tokens_in(bits)} per KV head, correction included; "
         "found: values of which every token is right; n: questions; "
         + ("wrote: by generation; " if generated else "")
         + "no signal: the full cache finds less than half"
@@ -184,7 +184,7 @@ def plot_needles(rows: list[Row], path: str | Path, *, title: str, bits: int | N
             axis.xaxis.set_major_formatter("{x:g}")
             axis.set_ylim(-0.05, 1.05)
     for axis in panels[-1]:
-        axis.set_xlabel(f"bytes, in {tokens_in(bits)} a KV head")
+        axis.set_xlabel(f"bytes, in {tokens_in(bits)} per KV head")
     for row in panels:
         row[0].set_ylabel("values found")
     figure.suptitle(title, fontsize=10)

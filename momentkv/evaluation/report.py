@@ -155,7 +155,7 @@ def fidelity_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
         )
         shown = budget, policy
     table.caption = (
-        f"bytes: of so many {tokens_in(bits)} a KV head, correction included; ±: standard error over texts; "
+        f"bytes: of so many {tokens_in(bits)} per KV head, correction included; ±: standard error over texts; "
         "error: of heads"
     )
     return table
@@ -189,7 +189,7 @@ def plot_fidelity(rows: list[Row], path: str | Path, *, title: str, bits: int | 
     axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
-    axis.set_xlabel(f"bytes, in {tokens_in(bits)} a KV head (moments counted)")
+    axis.set_xlabel(f"bytes, in {tokens_in(bits)} per KV head (moments counted)")
     axis.set_ylabel("KL(full || compressed), nats")
     figure.suptitle(title, fontsize=10)
     figure.legend(loc="outside right center", frameon=False, fontsize=7)

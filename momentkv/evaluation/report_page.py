@@ -105,8 +105,8 @@ def opening(summary: dict[str, Any]) -> str:
         "results of the commands [below](#commands).\n\n"
         f"*bytes*: a budget stands for the bytes of so many {tokens_in(bits_in(summary))} for each KV head, correction "
         "included. *Intervals*, in parentheses, are of 95 %: a bootstrap (2,000 draws, seed 0) over haystacks or "
-        "texts; where all or none of the questions of a cell succeed, Wilson's interval over haystacks. The **default** is "
-        f"{DEFAULT_METHOD[0]} with {DEFAULT_METHOD[1]}."
+        "texts; where all or none of the questions of a cell succeed, Wilson's interval over haystacks. The "
+        f"**default** is {DEFAULT_METHOD[0]} with {DEFAULT_METHOD[1]}."
     )
 
 

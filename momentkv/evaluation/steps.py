@@ -41,7 +41,7 @@ class Typical(NamedTuple):
 
 
 def evicted_tokens(cache: Any) -> float:
-    """Tokens a KV head that a cache has evicted, over all compressed layers; 0 for a cache that evicts none."""
+    """Tokens for each KV head that a cache has evicted, over all compressed layers; 0 for a cache that evicts none."""
     if not isinstance(cache, MomentCache):
         return 0.0
     return sum(layer.evicted for layer in cache.summary().layers if layer.kind == "moment")

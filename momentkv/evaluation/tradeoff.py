@@ -110,8 +110,8 @@ def tradeoff_table(points: list[Point], *, title: str, bits: int | None) -> Tabl
         )
         shown = point.tokens
     table.caption = (
-        f"bytes: of so many {tokens_in(bits)} a KV head, correction included; unseen, seen: needles found by when the "
-        "question came;\ngreen: none of the same bytes has less KL and as many needles"
+        f"bytes: of so many {tokens_in(bits)} per KV head, correction included; unseen, seen: needles found by when "
+        "the question came;\ngreen: none of the same bytes has less KL and as many needles"
     )
     return table
 

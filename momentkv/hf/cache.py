@@ -41,19 +41,20 @@ __all__ = ["MomentCache"]
 
 
 class MomentCache(Cache):
-    """KV cache within a budget, with the moments of what was evicted, for ``model.generate(past_key_values=...)``.
+    """KV cache with a fixed budget that remembers what it evicts, for ``model.generate(past_key_values=...)``.
 
     Parameters
     ----------
     model : PreTrainedModel or PretrainedConfig
         A decoder-only model with ``attn_implementation="momentkv"``.
     budget : int, float, str or sequence of int
-        Tokens retained per KV head, sinks and window included: one number, or one for each layer. A float in (0, 1] is
-        that share of the tokens read, counted at every prefill (each chunk of one). A string like ``"64MiB"`` is the
-        size of the whole cache, everything counted.
+        Tokens retained for each KV head, sinks and window included: one number, or one for each layer. A float in
+        (0, 1] is that share of the tokens read, counted at every prefill (or chunk of one). A string like ``"64MiB"``
+        is the size of the whole cache, everything counted.
     sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"}, optional
-        With one budget: the same for all, or the average, shared after every prefill by the error that each budget
-        would cause among layers, among all heads of all layers, or among the heads of each layer.
+        Who shares one budget. ``"uniform"``: nobody, every KV head has the same. Otherwise the budget is an average,
+        shared after every prefill by the error that each share would cause: ``"layers"`` among layers, ``"heads"``
+        among all heads of all layers, ``"layer-heads"`` among the heads of each layer.
         For comparison, ``"ada-kv"``, ``"kvzip"`` and ``"pyramid"`` are the rules of those papers. By default
         ``"heads"`` (``"layers"`` for a policy that looks across heads, `Policy.couples_heads`), and ``"uniform"`` where
         budget lists one for each layer.
@@ -63,21 +64,25 @@ class MomentCache(Cache):
         Order of the correction; None for plain eviction without moments.
     correction : str or Correction
         ``"summaries"``, several and anchored at recent queries, or ``"moments"``, the paper's.
-    sinks, window, block : int
-        First tokens and most recent tokens that are always retained, and tokens evicted at a time while decoding.
+    sinks : int
+        First tokens, always retained.
+    window : int
+        Most recent tokens, always retained.
+    block : int
+        Tokens evicted at a time while decoding.
     rollback : int
-        Tokens that can be taken back while past states are recorded (assisted and prompt-lookup decoding): as many
-        are stored beyond ``budget + block`` until `crop` says which stay.
+        Tokens that can be taken back while past states are recorded (assisted and prompt-lookup decoding). Up to that
+        many are stored beyond ``budget + block`` until `crop` says which stay.
     backend : str or ArrayBackend, optional
         ``"torch"`` by default.
     certify, tolerance
         As `LayerCache` takes them: evidence for `momentkv.trust.trust`, and refusal to evict past a certified error.
     static : bool
-        Whether decode steps are done in buffers of constant size and address, in place and without waiting for the
-        device: for `torch.compile` (``generate`` does it by itself on a GPU) and CUDA graphs. Equal otherwise.
+        Whether steps are done in buffers of constant size and address, in place and without waiting for the device: for
+        `torch.compile` (``generate`` does it by itself on a GPU) and CUDA graphs. Results are the same.
     bits : int or pair of int, optional
-        Bits of a number of a retained token, on average (3, 4, 5, 6, 8 or 16) or of its key and of its value; None for
-        the model's dtype. Sinks, window and the block that is filling are exact all the same.
+        Quantization: bits for each number of a retained token, on average (3, 4, 5, 6, 8 or 16), or for those of its
+        key and of its value; None for the model's dtype. Sinks, window and the block that is filling stay exact.
 
     Raises
     ------
@@ -87,14 +92,14 @@ class MomentCache(Cache):
 
     Notes
     -----
-    The defaults serve fidelity and later questions alike. The paper's method is
-    ``policy="momentkv", correction="moments", sharing="uniform"``.
+    The defaults serve fidelity and later questions alike, and differ from those of `LayerCache`, which are the paper's
+    method. On a whole model the paper's method is ``policy="momentkv", correction="moments", sharing="uniform"``.
 
-    Full-attention layers are compressed; sliding-window and chunked layers are bounded already and stay exact.
-    Supported modes of ``generate``, and what raises: docs/transformers.md.
+    Full-attention layers are compressed. Sliding-window and chunked layers are bounded already and stay exact.
+    Supported modes of ``generate``, and what raises an error: docs/transformers.md.
 
-    A total in bytes holds between passes, up to the rows of the first one; a prefill needs room for what it reads, and
-    recorded passes that wait for `crop` come on top.
+    A total in bytes holds between passes, for as many rows as the first pass has. A prefill needs room for all that it
+    reads, and recorded passes that wait for `crop` come on top.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class LayerSummary:
     kind : str
         "moment" for a compressed layer, "sliding" for a stock one.
     budget, retained, evicted : float
-        Tokens a KV head, means over heads and rows; a sliding layer has no budget, and forgets what it drops.
+        Tokens for each KV head, means over heads and rows; a sliding layer has no budget, and forgets what it drops.
     nbytes : int
     trust : float or None
         Estimated relative error of the output at the mean of recent queries, where the cache was made with ``certify``,

@@ -60,7 +60,7 @@ class DecodeBlocks(NamedTuple):
 
 
 def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype) -> DecodeBlocks:
-    """Sizes for so many queries of a KV head; a tile of `tl.dot` has at least 16 in each direction."""
+    """Sizes for that many queries of each KV head; a tile of `tl.dot` has at least 16 in each direction."""
     wide = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     largest = max(wide)
     # Full float32 products are not done by tensor cores and hold their factors in registers.
