@@ -290,7 +290,9 @@ def notes_of(result: Plan) -> list[str]:
         f"{of}{shape.layers} layers x {shape.kv_heads} KV heads x {shape.head_dim}, {result.dtype}, "
         f"batch {result.batch}",
         f"{result.total:,} of {result.full:,} bytes",
-        f"{result.full / result.total:,.1f} times smaller than the full cache",
+        f"{result.full / result.total:,.1f} times smaller than the full cache"
+        if result.total < result.full
+        else "no smaller than the full cache",
     ]
     if not shape.full_layers:
         return [*lines, "every layer has a window: the budget changes nothing"]
