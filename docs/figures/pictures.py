@@ -197,7 +197,7 @@ KL_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 def draw_held_out(theme: Theme) -> Figure:
-    """KL against bytes on texts that chose nothing, a panel for each model."""
+    """KL against bytes on held-out texts, a panel for each model."""
     # Small, so that its letters are still letters where a phone shrinks it.
     figure = Figure(figsize=(4.6, 3.3), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
