@@ -162,6 +162,13 @@ def test_cross_references_name_an_object(page):
         assert pydoc.locate(reference["target"]) is not None, f"{page.name} refers to {reference['target']}"
 
 
+def test_readme_and_home_page_say_the_same_in_code_and_numbers():
+    readme, home = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", DOCS / "index.md"))
+    for start, end in (("from pydoc_data", "```"), ("| KL to the full cache", "\n\n")):
+        first, second = (text[text.index(start) :].partition(end)[0] for text in (readme, home))
+        assert first == second
+
+
 def test_the_pages_have_code():
     assert sum(block.runs for page in PAGES for block in code_blocks(page)) >= 40
 
