@@ -178,6 +178,27 @@ def test_generate_compiles_two_graphs_without_a_break(settings: dict[str, Any], 
     assert dynamo["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize("settings", [{}, PAPER | {"policy": "h2o"}, {"sharing": "layers"}], ids=str)
+def test_prompts_of_all_lengths_and_all_caches_share_two_graphs(settings: dict[str, Any], dynamo: Any):
+    """Heads retain other numbers of tokens after each, and every cache has a number of its own."""
+    model = build(FAMILIES["llama"]())
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True
+    widths = set()
+    for length in (40, 10, 41, 70, 33):
+        ids = prompt(2, length, seed=length)
+        dynamic, static = pair(model, **settings)
+        expected = generate(model, dynamic, ids, torch.ones_like(ids), new=STEPS)
+        with torch._dynamo.config.patch(error_on_recompile=dynamo["stats"]["unique_graphs"] == 2):
+            compiled = generate(model, static, ids, torch.ones_like(ids), new=STEPS, compile_config=config)
+        assert_same(expected, compiled, tolerance=2e-5)
+        assert dynamo["stats"]["unique_graphs"] == 2
+        assert static.static is not None
+        widths |= {core.stored_state.layout.widths for core in static.static.cores}
+    assert not dynamo["graph_break"]
+    assert len(widths) > 2 or settings.get("sharing") == "uniform"
+
+
 def test_a_compiled_forward_is_the_same_without_positions_or_mask(dynamo: Any):
     model = build(FAMILIES["llama"](), dtype="float64")
     dynamic, static = pair(model)
@@ -268,6 +289,21 @@ def test_recorded_steps_equal_the_model(settings: dict[str, Any], captured: bool
     assert int(static.get_seq_length()) == dynamic.get_seq_length()
     for a, b in zip(*(cache.moment_layers.values() for cache in (dynamic, static)), strict=True):
         assert torch.equal((a.positions >= 0).sum(-1), (b.positions >= 0).sum(-1))
+
+
+@pytest.mark.parametrize("settings", [{}, PAPER], ids=["default", "paper"])
+def test_steps_recorded_before_anything_was_evicted_are_corrected_after(settings: dict[str, Any]):
+    model = tiny("llama")
+    dynamic, static = pair(model, **settings)
+    with torch.no_grad():
+        for cache in (dynamic, static):
+            model(prompt(2, 10), past_key_values=cache)
+        step = DecodeGraphs(model, static, recorder=record_traced)
+        for seed in range(STEPS):
+            ids = prompt(2, 1, seed=seed)
+            expected = model(ids, past_key_values=dynamic).logits
+            assert (step(ids) - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert all(core.has_evicted for core in dynamic.moment_layers.values())
 
 
 def test_recorded_steps_are_refused_by_name():

@@ -47,6 +47,8 @@ class Holdings:
         Whether writing into them was interrupted: `check_whole`.
     number : int
         Of this cache alone.
+    handle : array or None
+        The number as operators in a compiled graph are told it, where steps are static; see `momentkv.hf.clock`.
     """
 
     config: CacheConfig
@@ -56,6 +58,7 @@ class Holdings:
     budgets: list[int] | None = None
     fixed: LayerState | None = None
     torn: bool = False
+    handle: Array = None
 
     def release_queries(self) -> None:
         """Let go of the queries of a prefill that ranked its tokens; those that errors are measured with stay."""
@@ -65,7 +68,7 @@ class Holdings:
 
     def take_number(self) -> None:
         """Become known to operators."""
-        self.number = next(NUMBERS)
+        self.number, self.handle = next(NUMBERS), None
         NUMBERED[self.number] = self
 
     def __setstate__(self, held: dict[str, Any]) -> None:

@@ -269,9 +269,9 @@ class LayerCache(Holdings):
 
     def _prepared(self, backend: ArrayBackend, state: LayerState) -> Any:
         """The estimate of evicted tokens as the backend evaluates it fastest, made anew when tokens are evicted."""
-        if not (state.has_evicted and self.config.corrects):
+        if not (self.config.corrects and (self.is_fixed or state.has_evicted)):
             return None
-        if self.is_fixed:  # statistics are then overwritten, and must be read as they are
+        if self.is_fixed:  # read as they are, overwritten later: also by a step recorded while they were empty
             return self.config.correction.expansion(state.evicted)
         if self.prepared is None or self.prepared[0] is not state.evicted:
             expansion = self.config.correction.expansion(state.evicted)

@@ -9,6 +9,9 @@ import torch
 
 from momentkv.cache.layer import LayerCache
 
+# Arrays of a state that have an axis of packed slots, behind that of rows.
+PACKED = ("keys", "values", "positions", "attention", "key_step", "value_step")
+
 __all__ = ["Beat", "Clock", "check_static", "check_step", "ring"]
 
 
@@ -98,6 +101,7 @@ class Clock:
         with torch.inference_mode(False):  # arrays that stay must be ones that may be written in any mode
             for core in self.cores:
                 core.fix()
+                open_to_lengths(core)
         block, steps = self.cores[0].config.block, set[int]()
         for core in self.cores:
             ticks: Any = core.stored_state.ticks
@@ -105,6 +109,21 @@ class Clock:
             steps.update((wait - 1) % block + 1 for wait in waits.flatten().tolist())
         self.beat = self.before = ring(block, sorted(steps))
         self.runs, self.open = True, False
+
+
+def open_to_lengths(core: LayerCache) -> None:
+    """Let one graph do for every prompt and every cache: tell the compiler what differs among them.
+
+    Heads come to retain other numbers of tokens after another prompt. And a number that a graph meets is a constant to
+    it, unless it is the length of a tensor that says it may change: so the cache's own number is one, of a tensor
+    without elements.
+    """
+    may_change: Any = torch._dynamo.maybe_mark_dynamic
+    core.handle = torch.empty((core.number, 0))
+    may_change(core.handle, 0)
+    for name, x in core.stored_state.own().items():
+        if name in PACKED:
+            may_change(x, 1)
 
 
 def check_static(core: LayerCache) -> None:

@@ -53,9 +53,10 @@ def static_step(
             core.flush()
         return out
     arrays = list(core.stored_state.arrays().values())
-    result: torch.Tensor = step_operator(q, k, v, valid, arrays, core.number)
+    number = core.number if core.handle is None else core.handle.shape[0]
+    result: torch.Tensor = step_operator(q, k, v, valid, arrays, number)
     if flushes:
-        flush_operator(arrays, core.number)
+        flush_operator(arrays, number)
     return result
 
 
