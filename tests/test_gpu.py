@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 from momentkv import LayerCache
-from momentkv.backends.torch import TorchBackend, decode_tiers
 from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build, occupancy
 from momentkv.backends.triton.reach import Calls, launched, reachable
 from momentkv.testing.gpu import run
+from momentkv.testing.gpu.operators import Fused, Log, step_without_data
 from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.parts import PARTS, Part
 from momentkv.testing.gpu.predict import COPY, LAUNCH, predictions, seconds_of
@@ -127,16 +128,6 @@ def test_occupancy_follows_from_each_limit():
     assert occupancy(Usage(registers=16, stack=0, shared=113 * 1024), warps=4, target=80) == 1
 
 
-class Fused(TorchBackend):
-    """Decodes as on CUDA wherever it is."""
-
-    def decode(self, q: Any, tiers: Any, expansion: Any, *, scale: float, weights: bool = False) -> Any:
-        return decode_tiers(q, tiers, expansion, scale=scale, weights=weights)
-
-    def prepare(self, expansion: Any) -> Any:
-        return expansion
-
-
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_what_a_cache_launches_is_among_what_is_enumerated(static: bool):
     known = set(reachable((torch.float32,), (64,)))
@@ -158,6 +149,41 @@ def test_what_a_cache_launches_is_among_what_is_enumerated(static: bool):
             found |= {build_of(launch) for launch in launched(arguments, 132)}
     assert found <= known
     assert len(found) > 4
+
+
+def stepped(budget: int | list[int], *, static: bool, batch: int = 2, **settings: Any) -> tuple[Log, LayerCache]:
+    """A decoding step on tensors that have no data, as CUDA would do it, and what it was asked to do."""
+    cache = LayerCache(budget, static=static, backend=Fused(), window=8, block=8, **settings)
+    q, k = torch.randn(batch, 8, 700, 64), torch.randn(batch, 2, 700, 64)
+    cache.step(q, k, k)
+    cache.step(q[:, :, :1], k[:, :, :1], k[:, :, :1])
+    return step_without_data(cache), cache
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_step_of_the_default_reads_in_place_and_never_asks_the_device(static: bool):
+    """Without data whoever asks for some fails; what it makes is no larger than a few queries."""
+    default = {"policy": "balanced", "correction": "summaries"}
+    log, cache = stepped([300, 600], static=static, **default)
+    queries = 2 * 8 * 64 * 4
+    assert cache.nbytes > 50 * queries
+    assert max(made for made, _ in log.made) <= queries
+    # The same whatever heads retain and however many rows there are.
+    for other in (stepped(400, static=static, **default), stepped([90, 600], static=static, batch=1, **default)):
+        assert other[0].launched == log.launched
+
+
+def test_asking_the_device_is_noticed():
+    class Asks(Fused):
+        def decode(self, q: Any, tiers: Any, expansion: Any, *, scale: float, weights: bool = False) -> Any:
+            assert bool((tiers.keys > 0).any())
+            return super().decode(q, tiers, expansion, scale=scale, weights=weights)
+
+    cache = LayerCache(40, backend=Asks(), window=8)
+    q, k = torch.randn(1, 4, 90, 64), torch.randn(1, 2, 90, 64)
+    cache.step(q, k, k)
+    with pytest.raises(DataDependentOutputException):
+        step_without_data(cache)
 
 
 def test_accesses_of_spilled_registers_in_loops_are_seen():

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("targets", targets(predicted, measured)),
         ("launches", launches(predicted, measured)),
         ("kernels", kernels(predicted)),
+        ("operators", operators(predicted)),
         ("found", found(measured)),
     ):
         text = between(text, name, made)
@@ -60,7 +61,7 @@ def keep(content: dict[str, Any], data: Path) -> None:
     if rehearsal:
         if not content["predictions"]:
             raise SystemExit("the rehearsal predicts nothing; let it run all its parts")
-        kernels = ("compiled kernels", "bytes of kernels")
+        kernels = ("compiled kernels", "bytes of kernels", "operators of a step")
         content["parts"] = [part for part in content["parts"] if part["name"] in kernels]
     path = data / (PREDICTED if rehearsal else MEASURED)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -231,6 +232,19 @@ def kernels(predicted: dict[str, Any]) -> str:
         shared = f"{row['shared'] / 1024:.1f}"
         lines.append(f"| {row['kernel']} | {row['warps']} | {row['registers']} | {shared} | {row['blocks']} |")
     return f"Triton {predicted['about']['triton']}, sm_90:\n\n" + "\n".join(lines) + "\n"
+
+
+def operators(predicted: dict[str, Any]) -> str:
+    """How many a step launches."""
+    lines = [
+        "| operators that a step of one layer launches | as they come | in place (`static`) |",
+        "|---|--:|--:|",
+    ]
+    rows = rows_of(predicted, "operators of a step")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        both = {row["static"]: str(row["operators"]) for row in rows if row["kind"] == kind}
+        lines.append(f"| {kind} | {both[False]} | {both[True]} |")
+    return "\n".join(lines) + "\n"
 
 
 def found(measured: dict[str, Any]) -> str:

@@ -281,8 +281,7 @@ def decode_tiers(
             capacity=layout.width,
             scored=weights,
         )
-        both = join(AttentionState(of_retained[0], of_retained[1]), AttentionState(out, lse))
-        out = both.out
+        out = joined_output(AttentionState(of_retained[0], of_retained[1]), AttentionState(out, lse))
         if logits is not None and of_retained[2] is not None:
             logits = torch.cat([of_retained[2], logits], dim=-1)
     # A query that sees nothing has logits of -inf alone; all its weights are zero.

@@ -55,6 +55,7 @@ PARTS = {
         Part("tokens in few bits", 10, "few_bits:times"),
         Part("compiled kernels", 300, "predict:compiled", rehearsed=True, interpreted=False),
         Part("bytes of kernels", 120, "predict:counted", rehearsed=True),
+        Part("operators of a step", 60, "operators:counts", rehearsed=True),
     )
 }
 
