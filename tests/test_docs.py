@@ -185,6 +185,11 @@ def test_options_in_code_stay_in_one_piece():
     assert kept == '<code>run <span class="flag">--new-tokens</span> 4</code>, a--b'
 
 
+def test_a_percentage_stays_in_one_piece():
+    kept = load_hook("flags").keep_flags("of 14 %, <code>14 % 4</code>")
+    assert kept == "of 14\N{NO-BREAK SPACE}%, <code>14 % 4</code>"
+
+
 @pytest.mark.parametrize("tex", ["h'", r"\hat W_c'", r"q^\prime", "f''"])
 def test_a_prime_is_no_superscript(tex):
     pytest.importorskip("mkdocs.exceptions")
