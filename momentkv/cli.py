@@ -85,7 +85,7 @@ def kept(options: argparse.Namespace, before: int | None) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = Parser(prog="momentkv", description="A KV cache that remembers what it evicts as moments.")
+    parser = Parser(prog="momentkv", description="A KV cache with a fixed budget that remembers what it evicts.")
     parser.add_argument("--version", action="version", version=f"momentkv {__version__}")
     parser.set_defaults(resumes=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

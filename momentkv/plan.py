@@ -33,7 +33,7 @@ UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes of a cache at its fullest, over all layers and rows, by what they hold.
+    """Bytes of a cache when it is fullest, over all layers and rows, by what they hold.
 
     Attributes
     ----------
@@ -42,21 +42,21 @@ class Plan:
     asked : int, float or str
         The budget as it was given.
     budget : int
-        The same in tokens per KV head.
+        The budget in tokens per KV head.
     dtype : str
     correction : str
     retained, waiting : int
         Tokens per KV head: within the budget, and room for those appended since the last eviction, always there.
     full : int
-        Of the cache that evicts nothing.
+        Bytes of a cache that evicts nothing.
     retained_bytes, waiting_bytes : int
-        Of keys and values.
+        Bytes of keys and values.
     bookkeeping_bytes : int
-        Of the stored tokens' positions and scores, and how many there are; with few bits, of what they are coded by.
+        Bytes of positions, scores and counts of the stored tokens; with few bits, also of step sizes and deviations.
     state_bytes, query_bytes : int
-        Of what stands for evicted tokens, and of the statistics of recent queries that it, or the policy, needs.
+        Bytes of the correction, and of the statistics of recent queries that the correction or the policy needs.
     sliding_bytes : int
-        Of layers with a window of their own, which are left as they are.
+        Bytes of sliding-window layers, which are not compressed.
     equivalent_tokens : float
         Tokens that could be retained instead if there were no correction.
     """
@@ -142,8 +142,8 @@ def plan(
 
     Notes
     -----
-    Exact, after a prompt and through all steps that follow. Not counted is what is not part of the cache: while a
-    prompt is read in one pass, each layer in turn holds all of it until it is cut to the budget.
+    Exact after a prompt and in all later steps. Memory outside the cache is not counted: while a prompt is read in one
+    pass, each layer holds all of it until it is cut to the budget.
 
     Examples
     --------

@@ -24,7 +24,7 @@ REFUSED = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What of a model's shape decides the size of its cache.
+    """The part of a model's shape that decides the size of its cache.
 
     Attributes
     ----------

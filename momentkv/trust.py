@@ -29,7 +29,7 @@ class Trust(NamedTuple):
     Attributes
     ----------
     certified : array
-        No error is above it, the rounding of attention included.
+        A bound: no error is above it, the rounding of attention included.
     estimated : array
         An estimate, not a bound; see `estimated_error`.
     """
@@ -93,7 +93,7 @@ def trust(cache: Any, q: Array) -> Trust:
     cache : LayerCache
         Made with ``certify=``.
     q : array, shape (batch..., kv_head * group, q_len, d)
-        Recent ones, say. The result says nothing of other queries.
+        For example recent queries. The result says nothing about others.
 
     Returns
     -------

@@ -22,7 +22,7 @@ class Standard(NamedTuple):
     mean : array, shape (..., d), or None
         None for zero.
     deviation : array, shape (..., d)
-        Root of the mean square of what tokens are from the mean; positive.
+        Root of the mean square of the distance from that mean; positive.
     """
 
     mean: Array | None

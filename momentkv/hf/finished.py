@@ -14,29 +14,30 @@ __all__ = ["FinishedRows"]
 
 
 class FinishedRows(StoppingCriteria):
-    """Tells a cache which rows have ended, so that what ``generate`` feeds them afterwards is padding.
+    """Tells a cache which rows have ended, so that it treats what ``generate`` feeds them afterwards as padding.
 
-    A row that has ended goes through ``generate`` until all have, fed pads that the attention mask calls real. A cache
-    cannot tell them from tokens; this can. It stops what its ``criteria`` stop, and nothing else.
+    ``generate`` goes on until all rows have ended. Until then it feeds padding to the rows that have, and the attention
+    mask calls that padding real, so a cache cannot know it. This object tells the cache. It stops the rows that its
+    ``criteria`` stop, and no others.
 
     Parameters
     ----------
     cache : MomentCache
     eos_token_id : int or sequence of int, optional
-        What ends a row. The end token itself is still read.
+        The token that ends a row. It is still read.
     criteria : sequence of StoppingCriteria
-        By what else a row ends, such as transformers' `StopStringCriteria` in place of ``stop_strings``. Pass them
-        here and not to ``generate`` as well.
+        Other criteria that end a row, such as transformers' `StopStringCriteria` instead of ``stop_strings``. Pass them
+        here, and not to ``generate``.
 
     Raises
     ------
     ValueError
-        If the cache is static, or nothing is said of what ends a row.
+        If the cache is static, or neither an end token nor a criterion is given.
 
     Notes
     -----
-    For greedy and sampled generation (beam search drops ended rows itself); needed only where the cache is used
-    again afterwards. Then pass a mask with zeros at the pads in the next turn.
+    For greedy and sampled generation; beam search drops ended rows itself. Needed only if the cache is used again. Then
+    pass a mask with zeros at that padding in the next turn.
 
     Examples
     --------

@@ -55,11 +55,11 @@ def read(
     segment: int | None = None,
     progress: bool = True,
 ) -> MomentCache:
-    """Read a text into a cache, then once more to see what its own words look for, and then evict.
+    """Read a text into a cache, let the model repeat it to see which tokens that needs, and then evict.
 
-    The first reading stores all tokens. For the second, the model is asked to repeat the text, part by part, and is
-    shown it: a token's score is the largest attention that any query of this gives it. Nothing of the second reading
-    is stored; keys, values and positions are those of the first.
+    The first reading stores all tokens. For the second, the model is asked to repeat the text, part by part. The score
+    of a token is the largest attention that any query of the second reading gives it. Nothing else of the second
+    reading is stored: keys, values and positions are those of the first.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def read(
         A text is the beginning of a user's turn if the tokenizer has a chat template; a question may follow. Several
         are padded at the left. After tokens that the cache has read, these are the new ones.
     cache : MomentCache
-        For two readings with a policy that looks at them, ``"twice"`` or ``"second-reading"``.
+        To read twice, its policy must be ``"twice"`` or ``"second-reading"``.
     twice : bool
         False reads once: as a prefill in one pass, in parts of bounded size.
     tokenizer : PreTrainedTokenizer, optional
@@ -81,8 +81,8 @@ def read(
     chunk : int
         Most tokens of one pass.
     segment : int, optional
-        Read, read again and evict so many tokens at a time: at most the budget, a segment and its blocks are stored.
-        None for the whole text in one piece.
+        Read, repeat and evict that many tokens at a time, so that at most the budget, one segment and its blocks are
+        stored. None for the whole text in one piece.
     progress : bool
         Show a bar where it takes more than two seconds.
 

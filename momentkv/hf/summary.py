@@ -22,11 +22,11 @@ class LayerSummary:
     kind : str
         "moment" for a compressed layer, "sliding" for a stock one.
     budget, retained, evicted : float
-        Tokens for each KV head, means over heads and rows; a sliding layer has no budget, and forgets what it drops.
+        Tokens for each KV head, means over heads and rows. A sliding-window layer has no budget and evicts for good.
     nbytes : int
     trust : float or None
-        Estimated relative error of the output at the mean of recent queries, where the cache was made with ``certify``,
-        or what the caller's measure says of the layer; None without either.
+        Estimated relative error of the output at the mean of recent queries if the cache was made with ``certify``, or
+        the result of the caller's own measure; None without either.
     """
 
     index: int

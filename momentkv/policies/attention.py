@@ -19,13 +19,13 @@ class Attention(Policy):
 
     .. math:: a_j = p_j\, \lVert v_j - \bar v \rVert
 
-    What evicting a token changes in the output is its attention times how far its value is from what stands for it.
+    Evicting a token changes the output by its attention times the distance of its value from the estimate for it.
 
     Parameters
     ----------
     kernel : int
         Odd width of an average of ``a_j`` over neighbouring positions, as in `SnapKV`; 1 for none. A wide one (7 to 13)
-        keeps spans that a question in the window points at, and costs fidelity of the continuation.
+        keeps whole passages that a question in the window attends to, but continues the text less well.
     observes : int
         Length of the observation window in queries.
 

@@ -17,15 +17,15 @@ __all__ = ["Balanced"]
 class Balanced(Policy):
     """Two rankings taken in turn: `ExpectedAttention` and `Novelty`.
 
-    Of every ``1 / novelty`` tokens retained, one is the most novel of those left, the others are those that queries
-    like the recent ones are expected to attend to most: at every budget each ranking has its share.
+    A share ``novelty`` of the retained tokens are the most novel ones. The others are those to which queries like the
+    recent ones are expected to attend most. At every budget each ranking has its share.
 
     Parameters
     ----------
     novelty : float
         Share of the budget for novelty, from 0 (expected attention alone) to 1.
     kernel : int
-        Of `Novelty`: a few tokens by default, so that a fact that nothing has pointed at yet stays whole.
+        As in `Novelty`: a few tokens by default, so that a fact stays whole although nothing has attended to it yet.
 
     Notes
     -----

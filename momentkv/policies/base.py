@@ -74,17 +74,17 @@ class Tokens:
 class Policy(abc.ABC):
     """Ranks retained tokens; the lowest are evicted first. Subclass it to write your own.
 
-    Attributes say what a policy needs, so that nothing is computed or stored in vain.
+    Attributes say what a policy needs, so that a cache computes and stores nothing else.
 
     Attributes
     ----------
     name : str
-        The name it is chosen by.
+        Name that chooses it.
     observes : int or None
-        How many of the last queries of a forward pass it wants to see the attention of (the observation window at
-        prefill); 0 for none, None for all of them (computed block by block). While decoding, every query is seen.
+        Of how many of the last queries of a forward pass it needs the attention (at prefill, the observation window):
+        0 for none, None for all (computed block by block). While decoding, it sees every query.
     accumulates : bool
-        Whether what a token has received survives an eviction (True) or starts afresh (False), so that it covers the
+        Whether the score of a token is kept after an eviction (True), or starts again at zero (False) and covers the
         queries since the last eviction.
     needs_queries : bool
         Whether it wants mean and variance of the recent queries, which are then stored, and after a prefill its newest

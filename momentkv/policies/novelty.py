@@ -23,14 +23,14 @@ class Novelty(Policy):
 
     .. math:: n_j = (k_j - \bar k)^\top C_{kk}^{-1} (k_j - \bar k) \; (v_j - \bar v)^\top C_{vv}^{-1} (v_j - \bar v)
 
-    with means and covariances over the tokens at hand. A token that attention has not met yet may be what a later
-    question asks for; what moments explain well is better evicted, for the correction brings it back.
+    with means and covariances over the stored tokens. A later question may ask for a token that nothing has attended to
+    yet. Tokens that moments explain well can be evicted, because the correction gives them back.
 
     Parameters
     ----------
     kernel : int
         Odd width of an average of :math:`n_j` over neighbouring positions, as in `SnapKV`; 1 for none. A fact is a few
-        tokens long, and of use only whole.
+        tokens long, and useful only as a whole.
 
     Notes
     -----
