@@ -285,7 +285,7 @@ def test_formulas_are_laid_out_with_the_font_of_the_site(browser, site):
     ("words", "page"),
     [
         ("anchor", "derivations/summaries"),
-        ("quantization", "derivations/codes"),
+        ("quantization", "cache"),
         ("install", "install"),
         ("Llama", "support"),
         ("FAQ", "faq"),
