@@ -173,6 +173,15 @@ def test_a_step_of_the_default_reads_in_place_and_never_asks_the_device(static: 
         assert other[0].launched == log.launched
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("policy", ["balanced", "momentkv", "h2o", "snapkv"])
+def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool):
+    """A constant made of the host's numbers is an upload, which waits, and which a CUDA graph cannot hold."""
+    log, _ = stepped([90, 600], static=static, policy=policy, correction="moments")
+    assert log.launched["decode"] == 2
+    assert not log.launched["lift_fresh"]
+
+
 def test_asking_the_device_is_noticed():
     class Asks(Fused):
         def decode(self, q: Any, tiers: Any, expansion: Any, *, scale: float, weights: bool = False) -> Any:

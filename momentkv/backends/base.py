@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from momentkv._array import Array, array_namespace, device
 from momentkv.attention import AttentionState, logits, merge, softmax_state
-from momentkv.backends.layout import Tiers
+from momentkv.backends.layout import Layout, Tiers
 from momentkv.codes import Coded, attend_codes
 from momentkv.statistics.expansion import Expansion, estimate_expansion
 
@@ -177,6 +177,10 @@ class ArrayBackend:
         """
         state, attention = self.attend_stored(q, tiers, scale=scale, weights=weights)
         return state.out if expansion is None else self.correct(state, q, expansion, scale=scale), attention
+
+    def index_of(self, layout: Layout, name: str, x: Array) -> Array:
+        """An index array of a layout, where ``x`` is; a device of its own should be given it once."""
+        return array_namespace(x).asarray(getattr(layout, name), device=device(x))
 
     def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
         """``x`` with the slots from ``start`` on along ``axis`` (-1, -2) replaced by ``new``; it may consume ``x``."""

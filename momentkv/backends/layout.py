@@ -6,7 +6,7 @@ import dataclasses
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from momentkv._array import Array, array_namespace, device
+from momentkv._array import Array, array_namespace
 from momentkv.codes import Coded, Coding
 
 if TYPE_CHECKING:
@@ -79,6 +79,22 @@ class Layout:
 
         return np.flatnonzero(self.real)
 
+    @cached_property
+    def placed(self) -> dict[Any, Array]:
+        """Arrays that follow from the layout, by whatever a backend finds them by; they live as long as it does."""
+        return {}
+
+    @cached_property
+    def spread_out(self) -> np.ndarray[Any, Any]:
+        """`spread`, flattened."""
+        return self.spread.reshape(-1)
+
+    def beside(self, x: Array, name: str) -> Array:
+        """One of these index arrays in the library and on the device of ``x``."""
+        from momentkv.backends import get_backend  # which imports this module
+
+        return get_backend(x).index_of(self, name, x)
+
     def rectangle(self, x: Array, *, vectors: bool, fill: float | None = None) -> Array:
         """Packed slots (..., slots) or (..., slots, d) as (..., kv_head, width) or (..., kv_head, width, d).
 
@@ -88,18 +104,18 @@ class Layout:
         lead, last = (x.shape[:-2], x.shape[-1:]) if vectors else (x.shape[:-1], ())
         if self.equal:
             return xp.reshape(x, (*lead, self.heads, self.width, *last))
-        index = xp.asarray(self.spread.reshape(-1), device=device(x))
+        index = self.beside(x, "spread_out")
         wide = xp.reshape(xp.take(x, index, axis=-2 if vectors else -1), (*lead, self.heads, self.width, *last))
         if fill is None:
             return wide
-        real = xp.asarray(self.real, device=device(x))
+        real = self.beside(x, "real")
         return xp.where(real[..., None] if vectors else real, wide, xp.full_like(wide, fill))
 
     def pack(self, x: Array) -> Array:
         """The inverse of `rectangle` for numbers: (..., kv_head, width) as (..., slots)."""
         xp = array_namespace(x)
         flat = xp.reshape(x, (*x.shape[:-2], self.heads * self.width))
-        return flat if self.equal else xp.take(flat, xp.asarray(self.packed, device=device(x)), axis=-1)
+        return flat if self.equal else xp.take(flat, self.beside(x, "packed"), axis=-1)
 
 
 class Tiers(NamedTuple):

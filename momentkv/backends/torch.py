@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from functools import cache, lru_cache
+from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -107,6 +108,11 @@ class TorchBackend(ArrayBackend):
         if tiers.coding is None and fuses(q, tiers.recent_keys, tiers.recent_values):
             return decode_tiers(q, tiers, expansion, scale=scale, weights=weights)
         return super().decode(q, tiers, expansion, scale=scale, weights=weights)
+
+    def index_of(self, layout: Layout, name: str, x: Array) -> Array:
+        where = x.device
+        placed: torch.Tensor = kept(layout, (name, where), lambda: torch.as_tensor(getattr(layout, name), device=where))
+        return placed
 
     def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
         x.narrow(axis, start, new.shape[axis]).copy_(new)
@@ -288,12 +294,31 @@ def decode_tiers(
     return out, None if logits is None else torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)
 
 
-@lru_cache(maxsize=1024)
 def packed_slots(layout: Layout, batch: int, where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """First slot and number of slots of each row and head, where rows lie one after the other."""
-    rows = torch.arange(batch, device=where)[:, None] * sum(layout.widths)
-    starts = rows + torch.tensor(layout.starts, device=where)
-    return starts, torch.tensor(layout.widths, dtype=torch.int32, device=where).expand(batch, -1).contiguous()
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.arange(batch, device=where)[:, None] * sum(layout.widths)
+        starts = rows + torch.tensor(layout.starts, device=where)
+        return starts, torch.tensor(layout.widths, dtype=torch.int32, device=where).expand(batch, -1).contiguous()
+
+    slots: tuple[torch.Tensor, torch.Tensor] = kept(layout, ("packed slots", batch, where), make)
+    return slots
+
+
+def kept(layout: Layout, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, made once for a layout: an upload waits for the device, and no CUDA graph holds one.
+
+    It lives as long as the layout, so that a graph that reads it finds it.
+    """
+    if key not in layout.placed:
+        with torch.inference_mode(False):
+            made = make()
+        # What is made while a mode looks on may be a stand-in for a tensor.
+        if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
+            return made
+        layout.placed[key] = made
+    return layout.placed[key]
 
 
 def only_written(

@@ -16,7 +16,7 @@ from momentkv.testing.rounding import FUNCTION, StateError, attention_error, mer
 
 __all__ = ["Decode", "Inputs", "decode_cases", "evaluate", "expected", "f64", "make"]
 
-UNIT_OF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
+UNIT_OF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ def unit(dtype: str = "float64") -> float:
     return {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-24, "bfloat16": 2.0**-24}[dtype] + 2.0**-53
 
 
-UNIT_BFLOAT16 = 2.0**-9  # of storage; arithmetic is float32
+UNIT_BFLOAT16 = 2.0**-8  # of storage; arithmetic is float32
 
 
 def assert_within(actual: NDArray[Any], exact: NDArray[Any], error: NDArray[Any] | float) -> None:

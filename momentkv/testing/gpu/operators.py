@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from momentkv.backends.torch import TorchBackend, decode_tiers, packed_slots
+from momentkv.backends.torch import TorchBackend, decode_tiers
 from momentkv.cache.layer import LayerCache
 from momentkv.testing.gpu.parts import Row
 from momentkv.testing.gpu.steps import KINDS
@@ -19,7 +19,7 @@ from momentkv.testing.gpu.steps import KINDS
 __all__ = ["Fused", "Log", "counts", "step_without_data"]
 
 # What reads or writes no element.
-FREE = ("detach", "view", "_unsafe_view", "slice", "select", "expand", "unsqueeze", "transpose", "alias", "lift_fresh")
+FREE = ("detach", "view", "_unsafe_view", "slice", "select", "expand", "unsqueeze", "transpose", "alias")
 
 
 class Fused(TorchBackend):
@@ -88,7 +88,6 @@ def step_without_data(cache: LayerCache) -> Log:
             cache.append(k, v)
             cache.attend(q)
             cache.fix()
-    packed_slots.cache_clear()
     return log
 
 
