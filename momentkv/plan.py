@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.cache.budget_rules import POSITION_BYTES, Share, TotalBytes, parse_budget
-from momentkv.codes import pair_of_bits, record_bytes
+from momentkv.codes import AUTO, pair_of_bits, record_bytes
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.shapes import KNOWN, Shape, find_shape, shape_from_config
 from momentkv.statistics.corrections import Correction, get_correction
@@ -109,7 +110,8 @@ def plan(
     sinks: int = 1,
     window: int = 32,
     block: int = 32,
-    bits: int | Sequence[int] | None = None,
+    bits: int | Sequence[int] | Literal["auto"] | None = None,
+    statistics_bits: int | None = 16,
 ) -> Plan:
     """Bytes that a cache holds after so many tokens.
 
@@ -128,8 +130,8 @@ def plan(
         Rows, each of ``context`` tokens.
     dtype : str
         Of keys and values: a name of `DTYPES`.
-    policy, sinks, window, block, bits
-        As in `momentkv.cache.layer.LayerCache`; by default the policy of `momentkv.hf.MomentCache`.
+    policy, sinks, window, block, bits, statistics_bits
+        As in `momentkv.hf.MomentCache`, with its defaults.
 
     Returns
     -------
@@ -149,9 +151,9 @@ def plan(
     --------
     >>> small = plan(KNOWN["Llama-3.1-8B"], context=131072, budget=1024)
     >>> small.full / 2**30, f"{small.share:.2%}"
-    (16.0, '0.84%')
+    (16.0, '0.83%')
     >>> plan(KNOWN["Llama-3.1-8B"], context=131072, budget="64MiB").budget
-    444
+    458
     """
     if context < 1:
         raise ValueError(f"context is {context}; use at least 1 token")
@@ -161,6 +163,10 @@ def plan(
         raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     if block < 1:
         raise ValueError(f"block is {block}; evict at least one token at a time")
+    if bits == AUTO:
+        raise ValueError(
+            f"bits is {bits!r}: bits are then chosen by what is read, and bytes are the budget's; plan with bits=None"
+        )
     kind = get_correction(correction)
     asked = parse_budget(budget)
     if isinstance(asked, list):
@@ -175,7 +181,7 @@ def plan(
     longest = max(shape.sliding_window - 1, 0)
     anchor = 2 * d * 4 if kind.anchored else 0
     queries = 2 * d * 4 if get_policy(policy).needs_queries else anchor
-    state = state_bytes(kind, d=d) - anchor
+    state = state_bytes(kind, d=d, statistics_bits=statistics_bits) - anchor
     least = sinks + window + 1
     if isinstance(asked, Share):
         tokens = asked.tokens(context, least)
@@ -201,7 +207,7 @@ def plan(
     coded = max(0, retained - sinks - window) if context >= recent else 0
     standards = 3 * token // 2 if bits is not None and coded else 0
     bounded = sliding * min(context, longest)
-    equivalent = token_equivalents(kind, d=d, itemsize=itemsize)
+    equivalent = token_equivalents(kind, d=d, itemsize=itemsize, statistics_bits=statistics_bits)
     return Plan(
         shape=shape,
         context=context,

@@ -198,12 +198,13 @@ def test_outputs_err_less_than_plain_eviction_s_and_the_paper_s(policy: str):
 
 @pytest.mark.parametrize("correction", ["moments", "summaries"])
 @pytest.mark.parametrize("order", [0, 1])
-def test_bytes_of_a_state_are_those_that_a_cache_holds(correction: str, order: int):
+@pytest.mark.parametrize("bits", [None, 16])
+def test_bytes_of_a_state_are_those_that_a_cache_holds(correction: str, order: int, bits: int | None):
     q, k, v = (x.astype(np.float32) for x in structured(1, 60, d=16))
-    cache = LayerCache(12, policy="streaming", order=order, correction=correction, **CUT)
+    cache = LayerCache(12, policy="streaming", order=order, correction=correction, statistics_bits=bits, **CUT)
     cache.step(q, k, v)
     held = {name: x.nbytes for name, x in cache.arrays().items() if name.startswith(("evicted", "query"))}
-    assert sum(held.values()) == 2 * state_bytes(correction, order=order, d=16)
+    assert sum(held.values()) == 2 * state_bytes(correction, order=order, d=16, statistics_bits=bits)
     # A budget of tokens and a block, with a position each; two counts a head.
     assert cache.nbytes == sum(held.values()) + 2 * ((12 + 3) * (2 * 16 * 4 + 4) + 2 * 4)
     assert isinstance(cache.moments, Moments if correction == "moments" else Summaries)

@@ -231,7 +231,7 @@ def test_layer_in_a_model_equals_a_layer_cache_driven_by_hand(family: str, monke
         generate(model, cache, prompt(2, 40), new=10)
     config = model.config
     scale = getattr(config, "query_pre_attn_scalar", 16) ** -0.5  # the head dimension is 16
-    by_hand = LayerCache(14, scale=scale, policy="balanced", **SMALL)
+    by_hand = LayerCache(14, scale=scale, policy="balanced", statistics_bits=16, **SMALL)
     for k, v, q, out in steps:
         assert torch.equal(by_hand.step(q, k, v).transpose(1, 2), out)
     assert len(steps) == 10

@@ -34,7 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "pyramid": {"sharing": "pyramid"},
     "bytes": {"budget": "80KiB"},
     "few bits": {"bits": 4},
-    "few bits, bytes": {"bits": 3, "budget": "40KiB"},
+    "few bits, bytes": {"bits": 3, "budget": "36KiB"},
+    "chosen bits": {"bits": "auto", "budget": "50KiB"},
     "certified": {"certify": 2},
     "certified, order 0": {"certify": 0, "sharing": "uniform", "correction": "moments"},
 }
@@ -183,7 +184,7 @@ def nudged(record: Any, tensors: Any) -> None:
 
 
 def fewer(record: Any, tensors: Any) -> None:
-    del tensors["1.evicted.anchor"]
+    del tensors["1.evicted.codes.16"]
 
 
 def newer(record: Any, tensors: Any) -> None:

@@ -236,9 +236,14 @@ def test_values_can_be_looked_at_unless_they_are_traced():
     assert concrete(jnp.zeros(3), np.zeros(3))
 
 
-def test_a_layers_step_and_flush_are_compiled_once_and_equal_the_layer_cache():
-    """What a static layer does for a token, traced, against an eager cache of NumPy arrays."""
-    n, settings = 34, {"policy": "momentkv", "sinks": 1, "window": 2, "block": 3, "scale": SCALE}
+@pytest.mark.parametrize(("bits", "tolerance"), [(None, 2.0**-24), (16, 2.0**-13)])
+def test_a_layers_step_and_flush_are_compiled_once_and_equal_the_layer_cache(bits: int | None, tolerance: float):
+    """What a static layer does for a token, traced, against an eager cache of NumPy arrays.
+
+    Statistics of 16 bits may be rounded to either side where numbers differ in their last place.
+    """
+    settings = {"policy": "momentkv", "sinks": 1, "window": 2, "block": 3, "scale": SCALE, "statistics_bits": bits}
+    n = 34
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, heads, n, d)) for heads, d in ((4, D), (2, D), (2, DV)))
     known, cache = LayerCache([8, 6], **settings), LayerCache([8, 6], static=True, **settings)
@@ -264,7 +269,7 @@ def test_a_layers_step_and_flush_are_compiled_once_and_equal_the_layer_cache():
             tokens = [x[:, :, t : t + 1] for x in (q, k, v)]
             out, state = next_step(state, *map(jnp.asarray, tokens))
             expected = known.step(*tokens)
-            assert_within(np.asarray(out), expected, 2.0**-24 * (1 + np.abs(expected)))
+            assert_within(np.asarray(out), expected, tolerance * (1 + np.abs(expected)))
             state = evict(state)
         assert traces == ["step", "flush"]
         cache.take(state)
@@ -272,7 +277,7 @@ def test_a_layers_step_and_flush_are_compiled_once_and_equal_the_layer_cache():
             one, other = (np.asarray(x.positions)[row] for x in (cache, known))
             assert one[one >= 0].tolist() == other[other >= 0].tolist()
         for name, x in known.moments.arrays().items():
-            assert_within(np.asarray(getattr(cache.moments, name)), x, 2.0**-24 * (1 + np.abs(x)))
+            assert_within(np.asarray(getattr(cache.moments, name)), x, tolerance * (1 + np.max(np.abs(x))))
 
 
 def test_by_default_backend_and_library_conform():

@@ -33,11 +33,14 @@ def read(cache: LayerCache, count: int, seed: int = 0) -> None:
 @pytest.mark.parametrize("context", [20, 64, 80, 95, 300])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("policy", ["momentkv", "knorm", "expected-attention"])
-@pytest.mark.parametrize("bits", [None, 3, (5, 4)])
-def test_planned_bytes_are_those_of_a_layer(context: int, correction: str, policy: str, bits: object):
-    cache = LayerCache(64, policy=policy, correction=correction, bits=bits)
+@pytest.mark.parametrize(("bits", "statistics_bits"), [(None, 16), (None, None), (3, 16), ((5, 4), None)])
+def test_planned_bytes_are_those_of_a_layer(
+    context: int, correction: str, policy: str, bits: object, statistics_bits: int | None
+):
+    chosen = {"correction": correction, "policy": policy, "bits": bits, "statistics_bits": statistics_bits}
+    cache = LayerCache(64, **chosen)
     read(cache, context)
-    result = plan(SMALL, context, 64, correction=correction, batch=3, dtype="float32", policy=policy, bits=bits)
+    result = plan(SMALL, context, 64, batch=3, dtype="float32", **chosen)
     assert result.total == cache.nbytes
     assert min(context, 64) <= cache.stored <= result.retained + result.waiting
     parts = ("keys", "values", "key_step", "value_step")
@@ -47,13 +50,13 @@ def test_planned_bytes_are_those_of_a_layer(context: int, correction: str, polic
     queries = sum(x.nbytes for name, x in cache.arrays().items() if name.startswith("query_"))
     assert result.query_bytes == queries
     assert (queries > 0) == anchored
-    assert result.state_bytes == cache.moments.nbytes
+    assert result.state_bytes == cache.state.evicted.nbytes
 
 
 @pytest.mark.parametrize("context", [20, 80, 300])
 def test_the_plan_holds_through_all_steps(context: int):
     """Bytes change when the budget has been reached, and never again."""
-    cache = LayerCache(64, correction="summaries")
+    cache = LayerCache(64, correction="summaries", statistics_bits=16)
     read(cache, context)
     for seen in range(context + 1, context + 100):
         read(cache, 1, seed=seen)
@@ -89,15 +92,16 @@ def test_known_shapes_give_the_bytes_that_one_computes_by_hand():
     assert llama.waiting_bytes == 32 * 8 * 32 * 2 * 128 * 2
     # Positions and two counts; the default policy keeps no scores.
     assert llama.bookkeeping_bytes == 32 * 8 * (1056 + 2) * 4
-    assert llama.state_bytes == 32 * 8 * 4 * (12 * 257 + 2 * 256 + 2 * 128 + 3)
+    # 30 vectors of 128 numbers of 16 bits and a step each; 12 weights, and count, strength and cap.
+    assert llama.state_bytes == 32 * 8 * (30 * (2 * 128 + 4) + 4 * (12 + 3))
     assert llama.query_bytes == 32 * 8 * 4 * 2 * 128
     assert llama.share == llama.total / 2**34
     order_1 = plan(KNOWN["Llama-3.1-8B"], 131072, 1024, correction="order-1")
-    assert order_1.equivalent_tokens == 1024 + 4 * (1 + 2 * 128 + 128**2) / (2 * 128 * 2)
+    assert order_1.equivalent_tokens == 1024 + (4 + 130 * (2 * 128 + 4)) / (2 * 128 * 2)
     assert plan(KNOWN["Qwen3-4B"], 8192, 512, correction="none").equivalent_tokens == 512
     assert plan(KNOWN["SmolLM2-135M"], 8192, 512, batch=4).full == 4 * plan(KNOWN["SmolLM2-135M"], 8192, 512).full
     own = plan(SMALL, 8192, 512, correction=AnchoredSummaries(summaries=1, rank=0))
-    assert own.state_bytes == 2 * 4 * (33 + 2 * 16 + 3)
+    assert own.state_bytes == 2 * (4 * (2 * 16 + 4) + 4 * (1 + 3))
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct", "META-LLAMA/meta-llama-3.1-8b"])

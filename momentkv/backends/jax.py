@@ -14,6 +14,7 @@ from momentkv.backends.base import ArrayBackend
 from momentkv.statistics.corrections import NoStatistics
 from momentkv.statistics.extent import Extent
 from momentkv.statistics.moments import Moments
+from momentkv.statistics.narrow import NarrowStatistics
 from momentkv.statistics.summaries import Summaries
 
 __all__ = ["JaxBackend"]
@@ -23,6 +24,9 @@ for statistic in (Extent, Moments, NoStatistics, Summaries):
     jax.tree_util.register_dataclass(
         statistic, data_fields=[field.name for field in dataclasses.fields(statistic)], meta_fields=[]
     )
+jax.tree_util.register_dataclass(
+    NarrowStatistics, data_fields=["exact", "codes", "steps"], meta_fields=["kind", "rows"]
+)
 
 
 class JaxBackend(ArrayBackend):

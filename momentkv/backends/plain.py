@@ -91,7 +91,7 @@ def estimate_expansion(q: torch.Tensor, expansion: Expansion, *, scale: float) -
 
 
 class Prepared(NamedTuple):
-    """An expansion laid out so that decoding evaluates it in few dispatches; made once, at an eviction.
+    """An expansion laid out so that decoding evaluates it in few dispatches.
 
     Attributes
     ----------

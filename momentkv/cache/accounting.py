@@ -11,7 +11,13 @@ __all__ = ["state_bytes", "token_equivalents"]
 
 
 def state_bytes(
-    correction: str | Correction, *, order: int | None = 1, d: int, dv: int | None = None, certify: int | None = None
+    correction: str | Correction,
+    *,
+    order: int | None = 1,
+    d: int,
+    dv: int | None = None,
+    certify: int | None = None,
+    statistics_bits: int | None = None,
 ) -> int:
     """Bytes of a correction's state per KV head, the query statistics that it is anchored by included.
 
@@ -24,10 +30,13 @@ def state_bytes(
         Dimension of keys and of values (``d`` by default).
     certify : {0, 1, 2, None}
         Order of the evidence that a cache keeps beside it.
+    statistics_bits : {None, 16}
+        As a cache takes it.
 
     Notes
     -----
-    States are float32 whatever the cache stores (float64 beside a float64 cache). Derivation: docs/derivations/cost.md.
+    What is not in 16 bits is float32 whatever the cache stores (float64 beside a float64 cache). Derivation:
+    docs/derivations/cost.md.
 
     Examples
     --------
@@ -40,19 +49,25 @@ def state_bytes(
     """
     k, v = (np.zeros((0, size), dtype=np.float32) for size in (d, dv or d))
     evidence = 0 if certify is None else Moments.empty(k, v, order=certify, extent=True).nbytes
-    kind = get_correction(correction, order=order)
+    kind = get_correction(correction, order=order, bits=statistics_bits)
     queries = 2 * d * k.itemsize if kind.anchored else 0
     return int(kind.empty(k, v).nbytes) + queries + evidence
 
 
 def token_equivalents(
-    correction: str | Correction, *, order: int | None = 1, d: int, dv: int | None = None, itemsize: int = 4
+    correction: str | Correction,
+    *,
+    order: int | None = 1,
+    d: int,
+    dv: int | None = None,
+    itemsize: int = 4,
+    statistics_bits: int | None = None,
 ) -> float:
     """Retained tokens whose keys and values cost as many bytes as a correction's state, per KV head.
 
     Parameters
     ----------
-    correction, order, d, dv
+    correction, order, d, dv, statistics_bits
         As in `state_bytes`.
     itemsize : int
         Bytes of one number of the cached keys and values.
@@ -65,5 +80,8 @@ def token_equivalents(
     --------
     >>> round(token_equivalents("moments", d=64), 1), round(token_equivalents("summaries", d=64), 1)
     (33.0, 16.1)
+    >>> round(token_equivalents("summaries", d=64, itemsize=2, statistics_bits=16), 1)
+    17.7
     """
-    return state_bytes(correction, order=order, d=d, dv=dv) / ((d + (dv or d)) * itemsize)
+    total = state_bytes(correction, order=order, d=d, dv=dv, statistics_bits=statistics_bits)
+    return total / ((d + (dv or d)) * itemsize)

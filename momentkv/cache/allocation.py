@@ -98,11 +98,15 @@ class SharedBudget:
                 each.evict()  # nothing goes yet, but the queries are let go
             return
         importances = [self.importance(each) if x is None else x for each, x in zip(waiting, ranked, strict=True)]
-        shares = iter(self.rule(waiting, importances, self.average, self.by_head))
+        shares = iter(self.rule(waiting, importances, self.tokens(waiting, importances), self.by_head))
         for each, importance in zip(waiting, importances, strict=True):
             heads = importance.shape[-2]
             each.budgets = [next(shares) for _ in range(heads)] if self.by_head else [next(shares)] * heads
             each.evict(importance)
+
+    def tokens(self, waiting: Sequence[LayerCache], importances: Sequence[Array]) -> int:
+        """Tokens that each KV head may retain on average."""
+        return self.average
 
     def reset(self) -> None:
         """Back to the average for all."""

@@ -11,7 +11,7 @@ from momentkv.cache.config import CacheConfig
 from momentkv.codes import record_bytes
 from momentkv.statistics.moments import Moments
 
-__all__ = ["BudgetRule", "Share", "TotalBytes", "budget_from_text", "parse_budget"]
+__all__ = ["BudgetRule", "Share", "TotalBytes", "budget_from_text", "bytes_beside", "parse_budget"]
 
 POSITION_BYTES = 4
 
@@ -68,7 +68,9 @@ class TotalBytes(BudgetRule):
     total: int
     text: str
 
-    def tokens(self, config: CacheConfig, layers: int, k: Array, v: Array, windows: Sequence[int]) -> int:
+    def tokens(
+        self, config: CacheConfig, layers: int, k: Array, v: Array, windows: Sequence[int], *, whole: bool = False
+    ) -> int:
         """Tokens that each KV head may retain on average, so that the total is not exceeded while decoding either.
 
         Parameters
@@ -81,6 +83,8 @@ class TotalBytes(BudgetRule):
             Of one full-attention layer; all layers must be alike.
         windows : sequence of int
             Tokens that each sliding-window layer stores at most.
+        whole : bool
+            Whether tokens are retained as they come first, and coded when they no longer fit.
 
         Raises
         ------
@@ -94,8 +98,7 @@ class TotalBytes(BudgetRule):
         """
         batch, kv_heads = k.shape[0], k.shape[1]
         pair = k.shape[-1] * k.dtype.itemsize + v.shape[-1] * v.dtype.itemsize
-        sums = max(4, k.dtype.itemsize, v.dtype.itemsize)
-        beside = POSITION_BYTES + (sums if config.observes else 0)
+        beside = bytes_beside(config, k, v)
         record = pair if config.bits is None else record_bytes(k.shape[-1], v.shape[-1], config.bits)
         state = 2 * POSITION_BYTES  # counts of recent and of retained tokens
         if config.corrects:
@@ -103,8 +106,8 @@ class TotalBytes(BudgetRule):
         if config.certify is not None:
             state += Moments.empty(k[:1, :1, :0], v[:1, :1, :0], order=config.certify, extent=True).nbytes
         if config.remembers_queries:
-            state += 2 * k.shape[-1] * sums
-        if config.bits is not None:
+            state += 2 * k.shape[-1] * sum_bytes(k, v)
+        if config.bits is not None or whole:
             state += pair + k.shape[-1] * k.dtype.itemsize  # mean and deviation of keys, deviation of values
         return self.retained(
             heads=layers * batch * kv_heads,
@@ -157,6 +160,16 @@ class TotalBytes(BudgetRule):
                 f"evicted tokens take {needed} bytes; use {-(-needed // 1024)}KiB or more, or fewer rows"
             )
         return int(budget)
+
+
+def sum_bytes(k: Array, v: Array) -> int:
+    """Bytes of a number that is added up over such keys and values."""
+    return max(4, int(k.dtype.itemsize), int(v.dtype.itemsize))
+
+
+def bytes_beside(config: CacheConfig, k: Array, v: Array) -> int:
+    """Bytes that each stored token takes beside its key and value: its position and what a policy observes."""
+    return POSITION_BYTES + (sum_bytes(k, v) if config.observes else 0)
 
 
 def parse_budget(budget: object) -> int | list[int] | BudgetRule:

@@ -41,6 +41,8 @@ class CacheConfig:
     static : bool
     bits : tuple of int, or None
         Of keys and of values.
+    statistics_bits : int or None
+        16 where the correction rounds its state.
     """
 
     policy: Policy
@@ -55,6 +57,7 @@ class CacheConfig:
     tolerance: float | None
     static: bool
     bits: tuple[int, int] | None = None
+    statistics_bits: int | None = None
 
     def backend_of(self, x: Array) -> ArrayBackend:
         """The backend that was given, or that of the array; an error if the one given is for other arrays."""
@@ -130,6 +133,7 @@ def make_config(
     tolerance: float | None,
     static: bool,
     bits: int | Sequence[int] | None,
+    statistics_bits: int | None,
 ) -> CacheConfig:
     """Settings of a cache, or an error that names the one that is out of range."""
     sinks, window, block = (
@@ -155,7 +159,7 @@ def make_config(
                 )
     return CacheConfig(
         policy=get_policy(policy),
-        correction=get_correction(correction, order=order),
+        correction=get_correction(correction, order=order, bits=statistics_bits),
         sinks=sinks,
         window=window,
         block=block,
@@ -166,6 +170,7 @@ def make_config(
         tolerance=tolerance,
         static=static,
         bits=coded,
+        statistics_bits=statistics_bits,
     )
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from momentkv._array import Array, array_namespace, take_rows
 from momentkv.attention import AttentionState, merge
-from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.packing import View
-from momentkv.policies.select import ranking
+from momentkv.codes import Standard, coarse
+from momentkv.policies.select import protected, ranking
 
-__all__ = ["error_curve", "error_curves"]
+__all__ = ["error_at", "error_curve", "error_curves", "measured_errors"]
 
 
 def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | None = None) -> list[list[float]]:
@@ -51,6 +52,21 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
     segment of the ranking; attention over a budget is the merge of its segments, and what it evicts is folded segment
     by segment from the far end. Derivation: docs/derivations/eviction.md.
     """
+    return measured_errors(cache, grid, importance)[0]
+
+
+def measured_errors(
+    cache: LayerCache,
+    grid: Sequence[int],
+    importance: Array | None = None,
+    *,
+    codes: Sequence[tuple[int, int]] = (),
+    at: int | None = None,
+) -> tuple[list[list[float]], list[list[float]]]:
+    """`error_curves`, and for each code the errors of all KV heads where retained tokens are rounded as well.
+
+    ``codes`` are bits of keys and of values, ``at`` the budget of the grid that they are measured at.
+    """
     q = cache.newest_queries
     if q is None:
         raise ValueError(
@@ -71,40 +87,69 @@ def error_curves(cache: LayerCache, grid: Sequence[int], importance: Array | Non
     cuts = [0, *(min(budget, n) for budget in grid), n]
     segments = [ranked(view, order[..., start:stop]) for start, stop in itertools.pairwise(cuts)]
     places = view.positions[..., -q.shape[-2] :, None]  # a query of padding sees nothing
-    states = []
-    for k, v, positions in segments:
+
+    def attended(k: Array, v: Array, positions: Array) -> AttentionState:
         visible = (positions[..., None, :] <= places) & (positions >= 0)[..., None, :]
-        states.append(backend.attend(q, k, v, scale=scale, mask=visible[..., None, :, :])[0])
-    # states[i] becomes attention over what the i-th budget retains.
-    states = list(itertools.accumulate(states, merge))
+        return backend.attend(q, k, v, scale=scale, mask=visible[..., None, :, :])[0]
+
+    # states[i] is attention over what the i-th budget retains.
+    states = list(itertools.accumulate((attended(*segment) for segment in segments), merge))
     evicted, correction = state.evicted, config.correction
     if not state.has_evicted:
         correction = correction.stand_in()
         evicted = correction.empty(view.keys, view.values)
 
-    def output(state: AttentionState, evicted: Any, some: bool) -> Array:
-        expansion = correction.expansion(evicted) if some else None
+    def output(state: AttentionState, expansion: Any) -> Array:
         return state.out if expansion is None else backend.correct(state, q, expansion, scale=scale)
 
-    exact = output(states[-1], evicted, state.has_evicted)
+    exact = output(states[-1], correction.expansion(evicted) if state.has_evicted else None)
     norm = xp.mean(xp.sum(exact * exact, axis=-1), axis=(-2, -1), keepdims=True)
     kv_heads, window = view.keys.shape[-3], cache.query_window
-    errors = []
-    for budget, attended, (k, v, positions) in zip(
+
+    def error(state: AttentionState, expansion: Any) -> Array:
+        """Of each row and KV head, shape (row, kv_head)."""
+        off = output(state, expansion) - exact
+        relative = xp.sum(off * off, axis=-1) / xp.where(norm > 0, norm, xp.ones_like(norm))
+        of_heads = xp.reshape(relative, (-1, kv_heads, relative.shape[-2] // kv_heads, q.shape[-2]))
+        return xp.mean(of_heads, axis=(2, 3))
+
+    errors, rounded = list[Array](), list[Array]()
+    for budget, kept, (k, v, positions) in zip(
         reversed(grid), reversed(states[:-1]), reversed(segments[1:]), strict=True
     ):
         if budget < n:
             evicted = correction.fold(evicted, k, v, mask=positions >= 0, window=window)
-        off = output(attended, evicted, state.has_evicted or budget < n) - exact
-        relative = xp.sum(off * off, axis=-1) / xp.where(norm > 0, norm, xp.ones_like(norm))
-        of_heads = xp.reshape(relative, (-1, kv_heads, relative.shape[-2] // kv_heads, q.shape[-2]))
-        errors.append(xp.mean(of_heads, axis=(2, 3)))
-    by_row = xp.stack(errors[::-1])  # (budget, row, kv_head)
+        expansion = correction.expansion(evicted) if state.has_evicted or budget < n else None
+        errors.append(error(kept, expansion))
+        if budget == at:
+            tokens = rounded_tokens(view, order[..., : min(budget, n)], codes, config)
+            rounded = [error(attended(*each), expansion) for each in tokens]
+    by_row = xp.stack([*errors[::-1], *rounded])  # (budget or code, row, kv_head)
     counts = xp.all(xp.isfinite(by_row), axis=(0, 2))[:, None]
     number = xp.sum(xp.astype(counts, by_row.dtype))
     mean = xp.sum(xp.where(counts, by_row, xp.zeros_like(by_row)), axis=1) / xp.where(number > 0, number, number + 1)
     mean = xp.where(number > 0, mean, xp.full_like(mean, math.nan))
-    return [[float(mean[budget, head]) for budget in range(len(grid))] for head in range(kv_heads)]
+    numbers = [[float(mean[place, head]) for head in range(kv_heads)] for place in range(mean.shape[0])]
+    return [list(curve) for curve in zip(*numbers[: len(grid)], strict=True)], numbers[len(grid) :]
+
+
+def rounded_tokens(
+    view: View, slots: Array, codes: Sequence[tuple[int, int]], config: CacheConfig
+) -> Iterator[tuple[Array, Array, Array]]:
+    """For each code, keys, values and positions of some slots as they are read; sinks and window are exact."""
+    xp = array_namespace(slots)
+    real = view.positions >= 0
+    kept = protected(view.positions, sinks=config.sinks, window=config.window)
+    exact = xp.take_along_axis(kept, slots, axis=-1)[..., None]
+    keys, values, positions = ranked(view, slots)
+    standards = Standard.of(view.keys, real), Standard.of(view.values, real, centred=False)
+    scaled = [standard.standardise(x) for standard, x in zip(standards, (keys, values), strict=True)]
+    for bits in codes:
+        read = (
+            xp.where(exact, x, xp.astype(standard.restore(coarse(z, number)), x.dtype))
+            for x, z, standard, number in zip((keys, values), scaled, standards, bits, strict=True)
+        )
+        yield (*read, positions)
 
 
 def ranked(view: View, slots: Array) -> tuple[Array, Array, Array]:
@@ -117,3 +162,22 @@ def ranked(view: View, slots: Array) -> tuple[Array, Array, Array]:
 def error_curve(cache: LayerCache, grid: Sequence[int], importance: Array | None = None) -> list[float]:
     """`error_curves`, averaged over the KV heads: the curve of a layer."""
     return [sum(errors) / len(errors) for errors in zip(*error_curves(cache, grid, importance), strict=True)]
+
+
+def error_at(grid: Sequence[int], curve: Sequence[float], budget: int) -> float:
+    """The error at a budget, as a power of it between budgets of the grid; at the ends it does not change.
+
+    Examples
+    --------
+    >>> error_at([16, 64], [1.0, 0.25], 32), error_at([16, 64], [1.0, 0.25], 8)
+    (0.5, 1.0)
+    """
+    # An error of zero has no logarithm; so small a one is as good.
+    tiny = 1e-12
+    if budget <= grid[0]:
+        return curve[0]
+    for (low, high), (first, last) in zip(itertools.pairwise(grid), itertools.pairwise(curve), strict=True):
+        if budget <= high:
+            part = math.log(budget / low) / math.log(high / low)
+            return max(first, tiny) ** (1 - part) * max(last, tiny) ** part
+    return curve[-1]

@@ -66,6 +66,13 @@ class Holdings:
             copy = get_backend(self.newest_queries).copy
             self.newest_queries = copy(self.newest_queries[..., -RECENT_QUERIES:, :])
 
+    def code(self, bits: tuple[int, int]) -> None:
+        """Keep retained tokens in records of so many bits from the next eviction on; there must be no others yet."""
+        held = None if self.state is None else self.state.layout.bits
+        if held not in (None, bits):
+            raise ValueError(f"bits is {bits}, but tokens are retained in {held} already; call reset() first")
+        self.config = dataclasses.replace(self.config, bits=bits)
+
     def take_number(self) -> None:
         """Become known to operators."""
         self.number, self.handle = next(NUMBERS), None
@@ -117,8 +124,8 @@ class Holdings:
 
     @property
     def moments(self) -> Any:
-        """What stands for the tokens evicted so far; None of an empty cache."""
-        return None if self.state is None else self.state.evicted
+        """What stands for the tokens evicted so far, in full precision; None of an empty cache."""
+        return None if self.state is None else self.config.correction.statistics(self.state.evicted)
 
     @property
     def evidence(self) -> Moments | None:

@@ -62,6 +62,9 @@ class LayerCache(Holdings):
         Quantization: bits for each number of a retained token, on average (3, 4, 5, 6, 8 or 16), or for those of its
         key and of its value: see `momentkv.codes`. None for the dtype of the arrays. Sinks, window and the block that
         is filling stay exact.
+    statistics_bits : {None, 16}
+        Bits for each number of what stands for evicted tokens, between steps: see `momentkv.statistics.narrow`. None
+        for full precision.
 
     Raises
     ------
@@ -116,6 +119,7 @@ class LayerCache(Holdings):
         tolerance: float | None = None,
         static: bool = False,
         bits: int | Sequence[int] | None = None,
+        statistics_bits: int | None = None,
     ) -> None:
         self.config: CacheConfig = make_config(
             policy=policy,
@@ -131,6 +135,7 @@ class LayerCache(Holdings):
             tolerance=tolerance,
             static=static,
             bits=bits,
+            statistics_bits=statistics_bits,
         )
         self._budget = checked_budget(self.config, budget)
         self.scale = self.config.scale
@@ -144,8 +149,6 @@ class LayerCache(Holdings):
         # Tokens that were appended and have not been evicted or placed yet.
         self.new: NewTokens | None = None
         self.newest_queries: Array = None
-        # Statistics, and what the backend made of their estimate.
-        self.prepared: tuple[Any, Any] | None = None
         # While set, tokens may be taken back: nothing is observed or evicted.
         self.recording = self.torn = False
         self.refused = 0
@@ -268,15 +271,12 @@ class LayerCache(Holdings):
         return default_scale(self.stored_state.recent_keys.shape[-1]) if self.scale is None else self.scale
 
     def _prepared(self, backend: ArrayBackend, state: LayerState) -> Any:
-        """The estimate of evicted tokens as the backend evaluates it fastest, made anew when tokens are evicted."""
+        """The estimate of evicted tokens as the backend evaluates it fastest; kept, it would take more than they do."""
         if not (self.config.corrects and (self.is_fixed or state.has_evicted)):
             return None
-        if self.is_fixed:  # read as they are, overwritten later: also by a step recorded while they were empty
-            return self.config.correction.expansion(state.evicted)
-        if self.prepared is None or self.prepared[0] is not state.evicted:
-            expansion = self.config.correction.expansion(state.evicted)
-            self.prepared = (state.evicted, None if expansion is None else backend.prepare(expansion))
-        return self.prepared[1]
+        expansion = self.config.correction.expansion(state.evicted)
+        # Of a static state they are read as they are, overwritten later: also by a step recorded while they were empty.
+        return expansion if expansion is None or self.is_fixed else backend.prepare(expansion)
 
     def observe(self, q: Array, *, valid: Array | None = None) -> None:
         """Show policy and correction the queries ``q`` of the newest tokens, or as many of them as they want.

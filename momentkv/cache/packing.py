@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from momentkv._array import Array, array_namespace, device, take_rows, take_rows_of
 from momentkv.backends.layout import Layout
 from momentkv.cache.recoding import Pool, pool_of
-from momentkv.cache.state import LayerState, NewTokens
+from momentkv.cache.state import LayerState, NewTokens, empty_state
 
 __all__ = ["View", "repack", "view_of", "widths_of"]
 
@@ -148,7 +148,7 @@ def repack(
         pool = pool_of(view.keys, view.values, view.positions >= 0, stays, state, layout, stay=stay, renew=renew)
         arrays |= recorded(pool, own)
     elif layout.bits is not None:
-        arrays |= without_records(state)
+        arrays |= without_records(state, layout)
     last = layout.width + layout.recent
     for name, x in take(*(tier(x, layout.width, last) for x in (index, full)), vectors=True).items():
         ends = x.shape[-1:] if name in ("keys", "values") else ()
@@ -182,7 +182,9 @@ def recorded(pool: Pool, index: Array) -> dict[str, Array]:
     return arrays | {"value_deviation": pool.value_standard.deviation}
 
 
-def without_records(state: LayerState) -> dict[str, Array]:
+def without_records(state: LayerState, layout: Layout) -> dict[str, Array]:
     """Packed slots of records where no head has one."""
-    arrays = {name: getattr(state, name)[..., :0, :] for name in ("keys", "values")}
-    return arrays | {name: getattr(state, name)[..., :0] for name in ("key_step", "value_step")}
+    k, v = state.recent_keys, state.recent_values
+    none = dataclasses.replace(layout, widths=(0,) * layout.heads)
+    empty = empty_state(k, v, evicted=None, layout=none, observes=False, evidence=None)
+    return {name: getattr(empty, name) for name in ("keys", "values", "key_step", "value_step")}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
 from momentkv._array import Array, array_namespace, device
-from momentkv.cache.allocation import SharedBudget, minimise_error, share_budget
+from momentkv.cache.allocation import minimise_error, share_budget
+from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.competition import candidates, finite_rows, whole_shares, wins
-from momentkv.cache.curves import error_curves
+from momentkv.cache.curves import error_at, error_curves
 from momentkv.cache.eviction import importance_of
 from momentkv.cache.layer import LayerCache
 from momentkv.policies.novelty import ranks
@@ -108,7 +108,7 @@ def chosen_first(chosen: Array, counts: Sequence[int], rest: Array, real: Array)
     return xp.where(first <= limits, 2.0 * first.shape[-1] - first, -xp.astype(ranks(rest, real), first.dtype))
 
 
-class RereadBudget(SharedBudget):
+class RereadBudget(CodedBudget):
     """Evicts caches together after a second reading, each KV head to its share of one total.
 
     A part of the total, `momentkv.policies.Twice.share`, goes where what the second reading looks for is largest in the
@@ -120,6 +120,8 @@ class RereadBudget(SharedBudget):
     ----------
     caches : sequence of LayerCache
         With the policy `momentkv.policies.Twice`, made with ``keep_queries=True`` and one budget, the average.
+    chooses_bits : bool
+        See `CodedBudget`.
 
     Notes
     -----
@@ -131,8 +133,8 @@ class RereadBudget(SharedBudget):
         If the policy is another.
     """
 
-    def __init__(self, caches: Sequence[LayerCache]) -> None:
-        super().__init__(caches, minimise_error, by_head=True)
+    def __init__(self, caches: Sequence[LayerCache], *, chooses_bits: bool = False) -> None:
+        super().__init__(caches, minimise_error, by_head=True, chooses_bits=chooses_bits)
         policy = caches[0].config.policy
         if not isinstance(policy, Twice):
             raise ValueError(f"policy is {policy.name!r}; budgets after a second reading are for policy='twice'")
@@ -153,7 +155,8 @@ class RereadBudget(SharedBudget):
         config = waiting[0].config
         fixed = config.sinks + config.window
         heads = [each.view().keys.shape[-3] for each in waiting]
-        total = (self.average - fixed) * sum(heads)
+        average = self.tokens(waiting, ranked)
+        total = (average - fixed) * sum(heads)
         scores = [looked_for(each) for each in waiting]
         places = iter(places_of(waiting, scores, max(sum(heads), math.floor(self.share * total))))
         chosen = [[next(places) for _ in range(number)] for number in heads]
@@ -161,7 +164,7 @@ class RereadBudget(SharedBudget):
             chosen_first(score, own, rest, competing(each))
             for each, score, own, rest in zip(waiting, scores, chosen, ranked, strict=True)
         ]
-        more = iter(extra_tokens(waiting, importances, chosen, total - sum(map(sum, chosen)), self.average))
+        more = iter(extra_tokens(waiting, importances, chosen, total - sum(map(sum, chosen)), average))
         for each, importance, own in zip(waiting, importances, chosen, strict=True):
             each.budgets = [fixed + count + next(more) for count in own]
             each.evict(importance)
@@ -200,22 +203,3 @@ def extra_tokens(
     even = total // heads
     shares = iter(share_budget(known, extras, total - even * (heads - len(known))) if known else ())
     return [next(shares) if all(map(math.isfinite, curve)) else even for curve in curves]
-
-
-def error_at(grid: Sequence[int], curve: Sequence[float], budget: int) -> float:
-    """The error at a budget, as a power of it between budgets of the grid; at the ends it does not change.
-
-    Examples
-    --------
-    >>> error_at([16, 64], [1.0, 0.25], 32), error_at([16, 64], [1.0, 0.25], 8)
-    (0.5, 1.0)
-    """
-    # An error of zero has no logarithm; so small a one is as good.
-    tiny = 1e-12
-    if budget <= grid[0]:
-        return curve[0]
-    for (low, high), (first, last) in zip(itertools.pairwise(grid), itertools.pairwise(curve), strict=True):
-        if budget <= high:
-            part = math.log(budget / low) / math.log(high / low)
-            return max(first, tiny) ** (1 - part) * max(last, tiny) ** part
-    return curve[-1]

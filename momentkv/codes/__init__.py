@@ -2,6 +2,7 @@
 
 from momentkv.codes.attention import attend_codes
 from momentkv.codes.packing import (
+    AUTO,
     BITS,
     PLANES,
     SPLIT,
@@ -12,10 +13,11 @@ from momentkv.codes.packing import (
     row_bytes,
     unpack,
 )
-from momentkv.codes.records import Coded, Coding, centre, decode, encode, record_bytes, step_dtype
+from momentkv.codes.records import Coded, Coding, centre, coarse, decode, encode, record_bytes, step_dtype
 from momentkv.codes.standard import Standard
 
 __all__ = [
+    "AUTO",
     "BITS",
     "PLANES",
     "SPLIT",
@@ -26,6 +28,7 @@ __all__ = [
     "bits_as_text",
     "bits_from_text",
     "centre",
+    "coarse",
     "decode",
     "encode",
     "pack",

@@ -9,11 +9,25 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import Literal
 
 from momentkv._array import Array, array_namespace, device
 
-__all__ = ["BITS", "PLANES", "SPLIT", "bits_as_text", "bits_from_text", "pack", "pair_of_bits", "row_bytes", "unpack"]
+__all__ = [
+    "AUTO",
+    "BITS",
+    "PLANES",
+    "SPLIT",
+    "bits_as_text",
+    "bits_from_text",
+    "pack",
+    "pair_of_bits",
+    "row_bytes",
+    "unpack",
+]
 
+# Bits chosen by measured error; see `momentkv.cache.coded_budget`.
+AUTO: Literal["auto"] = "auto"
 # Bits of the planes of a code, the most significant first.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (8, 8)}
 BITS = tuple(PLANES)
@@ -66,14 +80,16 @@ def listed(numbers: Iterable[int], last: str) -> str:
     return f"{', '.join(most)} {last} {end}"
 
 
-def bits_from_text(text: str) -> tuple[int, int]:
-    """Bits as they are written on a command line.
+def bits_from_text(text: str) -> tuple[int, int] | Literal["auto"]:
+    """Bits as they are written on a command line; ``"auto"`` stays itself.
 
     Examples
     --------
     >>> bits_from_text("4"), bits_from_text("5/4")
     ((5, 3), (5, 4))
     """
+    if text == AUTO:
+        return AUTO
     parts = [int(part) if part.isdecimal() else part for part in text.split("/")]
     return pair_of_bits(parts[0] if len(parts) == 1 else parts)
 

@@ -16,7 +16,7 @@ from momentkv._array import Array, accumulation_dtype, array_namespace
 from momentkv.codes.packing import pack, row_bytes, unpack
 from momentkv.codes.standard import Standard
 
-__all__ = ["Coded", "Coding", "centre", "decode", "encode", "record_bytes", "step_dtype"]
+__all__ = ["Coded", "Coding", "centre", "coarse", "decode", "encode", "record_bytes", "step_dtype"]
 
 # Steps of 16 bits: the least that is told from zero in full precision, and the largest.
 LEAST, MOST = 2.0**-14, 65504.0
@@ -65,15 +65,37 @@ def encode(x: Array, standard: Standard, bits: int) -> tuple[Array, Array]:
     True
     """
     xp = array_namespace(x)
-    z = standard.standardise(x)
+    codes, step = levels(standard.standardise(x), bits)
+    return pack(xp.astype(codes, xp.int32), bits), step
+
+
+def levels(z: Array, bits: int) -> tuple[Array, Array]:
+    """Codes of standardised tokens, whole numbers of their own dtype, and steps."""
+    xp = array_namespace(z)
     top = xp.max(xp.abs(z), axis=-1)
     finite = xp.isfinite(top)
     step = xp.clip(xp.where(finite, top, xp.ones_like(top)) * (UP * 2.0 ** (1 - bits)), LEAST, MOST)
     step = xp.astype(step, step_dtype(xp))
     z = xp.where(finite[..., None], z, xp.zeros_like(z))
     codes = xp.floor(z / xp.astype(step, z.dtype)[..., None] + 2.0 ** (bits - 1))
-    codes = xp.astype(xp.clip(codes, 0.0, 2.0**bits - 1), xp.int32)
-    return pack(codes, bits), xp.where(finite, step, xp.full_like(step, float("nan")))
+    return xp.clip(codes, 0.0, 2.0**bits - 1), xp.where(finite, step, xp.full_like(step, float("nan")))
+
+
+def coarse(z: Array, bits: int) -> Array:
+    """Standardised tokens as they would be read from records of so many bits, which are not made.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(100, 8))
+    >>> standard = Standard.of(x)
+    >>> read = standard.restore(coarse(standard.standardise(x), 4))
+    >>> bool((read == decode(*encode(x, standard, 4), standard, 4)).all())
+    True
+    """
+    xp = array_namespace(z)
+    codes, step = levels(z, bits)
+    return (codes - centre(bits)) * xp.astype(step, z.dtype)[..., None]
 
 
 def decode(codes: Array, step: Array, standard: Standard, bits: int) -> Array:

@@ -39,7 +39,7 @@ def head_errors(attended: dict[int, Attended], cache: MomentCache, context: int,
             layer.keys,
             layer.values,
             retained_mask(core.positions, length, context),
-            moments=core.config.correction.expansion(core.moments) or core.moments.expansion(order=0),
+            moments=core.config.correction.exact.expansion(core.moments) or core.moments.expansion(order=0),
             scale=layer.scaling,
             mask=tokens[None, :] <= queries[:, None],
         )

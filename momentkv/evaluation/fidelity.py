@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,10 +63,12 @@ class Setting:
         Of the correction; order None for none.
     sharing : str
         Of the budget.
-    bits : tuple of int, or None
+    bits : tuple of int, "auto", or None
         Of keys and values of retained tokens, see `momentkv.codes`.
     method : str
         How a command named it; settings are the same whatever they were called.
+    size : int or None
+        Tokens in whose bytes the budget was asked for, where it was.
     """
 
     policy: str | Policy
@@ -74,8 +76,9 @@ class Setting:
     order: int | None
     kind: str | Correction = "moments"
     sharing: str = "uniform"
-    bits: tuple[int, int] | None = None
+    bits: tuple[int, int] | Literal["auto"] | None = None
     method: str = dataclasses.field(default="", compare=False)
+    size: int | None = dataclasses.field(default=None, compare=False)
 
     @property
     def policy_name(self) -> str:
@@ -89,7 +92,9 @@ class Setting:
         used = get_correction(self.kind, order=self.order)
         name = next((name.replace("-", " ") for name, one in CORRECTIONS.items() if one == used), repr(used))
         name = name if self.sharing == "uniform" else f"{name}, by {self.sharing}"
-        return name if self.bits is None else f"{name}, {bits_as_text(self.bits)} bits"
+        if self.bits is None:
+            return name
+        return f"{name}, {self.bits if isinstance(self.bits, str) else bits_as_text(self.bits)} bits"
 
 
 # `MomentCache(model)`, but for its budget.
@@ -114,7 +119,8 @@ def setting_of(method: str) -> Setting:
     method : str
         ``"default"``, what `MomentCache` does by default; ``"twice"`` and ``"twice/none"``, after a second reading with
         the default correction and with none; ``"kvzip/none"``; or a policy and a correction as in ``"snapkv/none"``;
-        behind it the bits of retained tokens, as in ``"default@4"`` or, of keys and values, ``"default@4/3"``.
+        behind it the bits of retained tokens, as in ``"default@4"`` or, of keys and values, ``"default@4/3"``, or
+        ``"default@auto"``, by measured error.
 
     Raises
     ------
@@ -197,7 +203,9 @@ def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None) 
         Statistics are counted as they are stored.
     """
     itemsize = itemsize or model.dtype.itemsize
-    cost = token_equivalents(setting.kind, order=setting.order, d=head_dim(model), itemsize=itemsize)
+    cost = token_equivalents(
+        setting.kind, order=setting.order, d=head_dim(model), itemsize=itemsize, statistics_bits=16
+    )
     counted = get_correction(setting.kind, order=setting.order).anchored
     if get_policy(setting.policy).needs_queries and not counted:
         cost += STATISTIC_BYTES / itemsize  # mean and variance are as many numbers as a token has
@@ -210,6 +218,8 @@ def bytes_as_tokens(
     model: Any, setting: Setting, *, itemsize: int | None = None, sinks: int = 1, window: int = 32
 ) -> int:
     """Tokens per KV head whose bytes a setting's cache takes, rounded up; see `moment_tokens`."""
+    if setting.size is not None:
+        return setting.size
     exact = min(setting.budget, sinks + window)
     share = record_share(model, setting, itemsize=itemsize)
     tokens = exact + math.ceil((setting.budget - exact) * share)
@@ -217,9 +227,14 @@ def bytes_as_tokens(
 
 
 def record_share(model: Any, setting: Setting, *, itemsize: int | None = None) -> Fraction:
-    """Bytes of a retained token's record as a share of those of its keys and values."""
+    """Bytes of a retained token's record as a share of those of its keys and values.
+
+    Where bits are chosen by measured error, a cache's budget is in tokens of the model's own dtype.
+    """
     if setting.bits is None:
         return Fraction(1)
+    if isinstance(setting.bits, str):
+        return Fraction(model.dtype.itemsize, itemsize or model.dtype.itemsize)
     d = head_dim(model)
     return Fraction(record_bytes(d, d, setting.bits), 2 * d * (itemsize or model.dtype.itemsize))
 
@@ -263,7 +278,7 @@ def settings_grid(
                 if tokens >= least and setting.sharing in SHARING_BY_HEADS and get_policy(policy).couples_heads:
                     coupled = get_policy(policy).name
                 elif tokens >= least:
-                    grid.append(dataclasses.replace(setting, budget=tokens))
+                    grid.append(dataclasses.replace(setting, budget=tokens, size=budget))
     if not grid and coupled:
         raise ValueError(
             f"policy is {coupled!r}, which looks across heads, so that they cannot have budgets of their own; share "

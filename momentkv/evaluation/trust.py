@@ -110,7 +110,7 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
         q = layer.queries[:, :, -(length - context) :: every].double()
         expansion, factor = None, 1.0
         if core.config.corrects:
-            expansion = core.config.correction.expansion(core.moments.map(torch.Tensor.double))
+            expansion = core.config.correction.exact.expansion(core.moments.map(torch.Tensor.double))
             factor = core.config.correction.calibration
         columns.append(
             compare(

@@ -9,18 +9,24 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
 from momentkv.backends import get_backend
-from momentkv.cache.allocation import SharedBudget, minimise_error, pyramid_budgets
-from momentkv.cache.budget_rules import BudgetRule, Share, TotalBytes, parse_budget
+from momentkv.cache.allocation import minimise_error, pyramid_budgets
+from momentkv.cache.budget_rules import BudgetRule, Share, TotalBytes, bytes_beside, parse_budget
+from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.competition import by_importance
 from momentkv.cache.config import RECENT_QUERIES
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.second_reading import RereadBudget, by_threshold
+from momentkv.codes import AUTO
 from momentkv.hf.checks import SHARING_BY_HEADS, check_sharing, refuse_layer_type
 from momentkv.hf.layer import MomentLayer
 from momentkv.policies import Twice, get_policy
 
 __all__ = ["Plan", "apply_rule", "kv_heads", "layer_kinds", "layer_windows", "shared_budgets"]
 
+# Chosen where the budget is in bytes, none where it is in tokens.
+BY_BUDGET = "by budget"
+# Rules that measure errors.
+MEASURED = ("layers", "heads", "layer-heads")
 SLIDING_TYPES = ("sliding_attention", "chunked_attention")
 
 
@@ -76,6 +82,26 @@ class Plan:
             budgets = pyramid_budgets(budgets[0], len(self.kinds), sinks=sinks, window=window)
         self.sharing, self.budgets = sharing, budgets
         self.settings = settings | {"keep_queries": is_shared(sharing)}
+        bits = settings["bits"]
+        if isinstance(bits, str) and bits == BY_BUDGET:
+            free = sharing in MEASURED and settings["certify"] is None
+            bits = AUTO if isinstance(asked, TotalBytes) and free else None
+        self.settings["bits"], self.chooses_bits = bits, isinstance(bits, str)
+        if self.chooses_bits:
+            if bits != AUTO:
+                raise ValueError(f"bits is {bits!r}; use a number, two of them, {AUTO!r} or None")
+            if sharing not in MEASURED:
+                raise ValueError(
+                    f"bits is {AUTO!r} with sharing={sharing!r}, which does not measure errors; use sharing of "
+                    f"{', '.join(MEASURED)}, or give a number of bits"
+                )
+            for name, value in (("certify", settings["certify"]), ("static", static or None)):
+                if value is not None:
+                    raise ValueError(
+                        f"bits is {bits!r} with {name}={value}, which does not know what they lose; leave one of them "
+                        "out"
+                    )
+            self.settings["bits"] = None  # until tokens no longer fit as they come
 
     def layers(self, rollback: int) -> list[Any]:
         """A layer of the cache for each of the model."""
@@ -110,18 +136,22 @@ def is_shared(sharing: str) -> bool:
     return sharing not in ("uniform", "pyramid")
 
 
-def shared_budgets(layers: Sequence[MomentLayer], sharing: str) -> list[SharedBudget]:
+def shared_budgets(layers: Sequence[MomentLayer], plan: Plan) -> list[CodedBudget]:
     """The totals that layers share, each known to its layers."""
+    sharing = plan.sharing
     if not is_shared(sharing) or not layers:
         return []
     groups = [list(layers)] if sharing in ("layers", "heads", "kvzip") else [[layer] for layer in layers]
     rule = {"ada-kv": by_importance, "kvzip": by_threshold}.get(sharing, minimise_error)
     rereads = isinstance(layers[0].core.config.policy, Twice) and sharing in ("heads", "layer-heads")
-    totals: list[SharedBudget] = []
+    totals: list[CodedBudget] = []
     for group in groups:
         cores = [layer.core for layer in group]
         by_head = sharing in SHARING_BY_HEADS
-        totals.append(RereadBudget(cores) if rereads else SharedBudget(cores, rule, by_head=by_head))
+        if rereads:
+            totals.append(RereadBudget(cores, chooses_bits=plan.chooses_bits))
+        else:
+            totals.append(CodedBudget(cores, rule, by_head=by_head, chooses_bits=plan.chooses_bits))
         for layer in group:
             layer.sharing = totals[-1]
     return totals
@@ -137,7 +167,11 @@ def apply_rule(cache: Any, rule: BudgetRule, k: Any, v: Any) -> None:
         if seen:
             return
         windows = [layer.sliding_window - 1 for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-        tokens = rule.tokens(layers[0].core.config, len(layers), k, v, windows)
+        config = layers[0].core.config
+        coded = [shared for shared in cache.shared_budgets if shared.chooses_bits]
+        tokens = rule.tokens(config, len(layers), k, v, windows, whole=bool(coded))
+        for shared in coded:
+            shared.beside = bytes_beside(config, k, v)
     elif isinstance(rule, Share):
         if seen and k.shape[2] < RECENT_QUERIES:
             return  # decoding, or a few guessed tokens

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from momentkv.backends import ArrayBackend
-from momentkv.cache.allocation import SharedBudget, Sharing
+from momentkv.cache.allocation import Sharing
 from momentkv.cache.budget_rules import TotalBytes
+from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.layer import LayerCache
 from momentkv.hf.building import Plan, apply_rule, shared_budgets
 from momentkv.hf.checks import (
@@ -64,25 +65,25 @@ class MomentCache(Cache):
         Order of the correction; None for plain eviction without moments.
     correction : str or Correction
         ``"summaries"``, several and anchored at recent queries, or ``"moments"``, the paper's.
-    sinks : int
-        First tokens, always retained.
-    window : int
-        Most recent tokens, always retained.
-    block : int
-        Tokens evicted at a time while decoding.
+    sinks, window, block : int
+        First tokens and most recent tokens, always retained; tokens evicted at a time while decoding.
     rollback : int
         Tokens that can be taken back while past states are recorded (assisted and prompt-lookup decoding). Up to that
         many are stored beyond ``budget + block`` until `crop` says which stay.
     backend : str or ArrayBackend, optional
-        ``"torch"`` by default.
     certify, tolerance
         As `LayerCache` takes them: evidence for `momentkv.trust.trust`, and refusal to evict past a certified error.
     static : bool
         Whether steps are done in buffers of constant size and address, in place and without waiting for the device: for
         `torch.compile` (``generate`` does it by itself on a GPU) and CUDA graphs. Results are the same.
-    bits : int or pair of int, optional
+    bits : int, pair of int, "auto" or None
         Quantization: bits for each number of a retained token, on average (3, 4, 5, 6, 8 or 16), or for those of its
         key and of its value; None for the model's dtype. Sinks, window and the block that is filling stay exact.
+        ``"auto"``: as many, from 3 to 8, as make the measured errors least, and as many tokens as take the bytes of the
+        budget. By default ``"auto"`` for a budget in bytes (where `sharing` measures errors, without ``certify``), else
+        None.
+    statistics_bits : {16, None}
+        Bits for each number of what stands for evicted tokens, between steps; None for full precision.
 
     Raises
     ------
@@ -95,11 +96,11 @@ class MomentCache(Cache):
     The defaults serve fidelity and later questions alike, and differ from those of `LayerCache`, which are the paper's
     method. On a whole model the paper's method is ``policy="momentkv", correction="moments", sharing="uniform"``.
 
-    Full-attention layers are compressed. Sliding-window and chunked layers are bounded already and stay exact.
-    Supported modes of ``generate``, and what raises an error: docs/transformers.md.
+    Full-attention layers are compressed. Sliding-window and chunked layers are bounded already and stay exact. Modes of
+    ``generate``, and what raises an error: docs/transformers.md.
 
-    A total in bytes holds between passes, for as many rows as the first pass has. A prefill needs room for all that it
-    reads, and recorded passes that wait for `crop` come on top.
+    A total in bytes holds between passes, for the rows of the first. A prefill needs room for all that it reads, and
+    recorded passes that wait for `crop` come on top.
     """
 
     def __init__(
@@ -119,7 +120,8 @@ class MomentCache(Cache):
         certify: int | None = None,
         tolerance: float | None = None,
         static: bool = False,
-        bits: int | Sequence[int] | None = None,
+        bits: int | Sequence[int] | Literal["auto", "by budget"] | None = "by budget",
+        statistics_bits: int | None = 16,
     ) -> None:
         whole = config_of(model)
         config = whole.get_text_config(decoder=True)
@@ -132,15 +134,16 @@ class MomentCache(Cache):
         settings: dict[str, Any] = {
             "policy": policy, "order": order, "correction": correction, "sinks": sinks, "window": window,
             "block": block, "backend": backend, "certify": certify, "tolerance": tolerance, "static": static,
-            "bits": bits,
+            "bits": bits, "statistics_bits": statistics_bits,
         }  # fmt: skip
         plan = Plan(config, budget, sharing, self.ranks, settings)
         super().__init__(layers=plan.layers(rollback))
         self.config, self.rollback = config, rollback
         self.budget, self.sharing, self.rule, self.least = budget, plan.sharing, plan.rule, plan.least
+        self.chooses_bits = plan.chooses_bits
         self.fingerprint, self.dtype = fingerprint(model), dtype_of(model)
         compressed = self._compressed
-        self.shared_budgets: list[SharedBudget] = shared_budgets(compressed, plan.sharing)
+        self.shared_budgets: list[CodedBudget] = shared_budgets(compressed, plan)
         self.static = Clock([layer.core for layer in compressed]) if static else None
         for layer in compressed:
             layer.clock = self.static
@@ -372,13 +375,11 @@ class MomentCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes stored now: keys, values, positions, scores and moments of all layers."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, MomentLayer):
-                total += layer.nbytes
-            elif layer.is_initialized:
-                total += layer.keys.nbytes + layer.values.nbytes
-        return total
+        return sum(
+            layer.nbytes if isinstance(layer, MomentLayer) else layer.keys.nbytes + layer.values.nbytes
+            for layer in self.layers
+            if isinstance(layer, MomentLayer) or layer.is_initialized
+        )
 
     @property
     def _compressed(self) -> list[MomentLayer]:

@@ -16,6 +16,7 @@ from momentkv.backends import BACKENDS, get_backend
 from momentkv.backends.layout import Layout
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.state import LayerState, empty_state
+from momentkv.codes import AUTO, pair_of_bits
 from momentkv.hf import former
 from momentkv.hf.building import layer_windows
 from momentkv.hf.checks import check_implementation, refuse_architecture, rows_of
@@ -52,6 +53,8 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             if core.state is not None:
                 held |= {name: getattr(core.state, name) for name in NUMBERS}
                 held["widths"] = list(core.state.layout.widths)
+            if cache.chooses_bits:
+                held["bits"] = core.config.bits
             layers.append(held)
         else:
             arrays, seen = {}, 0
@@ -86,11 +89,13 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             "block": one.block,
             "backend": backend_name(one.backend),
             "policy": described(one.policy, POLICIES),
-            "correction": described(one.correction, KINDS),
+            "correction": described(one.correction.exact, KINDS),
         }
         # What few caches have is written for those alone, so that a version without it reads the others.
-        rare = (("certify", one.certify), ("tolerance", one.tolerance), ("bits", one.bits), ("static", cache.static))
-        for name, value in rare:
+        bits = AUTO if cache.chooses_bits else one.bits
+        rare = (("certify", one.certify), ("tolerance", one.tolerance), ("bits", bits), ("static", cache.static))
+        beside = next((shared.beside for shared in cache.shared_budgets if shared.beside), None)
+        for name, value in (*rare, ("statistics_bits", one.statistics_bits), ("beside", beside)):
             if value is not None:
                 record["settings"][name] = True if name == "static" else value
     metadata = {KEY: json.dumps(record, sort_keys=True)}
@@ -122,8 +127,9 @@ def load(
     record, tensors = read(Path(path), (former.FORMAT, FORMAT))
     with malformed(path):
         check_model(record, own, fingerprint(model), dtype_of(model), path)
-        settings = dict(record["settings"])
-        average = settings.pop("average")
+        # Files of before there were statistics of 16 bits do not say how many theirs have.
+        settings: dict[str, Any] = {"statistics_bits": None} | dict(record["settings"])
+        average, beside = settings.pop("average"), settings.pop("beside", 0)
         made_with = {name: settings[name] for name in ("policy", "correction", "order") if "policy" in settings}
     if made_with:
         order = made_with["order"]
@@ -134,7 +140,7 @@ def load(
     with malformed(path):
         cache = make(model, settings.pop("budget"), **settings)
         for shared in cache.shared_budgets:
-            shared.average = average
+            shared.average, shared.beside = average, beside
         cache.padding.load(tensors, record)
         for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
             arrays = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.split(".", 1)[0] == str(index)}
@@ -162,6 +168,8 @@ def check_alike(layers: Any, seen: Any) -> None:
 def restore(core: LayerCache, held: Mapping[str, Any], arrays: Mapping[str, torch.Tensor], path: Any) -> None:
     """Give a layer's cache the state that a file holds."""
     core.budgets, core.scale, core.refused = held["budgets"], held["scale"], held["refused"]
+    if held.get("bits") is not None:
+        core.code(pair_of_bits(held["bits"]))
     if not arrays:
         return
     config = core.config

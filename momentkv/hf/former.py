@@ -51,11 +51,8 @@ def filled(empty: Any, prefix: str, arrays: Mapping[str, torch.Tensor]) -> Any:
     fits = {name: (x.shape, x.dtype) for name, x in empty.arrays().items()}
     if fits != {name: (x.shape, x.dtype) for name, x in state.items()}:
         return None
-    extent = {name.removeprefix("extent."): x for name, x in state.items() if name.startswith("extent.")}
-    own = {name: x for name, x in state.items() if not name.startswith("extent.")}
-    if extent:
-        own["extent"] = dataclasses.replace(empty.extent, **extent)
-    return dataclasses.replace(empty, **own)
+    given = iter([state[name] for name in fits])
+    return empty.map(lambda _: next(given)) if fits else empty
 
 
 def restore(core: LayerCache, parts: Sequence[Mapping[str, Any]], own: Mapping[str, torch.Tensor], path: Any) -> None:

@@ -256,10 +256,11 @@ class MomentLayer(CacheLayerMixin):
     @torch.no_grad()
     def evict(self) -> None:
         """Evict down to the budget, or together with the other layers and heads where the budget is shared."""
-        if self.sharing is None or self.core.newest_queries is None:
+        if self.core.newest_queries is not None:
+            self.core.release_projections()
+        if self.sharing is None:
             self.core.evict()
         else:
-            self.core.release_projections()
             self.sharing.evict(self.core)
 
     def get_seq_length(self) -> int:
@@ -353,7 +354,7 @@ class MomentLayer(CacheLayerMixin):
         if torch.is_inference_mode_enabled():
             self.was_inference = True
         elif self.was_inference or state.recent_keys.is_inference():
-            self.was_inference, core.prepared = False, None
+            self.was_inference = False
             if any(x.is_inference() for x in core.arrays().values()):
                 self.replace(lambda x: x.clone() if x.is_inference() else x)
 

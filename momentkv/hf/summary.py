@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from momentkv.codes import bits_as_text
 from momentkv.trust import trust as estimate_trust
 
 __all__ = ["CacheSummary", "LayerSummary"]
@@ -27,6 +28,8 @@ class LayerSummary:
     trust : float or None
         Estimated relative error of the output at the mean of recent queries if the cache was made with ``certify``, or
         the result of the caller's own measure; None without either.
+    bits : tuple of int, or None
+        Of keys and values of retained tokens; None where they have the model's dtype.
     """
 
     index: int
@@ -36,6 +39,7 @@ class LayerSummary:
     evicted: float
     nbytes: int
     trust: float | None = None
+    bits: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,8 @@ class CacheSummary:
 
     def __str__(self) -> str:
         trusted = any(layer.trust is not None for layer in self.layers)
-        head = ["layer", "kind", "budget", "retained", "evicted", "KiB"] + ["trust"] * trusted
+        coded = any(layer.bits is not None for layer in self.layers)
+        head = ["layer", "kind", "budget", "retained", "evicted", "KiB"] + ["bits"] * coded + ["trust"] * trusted
         rows = [
             [
                 str(layer.index),
@@ -72,6 +77,7 @@ class CacheSummary:
                 f"{layer.evicted:.0f}",
                 f"{layer.nbytes / 1024:.1f}",
             ]
+            + (["" if layer.bits is None else bits_as_text(layer.bits)] if coded else [])
             + (["" if layer.trust is None else f"{layer.trust:.3g}"] if trusted else [])
             for layer in self.layers
         ]
@@ -119,6 +125,7 @@ def summarise(cache: Any, trust: Callable[[Any], float] | None = None) -> CacheS
                     evicted,
                     layer.nbytes,
                     None if empty else measured(core, trust),
+                    core.config.bits,
                 )
             )
         else:

@@ -332,7 +332,7 @@ def check_policy(
     # A cache gives padding no slot, but heads of a layer may hold fewer tokens than others: slots without a token.
     places = np.broadcast_to(np.where(valid, np.arange(60), -1), (2, 2, 60))
     shown = np.where(places >= 0, rng.random((2, 2, 60)), 0.0)
-    known = cache.config.correction.known(cache.moments)
+    known = cache.config.correction.exact.known(cache.moments)
     mean, variance = (asarray(x) for x in (rng.standard_normal((2, 2, 8)), rng.uniform(0.5, 2.0, (2, 2, 8))))
     rankings = []
     for own_k, own_v in ((k, v), (bad_k, bad_v)):

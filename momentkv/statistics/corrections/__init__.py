@@ -6,6 +6,7 @@ from typing import Literal
 
 from momentkv.statistics.corrections.base import Correction
 from momentkv.statistics.corrections.moments import PaperMoments
+from momentkv.statistics.corrections.narrow import NarrowCorrection
 from momentkv.statistics.corrections.none import NoCorrection, NoStatistics
 from momentkv.statistics.corrections.summaries import AnchoredSummaries
 
@@ -14,6 +15,7 @@ __all__ = [
     "AnchoredSummaries",
     "Correction",
     "CorrectionName",
+    "NarrowCorrection",
     "NoCorrection",
     "NoStatistics",
     "PaperMoments",
@@ -32,7 +34,7 @@ CORRECTIONS: dict[str, Correction] = {
 }
 
 
-def get_correction(correction: str | Correction, *, order: int | None = 1) -> Correction:
+def get_correction(correction: str | Correction, *, order: int | None = 1, bits: int | None = None) -> Correction:
     """A correction by its name, or the given one, of at most the given order.
 
     Parameters
@@ -41,11 +43,13 @@ def get_correction(correction: str | Correction, *, order: int | None = 1) -> Co
         A name of `CORRECTIONS`, or an object.
     order : {1, 0, None}
         The highest order that is used. None is ``"none"``, whatever the correction.
+    bits : {None, 16}
+        Of the numbers of its state: see `momentkv.statistics.narrow`. None for full precision.
 
     Raises
     ------
     ValueError
-        If no correction has that name, or it has no such order.
+        If no correction has that name, it has no such order, or ``bits`` is another number.
 
     Examples
     --------
@@ -62,4 +66,7 @@ def get_correction(correction: str | Correction, *, order: int | None = 1) -> Co
                 f"correction is {correction!r}; use one of {', '.join(CORRECTIONS)}, or a Correction object"
             )
         correction = CORRECTIONS[correction]
-    return NoCorrection() if order is None else correction.of_order(order)
+    if bits not in (None, 16) or isinstance(bits, bool):
+        raise ValueError(f"statistics_bits is {bits!r}; use 16, or None for full precision")
+    chosen = NoCorrection() if order is None else correction.of_order(order)
+    return chosen if bits is None or not chosen.exact.vectors else NarrowCorrection(chosen.exact)

@@ -28,11 +28,14 @@ class Correction(abc.ABC):
     calibration : float
         Median true error over median uncalibrated estimate (`momentkv.trust.estimated_error`), 1 where nobody measured
         it; those here are of SmolLM2-135M on the text "compound" (2,048 tokens, budget 256), see docs/certificates.md.
+    vectors : tuple of str
+        Arrays of its state, of vectors, that may be stored in 16 bits; a state with any is made of its `arrays` alone.
     """
 
     name: ClassVar[str] = ""
     anchored: ClassVar[bool] = False
     calibration: ClassVar[float] = 1.0
+    vectors: ClassVar[tuple[str, ...]] = ()
 
     @property
     def order(self) -> int | None:
@@ -51,6 +54,11 @@ class Correction(abc.ABC):
             return self
         raise ValueError(f"order is {order}, but correction {self.name!r} has order {self.order} only; leave order out")
 
+    @property
+    def exact(self) -> Correction:
+        """The correction without rounding of its state: itself, but for `NarrowCorrection`."""
+        return self
+
     @abc.abstractmethod
     def empty(self, k: Array, v: Array) -> Any:
         """State of the empty set, for tokens shaped and typed like ``k`` and ``v`` (none are read)."""
@@ -67,6 +75,10 @@ class Correction(abc.ABC):
         """The estimate that attention is corrected by; None if it never is."""
         expansion: Expansion = state.expansion()
         return expansion
+
+    def statistics(self, state: Any) -> Any:
+        """The state in full precision: itself, but for `NarrowCorrection`."""
+        return state
 
     def known(self, state: Any) -> Moments:
         """What policies are shown of the state: weight and means of all tokens, by default itself."""

@@ -32,6 +32,10 @@ class AnchoredSummaries(Correction):
     name: ClassVar[str] = "summaries"
     anchored: ClassVar[bool] = True
     calibration: ClassVar[float] = 0.084
+    # In an order in which what a backend reads together lies together.
+    vectors: ClassVar[tuple[str, ...]] = (
+        "key_mean", "slope_right", "value_mean", "slope_left", "anchor", "key_variance",
+    )  # fmt: skip
     summaries: int = 12
     rank: int = 2
     strength: float = 0.75

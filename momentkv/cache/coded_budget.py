@@ -1,0 +1,143 @@
+"""How many bits retained tokens get, where a budget is in bytes: few bits for many tokens, or many for few."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from momentkv._array import Array
+from momentkv.cache.allocation import Rule, SharedBudget, budget_grid, refine, share_budget
+from momentkv.cache.curves import error_at, measured_errors
+from momentkv.cache.layer import LayerCache
+from momentkv.codes import pair_of_bits, record_bytes
+
+__all__ = ["CODES", "EVICTION_COUNTS", "CodedBudget", "chosen_code", "code_error"]
+
+# Bits of keys and of values that are offered.
+CODES = tuple(map(pair_of_bits, (3, 4, 5, 6, 8)))
+# Where nothing can be measured.
+USUAL = pair_of_bits(4)
+# How many times as much an error of eviction counts as one of rounding that is as large for the newest queries. Queries
+# to come need tokens that these did not, while rounding errs for them as before, and another way for each token. Chosen
+# on one text and two models: docs/what-we-tried.md#auto.
+EVICTION_COUNTS = 3.5
+
+
+class CodedBudget(SharedBudget):
+    """Evicts caches together, within the bytes of a budget at full precision if they choose their bits.
+
+    Parameters
+    ----------
+    caches, rule, by_head
+        As `SharedBudget` takes them.
+    chooses_bits : bool
+        Whether the average is in tokens as they came, whose bytes are spent on tokens of few bits once they do not do:
+        of as many bits as make the measured errors least, the same for all caches. What fits as it came stays so.
+
+    Attributes
+    ----------
+    beside : int
+        Bytes of a token beside its key and value that then count.
+    """
+
+    def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool, chooses_bits: bool) -> None:
+        super().__init__(caches, rule, by_head=by_head)
+        self.chooses_bits, self.beside = chooses_bits, 0
+
+    def evict(self, cache: LayerCache) -> None:
+        """Evict one cache while decoding, or all after a prefill; see `SharedBudget.evict`."""
+        if self.chooses_bits and cache.newest_queries is None and cache.config.bits is None and cache.is_due:
+            # The first tokens that go while decoding: there are no queries to measure with.
+            cache.code(USUAL)
+            cache.budget = bought(cache, self.average, self.beside)(USUAL)
+        super().evict(cache)
+
+    def tokens(self, waiting: Sequence[LayerCache], importances: Sequence[Array]) -> int:
+        """Tokens that each KV head may retain on average, in the bits that are chosen for them now."""
+        if not self.chooses_bits:
+            return super().tokens(waiting, importances)
+        code, tokens = chosen_code(waiting, importances, self.average, beside=self.beside)
+        for each in waiting:
+            each.code(code)
+        return tokens
+
+    def reset(self) -> None:
+        """Back to the average for all, and to tokens as they come."""
+        super().reset()
+        if self.chooses_bits:
+            for cache in self.caches:
+                cache.config = dataclasses.replace(cache.config, bits=None)
+
+
+def bought(cache: LayerCache, average: int, beside: int) -> Callable[[tuple[int, int]], int]:
+    """From a code to the tokens of it that a KV head gets for the bytes of an average at full precision."""
+    config, state = cache.config, cache.stored_state
+    k, v = state.recent_keys, state.recent_values
+    fixed, d, dv = config.sinks + config.window, k.shape[-1], v.shape[-1]
+    room = (average - fixed) * (d * k.dtype.itemsize + dv * v.dtype.itemsize + beside)
+    return lambda code: fixed + max(1, room // (record_bytes(d, dv, code) + beside))
+
+
+def chosen_code(
+    caches: Sequence[LayerCache], importances: Sequence[Array], average: int, *, beside: int = 0
+) -> tuple[tuple[int, int], int]:
+    """The code that makes the sum of the measured errors least within the bytes of a budget at full precision.
+
+    Parameters
+    ----------
+    caches : sequence of LayerCache
+        After the attention of a prefill, before its eviction, made with ``keep_queries=True``. If they have a code
+        already, it is returned.
+    importances : sequence of array, shape (..., kv_head, n)
+        Of each cache, `LayerCache.importance`.
+    average : int
+        Tokens for each KV head on average, as they came.
+    beside : int
+        Bytes of a token beside its key and value that count.
+
+    Returns
+    -------
+    code : tuple of int
+        Bits of keys and of values.
+    tokens : int
+        As many as take the bytes of the average, sinks and window included, which stay exact.
+
+    Notes
+    -----
+    Rows of a batch whose errors are not finite have no say; where none has finite ones, it is 5 bits for keys and 3 for
+    values. Derivation: docs/derivations/codes.md.
+    """
+    config = caches[0].config
+    tokens = bought(caches[0], average, beside)
+    if config.bits is not None:
+        return config.bits, tokens(config.bits)
+    grid = budget_grid(tokens(USUAL), config.sinks + config.window + 1)
+    eviction, rounding = list[list[float]](), [0.0] * len(CODES)
+    for cache, importance in zip(caches, importances, strict=True):
+        curves, rounded = measured_errors(cache, grid, importance, codes=CODES, at=tokens(USUAL))
+        for curve, *errors in zip(curves, *rounded, strict=True):
+            if all(map(math.isfinite, curve)):
+                eviction.append(curve)
+                without = curve[grid.index(tokens(USUAL))]
+                rounding = [sum(pair) for pair in zip(rounding, (max(0.0, x - without) for x in errors), strict=True)]
+    if not eviction:
+        return USUAL, tokens(USUAL)
+    errors = [code_error(grid, eviction, added, tokens(code)) for code, added in zip(CODES, rounding, strict=True)]
+    best = CODES[errors.index(min(errors))]
+    return best, tokens(best)
+
+
+def code_error(grid: Sequence[int], eviction: Sequence[Sequence[float]], rounding: float, average: int) -> float:
+    """What the errors of eviction, shared as well as can be, and of rounding amount to.
+
+    Examples
+    --------
+    >>> round(code_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 3.0, 25), 6)
+    3.875
+    """
+    fine, _ = refine(grid, eviction[0])
+    curves = [refine(grid, curve)[1] for curve in eviction]
+    total = max(average, fine[0]) * len(curves)
+    shares = share_budget(curves, fine, total)
+    return EVICTION_COUNTS * sum(map(error_at, [fine] * len(curves), curves, shares)) + rounding
