@@ -32,10 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "share": {"budget": 0.4},
     "ada-kv": {"sharing": "ada-kv", "policy": "snapkv"},
     "pyramid": {"sharing": "pyramid"},
-    "bytes": {"budget": "80KiB"},
+    "bytes": {"budget": "66KiB", "bits": None},
     "few bits": {"bits": 4},
-    "few bits, bytes": {"bits": 3, "budget": "36KiB"},
-    "chosen bits": {"bits": "auto", "budget": "50KiB"},
+    "few bits, bytes": {"bits": 3, "budget": "30KiB"},
+    "chosen bits": {"bits": "auto", "budget": "36KiB"},
     "certified": {"certify": 2},
     "certified, order 0": {"certify": 0, "sharing": "uniform", "correction": "moments"},
 }

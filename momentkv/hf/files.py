@@ -127,8 +127,8 @@ def load(
     record, tensors = read(Path(path), (former.FORMAT, FORMAT))
     with malformed(path):
         check_model(record, own, fingerprint(model), dtype_of(model), path)
-        # Files of before there were statistics of 16 bits do not say how many theirs have.
-        settings: dict[str, Any] = {"statistics_bits": None} | dict(record["settings"])
+        # What a file does not say is at full precision.
+        settings: dict[str, Any] = {"bits": None, "statistics_bits": None} | dict(record["settings"])
         average, beside = settings.pop("average"), settings.pop("beside", 0)
         made_with = {name: settings[name] for name in ("policy", "correction", "order") if "policy" in settings}
     if made_with:
