@@ -193,7 +193,7 @@ def draw_kl(theme: Theme) -> Figure:
     return figure
 
 
-KL_TICKS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+KL_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 def draw_held_out(theme: Theme) -> Figure:
@@ -207,7 +207,7 @@ def draw_held_out(theme: Theme) -> Figure:
             ("snapkv/none", "SnapKV", theme.retained, ">-"),
             ("momentkv/order-1", "MomentKV (the paper)", theme.order_1, "s-"),
             ("default", "momentkv", theme.evicted, "D-"),
-            ("default@4", "momentkv, bits=4", theme.summaries, "o-"),
+            ("default@auto", "momentkv, bits='auto'", theme.summaries, "o-"),
         ):
             own = [row for row in rows if row["method"] == method]
             budgets = sorted({row["bytes_as_tokens"] for row in own})
@@ -219,7 +219,7 @@ def draw_held_out(theme: Theme) -> Figure:
         axis.set_yticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
         axis.yaxis.set_minor_formatter("")
         axis.set_title(title)
-        axis.set_ylim(0.004, 0.22)
+        axis.set_ylim(0.0007, 0.22)
     panels[0].set_ylabel("KL to the full cache, nats")
     figure.supxlabel("bytes, as 16-bit tokens for each KV head", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
