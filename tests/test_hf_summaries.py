@@ -18,11 +18,15 @@ from momentkv.statistics.summaries import Summaries
 SETTINGS: dict[str, Any] = {**SMALL, "correction": AnchoredSummaries(summaries=4, rank=2), "sharing": "uniform"}
 # Of the largest element: roundings of two layers in float32, as in test_hf, and of regrouping summaries.
 TOLERANCE = 1e-4
+# Whole numbers of 16 bits fall to either side where these differ, once at each eviction.
+CODES_TOLERANCE = 1e-3
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape
-    same = (actual == expected) | ((actual - expected).abs() <= TOLERANCE * expected[expected.isfinite()].abs().max())
+    tolerance = CODES_TOLERANCE if actual.dtype == torch.int16 else TOLERANCE
+    actual, expected = (x.double() for x in (actual, expected))
+    same = (actual == expected) | ((actual - expected).abs() <= tolerance * expected[expected.isfinite()].abs().max())
     assert same.all()
 
 
@@ -76,7 +80,7 @@ def test_rows_move_with_their_summaries_and_query_statistics(operation: str):
     for name, x in state(moved).items():
         assert torch.equal(x, before[name][rows])
     assert any("query_mean" in name for name in before)
-    assert any("evicted.anchor" in name for name in before)
+    assert any("evicted.codes" in name for name in before)
     mask, more = mask[rows], prompt(len(rows), 9, seed=9)
     for step in range(9):
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
