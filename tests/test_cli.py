@@ -280,7 +280,9 @@ def test_speed_measures_every_cache(saved: str, tmp_path: Path, monkeypatch: pyt
     assert rows[0]["cache_bytes"] == head * 336 * token
     # Budget and block, each token with position and score, and the counts of two tiers.
     assert rows[1]["cache_bytes"] == head * ((64 + 32) * (token + 4 + 4) + 8)
-    assert rows[2]["cache_bytes"] - rows[1]["cache_bytes"] == head * (4 + 18 * (2 * 16 + 4))  # a weight; vectors in 16 bits
+    assert rows[2]["cache_bytes"] - rows[1]["cache_bytes"] == head * (
+        4 + 18 * (2 * 16 + 4)
+    )  # a weight; vectors in 16 bits
     assert rows[3]["cache_bytes"] == rows[4]["cache_bytes"]  # heads hold their own, nothing twice
     for row in rows:
         seconds = row["seconds_per_step"]

@@ -239,10 +239,10 @@ def test_grid_leaves_out_heads_where_a_policy_looks_across_them():
 
 def test_grid_leaves_out_what_would_retain_too_few_and_is_never_empty():
     corrections = [(None, "moments"), (1, "moments"), (1, "summaries")]
-    grid = settings_grid(tiny("llama"), ["knorm"], [44, 34, 33], corrections)
-    assert [(x.budget, x.correction) for x in grid] == [(44, "none"), (34, "order 1"), (34, "none")]
-    with pytest.raises(ValueError, match="budget is 50, but at least 34 tokens"):
-        settings_grid(tiny("llama"), ["knorm"], [34, 50], corrections[2:])
+    grid = settings_grid(tiny("llama"), ["knorm"], [43, 34, 33], corrections)
+    assert [(x.budget, x.correction) for x in grid] == [(43, "none"), (37, "order 1"), (34, "none")]
+    with pytest.raises(ValueError, match="budget is 43, but at least 34 tokens"):
+        settings_grid(tiny("llama"), ["knorm"], [34, 43], corrections[2:])
 
 
 @pytest.mark.parametrize(
@@ -250,23 +250,23 @@ def test_grid_leaves_out_what_would_retain_too_few_and_is_never_empty():
 )
 def test_moments_are_counted_in_tokens_rounded_up(dtype: str, itemsize: int | None, size: int):
     model = tiny("qwen3", "momentkv", dtype)
-    token = 2 * 16 * size
+    token, vector = 2 * 16 * size, 2 * 16 + 4  # numbers of 16 bits and a step
 
     def cost(*setting: Any) -> int:
         return moment_tokens(model, Setting(*setting), itemsize=itemsize)
 
     state = {
-        (0, "moments"): 1 + 2 * 16,
-        (1, "moments"): 1 + 2 * 16 + 16 * 16,
-        # Three scalars, twelve weights and means, anchor, variance, two query moments, two slopes of rank 2.
-        (0, "summaries"): 3 + 12 * (1 + 2 * 16) + 4 * 16,
-        (1, "summaries"): 3 + 12 * (1 + 2 * 16) + 4 * 16 + 2 * 2 * 16,
+        (0, "moments"): 4 + 2 * vector,
+        (1, "moments"): 4 + (2 + 16) * vector,
+        # Three scalars, twelve weights and pairs of means, anchor, variance, two query moments, two slopes of rank 2.
+        (0, "summaries"): 4 * (3 + 12 + 2 * 16) + (2 * 12 + 2) * vector,
+        (1, "summaries"): 4 * (3 + 12 + 2 * 16) + (2 * 12 + 2 + 2 * 2) * vector,
     }
-    for (order, kind), numbers in state.items():
-        assert cost("knorm", 64, order, kind) == math.ceil(4 * numbers / token)
+    for (order, kind), held in state.items():
+        assert cost("knorm", 64, order, kind) == math.ceil(held / token)
         # Summaries keep the statistics of queries that the policy needs; with others they come on top.
-        numbers += 2 * 16 * (kind == "moments")
-        assert cost("balanced", 64, order, kind) == math.ceil(4 * numbers / token)
+        both = held + 4 * 2 * 16 * (kind == "moments")
+        assert cost("balanced", 64, order, kind) == math.ceil(both / token)
     assert cost("knorm", 64, None, "summaries") == 0
     assert cost("expected-attention", 64, None) == 4 // size
 

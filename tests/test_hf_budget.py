@@ -46,7 +46,7 @@ def test_a_model_is_all_that_is_needed():
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_total_in_bytes_is_never_exceeded_and_well_used(family: str, kind: str, dtype: str):
     model, total = tiny(family, "momentkv", dtype), 160 * 1024
-    cache, sizes = MomentCache(model, "160KiB", **(SMALL | KINDS[kind])), []
+    cache, sizes = MomentCache(model, "160KiB", **({"bits": None} | SMALL | KINDS[kind])), []
     hook = model.register_forward_hook(lambda *_: sizes.append(cache.nbytes))
     ids, mask = left_padded([prompt(1, 400, seed=1), prompt(1, 380, seed=2)])
     try:

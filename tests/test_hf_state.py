@@ -118,7 +118,9 @@ def test_nbytes_is_the_sum_of_all_tensors_held(policy: str, order: int | None):
     # By hand, for 3 rows and 2 KV heads of dimension 16: a recent tier of sink, window and block and what the budget
     # leaves beside the first two, with a number of each; or the 15 tokens before a new one of a sliding window of 16.
     token = 2 * 16 * 4
-    moments = {None: 0, 0: 4 * (1 + 2 * 16), 1: 4 * (1 + 2 * 16 + 16 * 16)}[order]
+    # A weight, and vectors of 16 bits a number with a step: two means, and the rows of the co-moment.
+    vector = 2 * 16 + 4
+    moments = {None: 0, 0: 4 + 2 * vector, 1: 4 + (2 + 16) * vector}[order]
     attention = 0 if POLICIES[policy]().observes == 0 else 4
     queries = 2 * 16 * 4 if POLICIES[policy].needs_queries else 0
     tokens = (1 + 8 + 4) + (14 - 1 - 8)

@@ -317,8 +317,8 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
     assert len(counted) == 2
     assert rows[: len(first)] == first
     assert [(row["question"], row["correction"], row["budget"]) for row in rows[len(first) :]] == [
-        ("unseen", "summaries", 47),
-        ("seen", "summaries", 47),
+        ("unseen", "summaries", 60),
+        ("seen", "summaries", 60),
     ] * 2
     assert main(arguments(saved, path, *few, "--fresh")) == 0
     assert read_json(path)["rows"] == first

@@ -78,7 +78,9 @@ def where_any(mask: Array, new: NarrowStatistics, old: NarrowStatistics) -> Narr
     """The new state of heads with a token in the mask; the others keep theirs to the last bit."""
     xp = array_namespace(mask)
     changed = xp.any(mask, axis=-1)
-    former = iter(old.arrays().values())
-    return new.map(
-        lambda x: xp.where(xp.reshape(changed, (*changed.shape, *(1,) * (x.ndim - changed.ndim))), x, next(former))
-    )
+    former, names = old.arrays(), iter(new.arrays())
+
+    def chosen(x: Array) -> Array:
+        return xp.where(xp.reshape(changed, (*changed.shape, *(1,) * (x.ndim - changed.ndim))), x, former[next(names)])
+
+    return new.map(chosen)
