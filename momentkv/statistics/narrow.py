@@ -53,7 +53,7 @@ class NarrowStatistics:
     >>> moments = Moments.from_tokens(k, v)
     >>> narrow = NarrowStatistics.of(moments, ["key_mean", "value_mean", "value_key"])
     >>> narrow.nbytes, moments.nbytes
-    (200, 324)
+    (204, 324)
     >>> bool((abs(narrow.restored().key_mean - moments.key_mean) <= abs(moments.key_mean).max() / 32767).all())
     True
     """
