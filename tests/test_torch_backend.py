@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from momentkv import Moments, attend, correct
+from momentkv import LayerCache, Moments, attend, correct
 from momentkv import codes as few
 from momentkv.backends import get_backend, plain, records
 from momentkv.backends import torch as torch_backend
@@ -237,3 +238,35 @@ def test_records_are_attended_to_as_by_the_reference(
     exact, shares = few.attend_codes(q, coded, scale=0.2, mask=mask)
     for x, y in ((state.out, exact.out), (state.lse, exact.lse), (weights, shares)):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+        self.numbers = max([self.numbers, *(x.numel() for x in made)])
+        return out
+
+
+@pytest.mark.parametrize("budgets", [[90, 40], [70, 70]])
+def test_a_chunk_attends_to_codes_a_block_of_queries_at_a_time(monkeypatch: pytest.MonkeyPatch, budgets: list[int]):
+    generator = torch.Generator().manual_seed(0)
+    cache = LayerCache(budgets, bits=4, window=8, block=8)
+    cache.step(*(torch.randn(2, heads, 300, 16, generator=generator) for heads in (4, 2, 2)))
+    tiers, q = cache.state.tiers(), torch.randn(2, 4, 500, 16, generator=generator)
+    width = max(budgets) - 9
+    for size, most in ((64, 2 * 4 * 64 * width), (10**6, 2 * 4 * 500 * width)):
+        monkeypatch.setattr(torch_backend, "QUERIES", size)
+        with Largest() as largest:
+            state, weights = BACKEND.attend_stored(q, tiers, scale=0.25)
+        assert weights is None
+        # Outputs of all queries are there in any case.
+        assert largest.numbers == max(most, 2 * 4 * 500 * 16)
+        if size == 64:
+            blocked = state
+    torch.testing.assert_close(blocked.out, state.out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(blocked.lse, state.lse, rtol=1e-5, atol=1e-6)

@@ -33,6 +33,9 @@ from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
 
+# Queries that attend to codes at once.
+QUERIES = 64
+
 
 class TorchBackend(ArrayBackend):
     """Plain torch operators, and for decoding on CUDA the operator `momentkv.backends.operators.decode`.
@@ -73,6 +76,11 @@ class TorchBackend(ArrayBackend):
         self, q: Array, tiers: Tiers, *, scale: float, weights: bool
     ) -> tuple[AttentionState | None, Array | None]:
         coding, few = tiers.coding, q.ndim == 4 and tiers.keys.shape[-2] <= BLOCK
+        if coding is not None and not weights and q.shape[-2] > QUERIES and tiers.layout.width:
+            # Attention to codes holds a number for each query and token: of a chunk that is read, a block at a time.
+            parts = (self.attend_retained(x, tiers, scale=scale, weights=False)[0] for x in q.split(QUERIES, dim=-2))
+            out, lse = zip(*(state for state in parts if state is not None), strict=True)
+            return AttentionState(torch.cat(out, dim=-2), torch.cat(lse, dim=-1)), None
         if coding is not None and few and not tiers.layout.equal:
             return attend_packed(q, tiers, coding, scale=scale)
         return super().attend_retained(q, tiers, scale=scale, weights=weights)
