@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is there on Linux only")
 from momentkv import LayerCache
 from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build, occupancy
 from momentkv.backends.triton.reach import Calls, launched, reachable
+from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.testing.gpu import run
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
 from momentkv.testing.gpu.page import page_of
@@ -133,7 +134,7 @@ def test_what_a_cache_launches_is_among_what_is_enumerated(static: bool):
     known = set(reachable((torch.float32,), (64,)))
     found = set()
     for settings in (
-        {"policy": "balanced", "correction": "summaries"},
+        MODEL_DEFAULTS,
         {"policy": "h2o", "correction": "moments"},
         {"policy": "momentkv", "order": 0},
         {"policy": "snapkv", "order": None},
@@ -162,12 +163,16 @@ def stepped(budget: int | list[int], *, static: bool, batch: int = 2, **settings
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_step_of_the_default_reads_in_place_and_never_asks_the_device(static: bool):
-    """Without data whoever asks for some fails; what it makes is no larger than a few queries."""
-    default = {"policy": "balanced", "correction": "summaries"}
+    """Without data whoever asks for some fails; what it makes is no larger than a few queries or the statistics."""
+    default = MODEL_DEFAULTS
     log, cache = stepped([300, 600], static=static, **default)
     queries = 2 * 8 * 64 * 4
+    statistics = 2 * 2 * 30 * 64 * 4  # rows, KV heads, vectors of summaries that are widened from 16 bits
     assert cache.nbytes > 50 * queries
-    assert max(made for made, _ in log.made) <= queries
+    assert max(made for made, _ in log.made) <= statistics
+    assert sum(made > queries for made, _ in log.made) == 2  # as float32, and times their steps
+    exact, _ = stepped([300, 600], static=static, **default | {"statistics_bits": None})
+    assert max(made for made, _ in exact.made) <= queries
     # The same whatever heads retain and however many rows there are.
     for other in (stepped(400, static=static, **default), stepped([90, 600], static=static, batch=1, **default)):
         assert other[0].launched == log.launched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv import POLICIES, LayerCache
+from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.hf import MomentCache, MomentLayer
 from momentkv.policies import H2O, Policy
 
@@ -269,3 +271,15 @@ def test_no_tensor_of_prefill_grows_with_the_square_of_the_length(policy: str | 
         assert largest("momentkv", cache, ids, attention_mask=mask) <= 1024 * n
     # The measure sees a matrix where there is one.
     assert largest("eager", None, ids[:, :512]) >= 4 * 512**2
+
+
+def test_settings_of_layers_by_default_are_those_of_a_model_s_cache():
+    """What measures layers without transformers takes them from the core."""
+    defaults = inspect.signature(MomentCache.__init__).parameters
+    assert {name: defaults[name].default for name in MODEL_DEFAULTS} == MODEL_DEFAULTS
+    other = inspect.signature(LayerCache.__init__).parameters
+    differ = {
+        name for name, x in defaults.items() if name in other and name != "self" and x.default != other[name].default
+    }
+    # Budgets have a default in a model, and bits are chosen where they are in bytes.
+    assert differ - set(MODEL_DEFAULTS) == {"budget", "bits"}

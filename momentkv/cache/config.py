@@ -15,7 +15,10 @@ from momentkv.codes import pair_of_bits
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.statistics.corrections import Correction, get_correction
 
-__all__ = ["RECENT_QUERIES", "CacheConfig", "wanted_queries", "whole_number"]
+__all__ = ["MODEL_DEFAULTS", "RECENT_QUERIES", "CacheConfig", "wanted_queries", "whole_number"]
+
+# What `momentkv.hf.MomentCache` asks of each layer by default, where that is not the default of `LayerCache`.
+MODEL_DEFAULTS: dict[str, Any] = {"policy": "balanced", "correction": "summaries", "statistics_bits": 16}
 
 # Queries that the correction is anchored at: the last of a prefill, and while decoding an average that fades at this
 # rate. RoPE turns queries, so that an average over many positions says little about the next ones.

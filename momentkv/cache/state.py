@@ -59,8 +59,8 @@ class LayerState:
     clock : int32 array, shape (...), or None
         ``seen``, on the device: where steps are static, the host does not count.
     ticks : int32 array, shape (..., kv_head), or None
-        Where steps are static: steps since the last flush, padding included. It says when a head evicts, so that all
-        heads do in time.
+        Where steps are static: tokens stored, with each step since the last flush counted as one, padding or not. It
+        says when a head evicts, so that all heads do in time.
     layout : Layout
     seen : int
         Length of the sequence so far, padding and evicted tokens included.

@@ -15,6 +15,7 @@ from momentkv.backends import get_backend
 from momentkv.backends.layout import Tiers
 from momentkv.backends.operators import decode
 from momentkv.backends.recording import record_cuda
+from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.cache.layer import LayerCache
 from momentkv.statistics.expansion import Expandable, Expansion
 from momentkv.statistics.moments import Moments
@@ -186,7 +187,7 @@ def of_flush(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
     batch, kv_heads, group, d, budget, _ = shape
     kinds: dict[str, dict[str, Any]] = {
         "order 1": {"policy": "momentkv", "correction": "moments"},
-        "default": {"policy": "balanced", "correction": "summaries"},
+        "default": MODEL_DEFAULTS,
     }
 
     def tokens(count: int) -> list[torch.Tensor]:

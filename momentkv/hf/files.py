@@ -129,7 +129,7 @@ def load(
         check_model(record, own, fingerprint(model), dtype_of(model), path)
         # What a file does not say is at full precision.
         settings: dict[str, Any] = {"bits": None, "statistics_bits": None} | dict(record["settings"])
-        average, beside = settings.pop("average"), settings.pop("beside", 0)
+        average, beside = settings.pop("average"), whole_number(settings.pop("beside", 0))
         made_with = {name: settings[name] for name in ("policy", "correction", "order") if "policy" in settings}
     if made_with:
         order = made_with["order"]

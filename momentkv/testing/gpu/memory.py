@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.cache.layer import LayerCache
 from momentkv.testing.gpu.parts import Row
 
@@ -20,7 +21,7 @@ def peaks(rehearse: bool) -> Iterator[Row]:
     for n in (64, 128) if rehearse else (8192, 32768, 131072):
         q, k, v = (torch.randn(1, h, n, d, device=device).to(dtype) for h in (kv_heads * group, kv_heads, kv_heads))
         settings: dict[str, Any] = {"budget": 40, "window": 8} if rehearse else {"budget": 512}
-        cache = LayerCache(**settings, policy="balanced", correction="summaries")
+        cache = LayerCache(**settings, **MODEL_DEFAULTS)
         row: Row = {"context": n, "given": q.nbytes + k.nbytes + v.nbytes, "output": q.nbytes, "peak": None}
         with torch.no_grad():
             if not rehearse:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from momentkv.backends.recording import record_cuda, record_traced
+from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.evaluation.layer_times import CPU, CUDA, measure
 from momentkv.testing.gpu.parts import Row
 from momentkv.testing.gpu.steps import one_step, static_layer
@@ -111,7 +112,7 @@ def ways(
     """Name, bytes of the cache, and attention."""
     shape = (1, width.kv_heads, width.heads // width.kv_heads, width.d)
     for budget in budgets:
-        settings: dict[str, Any] = {"policy": "balanced", "correction": "summaries", "block": room + 8}
+        settings: dict[str, Any] = MODEL_DEFAULTS | {"block": room + 8}
         settings |= {"window": 8} if small else {}
         caches = [
             static_layer(shape, dtype, device, budget, settings, context=2 * budget + room)[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from momentkv.backends.recording import record_cuda, record_traced
+from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.layer_times import CPU, CUDA, measure
 from momentkv.testing.gpu.parts import Row
@@ -15,7 +16,7 @@ from momentkv.testing.gpu.parts import Row
 __all__ = ["graphs", "static_layer"]
 
 KINDS: dict[str, dict[str, Any]] = {
-    "default": {"policy": "balanced", "correction": "summaries"},
+    "default": MODEL_DEFAULTS,
     "the paper's": {"policy": "momentkv", "correction": "moments"},
     "observed": {"policy": "h2o", "correction": "moments"},
     "plain": {"policy": "snapkv", "order": None},
