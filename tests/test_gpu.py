@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,10 +19,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 from momentkv import LayerCache
+from momentkv.backends.plain import decode_plain
 from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build, occupancy
 from momentkv.backends.triton.reach import Calls, launched, reachable
 from momentkv.cache.config import MODEL_DEFAULTS
-from momentkv.testing.gpu import run
+from momentkv.testing.gpu import kernels, run, steps
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
 from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.parts import PARTS, Part
@@ -84,6 +86,35 @@ def test_it_needs_neither_transformers_nor_rich():
         + "\n".join(f"import momentkv.testing.gpu.{part.function.partition(':')[0]}" for part in PARTS.values())
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-2, math.nan])
+def test_a_kernel_that_errs_is_called_wrong(monkeypatch: pytest.MonkeyPatch, off: float):
+    def decode(*arguments: Any) -> Any:
+        out, lse, logits = decode_plain(*arguments[:-1])
+        out.view(-1)[1] += off
+        return out, lse, logits
+
+    monkeypatch.setattr(kernels, "decode_triton", decode)
+    cases = kernels.rehearsed(torch.float32)
+    rows = [kernels.tried(case) for case in cases]
+    torch.use_deterministic_algorithms(False)
+    assert len(rows) == kernels.FEW
+    assert [row["right"] for row in rows] == [off == 0.0] * kernels.FEW
+    assert all(row["share"] > 1.0 for row in rows) == (off != 0.0)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.1, math.nan])
+def test_a_graph_that_does_something_else_is_called_wrong(monkeypatch: pytest.MonkeyPatch, off: float):
+    captured = steps.captured
+
+    def other(*arguments: Any, **settings: Any) -> Any:
+        replay = captured(*arguments, **settings)
+        return lambda: replay() + off
+
+    monkeypatch.setattr(steps, "captured", other)
+    row = next(iter(steps.graphs(True)))
+    assert row["right"] == (off == 0.0)
 
 
 def test_bytes_of_a_token_are_counted_from_the_loads():

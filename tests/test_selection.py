@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from libraries import Library
 
 from momentkv.policies import Selection, retain
+from momentkv.policies.select import kept, ranking
 from momentkv.testing import oracle
 from momentkv.testing.strategies import shape as fixed
 
@@ -136,3 +137,36 @@ def test_window_is_counted_in_the_tokens_of_a_row(backend: Library, window: int)
 def test_ties_keep_the_earlier_token(backend: Library):
     choice = Choice(np.zeros((1, 1, 6)), np.arange(6, dtype=np.int32)[None, None], 4, 1, 1)
     assert slots(chosen(backend, choice), (0, 0)) == [0, 1, 2, 5]
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["floats", "ties", "integers", "not finite"]),
+    st.integers(0, 14),
+)
+def test_what_is_kept_are_the_first_of_the_ranking(seed: int, kind: str, budget: int):
+    rng = np.random.default_rng(seed)
+    sinks, window = 1, 2
+    importance = rng.normal(size=(3, 12))
+    if kind == "ties":
+        importance = np.round(importance)
+    elif kind == "integers":
+        importance = rng.integers(-3, 3, size=(3, 12))
+    elif kind == "not finite":
+        importance[rng.random((3, 12)) < 0.4] = -np.inf
+        importance[rng.random((3, 12)) < 0.2] = np.inf
+    real = rng.random((3, 12)) < 0.8
+    positions = np.where(real, np.arange(12), -1)
+    order = ranking(importance, positions, sinks=sinks, window=window)
+    limits = budget + np.arange(3)
+    first = np.zeros((3, 12), dtype=bool)
+    for row, limit in enumerate(limits):
+        first[row, order[row, : max(limit, sinks + window)]] = True
+    found = kept(importance, positions, limits, sinks=sinks, window=window)
+    np.testing.assert_array_equal(found, first & real)
+
+
+def test_a_token_without_a_number_is_kept_first_and_takes_its_place_once():
+    importance = np.asarray([0.0, 5.0, np.nan, 3.0, np.nan, 1.0])
+    found = kept(importance, np.arange(6), 3, sinks=1, window=0)
+    assert found.tolist() == [True, False, True, False, True, False]
