@@ -33,7 +33,18 @@ def _poisoned():
 def test_decode_kernel_agrees_with_the_oracle(case: Decode):
     x = make(case)
     out, lse, logits = decode_triton(
-        x.q, x.k, x.v, x.positions, x.counts, x.starts, case.capacity, x.expansion, case.scale, case.scored, case.splits
+        x.q,
+        x.k,
+        x.v,
+        x.positions,
+        x.counts,
+        x.starts,
+        case.capacity,
+        x.recent,
+        x.expansion,
+        case.scale,
+        case.scored,
+        case.splits,
     )
     exact, exact_logits, error = expected(case, x)
     assert out.dtype == case.dtype
@@ -47,7 +58,7 @@ def test_decode_kernel_agrees_with_the_oracle(case: Decode):
             * case.scale
             * case.d
             * float(x.q.abs().max())
-            * np.nanmax(f64(x.k.abs()), initial=0.0)
+            * np.nanmax(f64(x.k.abs()), initial=0.0 if x.recent is None else np.nanmax(f64(x.recent.keys.abs())))
         )
         assert_within(f64(logits).reshape(exact_logits.shape), exact_logits, of_logits)
 
@@ -59,7 +70,7 @@ def test_float32_errs_by_less_than_the_target(case: Decode):
     """Relative error 2e-6 against float64, as docs/speed.md promises."""
     x = make(case)
     out, lse, _ = decode_triton(
-        x.q, x.k, x.v, None, None, None, case.capacity, x.expansion, case.scale, False, case.splits
+        x.q, x.k, x.v, None, None, None, case.capacity, None, x.expansion, case.scale, False, case.splits
     )
     exact, _, _ = expected(case, x)
     assert np.linalg.norm(f64(out) - exact.out) <= 2e-6 * np.linalg.norm(exact.out)

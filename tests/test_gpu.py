@@ -176,11 +176,11 @@ def test_what_a_cache_launches_is_among_what_is_enumerated(static: bool):
         with Calls() as calls:
             for _ in range(6):
                 cache.step(q[:, :, :1], k[:, :, :1], k[:, :, :1])
-        assert len(calls.arguments) == 12
+        assert len(calls.arguments) == 6
         for arguments in calls.arguments:
             found |= {build_of(launch) for launch in launched(arguments, 132)}
     assert found <= known
-    assert len(found) > 4
+    assert len(found) >= 4
 
 
 def stepped(budget: int | list[int], *, static: bool, batch: int = 2, **settings: Any) -> tuple[Log, LayerCache]:
@@ -214,7 +214,7 @@ def test_a_step_of_the_default_reads_in_place_and_never_asks_the_device(static: 
 def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool):
     """A constant made of the host's numbers is an upload, which waits, and which a CUDA graph cannot hold."""
     log, _ = stepped([90, 600], static=static, policy=policy, correction="moments")
-    assert log.launched["decode"] == 2
+    assert log.launched["decode"] == 1
     assert not log.launched["lift_fresh"]
 
 

@@ -32,6 +32,10 @@ CASES = [
     Decode(d=16, counted=True, masked=True, estimate="order 2", kv_heads=3, scored=True),
     Decode(d=16, packed=True, masked=True, estimate="order 1", scored=True),
     Decode(d=16, packed=True, kv_heads=3),
+    Decode(d=16, recent=9),
+    Decode(d=16, dtype=torch.bfloat16, recent=9, packed=True, estimate="order 1"),
+    Decode(d=5, dv=3, recent=9, recent_masked=True, counted=True, scored=True, group=3, estimate="summaries x 2"),
+    Decode(d=16, recent=9, recent_masked=True, capacity=0, scored=True),
 ]
 
 
@@ -43,6 +47,7 @@ def call(case: Decode, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, torc
         "counts": x.counts,
         "starts": x.starts,
         "capacity": case.capacity,
+        "recent": x.recent,
         "scored": case.scored,
         **changes,
     }
@@ -115,13 +120,24 @@ def test_a_decoding_step_joins_both_tiers_and_the_estimate(widths: tuple[int, in
                     assert attention is None
 
 
+def test_a_gradient_that_there_is_not_is_refused():
+    x = make(Decode(d=8, capacity=5))
+    with pytest.raises(RuntimeError, match="no gradient"):
+        decode(x.q.requires_grad_(), x.k, x.v, scale=0.1)
+    with torch.no_grad():
+        decode(x.q, x.k, x.v, scale=0.1)
+
+
 def test_the_operator_tells_pytorch_the_truth():
     """Schema, mutated arguments, fake kernels: PyTorch's own check."""
-    for case in (Decode(d=8, capacity=5, estimate="summaries x 2", scored=True), Decode(d=8, capacity=5, packed=True)):
+    for case in (
+        Decode(d=8, capacity=5, estimate="summaries x 2", scored=True),
+        Decode(d=8, capacity=5, packed=True, recent=3, recent_masked=True),
+    ):
         x = make(case)
         parts = (None,) * 10 if x.expansion is None else x.expansion
-        where = x.positions, x.counts, x.starts
-        torch.library.opcheck(decode_operator, (x.q, x.k, x.v, *where, 5, case.scale, case.scored, *parts))
+        where, recent = (x.positions, x.counts, x.starts), (None,) * 3 if x.recent is None else x.recent
+        torch.library.opcheck(decode_operator, (x.q, x.k, x.v, *where, 5, *recent, case.scale, case.scored, *parts))
 
 
 def test_compiled_code_contains_it_without_a_break():

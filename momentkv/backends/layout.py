@@ -12,7 +12,7 @@ from momentkv.codes import Coded, Coding
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Layout", "Tiers"]
+__all__ = ["Layout", "Recent", "Tiers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,14 @@ class Layout:
         return flat if self.equal else xp.take(flat, self.beside(x, "packed"), axis=-1)
 
 
+class Recent(NamedTuple):
+    """Recent tokens alone: `Tiers.recent`."""
+
+    keys: Array
+    values: Array
+    valid: Array | None
+
+
 class Tiers(NamedTuple):
     """Stored tokens of a layer, all of which precede the queries that attend to them.
 
@@ -143,6 +151,11 @@ class Tiers(NamedTuple):
     valid: Array | None
     layout: Layout
     coding: Coding | None = None
+
+    @property
+    def recent(self) -> Recent:
+        """Recent tokens alone."""
+        return Recent(self.recent_keys, self.recent_values, self.recent_valid)
 
     def vectors(self, head: int | None = None) -> tuple[Array, Array]:
         """Keys and values (..., kv_head, n, d) of one head's slots, or of all heads', which must then be equal."""

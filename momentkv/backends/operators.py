@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from momentkv.backends.layout import Recent
 from momentkv.backends.plain import decode_plain
 from momentkv.statistics.expansion import Expansion
 
@@ -19,8 +20,7 @@ Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("momentkv::decode", mutates_args=(), device_types="cuda")
-def decode_operator(
+def decode_on_cuda(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -28,6 +28,9 @@ def decode_operator(
     counts: torch.Tensor | None,
     starts: torch.Tensor | None,
     capacity: int,
+    recent_keys: torch.Tensor | None,
+    recent_values: torch.Tensor | None,
+    recent_valid: torch.Tensor | None,
     scale: float,
     scored: bool,
     log_weight: torch.Tensor | None,
@@ -48,11 +51,11 @@ def decode_operator(
         log_weight, key_mean, value_mean, anchor, slope, slope_left, slope_right, variance, strength, cap
     )
     with torch.cuda.device(q.device):
-        out, lse, logits = decode_triton(q, k, v, positions, counts, starts, capacity, expansion, scale, scored)
+        recent = together(recent_keys, recent_values, recent_valid)
+        out, lse, logits = decode_triton(q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored)
     return out, lse, lse.new_empty(0) if logits is None else logits
 
 
-@decode_operator.register_kernel("cpu")
 def decode_on_cpu(
     q: Tensor,
     k: Tensor,
@@ -61,15 +64,20 @@ def decode_on_cpu(
     counts: Tensor | None,
     starts: Tensor | None,
     capacity: int,
+    recent_keys: Tensor | None,
+    recent_values: Tensor | None,
+    recent_valid: Tensor | None,
     scale: float,
     scored: bool,
     *parts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, logits = decode_plain(q, k, v, positions, counts, starts, capacity, assemble(*parts), scale, scored)
+    recent = together(recent_keys, recent_values, recent_valid)
+    out, lse, logits = decode_plain(
+        q, k, v, positions, counts, starts, capacity, recent, assemble(*parts), scale, scored
+    )
     return out, lse, lse.new_empty(0) if logits is None else logits
 
 
-@decode_operator.register_fake
 def decode_shapes(
     q: Tensor,
     k: Tensor,
@@ -78,6 +86,9 @@ def decode_shapes(
     counts: Tensor | None,
     starts: Tensor | None,
     capacity: int,
+    recent_keys: Tensor | None,
+    recent_values: Tensor | None,
+    recent_valid: Tensor | None,
     scale: float,
     scored: bool,
     *parts: Tensor | None,
@@ -85,13 +96,32 @@ def decode_shapes(
     batch, q_heads, q_len, _ = q.shape
     kv_heads = k.shape[1] if starts is None else starts.shape[-1]
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
-    logits = lse.new_empty((batch, kv_heads, q_heads // kv_heads, q_len, capacity) if scored else (0,))
+    slots = capacity + (0 if recent_keys is None else recent_keys.shape[-2])
+    logits = lse.new_empty((batch, kv_heads, q_heads // kv_heads, q_len, slots) if scored else (0,))
     return q.new_empty((batch, q_heads, q_len, v.shape[-1])), lse, logits
+
+
+# `torch.library.custom_op` would compare the memory of all arguments and results in every call, which took a multiple
+# of the launches' own time (H200).
+torch.library.define(
+    "momentkv::decode",
+    torch.library.infer_schema(decode_on_cuda, mutates_args=()),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("momentkv::decode", "cuda", decode_on_cuda)
+torch.library.impl("momentkv::decode", "cpu", decode_on_cpu)
+torch.library.register_fake("momentkv::decode", decode_shapes)
+decode_operator = torch.ops.momentkv.decode.default
 
 
 def assemble(*parts: Any) -> Expansion | None:
     """The expansion whose parts an operator was given, or None."""
     return None if parts[0] is None else Expansion(*parts)
+
+
+def together(keys: Tensor | None, values: Tensor | None, valid: Tensor | None) -> Recent | None:
+    """The recent tokens that an operator was given in parts, or None."""
+    return None if keys is None else Recent(keys, values, valid)
 
 
 def decode(
@@ -105,6 +135,7 @@ def decode(
     counts: Tensor | None = None,
     starts: Tensor | None = None,
     capacity: int | None = None,
+    recent: Recent | None = None,
     scored: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Attention of a few queries over retained tokens and the estimate of the evicted ones, in one operator.
@@ -127,6 +158,9 @@ def decode(
         First token of each head where tokens are packed; needs ``counts`` and ``capacity``.
     capacity : int, optional
         Most tokens that a head has; known already unless tokens are packed.
+    recent : Recent, optional
+        More tokens, keys (batch, kv_head, m, d), values (batch, kv_head, m, dv) and ``valid``, bool (batch, kv_head, m)
+        or None for all, in the dtype of ``q``; never packed.
     scored : bool
         Whether to return logits.
 
@@ -136,13 +170,15 @@ def decode(
         In the dtype of ``q``.
     lse : float32 tensor, shape (batch, kv_head * group, q_len)
         Natural log, of retained and evicted tokens together.
-    logits : float32 tensor, shape (batch, kv_head, group, q_len, capacity), or None
-        Of the retained tokens; ``-inf`` for slots without one.
+    logits : float32 tensor, shape (batch, kv_head, group, q_len, capacity + m), or None
+        Of the retained tokens and, behind them, the recent ones; ``-inf`` for slots without one.
 
     Raises
     ------
     ValueError
         If shapes, dtypes or memory layouts do not fit.
+    RuntimeError
+        If a gradient would be wanted of an input.
 
     Notes
     -----
@@ -183,15 +219,37 @@ def decode(
     ):
         if x is not None and (tuple(x.shape) != shape or x.dtype != dtype):
             raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}; it must be {dtype} of shape {shape}")
+    if recent is not None:
+        recent = checked_recent(recent, lead, q, v.shape[-1])
     if expansion is not None:
         check_expansion(expansion, lead, q.shape[-1], v.shape[-1])
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     positions, counts, starts = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (positions, counts, starts)
     )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError("momentkv::decode has no gradient, but an input requires one; call it under torch.no_grad()")
     parts: tuple[Any, ...] = (None,) * len(Expansion._fields) if expansion is None else tuple(expansion)
-    out, lse, logits = decode_operator(q, k, v, positions, counts, starts, capacity, float(scale), scored, *parts)
+    newest = (None, None, None) if recent is None else tuple(recent)
+    out, lse, logits = decode_operator(
+        q, k, v, positions, counts, starts, capacity, *newest, float(scale), scored, *parts
+    )
     return out, lse, logits if scored else None
+
+
+def checked_recent(recent: Recent, lead: tuple[int, ...], q: Tensor, dv: int) -> Recent:
+    """Recent tokens as a kernel reads them."""
+    keys, values, valid = recent
+    wanted = (*lead, keys.shape[-2] if keys.ndim == 4 else 0)
+    for name, x, shape, dtype in (
+        ("recent.keys", keys, (*wanted, q.shape[-1]), q.dtype),
+        ("recent.values", values, (*wanted, dv), q.dtype),
+        ("recent.valid", valid, wanted, torch.bool),
+    ):
+        if x is not None and (tuple(x.shape) != shape or x.dtype != dtype):
+            raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}; it must be {dtype} of shape {shape}")
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    return Recent(keys, values, valid)
 
 
 def check_expansion(expansion: Expansion, lead: tuple[int, ...], d: int, dv: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from momentkv.attention import AttentionState
+from momentkv.backends.layout import Recent
 from momentkv.statistics.expansion import Expansion
 
 __all__ = [
@@ -210,11 +211,38 @@ def decode_plain(
     counts: torch.Tensor | None,
     starts: torch.Tensor | None,
     capacity: int,
+    recent: Recent | None,
     expansion: Expansion | None,
     scale: float,
     scored: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What `momentkv.backends.triton.decode.decode_triton` does, in plain PyTorch."""
+    state, logits = attend_slots(q, k, v, positions, counts, starts, capacity, scale=scale, scored=scored)
+    if recent is not None:
+        places = None if recent.valid is None else recent.valid.to(torch.int32) - 1
+        n = recent.keys.shape[-2]
+        newest, more = attend_slots(q, *recent[:2], places, None, None, n, scale=scale, scored=scored)
+        state = join(state, newest)
+        if logits is not None and more is not None:
+            logits = torch.cat([logits, more], dim=-1)
+    if expansion is not None:
+        state = join(state, estimate_expansion(q, expansion, scale=scale))
+    return state.out.to(q.dtype), state.lse.to(torch.float32), logits
+
+
+def attend_slots(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    capacity: int,
+    *,
+    scale: float,
+    scored: bool,
+) -> tuple[AttentionState, torch.Tensor | None]:
+    """Attention state over the slots that hold a token, and logits if asked for."""
     if starts is not None:
         k, v, places = unpack(k, v, starts, capacity)
         if positions is not None:
@@ -241,6 +269,4 @@ def decode_plain(
         out = torch.matmul(torch.exp(logits - lse.nan_to_num(neginf=0.0)), v)
         state = AttentionState(out.reshape(*q.shape[:3], v.shape[-1]), lse.reshape(q.shape[:3]))
         logits = logits.reshape(batch, kv_heads, q.shape[1] // kv_heads, q.shape[2], n)
-    if expansion is not None:
-        state = join(state, estimate_expansion(q, expansion, scale=scale))
-    return state.out.to(q.dtype), state.lse.to(torch.float32), logits if scored else None
+    return state, logits if scored else None

@@ -263,28 +263,19 @@ def attend_both(q: torch.Tensor, tiers: Tiers, *, scale: float) -> tuple[Attenti
 def decode_tiers(
     q: torch.Tensor, tiers: Tiers, expansion: Expansion | None, *, scale: float, weights: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`TorchBackend.decode` by the fused operator, once for each tier; the estimate goes with the first."""
+    """`TorchBackend.decode` by one call of the fused operator."""
     layout = tiers.layout
-    batch = tiers.recent_keys.shape[0]
-
-    def positions(valid: torch.Tensor | None) -> torch.Tensor | None:
-        return None if valid is None else valid.to(torch.int32) - 1
-
-    out, lse, logits = decode(
-        q,
-        tiers.recent_keys,
-        tiers.recent_values,
-        expansion if layout.width == 0 else None,
-        scale=scale,
-        positions=positions(tiers.recent_valid),
-        scored=weights,
-    )
-    if layout.width:
+    batch, slots = tiers.recent_keys.shape[0], sum(layout.widths)
+    if slots == 0:
+        positions = None if tiers.recent_valid is None else tiers.recent_valid.to(torch.int32) - 1
+        out, _, logits = decode(
+            q, tiers.recent_keys, tiers.recent_values, expansion, scale=scale, positions=positions, scored=weights
+        )
+    else:
         starts, counts = packed_slots(layout, batch, q.device)
-        slots = sum(layout.widths)
         if tiers.valid is not None:
             counts = tiers.valid.sum(-1, dtype=torch.int32)
-        of_retained = decode(
+        out, _, logits = decode(
             q,
             tiers.keys.reshape(batch * slots, -1),
             tiers.values.reshape(batch * slots, -1),
@@ -293,11 +284,9 @@ def decode_tiers(
             counts=counts,
             starts=starts,
             capacity=layout.width,
+            recent=tiers.recent,
             scored=weights,
         )
-        out = joined_output(AttentionState(of_retained[0], of_retained[1]), AttentionState(out, lse))
-        if logits is not None and of_retained[2] is not None:
-            logits = torch.cat([of_retained[2], logits], dim=-1)
     # A query that sees nothing has logits of -inf alone; all its weights are zero.
     return out, None if logits is None else torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)
 

@@ -40,14 +40,18 @@ def remember(
     count = recent.shape[-2]
     (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
     grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * scale
-    if real is None:
+    dtype = grouped.dtype
+    if real is None or (count == 1 and mean is not None):
         new_mean, new_square = (xp.mean(x, axis=(-3, -2)) for x in (grouped, grouped * grouped))
         if mean is None or square is None:
             return new_mean, new_square
         # Several queries at once count alike; one by one, each fades what came before it.
-        share = min(2.0 * count / RECENT_QUERIES, 1.0)
+        share: Any = min(2.0 * count / RECENT_QUERIES, 1.0)
+        if real is not None:
+            weight = xp.astype(real, dtype)
+            share = faded(share * weight, weight, square)
     else:
-        weight = xp.astype(real, grouped.dtype)[..., None, :, None]
+        weight = xp.astype(real, dtype)[..., None, :, None]
         number = xp.sum(weight, axis=(-3, -2))
         safe = xp.where(number > 0, number, xp.ones_like(number))
         new_mean, new_square = (
@@ -57,7 +61,11 @@ def remember(
         if mean is None or square is None:
             return new_mean, new_square
         share = xp.minimum(number * (2.0 / RECENT_QUERIES), xp.ones_like(number))
-    # Where all before was padding there is nothing to fade.
-    some = xp.sum(square, axis=-1, keepdims=True) > 0
-    share = xp.where(some, share, xp.ones_like(mean[..., :1]) if real is None else xp.ones_like(share))
+        share = faded(share, xp.ones_like(share), square)
     return mean + share * (new_mean - mean), square + share * (new_square - square)
+
+
+def faded(share: Array, first: Array, square: Array) -> Array:
+    """The share of new queries; ``first`` where all before was padding, so that there is nothing to fade."""
+    xp = array_namespace(share, square)
+    return xp.where(xp.sum(square, axis=-1, keepdims=True) > 0, share, first)

@@ -309,7 +309,7 @@ def place(backend: Any, state: LayerState, new: NewTokens) -> LayerState:
         x, y = getattr(state, f"recent_{name}"), getattr(new, name)
         vectors = name in ("keys", "values")
         arrays[f"recent_{name}"] = backend.write(x, index, y, axis=-2 if vectors else -1)
-    counts = state.recent_count + xp.astype(added, state.recent_count.dtype)
+    counts = state.recent_count + xp.astype(added, state.recent_count.dtype, copy=False)
     filled = min(state.filled + count, state.layout.recent)
     return dataclasses.replace(state, **arrays, recent_count=counts, filled=filled, padded=True)
 

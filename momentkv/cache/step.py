@@ -30,7 +30,7 @@ def fresh(config: CacheConfig, k: Array, v: Array, positions: Array, *, padded: 
 def arrived(config: CacheConfig, state: LayerState, k: Array, v: Array) -> NewTokens:
     """One new token a head, at the place that the device's clock tells."""
     xp = array_namespace(k, v)
-    positions = xp.zeros(k.shape[:-1], dtype=xp.int32, device=device(k)) + state.clock[..., None, None]
+    positions = xp.broadcast_to(state.clock[..., None, None], k.shape[:-1])
     return fresh(config, k, v, positions, padded=True)
 
 

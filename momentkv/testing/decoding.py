@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from momentkv.backends.layout import Recent
 from momentkv.statistics.expansion import Expansion
 from momentkv.testing import oracle
 from momentkv.testing.rounding import FUNCTION, StateError, attention_error, merge_error
@@ -37,6 +38,8 @@ class Decode:
     masked: bool = False
     packed: bool = False
     scored: bool = False
+    recent: int = 0
+    recent_masked: bool = False
     size: float = 1.0
     scale: float = 0.1
 
@@ -82,6 +85,12 @@ def decode_cases(single: torch.dtype, half: torch.dtype) -> list[Decode]:
         ),
         Decode(d=16, dtype=single, packed=True, splits=2, estimate="order 1", scored=True, kv_heads=3),
         Decode(d=16, dtype=single, packed=True, masked=True),
+        # Recent tokens besides: less than a tile and more, alone, in a split of their own, behind packed ones.
+        Decode(d=16, dtype=single, recent=9),
+        Decode(d=16, dtype=single, recent=70, recent_masked=True, estimate="order 1", splits=3, scored=True),
+        Decode(d=16, dtype=single, recent=5, capacity=0, recent_masked=True, scored=True),
+        Decode(d=64, dtype=half, recent=70, packed=True, kv_heads=3, splits=2),
+        Decode(d=40, dv=24, dtype=single, recent=20, counted=True, group=3, scored=True, estimate="summaries x 2"),
         # Logits of many hundreds.
         Decode(d=64, dtype=single, size=30.0, scale=1.0, estimate="order 0", splits=2),
     ]
@@ -98,7 +107,8 @@ class Inputs:
     counts: torch.Tensor | None
     starts: torch.Tensor | None
     expansion: Expansion | None
-    valid: NDArray[Any]  # (batch, kv_head, capacity): the slots that hold tokens
+    recent: Recent | None
+    valid: NDArray[Any]  # (batch, kv_head, capacity + recent): the slots that hold tokens
 
 
 def make(case: Decode, device: str = "cpu") -> Inputs:
@@ -132,7 +142,16 @@ def make(case: Decode, device: str = "cpu") -> Inputs:
         positions = None if positions is None else positions[used]
         flat = counts.flatten().long()
         starts = (flat.cumsum(0) - flat).reshape(lead)
-    made = Inputs(q, k, v, positions, counts, starts, expansion_of(case, rng, d, dv), valid)
+    recent = None
+    if case.recent:
+        there = rng.random((*lead, case.recent)) < (0.5 if case.recent_masked else 2.0)
+        there[0, 0] &= not case.recent_masked  # a head that has none
+        # As a cache has them: the first of more slots.
+        hidden = torch.from_numpy(np.pad(~there, [(0, 0), (0, 0), (0, 3)], constant_values=True))[..., None]
+        newest = [normal(*lead, case.recent + 3, n).masked_fill(hidden, math.nan)[..., :-3, :] for n in (d, dv)]
+        recent = Recent(newest[0], newest[1], torch.from_numpy(there) if case.recent_masked else None)
+        valid = np.concatenate([valid, there], axis=-1)
+    made = Inputs(q, k, v, positions, counts, starts, expansion_of(case, rng, d, dv), recent, valid)
     return made if device == "cpu" else moved(made, device)
 
 
@@ -146,7 +165,10 @@ def moved(inputs: Inputs, device: str) -> Inputs:
         for name in ("q", "k", "v", "positions", "counts", "starts")
         for x in (getattr(inputs, name),)
     }
-    return dataclasses.replace(inputs, **there, expansion=expansion)
+    recent = inputs.recent
+    if recent is not None:
+        recent = Recent(*(None if x is None else x.to(device) for x in recent))
+    return dataclasses.replace(inputs, **there, expansion=expansion, recent=recent)
 
 
 def expansion_of(case: Decode, rng: np.random.Generator, d: int, dv: int) -> Expansion | None:
@@ -212,6 +234,8 @@ def dense(case: Decode, inputs: Inputs) -> tuple[NDArray[Any], NDArray[Any], NDA
         for full, x in zip(whole, (k, v), strict=True):
             full[used] = x
         k, v = whole
+    if inputs.recent is not None:
+        k, v = (np.concatenate([x, f64(y)], axis=-2) for x, y in zip((k, v), inputs.recent[:2], strict=True))
     hidden = ~inputs.valid[..., None]
     return f64(inputs.q), np.where(hidden, 0.0, k), np.where(hidden, 0.0, v)
 

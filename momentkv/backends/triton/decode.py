@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from momentkv.backends.layout import Recent
 from momentkv.backends.triton.decode_kernel import combine_kernel, decode_kernel
 from momentkv.statistics.expansion import Expansion
 
@@ -144,6 +145,7 @@ def decode_triton(
     counts: torch.Tensor | None,
     starts: torch.Tensor | None,
     capacity: int,
+    recent: Recent | None,
     expansion: Expansion | None,
     scale: float,
     scored: bool,
@@ -155,7 +157,7 @@ def decode_triton(
     """
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     out, lse, logits, launches = decode_launches(
-        q, k, v, positions, counts, starts, capacity, expansion, scale, scored, processors, splits
+        q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored, processors, splits
     )
     for launch in launches:
         launch()
@@ -170,6 +172,7 @@ def decode_launches(
     counts: torch.Tensor | None,
     starts: torch.Tensor | None,
     capacity: int,
+    recent: Recent | None,
     expansion: Expansion | None,
     scale: float,
     scored: bool,
@@ -184,20 +187,21 @@ def decode_launches(
     dv = v.shape[-1]
     kv_heads = k.shape[1] if starts is None else starts.shape[-1]
     rows, heads = q_heads // kv_heads * q_len, batch * kv_heads
+    newest = 0 if recent is None else recent.keys.shape[-2]
     blocks = decode_blocks(rows, d, dv, q.dtype)
     tiles = triton.cdiv(rows, blocks.BLOCK_M)
     q = q.contiguous()
     if splits is None:
         splits = number_of_splits(heads * tiles, capacity, blocks.BLOCK_N, processors)
-    # With few heads the estimate would make one split the slowest; it gets one for itself.
-    own = expansion is not None and splits > 1
+    # With few heads the estimate or recent tokens would make one split the slowest; they get one for themselves.
+    own = (expansion is not None or recent is not None) and splits > 1
     splits += own
     out = q.new_empty((batch, q_heads, q_len, dv))
     lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
     logits = None
     if scored:
         logits = torch.empty(
-            (batch, kv_heads, q_heads // kv_heads, q_len, capacity), dtype=torch.float32, device=q.device
+            (batch, kv_heads, q_heads // kv_heads, q_len, capacity + newest), dtype=torch.float32, device=q.device
         )
     part_out = part_lse = None
     if splits > 1:
@@ -206,13 +210,14 @@ def decode_launches(
     if out.numel() == 0:
         return out, lse, logits, []
     packed = starts is not None
-    names = ("kb", "kh", "kn", "vb", "vh", "vn", "pb", "ph", "sd", "sv")
+    names = ("kb", "kh", "kn", "vb", "vh", "vn", "pb", "ph", "sd", "sv", "rkb", "rkh", "rkn", "rvb", "rvh", "rvn")
     strides = [0, 0, k.stride(-2), 0, 0, v.stride(-2)] if packed else [*k.stride()[:3], *v.stride()[:3]]
     strides += [0, 0] if packed or positions is None else list(positions.stride()[:2])
     parts: dict[str, Any] = dict.fromkeys(Expansion._fields)
     if expansion is not None:
         parts = {name: contiguous(name, x) for name, x in expansion._asdict().items()}
     strides += [0, 0] if parts["slope"] is None else list(parts["slope"].stride()[-2:])
+    strides += [0] * 6 if recent is None else [*recent.keys.stride()[:3], *recent.values.stride()[:3]]
     sizes = blocks._asdict()
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     arguments = {
@@ -222,6 +227,9 @@ def decode_launches(
         "POSITIONS": positions,
         "COUNTS": counts,
         "STARTS": starts,
+        "RECENT_K": None if recent is None else recent.keys,
+        "RECENT_V": None if recent is None else recent.values,
+        "RECENT_VALID": None if recent is None or recent.valid is None else recent.valid.contiguous().view(torch.uint8),
         **{POINTERS[name]: x for name, x in parts.items()},
         "OUT": out,
         "LSE": lse,
@@ -231,6 +239,7 @@ def decode_launches(
         "scale": scale,
         "rows": rows,
         "capacity": capacity,
+        "recent": newest,
         "kv_heads": kv_heads,
         "splits": splits,
         **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
@@ -244,7 +253,12 @@ def decode_launches(
         "COUNTED": counts is not None,
         "PACKED": packed,
         "SCORED": scored,
+        "RECENT": recent is not None,
+        "RECENT_MASKED": recent is not None and recent.valid is not None,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # the latter means nothing to halves
+        # Of halves, three products of tensor cores for one, where registers allow: full float32 took a fifth of the
+        # kernel's time (H200).
+        "EXACT": "ieee" if q.dtype == torch.float32 or max(d, dv) > 128 else "tf32x3",
         **estimate_flags(expansion),
         **sizes,
     }

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.backends.operators import DTYPES, assemble, decode, decode_operator
+from momentkv.backends.operators import DTYPES, assemble, decode, decode_operator, together
 from momentkv.backends.torch import decode_tiers
 from momentkv.backends.triton.builds import Build, build_of
 from momentkv.backends.triton.decode import Launch, decode_launches
@@ -40,7 +40,7 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.arguments: list[tuple[Any, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is decode_operator._opoverload:
+        if func is decode_operator:
             self.arguments.append(args)
         return func(*args, **(kwargs or {}))
 
@@ -111,10 +111,11 @@ def launches_of(
 
 def launched(arguments: tuple[Any, ...], processors: int) -> list[Launch]:
     """The launches of one call of the operator."""
-    q, k, v, positions, counts, starts, capacity, scale, scored, *parts = arguments
-    return decode_launches(q, k, v, positions, counts, starts, capacity, assemble(*parts), scale, scored, processors)[
-        -1
-    ]
+    q, k, v, positions, counts, starts, capacity, *rest = arguments
+    recent, (scale, scored, *parts) = together(*rest[:3]), rest[3:]
+    return decode_launches(
+        q, k, v, positions, counts, starts, capacity, recent, assemble(*parts), scale, scored, processors
+    )[-1]
 
 
 def reachable(dtypes: tuple[torch.dtype, ...] = DTYPES, dimensions: tuple[int, ...] = DIMENSIONS) -> Iterator[Build]:

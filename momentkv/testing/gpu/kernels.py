@@ -64,6 +64,8 @@ def all_cases(dtype: torch.dtype) -> list[Decode]:
             dataclasses.replace(large, counted=True),
             dataclasses.replace(large, masked=True),
             dataclasses.replace(large, packed=True),
+            dataclasses.replace(large, packed=True, recent=65),
+            dataclasses.replace(large, packed=True, recent=65, recent_masked=True, batch=64, capacity=600),
             dataclasses.replace(large, packed=True, masked=True, group=24),
         ]
     return list(dict.fromkeys(cases))
@@ -80,6 +82,7 @@ def error_of(case: Decode, device: str) -> Row:
         x.counts,
         x.starts,
         case.capacity,
+        x.recent,
         x.expansion,
         case.scale,
         case.scored,
@@ -88,7 +91,8 @@ def error_of(case: Decode, device: str) -> Row:
     exact, exact_logits, allowed = expected(case, x)
     shares = [share(f64(out), exact.out, allowed.out), share(f64(lse), exact.lse, allowed.lse)]
     if logits is not None:
-        largest = float(np.nanmax(np.abs(f64(x.k)), initial=0.0)) * float(np.abs(f64(x.q)).max(initial=0.0))
+        of_recent = 0.0 if x.recent is None else float(np.nanmax(np.abs(f64(x.recent.keys))))
+        largest = float(np.nanmax(np.abs(f64(x.k)), initial=of_recent)) * float(np.abs(f64(x.q)).max(initial=0.0))
         of_logits = 2.0**-24 * (case.d + 4) * case.scale * case.d * largest
         shares.append(share(f64(logits).reshape(exact_logits.shape), exact_logits, of_logits))
     norm = float(np.linalg.norm(exact.out))

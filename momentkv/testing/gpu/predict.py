@@ -131,7 +131,7 @@ def bytes_moved(shape: Shape, kind: str, splits: int) -> int:
         expansion = type(expansion)(*(None if x is None else x[:, :1] for x in expansion))
         splits -= splits > 1  # one more is added for the estimate
     with counting() as traffic:
-        decode_triton(q, k, k, None, None, None, shape.budget, expansion, 1.0, False, splits)
+        decode_triton(q, k, k, None, None, None, shape.budget, None, expansion, 1.0, False, splits)
     return traffic.loaded + traffic.stored
 
 
