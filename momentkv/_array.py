@@ -21,7 +21,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from array_api_compat import array_namespace, device, is_jax_array, size
+from array_api_compat import array_namespace, device, is_jax_array, is_torch_array, size
 
 __all__ = [
     "Array",
@@ -34,6 +34,7 @@ __all__ = [
     "check_mask",
     "concrete",
     "device",
+    "inverse",
     "nbytes",
     "real_rows",
     "take_rows",
@@ -89,6 +90,22 @@ def concrete(*arrays: Array) -> bool:
     """
     # Where an array is one of JAX, JAX is imported; nothing here imports it.
     return not any(is_jax_array(x) and isinstance(x, sys.modules["jax"].core.Tracer) for x in arrays)
+
+
+def inverse(matrix: Array) -> Array:
+    """Inverse of matrices (..., d, d) that have one; of others nothing is promised, and no error where that would wait.
+
+    PyTorch's own ``inv`` asks the device whether it succeeded. Then the host waits, and no CUDA graph can hold it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> inverse(np.asarray([[2.0, 0.0], [0.0, 4.0]])).tolist()
+    [[0.5, 0.0], [0.0, 0.25]]
+    """
+    if is_torch_array(matrix):  # then PyTorch is imported; nothing here imports it
+        return sys.modules["torch"].linalg.inv_ex(matrix, check_errors=False).inverse
+    return array_namespace(matrix).linalg.inv(matrix)
 
 
 def nbytes(x: Array) -> int:

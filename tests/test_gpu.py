@@ -218,6 +218,18 @@ def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool)
     assert not log.launched["lift_fresh"]
 
 
+@pytest.mark.parametrize("policy", ["novelty", "leverage", "balanced"])
+def test_rankings_that_invert_matrices_do_not_ask_whether_that_succeeded(policy: str):
+    """An inverse that is checked waits for the device, though tensors without data do not show it."""
+    cache = LayerCache(40, static=True, window=8, policy=policy, correction="moments")
+    q, k = torch.randn(1, 4, 90, 16), torch.randn(1, 2, 90, 16)
+    cache.step(q, k, k)
+    with Log() as log:
+        cache.flushed(cache.stored_state)
+    assert log.launched["linalg_inv_ex"] > 0
+    assert not {"linalg_inv", "_linalg_check_errors"} & set(log.launched)
+
+
 def test_asking_the_device_is_noticed():
     class Asks(Fused):
         def decode(self, q: Any, tiers: Any, expansion: Any, *, scale: float, weights: bool = False) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from momentkv._array import Array, array_namespace, device, real_rows
+from momentkv._array import Array, array_namespace, device, inverse, real_rows
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
 from momentkv.statistics.weights import positive
@@ -93,8 +93,8 @@ def mahalanobis(off: Array, real: Array) -> Array:
     covariance = covariance + ridge[..., None, None] * identity
     # A matrix that is not finite may stop the inversion of all. No entry of a covariance is above its diagonal's.
     finite = xp.isfinite(mean)[..., None]
-    inverse = inverted(xp.where(finite[..., None], covariance, identity))
-    distance = xp.sum((off @ inverse) * off, axis=-1)
+    whitened = off @ inverted(xp.where(finite[..., None], covariance, identity))
+    distance = xp.sum(whitened * off, axis=-1)
     return xp.where(finite, distance, xp.full_like(distance, math.nan))
 
 
@@ -116,11 +116,11 @@ def inverted(matrix: Array) -> Array:
     xp = array_namespace(matrix)
     half = matrix.shape[-1] // 2
     if half == 0:
-        return xp.linalg.inv(matrix)
-    first = xp.linalg.inv(matrix[..., :half, :half])
+        return inverse(matrix)
+    first = inverse(matrix[..., :half, :half])
     corner = matrix[..., :half, half:]
     across = first @ corner
-    rest = xp.linalg.inv(matrix[..., half:, half:] - corner.mT @ across)
+    rest = inverse(matrix[..., half:, half:] - corner.mT @ across)
     between = -(across @ rest)
     top = xp.concat([first - between @ across.mT, between], axis=-1)
     return xp.concat([top, xp.concat([between.mT, rest], axis=-1)], axis=-2)
