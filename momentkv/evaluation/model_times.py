@@ -32,7 +32,8 @@ def of_model(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     if device.type == "cuda":
         kept[f"{budget}, CUDA graphs"] = MomentCache(model, sizes.model_budget, static=True)
     for name, cache in kept.items():
-        for chunk in torch.split(ids, 512, dim=1):
+        # Of a few thousand tokens at a time, for each is followed by an eviction in every layer.
+        for chunk in torch.split(ids, 8192, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
         one = step(model, ids[:, :1], cache, graphs=name.endswith("graphs"))
         yield measure("model", name, one, sizes._replace(graphed=0), device, nbytes=weights) | {

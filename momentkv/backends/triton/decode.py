@@ -21,8 +21,9 @@ __all__ = [
     "number_of_splits",
 ]
 
-# Blocks of the sequence for each multiprocessor, so that all have work while some wait for memory.
-WAVES = 2
+# Blocks of the sequence for each multiprocessor at least. Two or three were slower by a tenth at batch 16 and faster
+# nowhere (H200).
+WAVES = 1
 SPLITS = 64  # at most; the combine kernel holds the outputs of all splits of a query
 # What the kernel calls the parts of an expansion.
 POINTERS = {
@@ -60,7 +61,7 @@ class DecodeBlocks(NamedTuple):
     num_stages: int
 
 
-def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype) -> DecodeBlocks:
+def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int) -> DecodeBlocks:
     """Sizes for that many queries of each KV head; a tile of `tl.dot` has at least 16 in each direction."""
     wide = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     largest = max(wide)
@@ -75,7 +76,9 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype) -> DecodeBlock
         BLOCK_V=wide[1],
         BLOCK_C=16 if single or largest > 128 else 32,
         num_warps=8 if queries == 32 or largest > (64 if single else 128) else 4,
-        num_stages=2 if single else 3,
+        # One tile on its way is enough, and faster by a tenth, where blocks read at once (H200); not where they first
+        # evaluate summaries.
+        num_stages=2 if single or summaries < 2 else 3,
     )
 
 
@@ -188,7 +191,8 @@ def decode_launches(
     kv_heads = k.shape[1] if starts is None else starts.shape[-1]
     rows, heads = q_heads // kv_heads * q_len, batch * kv_heads
     newest = 0 if recent is None else recent.keys.shape[-2]
-    blocks = decode_blocks(rows, d, dv, q.dtype)
+    flags = estimate_flags(expansion)
+    blocks = decode_blocks(rows, d, dv, q.dtype, flags["SUMMARIES"])
     tiles = triton.cdiv(rows, blocks.BLOCK_M)
     q = q.contiguous()
     if splits is None:
@@ -259,7 +263,7 @@ def decode_launches(
         # Of halves, three products of tensor cores for one, where registers allow: full float32 took a fifth of the
         # kernel's time (H200).
         "EXACT": "ieee" if q.dtype == torch.float32 or max(d, dv) > 128 else "tf32x3",
-        **estimate_flags(expansion),
+        **flags,
         **sizes,
     }
     launches = [Launch(decode_kernel, (heads, splits, tiles), arguments, constants, options)]
