@@ -31,7 +31,7 @@ from momentkv.testing.gpu.predict import COPY, LAUNCH, predictions, seconds_of
 
 ROOT = Path(__file__).parents[1]
 REHEARSED = ["kernels, bfloat16", "kernels, float32", "steps as graphs", "one layer", "a model of 8B"]
-REHEARSED += ["memory of a prefill", "compute-sanitizer", "tokens in few bits"]
+REHEARSED += ["memory of a prefill", "compute-sanitizer", "modes of a cache", "tokens in few bits"]
 
 
 def test_a_rehearsal_runs_the_parts_and_says_what_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
