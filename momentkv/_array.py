@@ -108,6 +108,37 @@ def inverse(matrix: Array) -> Array:
     return array_namespace(matrix).linalg.inv(matrix)
 
 
+def orthonormal(x: Array) -> Array:
+    """Orthonormal columns (..., n, w) with the span of those of ``x``; of those that depend on others, any.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> abs(orthonormal(np.asarray([[3.0], [4.0]]))).tolist()
+    [[0.6], [0.8]]
+    """
+    if is_torch_array(x) and x.device.type == "cuda":
+        # There PyTorch factorises one matrix after the other: two thirds of the time of a flush (H200).
+        return orthonormal_by_gram(x)
+    return array_namespace(x).linalg.qr(x)[0]
+
+
+def orthonormal_by_gram(x: Array) -> Array:
+    """`orthonormal` of PyTorch's tensors in few calls, none of which waits; zero columns where all are zero.
+
+    By the Cholesky factor of the columns' products, which squares the condition number: so in float64, and with so
+    little added to its diagonal as rounding may take away.
+    """
+    torch = sys.modules["torch"]
+    wide = x.to(torch.float64)
+    gram = wide.mT @ wide
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    added = 1e-15 * size + torch.finfo(torch.float64).smallest_normal
+    identity = torch.eye(x.shape[-1], dtype=torch.float64, device=x.device)
+    factor = torch.linalg.cholesky_ex(gram + added * identity, check_errors=False).L
+    return torch.linalg.solve_triangular(factor, wide.mT, upper=False).mT.to(x.dtype)
+
+
 def nbytes(x: Array) -> int:
     """Bytes that the elements of an array occupy.
 

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libraries import Library
 
+from momentkv._array import orthonormal_by_gram
+from momentkv.statistics import clustering
 from momentkv.statistics.clustering import SUBSPACE_STEPS, cluster, low_rank
 from momentkv.testing.rounding import assert_same, assert_within, unit
 from momentkv.testing.strategies import Case, cases, shape, some_tokens
@@ -191,3 +193,38 @@ def test_low_rank_spends_its_directions_where_inputs_vary(backend: Library):
 
 def test_low_rank_of_nothing_is_nothing(backend: Library):
     assert (product(backend, np.zeros((2, 5, 4)), np.zeros((2, 4)), 2) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([1e-15, 1.0, 1e15]))
+def test_columns_are_orthonormal_by_their_products_as_by_reflections(dtype: type, seed: int, size: float):
+    """What stands in for QR on a GPU, for columns whose lengths and angles span seven orders of magnitude."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((3, 40, 6)) * np.logspace(0, -4, 6) @ (np.eye(6) + rng.standard_normal((6, 6)))
+    x = torch.asarray((size * x).astype(dtype))
+    x[1] = 0
+    x[2, 0, 0] = np.nan
+    made = orthonormal_by_gram(x)
+    assert made.dtype == x.dtype
+    assert (made[1] == 0).all()
+    span, exact = made[0].double().numpy(), np.linalg.qr(x[0].double().numpy())[0]
+    values = np.linalg.svd(x[0].double().numpy(), compute_uv=False)
+    # What is added to the diagonal, and rounding of the products, over the least of the columns' own energy.
+    of_least = 100 * 6e-15 * (values[0] / values[-1]) ** 2
+    assert_within(span.T @ span, np.eye(6), 100 * float(np.finfo(dtype).eps) + of_least)
+    # The leading ones, whose energy counts, to rounding.
+    assert_within(np.abs(exact[:, :2].T @ span[:, :2]), np.eye(2), 1e-5)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_few_directions_are_the_same_whichever_way_columns_are_made_orthonormal(seed: int):
+    torch = pytest.importorskip("torch")
+    matrix = torch.asarray(separated((40, 32), seed), dtype=torch.float32)
+    deviation = torch.ones(32)
+    left, right = low_rank(matrix, deviation, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clustering, "orthonormal", orthonormal_by_gram)
+        other_left, other_right = low_rank(matrix, deviation, 2)
+    scale = float(matrix.abs().max())
+    assert_within((left @ right).numpy(), (other_left @ other_right).numpy(), 1e-3 * scale)

@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from momentkv._array import Array, array_namespace, device
+from momentkv._array import Array, array_namespace, device, orthonormal
 from momentkv.statistics.weights import positive
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
     scaled = xp.where(finite, scaled, 0.0)
     square = scaled @ scaled.mT
     start = xp.asarray(start_of(d, min(rank + OVERSAMPLING, p, d)), dtype=matrix.dtype, device=device(matrix))
-    basis, _ = xp.linalg.qr(scaled @ start)
+    basis = orthonormal(scaled @ start)
     for _ in range(SUBSPACE_STEPS):
         # The square is symmetric; a few rows times it take a fraction of the time of it times a few columns.
-        basis, _ = xp.linalg.qr((basis.mT @ square).mT)
+        basis = orthonormal((basis.mT @ square).mT)
     _, vectors = xp.linalg.eigh((basis.mT @ square) @ basis)
     left = xp.where(finite, basis @ vectors[..., -rank:], math.nan)
     return left, left.mT @ matrix
