@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -33,6 +33,9 @@ from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
 
+# Bytes that an eviction works on at once where a launch costs more than work on so few: its copies of them then stay a
+# small part of what a model takes.
+AT_ONCE_ON_DEVICE = 128 * 2**20
 # Queries that attend to codes at once.
 QUERIES = 64
 
@@ -143,6 +146,18 @@ class TorchBackend(ArrayBackend):
     def overwrite(self, x: Array, new: Array) -> Array:
         x.copy_(new)
         return x
+
+    def at_once(self, x: Array) -> int:
+        return super().at_once(x) if x.device.type == "cpu" else AT_ONCE_ON_DEVICE
+
+    def overwrite_all(self, xs: Sequence[Array], new: Sequence[Array]) -> list[Array]:
+        if xs:
+            torch._foreach_copy_(list(xs), list(new))
+        return list(xs)
+
+    def split(self, x: Array, sizes: Sequence[int], *, axis: int, copy: bool) -> list[Array]:
+        split: Any = torch.split_with_sizes_copy if copy else torch.split_with_sizes
+        return list(split(x.detach(), list(sizes), axis))
 
     def fixed(self, x: Array) -> Array:
         fixed = self.copy(x)

@@ -64,6 +64,7 @@ class SharedBudget:
     def evict(self, cache: LayerCache) -> None:
         """Evict one cache, or, after a prefill, wait for the others and then evict them all, or none."""
         if cache.newest_queries is None:
+            self.prepare(cache)
             cache.evict()
             return
         if any(cache is other for other, _ in self.waiting):
@@ -79,6 +80,9 @@ class SharedBudget:
             for (each, _), held in zip(waiting, before, strict=True):
                 each.go_back(held)
             raise
+
+    def prepare(self, cache: LayerCache) -> None:
+        """Make ready a cache that evicts by itself, while decoding; nothing to do here."""
 
     def ranked(self, cache: LayerCache) -> Array:
         """Importances of a cache that waits, or None if nothing of it is to go; what ranked its tokens is let go."""

@@ -45,13 +45,12 @@ class CodedBudget(SharedBudget):
         super().__init__(caches, rule, by_head=by_head)
         self.chooses_bits, self.beside = chooses_bits, 0
 
-    def evict(self, cache: LayerCache) -> None:
-        """Evict one cache while decoding, or all after a prefill; see `SharedBudget.evict`."""
+    def prepare(self, cache: LayerCache) -> None:
+        """Choose the bits of a cache whose first tokens go while decoding."""
         if self.chooses_bits and cache.newest_queries is None and cache.config.bits is None and cache.is_due:
-            # The first tokens that go while decoding: there are no queries to measure with.
+            # There are no queries to measure with.
             cache.code(USUAL)
             cache.budget = bought(cache, self.average, self.beside)(USUAL)
-        super().evict(cache)
 
     def tokens(self, waiting: Sequence[LayerCache], importances: Sequence[Array]) -> int:
         """Tokens that each KV head may retain on average, in the bits that are chosen for them now."""

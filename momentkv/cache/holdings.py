@@ -37,6 +37,8 @@ class Holdings:
         None before the first token.
     new : NewTokens or None
         Tokens that were appended and are in no tier yet.
+    recording : bool
+        Whether tokens may be taken back: nothing is observed or evicted.
     newest_queries : array, shape (batch..., q_head, m, d), or None
         Of a prefill, until the eviction that follows.
     budgets : list of int, or None
@@ -54,6 +56,7 @@ class Holdings:
     config: CacheConfig
     state: LayerState | None = None
     new: NewTokens | None = None
+    recording: bool = False
     newest_queries: Array = None
     budgets: list[int] | None = None
     fixed: LayerState | None = None
@@ -181,6 +184,13 @@ class Holdings:
         xp = array_namespace(state.ticks)
         full = [budget + self.config.block for budget in self.budgets or []]
         return bool(xp.any(state.ticks >= xp.asarray(full, dtype=state.ticks.dtype, device=device(state.ticks))))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the recent tier is full, so that `evict` looks for heads to evict from, and nothing else waits."""
+        state = self.state
+        waits = self.new is not None or self.newest_queries is not None or self.recording or self.config.static
+        return not waits and state is not None and state.filled == state.layout.recent
 
     @property
     def is_fixed(self) -> bool:

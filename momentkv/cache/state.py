@@ -21,7 +21,7 @@ from momentkv.backends.layout import Layout, Tiers
 from momentkv.codes import Coding, Standard, decode, row_bytes, step_dtype
 from momentkv.statistics.moments import Moments
 
-__all__ = ["LayerState", "NewTokens", "empty_state", "hidden", "joined", "place"]
+__all__ = ["LayerState", "NewTokens", "empty_state", "hidden", "joined", "overwritten", "place"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +125,8 @@ class LayerState:
 
     def overwritten(self, other: LayerState, write: Callable[[Array, Array], Array]) -> LayerState:
         """The other state, its arrays written into those of this one, which has the same shapes."""
-        mine, arrays = self.arrays(), other.arrays()
-        written = self.with_arrays([x if arrays[name] is x else write(x, arrays[name]) for name, x in mine.items()])
-        host = {name: getattr(other, name) for name in HOST}
-        if all(getattr(self, name) == value for name, value in host.items()):
-            host.clear()  # then this very state, where arrays were written in place
-            if all(mine[name] is x for name, x in written.arrays().items()):
-                return self
-        return dataclasses.replace(written, **host)
+        (written,) = overwritten([self], [other], lambda old, new: list(map(write, old, new)))
+        return written
 
     def with_arrays(self, arrays: Sequence[Array]) -> LayerState:
         """The state with other arrays of the same shapes, in the order of `arrays`."""
@@ -211,6 +205,9 @@ ARRAYS = (
     "key_step", "value_step", "key_mean", "key_deviation", "value_deviation", "recent_attention",
     "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
 )  # fmt: skip
+
+# Those that have an axis of packed slots, of all heads, where others have one of heads: behind that of rows.
+PACKED = ("keys", "values", "positions", "attention", "key_step", "value_step")
 
 # Fields that hold arrays of their own.
 STATISTICS = ("evicted", "evidence")
@@ -312,6 +309,30 @@ def place(backend: Any, state: LayerState, new: NewTokens) -> LayerState:
     counts = state.recent_count + xp.astype(added, state.recent_count.dtype, copy=False)
     filled = min(state.filled + count, state.layout.recent)
     return dataclasses.replace(state, **arrays, recent_count=counts, filled=filled, padded=True)
+
+
+def overwritten(
+    states: Sequence[LayerState],
+    others: Sequence[LayerState],
+    write: Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]],
+) -> list[LayerState]:
+    """`LayerState.overwritten` of several states at once, by a function that is given all arrays that change."""
+    pairs = []
+    for state, other in zip(states, others, strict=True):
+        arrays = other.arrays()
+        pairs.append([(x, arrays[name]) for name, x in state.arrays().items()])
+    changed = [(x, y) for own in pairs for x, y in own if x is not y]
+    images = iter(write([x for x, _ in changed], [y for _, y in changed]))
+    results = []
+    for state, other, own in zip(states, others, pairs, strict=True):
+        held = [x if x is y else next(images) for x, y in own]
+        host = {name: getattr(other, name) for name in HOST}
+        in_place = all(x is image for (x, _), image in zip(own, held, strict=True))
+        if in_place and all(getattr(state, name) == value for name, value in host.items()):
+            results.append(state)
+        else:
+            results.append(dataclasses.replace(state.with_arrays(held), **host))
+    return results
 
 
 def joined(old: NewTokens, new: NewTokens) -> NewTokens:

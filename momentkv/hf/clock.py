@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from momentkv.cache.layer import LayerCache
-
-# Arrays of a state that have an axis of packed slots, behind that of rows.
-PACKED = ("keys", "values", "positions", "attention", "key_step", "value_step")
+from momentkv.cache.state import PACKED
 
 __all__ = ["Beat", "Clock", "check_static", "check_step", "ring"]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from momentkv.backends.recording import Recorder, record_cuda
+from momentkv.cache.joining import flush_together
 from momentkv.hf.clock import Clock
 
 __all__ = ["DecodeGraphs", "record_cuda"]
@@ -93,8 +94,7 @@ class DecodeGraphs:
             return logits
 
         def one_flush() -> None:
-            for core in self.static.cores:
-                core.flush()
+            flush_together(self.static.cores)
 
         # Outside its graph a step does not flush: a beat that never does.
         self.static.beat = type(before)(flushes=False)

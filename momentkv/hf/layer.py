@@ -44,6 +44,8 @@ class MomentLayer(CacheLayerMixin):
         self.waits = 0
         self.before: dict[str, Any] = {}
         self.attended: Callable[[], None] | None = None
+        # Who evicts, before the pass ends, all layers that have run full in it.
+        self.evict_in_pass: Callable[[MomentLayer], None] | None = None
         self.record_past = False
         self.passes: list[Pass] = []
         # While `momentkv.hf.read` reads a text: who keeps its queries and, of a second reading, the scores.
@@ -173,8 +175,10 @@ class MomentLayer(CacheLayerMixin):
                 kept = q_len if valid is not None else queries_to_keep(core, q_len, self.rollback)
                 self.passes.append(Pass(q_len, query[:, :, q_len - kept :].detach().clone(), valid))
                 core.release_projections()
-            else:
+            elif self.evict_in_pass is None:
                 self.evict()
+            else:
+                self.evict_in_pass(self)
             result = out.transpose(1, 2).contiguous()
             if self.padding is not None:
                 self.padding.read(attention_mask, valid, core.seen - q_len, q_len)
@@ -203,8 +207,9 @@ class MomentLayer(CacheLayerMixin):
             raise
         keys, values = self.arrived or (None, None)
         with torch.no_grad():
-            out = static_step(core, query, keys, values, valid, clock.beat.flushes)
-        if core is clock.cores[-1]:
+            last = core is clock.cores[-1]
+            out = static_step(core, query, keys, values, valid, clock.cores if last and clock.beat.flushes else ())
+        if last:
             clock.open = False
         return out.transpose(1, 2).contiguous()
 

@@ -11,6 +11,7 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.cache.allocation import SharedBudget
+from momentkv.cache.joining import evict_together
 from momentkv.hf.checks import NAME, records
 from momentkv.hf.clock import Clock
 from momentkv.hf.layer import MomentLayer
@@ -43,11 +44,13 @@ class PassKeeper:
         self.moments = [layer for layer in layers if isinstance(layer, MomentLayer)]
         self.stock = [layer for layer in layers if not isinstance(layer, MomentLayer)]
         for layer in self.moments:
-            layer.attended = self.attended
+            layer.attended, layer.evict_in_pass = self.attended, self.evict
         # Of a pass that is under way: how many compressed layers have not attended, what all were before it, and how
         # many tokens they had seen.
         self.left = self.start = 0
         self.before: list[Any] = []
+        # Layers that have run full in it, and evict when all have attended.
+        self.due: list[MomentLayer] = []
         self.thread: int | None = None
         # The layer whose new tokens the last pass left without attention, where none has ever come to any.
         self.unreached: int | None = None
@@ -59,7 +62,7 @@ class PassKeeper:
         unreached, self.unreached = self.unreached, None
         if unreached is not None:
             raise RuntimeError(self.never_reached(unreached))
-        self.before, self.start, self.left = self.held(), self.length, len(self.moments)
+        self.before, self.start, self.left, self.due = self.held(), self.length, len(self.moments), []
         self.thread = threading.get_ident()
 
     def check_layer(self, layer_idx: int) -> None:
@@ -72,6 +75,24 @@ class PassKeeper:
                 f"{self.thread}: one thread at a time may use a cache. Give each a cache of its own, a copy.deepcopy "
                 "say, or hold a lock around its passes; call reset() on this one, and read its tokens again"
             )
+
+    @torch.no_grad()
+    def evict(self, layer: MomentLayer) -> None:
+        """Evict a layer that has attended; if its block has run full, with the others, once the last has attended.
+
+        All layers run full at the same step, and evicting them at once costs few more calls than one of them.
+        """
+        if layer.core.is_full:
+            self.due.append(layer)
+        else:
+            layer.evict()
+        if self.left > 1:
+            return
+        due, self.due = self.due, []
+        for each in due:
+            if each.sharing is not None:
+                each.sharing.prepare(each.core)
+        evict_together([each.core for each in due])
 
     def attended(self) -> None:
         """One more layer is through."""
@@ -96,7 +117,7 @@ class PassKeeper:
             layer.__dict__.update(before)
         for shared, average in zip(self.shared, averages, strict=True):
             shared.average, shared.waiting = average, []
-        self.left = 0
+        self.left, self.due = 0, []
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -175,6 +196,6 @@ class PassKeeper:
 
     def reset(self) -> None:
         """Forget what was before."""
-        self.before, self.left, self.unreached = [], 0, None
+        self.before, self.left, self.unreached, self.due = [], 0, None, []
         if self.clock is not None:
             self.clock.reset()

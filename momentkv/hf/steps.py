@@ -14,8 +14,9 @@ import torch
 
 from momentkv.backends import get_backend
 from momentkv.cache.holdings import NUMBERED
+from momentkv.cache.joining import flush_together, flushed_together
 from momentkv.cache.layer import LayerCache
-from momentkv.cache.state import LayerState, hidden
+from momentkv.cache.state import LayerState, hidden, overwritten
 from momentkv.cache.step import arrived
 
 __all__ = ["static_step"]
@@ -28,9 +29,9 @@ if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(torch.
 
 
 def static_step(
-    core: LayerCache, q: torch.Tensor, k: Any, v: Any, valid: torch.Tensor | None, flushes: bool
+    core: LayerCache, q: torch.Tensor, k: Any, v: Any, valid: torch.Tensor | None, flushing: Sequence[LayerCache]
 ) -> torch.Tensor:
-    """Read one token of every row, and evict if it is time to.
+    """Read one token of every row, and evict from layers for which it is time.
 
     Parameters
     ----------
@@ -40,7 +41,8 @@ def static_step(
     k, v : tensor, shape (batch, kv_head, 1, d) and (batch, kv_head, 1, dv)
     valid : bool tensor, shape (batch, 1, 1), or None
         False for a row whose token is padding.
-    flushes : bool
+    flushing : sequence of LayerCache
+        All layers, in the last one's step, if it is one that flushes; otherwise none.
 
     Returns
     -------
@@ -49,15 +51,23 @@ def static_step(
     if not torch.compiler.is_compiling():
         state = core.stored_state
         out = step_in_place(core, state, q, k, v, valid)
-        if flushes:
-            core.flush()
+        if flushing:
+            flush_together(flushing)
         return out
-    arrays = list(core.stored_state.arrays().values())
-    number = core.number if core.handle is None else core.handle.shape[0]
-    result: torch.Tensor = step_operator(q, k, v, valid, arrays, number)
-    if flushes:
-        flush_operator(arrays, number)
+    result: torch.Tensor = step_operator(q, k, v, valid, arrays_of(core), number_of(core))
+    if flushing:
+        flush_operator([x for each in flushing for x in arrays_of(each)], [number_of(each) for each in flushing])
     return result
+
+
+def arrays_of(core: LayerCache) -> list[torch.Tensor]:
+    """Every array of a layer's state."""
+    return list(core.stored_state.arrays().values())
+
+
+def number_of(core: LayerCache) -> Any:
+    """The number by which operators know a layer; see `momentkv.hf.clock.open_to_lengths`."""
+    return core.number if core.handle is None else core.handle.shape[0]
 
 
 def step_in_place(
@@ -93,13 +103,16 @@ def step_shapes(q: Any, k: Any, v: Any, valid: Any, arrays: Any, number: int) ->
 
 
 @torch.library.custom_op("momentkv::flush", mutates_args=("arrays",), **TAGS)
-def flush_operator(arrays: Sequence[torch.Tensor], number: int) -> None:
-    """`LayerCache.flushed` on a layer known by its number, in place."""
-    core: Any = NUMBERED[number]
-    state = core.stored_state.with_arrays(arrays)
-    state.overwritten(core.flushed(state), get_backend(arrays[0]).overwrite)
+def flush_operator(arrays: Sequence[torch.Tensor], numbers: Sequence[int]) -> None:
+    """`flushed_together` on layers known by their numbers, the arrays of one after those of the other, in place."""
+    cores: list[Any] = [NUMBERED[number] for number in numbers]
+    given, states = iter(arrays), []
+    for core in cores:
+        state = core.stored_state
+        states.append(state.with_arrays([next(given) for _ in state.arrays()]))
+    overwritten(states, flushed_together(cores, states), get_backend(arrays[0]).overwrite_all)
 
 
 @flush_operator.register_fake
-def flush_shapes(arrays: Any, number: int) -> None:
+def flush_shapes(arrays: Any, numbers: Any) -> None:
     return None

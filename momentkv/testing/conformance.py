@@ -206,12 +206,23 @@ def _check_writes(
             ("write_at", backend.write_at(asarray(x.copy()), start, asarray(new), axis=axis), in_a_row),
             ("write", backend.write(asarray(x.copy()), asarray(index), asarray(new), axis=axis), one_by_one),
             ("overwrite", backend.overwrite(asarray(x.copy()), asarray(x + 1)), x + 1),
+            ("overwrite_all", backend.overwrite_all([asarray(x.copy())], [asarray(x + 1)])[0], x + 1),
+            *(
+                ("split", part, y)
+                for copy in (False, True)
+                for part, y in zip(
+                    backend.split(asarray(x), (2, 0, 1), axis=1, copy=copy),
+                    (x[:, :2], x[:, 2:2], x[:, 2:]),
+                    strict=True,
+                )
+            ),
         )
         for name, got, expected in written:
             if not (asnumpy(got) == expected).all():
                 raise AssertionError(f"{name}: other slots, or other numbers, are written than asked for, {where}")
         first = asarray(x.copy())
         copies = [("copy", backend.copy(first)), ("fixed", backend.fixed(first))]
+        copies += [("split", *backend.split(first, [3], axis=1, copy=True))]
         backend.write_at(first, 0, asarray(new), axis=axis)
         for name, got in (*copies, ("compact", backend.compact(asarray(x))), ("detach", backend.detach(asarray(x)))):
             if not (asnumpy(got) == x).all():

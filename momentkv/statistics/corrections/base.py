@@ -30,12 +30,16 @@ class Correction(abc.ABC):
         it; those here are of SmolLM2-135M on the text "compound" (2,048 tokens, budget 256), see docs/certificates.md.
     vectors : tuple of str
         Arrays of its state, of vectors, that may be stored in 16 bits; a state with any is made of its `arrays` alone.
+    couples_heads : bool
+        False says that nothing done to one KV head depends on others, and that every array that a state maps has axes
+        (..., kv_head) first. Layers that evict at one step are then folded at once.
     """
 
     name: ClassVar[str] = ""
     anchored: ClassVar[bool] = False
     calibration: ClassVar[float] = 1.0
     vectors: ClassVar[tuple[str, ...]] = ()
+    couples_heads: ClassVar[bool] = True
 
     @property
     def order(self) -> int | None:

@@ -34,6 +34,7 @@ class PaperMoments(Correction):
     name: ClassVar[str] = "moments"
     calibration: ClassVar[float] = 0.21
     vectors: ClassVar[tuple[str, ...]] = ("key_mean", "value_key", "value_mean")
+    couples_heads: ClassVar[bool] = False
     order: int = 1
 
     def __post_init__(self) -> None:

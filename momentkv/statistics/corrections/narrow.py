@@ -30,7 +30,7 @@ class NarrowCorrection(Correction):
     inner: Correction
 
     def __post_init__(self) -> None:
-        for name in ("name", "anchored", "calibration", "vectors"):
+        for name in ("name", "anchored", "calibration", "vectors", "couples_heads"):
             object.__setattr__(self, name, getattr(self.inner, name))
 
     @property

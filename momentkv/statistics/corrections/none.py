@@ -61,6 +61,7 @@ class NoCorrection(Correction):
     """What is evicted is forgotten: plain eviction."""
 
     name: ClassVar[str] = "none"
+    couples_heads: ClassVar[bool] = False
 
     @property
     def order(self) -> None:

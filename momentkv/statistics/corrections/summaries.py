@@ -32,6 +32,7 @@ class AnchoredSummaries(Correction):
     name: ClassVar[str] = "summaries"
     anchored: ClassVar[bool] = True
     calibration: ClassVar[float] = 0.084
+    couples_heads: ClassVar[bool] = False
     # In an order in which what a backend reads together lies together.
     vectors: ClassVar[tuple[str, ...]] = (
         "key_mean", "slope_right", "value_mean", "slope_left", "anchor", "key_variance",
