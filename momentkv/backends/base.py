@@ -14,7 +14,7 @@ from momentkv.statistics.expansion import Expansion, estimate_expansion
 
 __all__ = ["ArrayBackend", "causal_mask"]
 
-# Fewer cost calls; of more, several copies no longer lie in the processor's cache. Measured: docs/evaluation.md#speed.
+# Of fewer, calls cost more than they do; more memory the system gives anew at every call. See docs/evaluation.md#speed.
 AT_ONCE = 4 * 2**20
 
 

@@ -33,8 +33,8 @@ from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
 
-# Bytes that an eviction works on at once where a launch costs more than work on so few: its copies of them then stay a
-# small part of what a model takes.
+# Bytes that an eviction works on at once where a launch costs more than work on a layer: so many that a few launches do
+# for a model, and that copies of them stay a small part of what it takes.
 AT_ONCE_ON_DEVICE = 128 * 2**20
 # Queries that attend to codes at once.
 QUERIES = 64
