@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libraries import Library
 
-from momentkv._array import orthonormal_by_gram
+from momentkv._array import leading_by_squaring, orthonormal_by_gram
 from momentkv.statistics import clustering
 from momentkv.statistics.clustering import SUBSPACE_STEPS, cluster, low_rank
 from momentkv.testing.rounding import assert_same, assert_within, unit
@@ -225,6 +225,26 @@ def test_a_few_directions_are_the_same_whichever_way_columns_are_made_orthonorma
     left, right = low_rank(matrix, deviation, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clustering, "orthonormal", orthonormal_by_gram)
+        patch.setattr(clustering, "leading", leading_by_squaring)
         other_left, other_right = low_rank(matrix, deviation, 2)
     scale = float(matrix.abs().max())
     assert_within((left @ right).numpy(), (other_left @ other_right).numpy(), 1e-3 * scale)
+
+
+@given(number=st.integers(1, 6), seed=st.integers(0, 2**32 - 1), size=st.sampled_from([1e-30, 1.0, 1e30]))
+def test_leading_directions_by_squaring_hold_as_much_as_those_of_a_decomposition(number: int, seed: int, size: float):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(seed)
+    half = rng.standard_normal((3, 6, 6)) * np.logspace(0, -rng.integers(0, 3), 6)
+    half[1] = 0
+    half[2, :, 1:] = 0
+    matrix = half @ np.swapaxes(half, -1, -2)
+    made = leading_by_squaring(torch.asarray(size * matrix), number).numpy()
+    assert (made[1] == 0).all()
+    held = np.trace(np.swapaxes(made, -1, -2) @ matrix @ made, axis1=-2, axis2=-1)
+    best = np.sort(np.linalg.eigvalsh(matrix), axis=-1)[:, ::-1][:, :number].sum(axis=-1)
+    # Eigenvalues that 2 ** SQUARINGS squarings do not tell apart differ by less than a part in 2 ** SQUARINGS.
+    assert (held >= best * (1 - 2.0**-7) - 1e-12).all()
+    assert (held <= best * (1 + 1e-9) + 1e-12).all()
+    own = np.swapaxes(made[0], -1, -2) @ made[0]
+    assert_within(own, np.eye(number), 1e-6)

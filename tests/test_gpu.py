@@ -19,10 +19,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 from momentkv import LayerCache
+from momentkv._array import leading_by_squaring, orthonormal_by_gram
 from momentkv.backends.plain import decode_plain
 from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build, occupancy
 from momentkv.backends.triton.reach import Calls, launched, reachable
 from momentkv.cache.config import MODEL_DEFAULTS
+from momentkv.statistics import clustering
 from momentkv.testing.gpu import kernels, run, steps
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
 from momentkv.testing.gpu.page import page_of
@@ -110,7 +112,7 @@ def test_a_graph_that_does_something_else_is_called_wrong(monkeypatch: pytest.Mo
 
     def other(*arguments: Any, **settings: Any) -> Any:
         replay = captured(*arguments, **settings)
-        return lambda: replay() + off
+        return lambda: None if (out := replay()) is None else out + off
 
     monkeypatch.setattr(steps, "captured", other)
     row = next(iter(steps.graphs(True)))
@@ -218,16 +220,27 @@ def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool)
     assert not log.launched["lift_fresh"]
 
 
-@pytest.mark.parametrize("policy", ["novelty", "leverage", "balanced"])
-def test_rankings_that_invert_matrices_do_not_ask_whether_that_succeeded(policy: str):
-    """An inverse that is checked waits for the device, though tensors without data do not show it."""
-    cache = LayerCache(40, static=True, window=8, policy=policy, correction="moments")
+@pytest.mark.parametrize("budget", [40, [30, 50]], ids=["equal", "ragged"])
+@pytest.mark.parametrize(
+    "settings",
+    [MODEL_DEFAULTS, {"policy": "novelty", "correction": "moments"}, {"policy": "leverage", "correction": "summaries"}],
+    ids=["default", "novelty", "leverage"],
+)
+def test_a_flush_uploads_nothing_and_asks_no_routine_whether_it_succeeded(
+    settings: dict[str, Any], budget: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Either waits for the device, and no CUDA graph can hold it; tensors without data do not show the latter."""
+    monkeypatch.setattr(clustering, "orthonormal", orthonormal_by_gram)
+    monkeypatch.setattr(clustering, "leading", leading_by_squaring)
+    cache = LayerCache(budget, static=True, window=8, **settings)
     q, k = torch.randn(1, 4, 90, 16), torch.randn(1, 2, 90, 16)
     cache.step(q, k, k)
+    cache.flush()  # uploads what the layout says, once
     with Log() as log:
         cache.flushed(cache.stored_state)
     assert log.launched["linalg_inv_ex"] > 0
-    assert not {"linalg_inv", "_linalg_check_errors"} & set(log.launched)
+    waiting = {"lift_fresh", "linalg_inv", "linalg_qr", "_linalg_eigh", "_linalg_check_errors", "_local_scalar_dense"}
+    assert not waiting & set(log.launched)
 
 
 def test_asking_the_device_is_noticed():

@@ -186,6 +186,11 @@ class ArrayBackend:
         """An index array of a layout, where ``x`` is; a device of its own should be given it once."""
         return array_namespace(x).asarray(getattr(layout, name), device=device(x))
 
+    def numbers(self, layout: Layout, values: tuple[int, ...], like: Array) -> Array:
+        """Numbers that the host knows, int32, in the library and on the device of ``like``; kept with the layout."""
+        xp = array_namespace(like)
+        return xp.asarray(values, dtype=xp.int32, device=device(like))
+
     def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
         """``x`` with the slots from ``start`` on along ``axis`` (-1, -2) replaced by ``new``; it may consume ``x``."""
         xp = array_namespace(x, new)

@@ -125,6 +125,13 @@ class TorchBackend(ArrayBackend):
         placed: torch.Tensor = kept(layout, (name, where), lambda: torch.as_tensor(getattr(layout, name), device=where))
         return placed
 
+    def numbers(self, layout: Layout, values: tuple[int, ...], like: Array) -> Array:
+        where = like.device
+        made: torch.Tensor = kept(
+            layout, (values, where), lambda: torch.tensor(values, dtype=torch.int32, device=where)
+        )
+        return made
+
     def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
         x.narrow(axis, start, new.shape[axis]).copy_(new)
         return x

@@ -8,6 +8,7 @@ from typing import Any
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, device, take_rows_of
 from momentkv.attention import group_queries
+from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.packing import View, repack, view_of, widths_of
@@ -199,7 +200,7 @@ def evicted_state(
     in_place = config.static and state.clock is not None and new is None
     # In place nothing is asked of the device: all heads are looked at, and the clock says which are due.
     totals = None if in_place else Totals(stored, new, heads)
-    budget = xp.asarray(list(budgets), dtype=xp.int32, device=device(view.keys))
+    budget = get_backend(view.keys).numbers(state.layout, tuple(budgets), view.keys)
     counts = xp.sum(xp.astype(view.positions >= 0, xp.int32), axis=-1)
     if totals is None:
         due, most = list(range(heads)), config.block
@@ -287,11 +288,14 @@ def settle(
             widths = tuple(max(0, min(n, b) - beside) for n, b in zip(totals.most, budgets, strict=True))
     if padded:
         held = xp.sum(xp.astype(kept, xp.int32), axis=-1, dtype=xp.int32)
-        free = xp.asarray([max(0, budget - beside) for budget in budgets], dtype=xp.int32, device=where)
+        free = get_backend(view.keys).numbers(
+            state.layout, tuple(max(0, budget - beside) for budget in budgets), view.keys
+        )
         room = xp.minimum(xp.maximum(held - beside, xp.zeros_like(held)), xp.zeros_like(held) + free)
         if not config.static:
             filled = int(xp.max(held - room))
     layout = Layout(config.sinks, config.recent, widths, config.bits)
+    layout = state.layout if state.layout == layout else layout  # with the arrays that were uploaded for it
     packed = repack(view, kept, state, layout, filled=filled, room=room, renew=renew)
     if config.static and totals is not None:
         clock = xp.zeros(packed.counts.shape[:-1], dtype=xp.int32, device=where) + state.seen

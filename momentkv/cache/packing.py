@@ -138,8 +138,7 @@ def repack(
 
     own, real = (tier(x, 0, layout.width) for x in (index, full))
     if not layout.equal:
-        places = xp.asarray(layout.packed, device=where)
-        own, real = (xp.take(y, places, axis=-1) for y in (own, real))
+        own, real = (xp.take(y, layout.beside(y, "packed"), axis=-1) for y in (own, real))
     arrays = take(own, real, vectors=layout.bits is None)
     if layout.bits is not None and layout.width:
         number = xp.cumulative_sum(xp.astype(kept, xp.int32), axis=-1) - 1

@@ -208,9 +208,10 @@ def of_flush(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
         full = cache.stored_state
         read = sum(x.nbytes for x in full.arrays().values())
         call: Call = lambda _, cache=cache, full=full: cache.flushed(full)  # type: ignore[misc] # noqa: E731
-        alone = sizes._replace(graphed=0)  # decompositions of matrices wait for the device
-        of = measure("evict", f"flush {sizes.block}, {name}", call, alone, device, nbytes=read)
-        yield of | {"shape": shape._asdict()}
+        for way, graphed in (("", sizes.graphed), (", launched", 0))[: 1 + bool(sizes.graphed)]:
+            alone = sizes._replace(graphed=min(graphed, 1))
+            of = measure("evict", f"flush {sizes.block}, {name}{way}", call, alone, device, nbytes=read)
+            yield of | {"shape": shape._asdict()}
 
 
 def measure(what: str, name: str, call: Call, sizes: Sizes, device: torch.device, *, nbytes: int = 0) -> Row:

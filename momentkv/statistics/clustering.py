@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import TYPE_CHECKING, Any
 
-from momentkv._array import Array, array_namespace, device, orthonormal
+from momentkv._array import Array, array_namespace, device, leading, orthonormal
 from momentkv.statistics.weights import positive
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["centres", "cluster", "low_rank"]
 
@@ -129,19 +124,19 @@ def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
     finite = xp.isfinite(xp.max(xp.abs(scaled), axis=(-2, -1), keepdims=True))
     scaled = xp.where(finite, scaled, 0.0)
     square = scaled @ scaled.mT
-    start = xp.asarray(start_of(d, min(rank + OVERSAMPLING, p, d)), dtype=matrix.dtype, device=device(matrix))
-    basis = orthonormal(scaled @ start)
+    basis = orthonormal(scaled @ start_of(matrix, min(rank + OVERSAMPLING, p, d)))
     for _ in range(SUBSPACE_STEPS):
         # The square is symmetric; a few rows times it take a fraction of the time of it times a few columns.
         basis = orthonormal((basis.mT @ square).mT)
-    _, vectors = xp.linalg.eigh((basis.mT @ square) @ basis)
-    left = xp.where(finite, basis @ vectors[..., -rank:], math.nan)
+    left = xp.where(finite, basis @ leading((basis.mT @ square) @ basis, rank), math.nan)
     return left, left.mT @ matrix
 
 
-@cache
-def start_of(d: int, width: int) -> np.ndarray[Any, Any]:
-    """A fixed matrix (d, width) without structure that a covariance could be orthogonal to."""
-    import numpy as np  # when first needed: importing momentkv loads no array library
+def start_of(matrix: Array, width: int) -> Array:
+    """A fixed matrix (d, width) without structure that a covariance (..., p, d) could be orthogonal to.
 
-    return np.cos(math.sqrt(2) * np.arange(1, d + 1)[:, None] * np.arange(1, width + 1) ** 2)
+    Made where the covariance is: an upload would wait for the device.
+    """
+    xp, d = array_namespace(matrix), matrix.shape[-1]
+    row, column = (xp.arange(1, n + 1, dtype=matrix.dtype, device=device(matrix)) for n in (d, width))
+    return xp.cos((math.sqrt(2) * row)[:, None] * (column * column))

@@ -1,8 +1,9 @@
-"""A step of a static layer captured as a graph, against the same steps launched one by one."""
+"""Steps and flushes of a static layer captured as graphs, against the same launched one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def graphs(rehearse: bool) -> Iterator[Row]:
             shape = (batch, kv_heads, group, d)
             eager, of_eager = static_layer(shape, dtype, device, budget, settings, context=3 * budget)
             graph, of_graph = static_layer(shape, dtype, device, budget, settings, context=3 * budget)
-            replay = captured(graph, of_graph, rehearse=rehearse)
+            replay = captured(graph, partial(one_step, graph, of_graph), rehearse=rehearse)
+            flush = captured(graph, graph.flush, rehearse=rehearse)
             off = largest = 0.0
             for step in range(3 * block):
                 rng = torch.Generator(device).manual_seed(step)
@@ -48,13 +50,13 @@ def graphs(rehearse: bool) -> Iterator[Row]:
                 largest = max(largest, float(expected.abs().max()))
                 if eager.is_ticked:
                     eager.flush()
-                    graph.flush()
+                    flush()
             row = {"kind": name, "steps": 3 * block, "difference": off, "largest": largest}
             yield row | {"right": off <= 2.0**-8 * largest and bool(torch.isfinite(out).all())}
             # Room for all the steps of a measurement, none of which evicts.
             roomy = settings | {"block": 2 * sizes.repeats}
             cache, buffers = static_layer(shape, dtype, device, budget, roomy, context=3 * budget)
-            replay = captured(cache, buffers, rehearse=rehearse)
+            replay = captured(cache, partial(one_step, cache, buffers), rehearse=rehearse)
             calls: dict[str, Callable[[int], Any]] = {
                 "captured": lambda _, replay=replay: replay(),  # type: ignore[misc]
                 "launched": lambda _, cache=cache, buffers=buffers: one_step(cache, buffers),  # type: ignore[misc]
@@ -97,12 +99,12 @@ def one_step(cache: LayerCache, buffers: list[torch.Tensor]) -> torch.Tensor:
     return out
 
 
-def captured(cache: LayerCache, buffers: list[torch.Tensor], *, rehearse: bool) -> Callable[[], torch.Tensor]:
-    """`one_step` as a graph; the state is afterwards as before."""
+def captured(cache: LayerCache, function: Callable[[], Any], *, rehearse: bool) -> Callable[[], Any]:
+    """A step or a flush as a graph; the state is afterwards as before."""
     arrays = list(cache.stored_state.arrays().values())
     held = [x.clone() for x in arrays]
     record = record_traced if rehearse else record_cuda
-    replay = record(lambda: one_step(cache, buffers))
+    replay = record(lambda: function())
     for x, before in zip(arrays, held, strict=True):
         x.copy_(before)
     return replay
