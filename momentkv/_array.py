@@ -93,7 +93,7 @@ def concrete(*arrays: Array) -> bool:
 
 
 def inverse(matrix: Array) -> Array:
-    """Inverse of matrices (..., d, d) that have one; of others nothing is promised, and no error where that would wait.
+    """Inverse of symmetric positive definite matrices (..., d, d); of others nothing is promised, not even an error.
 
     PyTorch's own ``inv`` asks the device whether it succeeded. Then the host waits, and no CUDA graph can hold it.
 
@@ -103,9 +103,21 @@ def inverse(matrix: Array) -> Array:
     >>> inverse(np.asarray([[2.0, 0.0], [0.0, 4.0]])).tolist()
     [[0.5, 0.0], [0.0, 0.25]]
     """
-    if is_torch_array(matrix):  # then PyTorch is imported; nothing here imports it
-        return sys.modules["torch"].linalg.inv_ex(matrix, check_errors=False).inverse
-    return array_namespace(matrix).linalg.inv(matrix)
+    if not is_torch_array(matrix):
+        return array_namespace(matrix).linalg.inv(matrix)
+    # Then PyTorch is imported; nothing here imports it.
+    if matrix.device.type == "cuda":
+        return inverse_by_factor(matrix)
+    return sys.modules["torch"].linalg.inv_ex(matrix, check_errors=False).inverse
+
+
+def inverse_by_factor(matrix: Array) -> Array:
+    """`inverse` of PyTorch's tensors by Cholesky factors, which a CUDA graph can hold at any size."""
+    linalg, identity = sys.modules["torch"].linalg, sys.modules["torch"].eye
+    factor = linalg.cholesky_ex(matrix, check_errors=False).L
+    one = identity(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand(matrix.shape)
+    half = linalg.solve_triangular(factor, one, upper=False)
+    return half.mT @ half
 
 
 def orthonormal(x: Array) -> Array:

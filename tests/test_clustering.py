@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libraries import Library
 
-from momentkv._array import leading_by_squaring, orthonormal_by_gram
+from momentkv._array import inverse_by_factor, leading_by_squaring, orthonormal_by_gram
 from momentkv.statistics import clustering
 from momentkv.statistics.clustering import SUBSPACE_STEPS, cluster, low_rank
 from momentkv.testing.rounding import assert_same, assert_within, unit
@@ -248,3 +248,15 @@ def test_leading_directions_by_squaring_hold_as_much_as_those_of_a_decomposition
     assert (held <= best * (1 + 1e-9) + 1e-12).all()
     own = np.swapaxes(made[0], -1, -2) @ made[0]
     assert_within(own, np.eye(number), 1e-6)
+
+
+@given(seed=st.integers(0, 2**32 - 1), half=st.sampled_from([1, 8, 32]))
+def test_inverses_by_factors_are_inverses(seed: int, half: int):
+    """What stands in for LU on a GPU; by the ridge, condition numbers are at most a thousand times the dimension."""
+    torch = pytest.importorskip("torch")
+    off = np.random.default_rng(seed).standard_normal((2, 5 * half, half)) * np.logspace(0, -3, half)
+    matrix = np.swapaxes(off, -1, -2) @ off
+    matrix += 1e-3 * (np.trace(matrix, axis1=-2, axis2=-1) / half)[:, None, None] * np.eye(half)
+    made = inverse_by_factor(torch.asarray(matrix)).numpy()
+    condition = float(np.linalg.cond(matrix).max())
+    assert_within(made @ matrix, np.broadcast_to(np.eye(half), made.shape), 10 * half * 2.0**-52 * condition)

@@ -19,11 +19,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 from momentkv import LayerCache
-from momentkv._array import leading_by_squaring, orthonormal_by_gram
+from momentkv._array import inverse_by_factor, leading_by_squaring, orthonormal_by_gram
 from momentkv.backends.plain import decode_plain
 from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build, occupancy
 from momentkv.backends.triton.reach import Calls, launched, reachable
 from momentkv.cache.config import MODEL_DEFAULTS
+from momentkv.policies import novelty
 from momentkv.statistics import clustering
 from momentkv.testing.gpu import kernels, run, steps
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
@@ -232,14 +233,24 @@ def test_a_flush_uploads_nothing_and_asks_no_routine_whether_it_succeeded(
     """Either waits for the device, and no CUDA graph can hold it; tensors without data do not show the latter."""
     monkeypatch.setattr(clustering, "orthonormal", orthonormal_by_gram)
     monkeypatch.setattr(clustering, "leading", leading_by_squaring)
+    monkeypatch.setattr(novelty, "inverse", inverse_by_factor)
     cache = LayerCache(budget, static=True, window=8, **settings)
     q, k = torch.randn(1, 4, 90, 16), torch.randn(1, 2, 90, 16)
     cache.step(q, k, k)
     cache.flush()  # uploads what the layout says, once
     with Log() as log:
         cache.flushed(cache.stored_state)
-    assert log.launched["linalg_inv_ex"] > 0
-    waiting = {"lift_fresh", "linalg_inv", "linalg_qr", "_linalg_eigh", "_linalg_check_errors", "_local_scalar_dense"}
+    assert log.launched["linalg_cholesky_ex"] > 0
+    waiting = {
+        "lift_fresh",
+        "linalg_inv",
+        "linalg_inv_ex",
+        "linalg_lu_factor_ex",
+        "linalg_qr",
+        "_linalg_eigh",
+        "_linalg_check_errors",
+        "_local_scalar_dense",
+    }
     assert not waiting & set(log.launched)
 
 

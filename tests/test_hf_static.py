@@ -267,8 +267,8 @@ def test_step_and_flush_never_ask_the_device(name: str):
 
 @pytest.mark.parametrize(
     ("settings", "captured"),
-    [({}, False), (PAPER, True), (PAPER | {"policy": "h2o"}, True), (PAPER | {"order": None}, True)],
-    ids=["default", "paper", "observed", "plain"],
+    [({}, False), ({}, True), (PAPER, True), (PAPER | {"policy": "h2o"}, True), (PAPER | {"order": None}, True)],
+    ids=["default", "default, with its flush", "paper", "observed", "plain"],
 )
 def test_recorded_steps_equal_the_model(settings: dict[str, Any], captured: bool):
     model = tiny("llama")
@@ -318,8 +318,6 @@ def test_recorded_steps_are_refused_by_name():
         model(prompt(2, 40), past_key_values=static)
     with pytest.raises(ValueError, match="on cpu, where there are no CUDA graphs"):
         DecodeGraphs(model, static)
-    with pytest.raises(ValueError, match="capture_flush=True, but 'balanced'"):
-        DecodeGraphs(model, static, capture_flush=True, recorder=record_traced)
     step = DecodeGraphs(model, static, recorder=record_traced)
     with pytest.raises(ValueError, match=r"ids has shape \(1, 1\); the graph was recorded for \(2, 1\)"):
         step(prompt(1, 1))

@@ -44,6 +44,6 @@ def of_model(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 def step(model: Any, token: torch.Tensor, cache: Any, *, graphs: bool) -> Call:
     """One step of decoding, evictions as they fall due."""
     if graphs:
-        replayed = DecodeGraphs(model, cache)
+        replayed = DecodeGraphs(model, cache, capture_flush=True)
         return lambda _: replayed(token)
     return lambda _: model(token, past_key_values=cache)

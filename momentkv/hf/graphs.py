@@ -12,9 +12,6 @@ from momentkv.hf.clock import Clock
 
 __all__ = ["DecodeGraphs", "record_cuda"]
 
-# What calls a routine of a library that waits for the device to say whether it succeeded.
-WAITING_POLICIES = ("balanced", "novelty", "leverage")
-
 
 class DecodeGraphs:
     """Decode steps of a model with a static cache, replayed from CUDA graphs.
@@ -26,7 +23,8 @@ class DecodeGraphs:
     cache : MomentCache
         Made with ``static=True``, and with the prompt read.
     capture_flush : bool
-        Whether flushes are a graph, too. Otherwise they are launched from Python, once in ``block`` steps.
+        Whether flushes are a graph, too, which takes a fraction of the time. Otherwise they are launched from Python,
+        once in ``block`` steps.
     recorder : callable, optional
         In place of `record_cuda`.
 
@@ -35,12 +33,12 @@ class DecodeGraphs:
     RuntimeError
         If the cache has read nothing, or has come to lie elsewhere since (another number of rows, another budget).
     ValueError
-        If the cache is not static, the model is not on CUDA, or flushes wait for the device and are to be captured.
+        If the cache is not static, or the model is not on CUDA.
 
     Notes
     -----
     Recording runs the step, so that kernels are compiled; the cache is afterwards as before. A graph holds addresses:
-    the cache may be reset and read again, by a prompt of as many rows. Not yet run on a GPU: see docs/speed.md.
+    the cache may be reset and read again, by a prompt of as many rows.
 
     Examples
     --------
@@ -61,15 +59,6 @@ class DecodeGraphs:
         self.static: Clock = cache.static
         if not self.static.runs:
             raise RuntimeError("cache has read nothing yet; read the prompt with the model first")
-        config = self.static.cores[0].config
-        waits = config.policy.name if config.policy.name in WAITING_POLICIES else ""
-        if config.correction.anchored:
-            waits = waits or config.correction.name
-        if capture_flush and waits:
-            raise ValueError(
-                f"capture_flush=True, but {waits!r} decomposes matrices by a routine that waits for the device; use "
-                "capture_flush=False, which launches flushes from Python"
-            )
         states = [core.stored_state for core in self.static.cores]
         counts = states[0].counts
         if recorder is None and not counts.is_cuda:

@@ -23,7 +23,8 @@ MODES: dict[str, dict[str, Any]] = {
     "in chunks": {"chunk": 90},
     "static": {"static": True},
     "static, padded": {"static": True, "padded": True},
-    "CUDA graphs": {"static": True, "graphs": True},
+    "CUDA graphs": {"static": True, "graphs": "steps"},
+    "CUDA graphs, of flushes too": {"static": True, "graphs": "steps and flushes"},
     "the paper's": {"policy": "momentkv", "correction": "moments"},
     "order 0": {"policy": "snapkv", "correction": "moments", "order": 0},
     "plain": {"policy": "snapkv", "order": None},
@@ -85,7 +86,7 @@ def logits_of(
     seed: int,
     padded: bool = False,
     chunk: int = PROMPT,
-    graphs: bool = False,
+    graphs: str = "",
     through: str = "",
     budget: int | str = BUDGET,
     **settings: Any,
@@ -107,7 +108,7 @@ def logits_of(
         cache = passed_through(cache, model, through)
         step: Callable[[torch.Tensor, int], torch.Tensor]
         if graphs:
-            replayed = DecodeGraphs(model, cache)
+            replayed = DecodeGraphs(model, cache, capture_flush="flushes" in graphs)
 
             def step(token: torch.Tensor, stop: int) -> torch.Tensor:
                 return replayed(token)

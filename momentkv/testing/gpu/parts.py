@@ -52,7 +52,7 @@ PARTS = {
         Part("memory of a prefill", 30, "memory:peaks"),
         Part("compute-sanitizer", 60, "sanitizer:complaints"),
         Part("a model of transformers", 90, "whole:times"),
-        Part("modes of a cache", 60, "modes:compared"),
+        Part("modes of a cache", 90, "modes:compared"),
         Part("tokens in few bits", 10, "few_bits:times"),
         Part("compiled kernels", 300, "predict:compiled", rehearsed=True, interpreted=False),
         Part("bytes of kernels", 120, "predict:counted", rehearsed=True),
