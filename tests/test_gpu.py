@@ -24,6 +24,7 @@ from momentkv.backends.plain import decode_plain
 from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build, occupancy
 from momentkv.backends.triton.reach import Calls, launched, reachable
 from momentkv.cache.config import MODEL_DEFAULTS
+from momentkv.cache.joining import flush_together
 from momentkv.policies import novelty
 from momentkv.statistics import clustering
 from momentkv.testing.gpu import kernels, run, steps
@@ -221,6 +222,7 @@ def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool)
     assert not log.launched["lift_fresh"]
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("budget", [40, [30, 50]], ids=["equal", "ragged"])
 @pytest.mark.parametrize(
     "settings",
@@ -228,18 +230,19 @@ def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool)
     ids=["default", "novelty", "leverage"],
 )
 def test_a_flush_uploads_nothing_and_asks_no_routine_whether_it_succeeded(
-    settings: dict[str, Any], budget: Any, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], budget: Any, layers: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Either waits for the device, and no CUDA graph can hold it; tensors without data do not show the latter."""
     monkeypatch.setattr(clustering, "orthonormal", orthonormal_by_gram)
     monkeypatch.setattr(clustering, "leading", leading_by_squaring)
     monkeypatch.setattr(novelty, "inverse", inverse_by_factor)
-    cache = LayerCache(budget, static=True, window=8, **settings)
-    q, k = torch.randn(1, 4, 90, 16), torch.randn(1, 2, 90, 16)
-    cache.step(q, k, k)
-    cache.flush()  # uploads what the layout says, once
+    caches = [LayerCache(budget, static=True, window=8, **settings) for _ in range(layers)]
+    for cache in caches:
+        q, k = torch.randn(1, 4, 90, 16), torch.randn(1, 2, 90, 16)
+        cache.step(q, k, k)
+    flush_together(caches)  # uploads what the layout says, once
     with Log() as log:
-        cache.flushed(cache.stored_state)
+        flush_together(caches)
     assert log.launched["linalg_cholesky_ex"] > 0
     waiting = {
         "lift_fresh",

@@ -80,8 +80,8 @@ class Layout:
         return np.flatnonzero(self.real)
 
     @cached_property
-    def placed(self) -> dict[Any, Array]:
-        """Arrays that follow from the layout, by whatever a backend finds them by; they live as long as it does."""
+    def placed(self) -> dict[Any, Any]:
+        """Arrays that follow from the layout, and layouts of several layers, by whatever finds them."""
         return {}
 
     @cached_property

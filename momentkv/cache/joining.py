@@ -13,6 +13,7 @@ from typing import Any
 
 from momentkv._array import array_namespace, device
 from momentkv.backends import get_backend
+from momentkv.backends.layout import Layout
 from momentkv.cache.config import CacheConfig
 from momentkv.cache.eviction import Totals, evicted_state
 from momentkv.cache.layer import LayerCache
@@ -182,8 +183,17 @@ def joined_state(states: Sequence[LayerState]) -> LayerState:
             parts = [images(getattr(state, name)) for state in states]
             whole = iter([xp.concat(list(each), axis=lead) for each in zip(*parts, strict=True)])
             changed[name] = getattr(first, name).map(lambda _, whole=whole: next(whole))
-    widths = tuple(width for state in states for width in state.layout.widths)
-    return dataclasses.replace(first, **changed, layout=dataclasses.replace(first.layout, widths=widths))
+    return dataclasses.replace(first, **changed, layout=joined_layout([state.layout for state in states]))
+
+
+def joined_layout(layouts: Sequence[Layout]) -> Layout:
+    """That of the heads of all, kept with the first: arrays that are uploaded once are kept with a layout."""
+    first, widths = layouts[0], tuple(width for layout in layouts for width in layout.widths)
+    key = ("joined", widths)
+    if key not in first.placed:
+        first.placed[key] = dataclasses.replace(first, widths=widths)
+    joined: Layout = first.placed[key]
+    return joined
 
 
 def parted_state(
@@ -198,7 +208,11 @@ def parted_state(
     ends = [sum(heads[: index + 1]) for index in range(len(heads))]
     widths = [after.layout.widths[end - own : end] for own, end in zip(heads, ends, strict=True)]
     slots = [sum(own) for own in widths]
-    parts: list[dict[str, Any]] = [{"layout": dataclasses.replace(after.layout, widths=own)} for own in widths]
+    layouts = [dataclasses.replace(after.layout, widths=own) for own in widths]
+    parts: list[dict[str, Any]] = [
+        {"layout": state.layout if state.layout == layout else layout}
+        for state, layout in zip(states, layouts, strict=True)
+    ]
     for name, x in after.own().items():
         if x is getattr(before, name):
             continue
