@@ -34,7 +34,8 @@ from momentkv.testing.gpu.parts import PARTS, Part
 from momentkv.testing.gpu.predict import COPY, LAUNCH, predictions, seconds_of
 
 ROOT = Path(__file__).parents[1]
-REHEARSED = ["kernels, bfloat16", "kernels, float32", "steps as graphs", "one layer", "a model of 8B"]
+REHEARSED = ["kernels, bfloat16", "kernels, float32", "steps as graphs", "flushes as graphs"]
+REHEARSED += ["one layer", "a model of 8B"]
 REHEARSED += ["memory of a prefill", "compute-sanitizer", "modes of a cache", "tokens in few bits"]
 
 
@@ -56,6 +57,9 @@ def test_a_rehearsal_runs_the_parts_and_says_what_it_skips(tmp_path: Path, capsy
         "budget 24",
         "full cache of 64",
         "full cache of 128",
+    ]
+    assert [(row["layers"], row["name"]) for row in parts["flushes as graphs"]["rows"]] == [
+        (layers, way) for layers in (1, 2) for way in ("captured", "launched")
     ]
     out = capsys.readouterr().out
     assert "a rehearsal, no timing" in out

@@ -258,10 +258,24 @@ def found(measured: dict[str, Any]) -> str:
     for kind in ("default", "the paper's"):
         times = [f"{row['name']} {in_us(row)}" for row in steps if row["kind"] == kind and "seconds" in row]
         lines.append(f"| a step in place of one layer, batch 2, {kind} | {', '.join(times) or NONE} |")
+    held = rows_of(measured, "flushes as graphs")
+    for batch, layers in ((1, 1), (16, 1), (1, 32)):
+        own = [row for row in held if (row["batch"], row["layers"]) == (batch, layers)]
+        times = [f"{row['name']} {in_us(row)}" for row in own]
+        lines.append(f"| a flush of the default, batch {batch}, layers {layers} | {', '.join(times) or NONE} |")
     stack = rows_of(measured, "a model of 8B")
     for name in ("budget 512", "budget 2048", "full cache of 8192", "full cache of 32768", "full cache of 131072"):
         times = [in_us(row) for row in stack if row["name"] == name]
         lines.append(f"| a step of a model of 8B, one CUDA graph, {name} | {', '.join(times) or NONE} |")
+    whole = rows_of(measured, "a model of transformers")
+    for name in ("full cache", "budget 512", "budget 512, static", "budget 512, CUDA graphs"):
+        times = [in_us(row) for row in whole if row["name"] == name]
+        lines.append(
+            f"| a step of a model of transformers, 8B wide, {name}, context 32768 | {', '.join(times) or NONE} |"
+        )
+    modes = rows_of(measured, "modes of a cache")
+    right = sum(bool(row["right"]) for row in modes)
+    lines.append(f"| modes of a cache equal to the CPU's | {f'{right} of {len(modes)}' if modes else NONE} |")
     for context in (8192, 32768, 131072):
         sizes = [row["peak"] for row in rows_of(measured, "memory of a prefill") if row["context"] == context]
         shown = f"{sizes[0] / 2**20:.0f} MiB" if sizes else NONE

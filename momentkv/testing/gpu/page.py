@@ -68,6 +68,11 @@ def of_graphs(rows: list[dict[str, Any]]) -> list[str]:
     return [f"  {kind}: {', '.join(said)}" for kind, said in kinds.items()]
 
 
+def of_flushes(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each way and number of layers."""
+    return [f"  batch {row['batch']}, layers {row['layers']}, {row['name']}: {microseconds(row)}" for row in rows]
+
+
 def one_by_one(rows: list[dict[str, Any]]) -> list[str]:
     """A line a row."""
     lines, copy = [], next((rate(row) for row in rows if row.get("name") == "copy"), 0.0)
@@ -116,6 +121,7 @@ def of_bytes(rows: list[dict[str, Any]]) -> list[str]:
 SUMMARIES = {
     "kernels": of_kernels,
     "steps as graphs": of_graphs,
+    "flushes as graphs": of_flushes,
     "compiled kernels": of_compiled,
     "bytes of kernels": of_bytes,
 }

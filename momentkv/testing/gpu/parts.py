@@ -45,6 +45,7 @@ PARTS = {
     for part in (
         Part("kernels, bfloat16", 60, "kernels:errors", ("bfloat16",)),
         Part("steps as graphs", 60, "steps:graphs"),
+        Part("flushes as graphs", 30, "steps:flushes"),
         Part("one layer", 110, "layers:times"),
         Part("a model of 8B", 90, "stack:times"),
         Part("kernels, float32", 60, "kernels:errors", ("float32",)),

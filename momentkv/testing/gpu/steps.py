@@ -10,11 +10,12 @@ import torch
 
 from momentkv.backends.recording import record_cuda, record_traced
 from momentkv.cache.config import MODEL_DEFAULTS
+from momentkv.cache.joining import flush_together
 from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.layer_times import CPU, CUDA, measure
 from momentkv.testing.gpu.parts import Row
 
-__all__ = ["graphs", "static_layer"]
+__all__ = ["flushes", "graphs", "static_layer"]
 
 KINDS: dict[str, dict[str, Any]] = {
     "default": MODEL_DEFAULTS,
@@ -68,6 +69,33 @@ def graphs(rehearse: bool) -> Iterator[Row]:
                     x.copy_(before)
 
 
+def flushes(rehearse: bool) -> Iterator[Row]:
+    """Time of the flush of one layer, and of those of a model at once: as one graph, and launched."""
+    device = "cpu" if rehearse else "cuda"
+    kv_heads, group, d, budget = (2, 2, 16, 24) if rehearse else (8, 4, 128, 512)
+    dtype = torch.float32 if rehearse else torch.bfloat16
+    sizes = CPU._replace(repeats=5, seconds=0.01) if rehearse else CUDA._replace(seconds=0.5)
+    settings = MODEL_DEFAULTS | ({"window": 8, "block": 4} if rehearse else {})
+    with torch.no_grad():
+        for batch, layers in ((1, 1), (1, 2)) if rehearse else ((1, 1), (16, 1), (1, 32)):
+            shape = (batch, kv_heads, group, d)
+            caches = [
+                static_layer(shape, dtype, device, budget, settings, context=2 * budget)[0] for _ in range(layers)
+            ]
+            flush = partial(flush_together, caches)
+            replay = recorded(flush, rehearse=rehearse)
+            calls = {"captured": replay, "launched": flush}
+            for way, call in calls.items():
+                timed = measure(
+                    "flush",
+                    way,
+                    lambda _, call=call: call(),  # type: ignore[misc]
+                    sizes._replace(graphed=0),
+                    torch.device(device),
+                )
+                yield {"batch": batch, "layers": layers} | timed
+
+
 def static_layer(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
@@ -103,8 +131,13 @@ def captured(cache: LayerCache, function: Callable[[], Any], *, rehearse: bool) 
     """A step or a flush as a graph; the state is afterwards as before."""
     arrays = list(cache.stored_state.arrays().values())
     held = [x.clone() for x in arrays]
-    record = record_traced if rehearse else record_cuda
-    replay = record(lambda: function())
+    replay = recorded(function, rehearse=rehearse)
     for x, before in zip(arrays, held, strict=True):
         x.copy_(before)
     return replay
+
+
+def recorded(function: Callable[[], Any], *, rehearse: bool) -> Callable[[], Any]:
+    """What replays the function without its Python."""
+    record = record_traced if rehearse else record_cuda
+    return record(lambda: function())  # a tracer wants to see that there are no arguments
