@@ -138,7 +138,9 @@ def repack(
 
     own, real = (tier(x, 0, layout.width) for x in (index, full))
     if not layout.equal:
-        own, real = (xp.take(y, layout.beside(y, "packed"), axis=-1) for y in (own, real))
+        # Kept beside a layout they take bytes, which static steps alone need: an upload waits for the device.
+        places = xp.asarray(layout.packed, device=where) if state.clock is None else layout.beside(own, "packed")
+        own, real = (xp.take(y, places, axis=-1) for y in (own, real))
     arrays = take(own, real, vectors=layout.bits is None)
     if layout.bits is not None and layout.width:
         number = xp.cumulative_sum(xp.astype(kept, xp.int32), axis=-1) - 1
