@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from momentkv.backends.triton.decode import decode_triton
-from momentkv.testing.decoding import Decode, decode_cases, expected, f64, make
+from momentkv.testing.decoding import Decode, decode_cases, expected, f64, logits_error, make
 from momentkv.testing.rounding import assert_within
 
 HALF = torch.float16
@@ -52,15 +52,7 @@ def test_decode_kernel_agrees_with_the_oracle(case: Decode):
     assert_within(f64(lse), exact.lse, error.lse)
     if case.scored:
         assert logits is not None
-        of_logits = (
-            2.0**-24
-            * (case.d + 4)
-            * case.scale
-            * case.d
-            * float(x.q.abs().max())
-            * np.nanmax(f64(x.k.abs()), initial=0.0 if x.recent is None else np.nanmax(f64(x.recent.keys.abs())))
-        )
-        assert_within(f64(logits).reshape(exact_logits.shape), exact_logits, of_logits)
+        assert_within(f64(logits).reshape(exact_logits.shape), exact_logits, logits_error(case, x))
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build
 from momentkv.backends.triton.reach import Calls, launched, reachable
 from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.cache.joining import flush_together
-from momentkv.policies import novelty
+from momentkv.policies import POLICIES, novelty
 from momentkv.statistics import clustering
-from momentkv.testing.gpu import kernels, run, steps
+from momentkv.testing.gpu import kernels, modes, run, steps
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
 from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.parts import PARTS, Part
@@ -123,6 +123,33 @@ def test_a_graph_that_does_something_else_is_called_wrong(monkeypatch: pytest.Mo
     monkeypatch.setattr(steps, "captured", other)
     row = next(iter(steps.graphs(True)))
     assert row["right"] == (off == 0.0)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.1, math.nan])
+def test_a_mode_that_is_wrong_on_the_device_is_called_wrong(monkeypatch: pytest.MonkeyPatch, off: float):
+    made: list[str] = []
+
+    def logits_of(model: str, **mode: Any) -> torch.Tensor:
+        made.append(model)
+        return torch.ones(2, 3, 5) + (off if model == "there" else 0.0)
+
+    monkeypatch.setattr(modes, "logits_of", logits_of)
+    row = modes.nearest("here", "there", {"static": True, "graphs": "steps"})
+    assert row["right"] == (off == 0.0)
+    assert made == ["here", "there"] * (1 if off == 0.0 else modes.TRIES)
+
+
+def test_a_mode_that_raises_costs_itself_alone(monkeypatch: pytest.MonkeyPatch):
+    def nearest(on_cpu: Any, there: Any, mode: dict[str, Any]) -> dict[str, Any]:
+        if mode.get("bits"):
+            raise ValueError("no bits here")
+        return {"right": True}
+
+    monkeypatch.setattr(modes, "nearest", nearest)
+    rows = {row["mode"]: row for row in modes.compared(True)}
+    coded = {name for name, mode in modes.MODES.items() if mode.get("bits")}
+    assert coded == {name for name, row in rows.items() if not row["right"]}
+    assert rows["4 bits"]["why"] == "ValueError: no bits here"
 
 
 def test_bytes_of_a_token_are_counted_from_the_loads():
@@ -230,8 +257,8 @@ def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool)
 @pytest.mark.parametrize("budget", [40, [30, 50]], ids=["equal", "ragged"])
 @pytest.mark.parametrize(
     "settings",
-    [MODEL_DEFAULTS, {"policy": "novelty", "correction": "moments"}, {"policy": "leverage", "correction": "summaries"}],
-    ids=["default", "novelty", "leverage"],
+    [MODEL_DEFAULTS, *({"policy": name, "correction": "summaries"} for name in sorted(POLICIES))],
+    ids=["default", *sorted(POLICIES)],
 )
 def test_a_flush_uploads_nothing_and_asks_no_routine_whether_it_succeeded(
     settings: dict[str, Any], budget: Any, layers: int, monkeypatch: pytest.MonkeyPatch
@@ -240,6 +267,8 @@ def test_a_flush_uploads_nothing_and_asks_no_routine_whether_it_succeeded(
     monkeypatch.setattr(clustering, "orthonormal", orthonormal_by_gram)
     monkeypatch.setattr(clustering, "leading", leading_by_squaring)
     monkeypatch.setattr(novelty, "inverse", inverse_by_factor)
+    if POLICIES[settings["policy"]].couples_heads and not isinstance(budget, int):
+        pytest.skip("heads that are ranked together have one budget")
     caches = [LayerCache(budget, static=True, window=8, **settings) for _ in range(layers)]
     for cache in caches:
         q, k = torch.randn(1, 4, 90, 16), torch.randn(1, 2, 90, 16)
@@ -247,7 +276,7 @@ def test_a_flush_uploads_nothing_and_asks_no_routine_whether_it_succeeded(
     flush_together(caches)  # uploads what the layout says, once
     with Log() as log:
         flush_together(caches)
-    assert log.launched["linalg_cholesky_ex"] > 0
+    assert log.launched["linalg_cholesky_ex"] > 0  # of the columns of the summaries' slope
     waiting = {
         "lift_fresh",
         "linalg_inv",

@@ -126,6 +126,11 @@ def test_a_gradient_that_there_is_not_is_refused():
         decode(x.q.requires_grad_(), x.k, x.v, scale=0.1)
     with torch.no_grad():
         decode(x.q, x.k, x.v, scale=0.1)
+    x = make(Decode(d=8, capacity=5, estimate="order 0"))
+    assert x.expansion is not None
+    x.expansion.key_mean.requires_grad_()
+    with pytest.raises(RuntimeError, match="no gradient"):
+        decode(x.q, x.k, x.v, x.expansion, scale=0.1)
 
 
 def test_the_operator_tells_pytorch_the_truth():

@@ -187,7 +187,7 @@ class ArrayBackend:
         return array_namespace(x).asarray(getattr(layout, name), device=device(x))
 
     def numbers(self, layout: Layout, values: tuple[int, ...], like: Array) -> Array:
-        """Numbers that the host knows, int32, in the library and on the device of ``like``; kept with the layout."""
+        """Numbers of the host, int32, where ``like`` is; a device of its own should be given them once for a layout."""
         xp = array_namespace(like)
         return xp.asarray(values, dtype=xp.int32, device=device(like))
 

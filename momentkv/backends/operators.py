@@ -227,7 +227,8 @@ def decode(
     positions, counts, starts = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (positions, counts, starts)
     )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    given = (q, k, v, *(recent or ()), *(expansion or ()))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         raise RuntimeError("momentkv::decode has no gradient, but an input requires one; call it under torch.no_grad()")
     parts: tuple[Any, ...] = (None,) * len(Expansion._fields) if expansion is None else tuple(expansion)
     newest = (None, None, None) if recent is None else tuple(recent)

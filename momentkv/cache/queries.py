@@ -45,7 +45,8 @@ def remember(
         new_mean, new_square = (xp.mean(x, axis=(-3, -2)) for x in (grouped, grouped * grouped))
         if mean is None or square is None:
             return new_mean, new_square
-        # Several queries at once count alike; one by one, each fades what came before it.
+        # Several queries at once count alike; one by one, each fades what came before it. Without ``real``, something
+        # did: rows that have seen nothing yet are told apart by their counts, and then there is a ``real``.
         share: Any = min(2.0 * count / RECENT_QUERIES, 1.0)
         if real is not None:
             weight = xp.astype(real, dtype)

@@ -208,8 +208,10 @@ def of_flush(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
         full = cache.stored_state
         read = sum(x.nbytes for x in full.arrays().values())
         call: Call = lambda _, cache=cache, full=full: cache.flushed(full)  # type: ignore[misc] # noqa: E731
-        for way, graphed in (("", sizes.graphed), (", launched", 0))[: 1 + bool(sizes.graphed)]:
-            alone = sizes._replace(graphed=min(graphed, 1))
+        # A flush is long enough to be timed alone.
+        ways = {"": min(sizes.graphed, 1)} | ({", launched": 0} if sizes.graphed else {})
+        for way, graphed in ways.items():
+            alone = sizes._replace(graphed=graphed)
             of = measure("evict", f"flush {sizes.block}, {name}{way}", call, alone, device, nbytes=read)
             yield of | {"shape": shape._asdict()}
 

@@ -15,7 +15,7 @@ from momentkv.statistics.expansion import Expansion
 from momentkv.testing import oracle
 from momentkv.testing.rounding import FUNCTION, StateError, attention_error, merge_error
 
-__all__ = ["Decode", "Inputs", "decode_cases", "evaluate", "expected", "f64", "make"]
+__all__ = ["Decode", "Inputs", "decode_cases", "evaluate", "expected", "f64", "logits_error", "make"]
 
 UNIT_OF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -258,6 +258,13 @@ def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], 
         # Weights are rounded before they meet values, and the output when it is stored.
         error = error._replace(out=error.out + UNIT_OF[case.dtype] * (2 * size + np.abs(state.out)))
     return state, logits, error
+
+
+def logits_error(case: Decode, inputs: Inputs) -> float:
+    """What rounding may change of a logit."""
+    keys = [inputs.k] if inputs.recent is None else [inputs.k, inputs.recent.keys]
+    largest = max(float(np.nanmax(np.abs(f64(x)), initial=0.0)) for x in keys)
+    return 2.0**-24 * (case.d + 4) * case.scale * case.d * largest * float(np.abs(f64(inputs.q)).max(initial=0.0))
 
 
 def evaluate(q: NDArray[Any], expansion: Expansion, case: Decode) -> tuple[oracle.State, StateError, float]:

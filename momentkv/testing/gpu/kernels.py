@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from triton.errors import TritonError
 
 from momentkv.backends.triton.decode import decode_triton
-from momentkv.testing.decoding import Decode, decode_cases, expected, f64, make
+from momentkv.testing.decoding import Decode, decode_cases, expected, f64, logits_error, make
 from momentkv.testing.gpu.parts import Row, Skip
 
 __all__ = ["errors"]
@@ -91,10 +91,7 @@ def error_of(case: Decode, device: str) -> Row:
     exact, exact_logits, allowed = expected(case, x)
     shares = [share(f64(out), exact.out, allowed.out), share(f64(lse), exact.lse, allowed.lse)]
     if logits is not None:
-        of_recent = 0.0 if x.recent is None else float(np.nanmax(np.abs(f64(x.recent.keys))))
-        largest = float(np.nanmax(np.abs(f64(x.k)), initial=of_recent)) * float(np.abs(f64(x.q)).max(initial=0.0))
-        of_logits = 2.0**-24 * (case.d + 4) * case.scale * case.d * largest
-        shares.append(share(f64(logits).reshape(exact_logits.shape), exact_logits, of_logits))
+        shares.append(share(f64(logits).reshape(exact_logits.shape), exact_logits, logits_error(case, x)))
     norm = float(np.linalg.norm(exact.out))
     relative = float(np.linalg.norm(f64(out) - exact.out)) / norm if norm else 0.0
     return {"right": max(shares) <= 1.0, "share": max(shares), "relative": relative}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,9 +127,6 @@ def logits_of(
 
 def passed_through(cache: Any, model: Any, through: str) -> Any:
     """The cache after it was saved and read, or was on another device."""
-    import tempfile
-    from pathlib import Path
-
     from momentkv.hf import MomentCache
 
     if through == "files":
