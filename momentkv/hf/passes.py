@@ -117,7 +117,7 @@ class PassKeeper:
             layer.__dict__.update(before)
         for shared, average in zip(self.shared, averages, strict=True):
             shared.average, shared.waiting = average, []
-        self.left, self.due = 0, []
+        self.left = 0
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -196,6 +196,6 @@ class PassKeeper:
 
     def reset(self) -> None:
         """Forget what was before."""
-        self.before, self.left, self.unreached, self.due = [], 0, None, []
+        self.before, self.left, self.unreached = [], 0, None
         if self.clock is not None:
             self.clock.reset()
