@@ -12,8 +12,9 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from momentkv.evaluation.fidelity import Setting, measure, moment_tokens
+from momentkv.evaluation.fidelity import measure
 from momentkv.evaluation.report import progress_bar
+from momentkv.evaluation.settings import Setting, moment_tokens
 from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
 from momentkv.statistics.corrections import AnchoredSummaries, Correction
 

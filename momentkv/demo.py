@@ -20,15 +20,16 @@ from transformers.cache_utils import DynamicCache
 
 from momentkv.cache.config import wanted_queries
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
-from momentkv.evaluation.fidelity import Fidelity, Setting, compare, empty_cache, setting_of, settings_grid
+from momentkv.evaluation.fidelity import Fidelity, compare
 from momentkv.evaluation.report import progress_bar, show
+from momentkv.evaluation.settings import Setting, empty_cache, setting_of, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.evaluation.steps import Step, Typical, evicted_tokens, typical
 from momentkv.hf import MomentCache
 
 __all__ = ["demo"]
 
-# What is shown at equal bytes: name, method as `momentkv.evaluation.fidelity.setting_of` takes it, colour.
+# What is shown at equal bytes: name, method as `momentkv.evaluation.settings.setting_of` takes it, colour.
 ROWS = (
     ("plain eviction", "momentkv/none", "C3"),
     ("paper's moments", "momentkv/order-1", "C0"),

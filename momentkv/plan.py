@@ -8,6 +8,7 @@ from typing import Literal
 
 from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.cache.budget_rules import POSITION_BYTES, Share, TotalBytes, parse_budget
+from momentkv.cache.config import EXACT_WINDOW, exact_tokens
 from momentkv.codes import AUTO, pair_of_bits, record_bytes
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.shapes import KNOWN, Shape, find_shape, shape_from_config
@@ -111,6 +112,7 @@ def plan(
     window: int = 32,
     block: int = 32,
     bits: int | Sequence[int] | Literal["auto"] | None = None,
+    exact_window: int = EXACT_WINDOW,
     statistics_bits: int | None = 16,
 ) -> Plan:
     """Bytes that a cache holds after so many tokens.
@@ -130,7 +132,7 @@ def plan(
         Rows, each of ``context`` tokens.
     dtype : str
         Of keys and values: a name of `DTYPES`.
-    policy, sinks, window, block, bits, statistics_bits
+    policy, sinks, window, block, bits, exact_window, statistics_bits
         As in `momentkv.hf.MomentCache`, with its defaults.
 
     Returns
@@ -182,7 +184,7 @@ def plan(
     anchor = 2 * d * 4 if kind.anchored else 0
     queries = 2 * d * 4 if get_policy(policy).needs_queries else anchor
     state = state_bytes(kind, d=d, statistics_bits=statistics_bits) - anchor
-    least = sinks + window + 1
+    exact, least = exact_tokens(bits, sinks=sinks, window=window, exact_window=exact_window), sinks + window + 1
     if isinstance(asked, Share):
         tokens = asked.tokens(context, least)
     elif isinstance(asked, int):
@@ -195,6 +197,7 @@ def plan(
             state=state + queries + 2 * POSITION_BYTES + (0 if bits is None else 3 * token // 2),
             beside=sliding * longest * token,
             block=block,
+            recent=exact + block,
             least=least,
             rows=batch,
         )
@@ -202,9 +205,9 @@ def plan(
         tokens = least  # there is nothing to share the total among
     check_budget(tokens, sinks, window)
     retained = min(context, tokens)
-    recent = sinks + window + block  # always there; so few tokens are all in it
+    recent = exact + block  # always there; so few tokens are all in it
     waiting = block if context >= recent else recent - retained
-    coded = max(0, retained - sinks - window) if context >= recent else 0
+    coded = max(0, retained - exact) if context >= recent else 0
     standards = 3 * token // 2 if bits is not None and coded else 0
     bounded = sliding * min(context, longest)
     equivalent = token_equivalents(kind, d=d, itemsize=itemsize, statistics_bits=statistics_bits)

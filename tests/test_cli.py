@@ -20,9 +20,9 @@ import momentkv
 from momentkv import demo
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import commands, speed
-from momentkv.evaluation.fidelity import DEFAULT
 from momentkv.evaluation.options import ONCE
 from momentkv.evaluation.report import read_json
+from momentkv.evaluation.settings import DEFAULT
 from momentkv.policies import POLICIES
 
 SOURCE = ["--context", "200", "--following", "16"]

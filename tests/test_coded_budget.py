@@ -239,7 +239,7 @@ def test_what_fits_as_it_came_stays_exact_and_is_coded_when_it_no_longer_does():
 def test_a_file_holds_each_layers_bits(tmp_path: Path):
     model = tiny("llama")
     ids = prompt(1, 300)
-    cache = momentkv.hf.MomentCache(model, 48, bits="auto", window=8, block=8)
+    cache = momentkv.hf.MomentCache(model, 48, bits="auto", window=8, exact_window=3, block=8)
     model(ids[:, :280], past_key_values=cache)
     first = next(iter(cache.moment_layers.values()))
     cache.save(tmp_path / "a.safetensors")

@@ -16,7 +16,7 @@ from momentkv.codes import BITS, SPLIT, row_bytes
 from momentkv.testing.rounding import assert_same
 
 D, DV, KV_HEADS, GROUP, ROWS = 16, 8, 2, 2, 2
-SETTINGS: dict[str, Any] = {"sinks": 1, "window": 3, "block": 4}
+SETTINGS: dict[str, Any] = {"sinks": 1, "window": 3, "exact_window": 1, "block": 4}
 LENGTHS = {"prefill": [40, *[1] * 12], "decode": [1] * 40, "chunks": [3, 20, 1, 1, 9, *[1] * 9]}
 
 
@@ -104,15 +104,38 @@ def test_tokens_that_stay_retained_keep_their_codes_bit_for_bit(budget: Any, pad
     assert stayed
 
 
-def test_what_is_recent_is_exact():
+@pytest.mark.parametrize(("exact_window", "exact"), [(0, 0), (1, 1), (2, 2), (3, 3), (8, 3)])
+@pytest.mark.parametrize("budget", [12, (8, 15)], ids=["equal", "ragged"])
+def test_the_window_stays_and_its_newest_tokens_are_exact(budget: Any, exact_window: int, exact: int):
     q, k, v = tokens(60)
-    cache = LayerCache(12, bits=3, **SETTINGS)
+    cache, rounded = LayerCache(budget, bits=3, **SETTINGS | {"exact_window": exact_window}), 0
     for part in parts([40, *[1] * 20]):
         cache.step(q[..., part, :], k[..., part, :], v[..., part, :])
-        newest = cache.positions[..., -3:]
-        assert (newest == np.arange(part.stop - 3, part.stop)).all()
-        assert_same(cache.keys[..., -3:, :], k[..., part.stop - 3 : part.stop, :])
-        assert_same(cache.values[..., :1, :], v[..., :1, :])
+        stop, places = part.stop, cache.positions
+        for head in range(KV_HEADS):
+            own = places[0, head] >= 0
+            assert places[0, head][own][-3:].tolist() == [stop - 3, stop - 2, stop - 1]
+            keys, values = cache.keys[:, head][:, own], cache.values[:, head][:, own]
+            assert_same(keys[:, len(keys[0]) - exact :], k[:, head, stop - exact : stop])
+            assert_same(values[:, :1], v[:, head, :1])
+            rounded += int((keys[:, -3] != k[:, head, stop - 3]).any())
+    # Of the window's oldest token, which is exact only until it leaves the block.
+    assert (rounded > 0) == (exact < 3)
+
+
+def test_all_of_the_window_is_exact_where_tokens_stay_as_they_come():
+    q, k, v = tokens(60)
+    caches = [LayerCache(12, **SETTINGS | {"exact_window": exact}) for exact in (0, 3)]
+    for part in parts([40, *[1] * 20]):
+        outs = [cache.step(q[..., part, :], k[..., part, :], v[..., part, :]) for cache in caches]
+        assert_same(*outs)
+    assert caches[0].state.layout == caches[1].state.layout
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError), (None, TypeError)])
+def test_an_exact_window_that_is_none_is_refused_by_name(value: Any, error: type[Exception]):
+    with pytest.raises(error, match=f"exact_window is {value}"):
+        LayerCache(12, bits=3, **SETTINGS | {"exact_window": value})
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -153,7 +176,7 @@ def test_bytes_are_those_of_codes_steps_and_standards(bits: int, dtype: Any):
     cache.step(q, k, v)
     state = cache.state
     assert state is not None
-    size, slots = np.dtype(dtype).itemsize, 24 - 4
+    size, slots = np.dtype(dtype).itemsize, 24 - 2
     records = slots * (row_bytes(D, bits) + row_bytes(DV, 3) + 2 * 2 + 4)
     recent = state.layout.recent * ((D + DV) * size + 4) + 2 * 4
     assert cache.nbytes == ROWS * KV_HEADS * (records + recent + (2 * D + DV) * size)

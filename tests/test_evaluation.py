@@ -18,22 +18,21 @@ from momentkv.cache.config import wanted_queries
 from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
-from momentkv.evaluation.fidelity import (
+from momentkv.evaluation.fidelity import compare, measure
+from momentkv.evaluation.gap import measure_gap, plot_gap
+from momentkv.evaluation.options import ONCE
+from momentkv.evaluation.report import average, fidelity_table, plot_fidelity, read_json, write_json
+from momentkv.evaluation.settings import (
     CHOICES,
     DEFAULT,
     NAMED,
     Setting,
     bytes_as_tokens,
-    compare,
     empty_cache,
-    measure,
     moment_tokens,
     setting_of,
     settings_grid,
 )
-from momentkv.evaluation.gap import measure_gap, plot_gap
-from momentkv.evaluation.options import ONCE
-from momentkv.evaluation.report import average, fidelity_table, plot_fidelity, read_json, write_json
 from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
 from momentkv.hf import MomentCache, read
 from momentkv.policies import H2O, Policy, SnapKV
@@ -155,16 +154,39 @@ def test_measurement_is_a_prefill_and_one_pass_over_what_follows(order: int | No
         assert math.isclose(fidelity.nll_change, expected.nll_change, rel_tol=1e-3, abs_tol=1e-4)
 
 
+@torch.inference_mode()
+def test_decoding_is_step_by_step_with_eviction_going_on():
+    model, ids = tiny("llama"), prompt(1, CONTEXT + 24)
+    setting = Setting("balanced", 20, 1, "summaries", "heads")
+    ((_, found, _),) = measure(model, ids, CONTEXT, [setting], block=4, **SMALL)
+    cache = empty_cache(model, setting, block=4, **SMALL)
+    model(ids[:, :CONTEXT], past_key_values=cache)
+    before = [float(core.moments.weight.sum()) for core in cache.moment_layers.values()]
+    steps = [model(ids[:, t : t + 1], past_key_values=cache).logits[0] for t in range(CONTEXT, ids.shape[1] - 1)]
+    after = [float(core.moments.weight.sum()) for core in cache.moment_layers.values()]
+    assert all(x > y for x, y in zip(after, before, strict=True))
+    full = model(ids[:, :-1]).logits[0, CONTEXT:]
+    expected = compare(full, torch.cat(steps), ids[0, CONTEXT + 1 :])
+    assert found.kl == pytest.approx(expected.kl, rel=1e-4)
+    assert found.top1 == expected.top1
+    lengths = [len(x) for x in torch.arange(len(full)).tensor_split(4)]
+    weighted = sum(n * kl for n, kl in zip(lengths, found.kl_of_quarters, strict=True)) / len(full)
+    assert weighted == pytest.approx(found.kl, rel=1e-6)
+    ((_, once, _),) = measure(model, ids, CONTEXT, [setting], **SMALL)
+    assert once.kl_of_quarters is None
+    assert once.kl != found.kl
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("method", ["snapkv/none", "default"])
 @torch.inference_mode()
 def test_few_bits_are_compared_at_equal_bytes(bits: int, itemsize: int, method: str):
     """Codes, steps, exact tokens, standards and statistics: at most those of the budget, and not one token less."""
-    model, budget, least = tiny("llama"), 90, 10
+    model, budget = tiny("llama"), 90
     named = setting_of(f"{method}@{bits}")
     chosen = (named.order, named.kind, named.sharing, named.bits)
-    (setting,) = settings_grid(model, [named.policy], [budget], [chosen], least=least, itemsize=itemsize)
+    (setting,) = settings_grid(model, [named.policy], [budget], [chosen], window=8, itemsize=itemsize)
     cache = empty_cache(model, setting, window=8)
     model(prompt(1, 15 * CONTEXT), past_key_values=cache)
     cores = cache.moment_layers.values()
@@ -198,7 +220,7 @@ CORRECTIONS = [(None, "moments"), (0, "moments"), (1, "moments"), (0, "summaries
 def test_grid_compares_at_equal_bytes(itemsize: int | None, budgets: list[int]):
     """Keys, values and what stands for the others: at most those of the budget, and less than one token a head less."""
     model, ids = tiny("llama"), prompt(1, CONTEXT)
-    grid = settings_grid(model, ["momentkv", "knorm"], budgets, CORRECTIONS, least=10, itemsize=itemsize)
+    grid = settings_grid(model, ["momentkv", "knorm"], budgets, CORRECTIONS, window=8, itemsize=itemsize)
     assert [(x.policy, x.order, x.kind) for x in grid] == [
         (policy, *correction) for _ in budgets for policy in ("momentkv", "knorm") for correction in CORRECTIONS
     ]

@@ -251,6 +251,24 @@ def test_files_of_version_0_1_still_load(tmp_path: Path):
                 MomentCache.load(tmp_path / "cache", model, correction=AnchoredSummaries())
 
 
+@torch.inference_mode()
+def test_files_of_before_part_of_the_window_was_rounded_go_on_with_all_of_it_exact(tmp_path: Path):
+    model, ids = tiny("llama"), prompt(2, 60)
+    cache = MomentCache(model, 20, bits=4, window=8, exact_window=8, block=4)
+    model(ids, past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    (tmp_path / "cache").write_bytes(
+        rewritten(
+            (tmp_path / "cache").read_bytes(), lambda record, _: record["settings"].pop("exact_window"), sign=True
+        )
+    )
+    loaded = MomentCache.load(tmp_path / "cache", model)
+    assert_same(state(loaded), state(cache))
+    for t in range(10):
+        one, other = (model(ids[:, t : t + 1], past_key_values=each).logits for each in (cache, loaded))
+        assert torch.equal(one, other)
+
+
 def test_a_missing_file_is_missing(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no cache file"):
         MomentCache.load(tmp_path / "cache", tiny("llama"))

@@ -18,12 +18,12 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import retrieval as module
-from momentkv.evaluation.fidelity import CHOICES, Setting, empty_cache
 from momentkv.evaluation.haystack import KEYS, TASKS, Answer, Haystack, Question, make_haystack
 from momentkv.evaluation.needles_report import bootstrap, needles_table, plot_needles, summarize, wilson
 from momentkv.evaluation.prose import prose
 from momentkv.evaluation.report import read_json
 from momentkv.evaluation.retrieval import Reader, measure_haystack, recall
+from momentkv.evaluation.settings import CHOICES, Setting, empty_cache
 from momentkv.policies import H2O, Policy
 
 TEMPLATE = (

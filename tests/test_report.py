@@ -17,12 +17,12 @@ from test_needles import byte_tokenizer
 
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import suite as module
-from momentkv.evaluation.fidelity import DEFAULT
 from momentkv.evaluation.gather import BANDS, DEFAULT_METHOD, gather, results_in
 from momentkv.evaluation.needles_report import bootstrap
 from momentkv.evaluation.report import read_json, write_json
 from momentkv.evaluation.report_page import SPACE, markdown_of, write_report
 from momentkv.evaluation.report_plots import plot_depths, plot_found, plot_kl
+from momentkv.evaluation.settings import DEFAULT
 from momentkv.evaluation.suite import PLAN, complete
 from momentkv.hf import MomentCache
 

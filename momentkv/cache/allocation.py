@@ -145,7 +145,7 @@ def minimise_error(
     Rows of a batch whose errors are not finite have no say; where none has finite ones, a share is the average.
     """
     config = caches[0].config
-    grid = budget_grid(average, config.sinks + config.window + 1)
+    grid = budget_grid(average, config.protected + 1)
     fine: list[int] = []
     curves: list[list[float] | None] = []
     for cache, importance in zip(caches, importances, strict=True):

@@ -116,12 +116,23 @@ class TotalBytes(BudgetRule):
             state=state,
             beside=sum(windows) * batch * kv_heads * pair,
             block=config.block,
-            least=config.sinks + config.window + 1,
+            recent=config.recent,
+            least=config.protected + 1,
             rows=batch,
         )
 
     def retained(
-        self, *, heads: int, token: int, exact: int, state: int, beside: int, block: int, least: int, rows: int
+        self,
+        *,
+        heads: int,
+        token: int,
+        exact: int,
+        state: int,
+        beside: int,
+        block: int,
+        recent: int,
+        least: int,
+        rows: int,
     ) -> int:
         """Tokens that each KV head may retain on average, by what everything costs.
 
@@ -130,11 +141,11 @@ class TotalBytes(BudgetRule):
         heads : int
             KV heads that share the total, over all layers and rows.
         token, exact, state : int
-            Bytes of a retained token, of one of the sinks, the window or the block, and of all else that a head has.
+            Bytes of a retained token, of one of the recent tier, and of all else that a head has.
         beside : int
             Bytes of what has no budget: layers with a window of their own.
-        block, least : int
-            Tokens that wait for eviction at most, and that must be retained at least.
+        block, recent, least : int
+            Tokens that wait for eviction at most, slots of the recent tier, and tokens that must be retained at least.
         rows : int
             For the message.
 
@@ -146,15 +157,15 @@ class TotalBytes(BudgetRule):
         Examples
         --------
         >>> one = TotalBytes(1000, "1KB")
-        >>> one.retained(heads=1, token=10, exact=10, state=100, beside=0, block=20, least=34, rows=1)
+        >>> one.retained(heads=1, token=10, exact=10, state=100, beside=0, block=20, recent=53, least=34, rows=1)
         70
-        >>> one.retained(heads=1, token=5, exact=10, state=100, beside=0, block=20, least=34, rows=1)
+        >>> one.retained(heads=1, token=5, exact=10, state=100, beside=0, block=20, recent=53, least=34, rows=1)
         107
         """
-        always = state + exact * (least - 1 + block)
-        budget = (self.total - beside - heads * always) // (heads * token) + least - 1
+        always, free = state + exact * recent, recent - block
+        budget = (self.total - beside - heads * always) // (heads * token) + free
         if budget < least:
-            needed = beside + heads * (always + token)
+            needed = beside + heads * (always + (least - free) * token)
             raise ValueError(
                 f"budget is {self.text!r}, too little for {rows} rows: sinks, window, a block and what stands for "
                 f"evicted tokens take {needed} bytes; use {-(-needed // 1024)}KiB or more, or fewer rows"

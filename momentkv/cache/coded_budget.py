@@ -71,11 +71,11 @@ class CodedBudget(SharedBudget):
 
 def bought(cache: LayerCache, average: int, beside: int) -> Callable[[tuple[int, int]], int]:
     """From a code to the tokens of it that a KV head gets for the bytes of an average at full precision."""
-    config, state = cache.config, cache.stored_state
+    state = cache.stored_state
     k, v = state.recent_keys, state.recent_values
-    fixed, d, dv = config.sinks + config.window, k.shape[-1], v.shape[-1]
-    room = (average - fixed) * (d * k.dtype.itemsize + dv * v.dtype.itemsize + beside)
-    return lambda code: fixed + max(1, room // (record_bytes(d, dv, code) + beside))
+    exact, d, dv = dataclasses.replace(cache.config, bits=USUAL).exact, k.shape[-1], v.shape[-1]
+    room = (average - exact) * (d * k.dtype.itemsize + dv * v.dtype.itemsize + beside)
+    return lambda code: exact + max(1, room // (record_bytes(d, dv, code) + beside))
 
 
 def chosen_code(
@@ -111,7 +111,7 @@ def chosen_code(
     tokens = bought(caches[0], average, beside)
     if config.bits is not None:
         return config.bits, tokens(config.bits)
-    grid = budget_grid(tokens(USUAL), config.sinks + config.window + 1)
+    grid = budget_grid(tokens(USUAL), config.protected + 1)
     eviction, rounding = list[list[float]](), [0.0] * len(CODES)
     for cache, importance in zip(caches, importances, strict=True):
         curves, rounded = measured_errors(cache, grid, importance, codes=CODES, at=tokens(USUAL))

@@ -50,7 +50,7 @@ def by_importance(caches: Sequence[LayerCache], importances: Sequence[Array], av
     """
     budgets: list[int] = []
     for cache, importance in zip(caches, importances, strict=True):
-        fixed = cache.config.sinks + cache.config.window
+        fixed = cache.config.protected
         free = average - fixed
         rows = candidates(cache, importance)
         won = wins(rows, free * len(rows), finite_rows(cache))

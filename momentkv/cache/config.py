@@ -15,7 +15,15 @@ from momentkv.codes import pair_of_bits
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.statistics.corrections import Correction, get_correction
 
-__all__ = ["MODEL_DEFAULTS", "RECENT_QUERIES", "CacheConfig", "wanted_queries", "whole_number"]
+__all__ = [
+    "EXACT_WINDOW",
+    "MODEL_DEFAULTS",
+    "RECENT_QUERIES",
+    "CacheConfig",
+    "exact_tokens",
+    "wanted_queries",
+    "whole_number",
+]
 
 # What `momentkv.hf.MomentCache` asks of each layer by default, where that is not the default of `LayerCache`.
 MODEL_DEFAULTS: dict[str, Any] = {"policy": "balanced", "correction": "summaries", "statistics_bits": 16}
@@ -23,6 +31,8 @@ MODEL_DEFAULTS: dict[str, Any] = {"policy": "balanced", "correction": "summaries
 # Queries that the correction is anchored at: the last of a prefill, and while decoding an average that fades at this
 # rate. RoPE turns queries, so that an average over many positions says little about the next ones.
 RECENT_QUERIES = 32
+# Newest tokens of the window that stay exact where retained ones have few bits: an exact one costs as much as four.
+EXACT_WINDOW = 8
 # Queries of a prefill that expected attention is that of: over so many positions RoPE has turned what turns fast.
 NEWEST_QUERIES = 256
 
@@ -35,7 +45,7 @@ class CacheConfig:
     ----------
     policy : Policy
     correction : Correction
-    sinks, window, block : int
+    sinks, window, block, exact_window : int
     scale : float or None
     backend : ArrayBackend or None
     keep_queries : bool
@@ -61,6 +71,7 @@ class CacheConfig:
     static: bool
     bits: tuple[int, int] | None = None
     statistics_bits: int | None = None
+    exact_window: int = EXACT_WINDOW
 
     def backend_of(self, x: Array) -> ArrayBackend:
         """The backend that was given, or that of the array; an error if the one given is for other arrays."""
@@ -74,8 +85,18 @@ class CacheConfig:
 
     @property
     def recent(self) -> int:
-        """Slots of the recent tier: sinks, window and the block that is filling."""
-        return self.sinks + self.window + self.block
+        """Slots of the recent tier: exact tokens, and the block that is filling."""
+        return self.exact + self.block
+
+    @property
+    def protected(self) -> int:
+        """Tokens of each row that are always retained: sinks and window."""
+        return self.sinks + self.window
+
+    @property
+    def exact(self) -> int:
+        """Those of them that stay as they came, see `exact_tokens`."""
+        return exact_tokens(self.bits, sinks=self.sinks, window=self.window, exact_window=self.exact_window)
 
     @property
     def observes(self) -> bool:
@@ -101,6 +122,17 @@ class CacheConfig:
     def corrects(self) -> bool:
         """Whether anything stands for evicted tokens."""
         return self.correction.order is not None
+
+
+def exact_tokens(bits: Any, *, sinks: int, window: int, exact_window: int) -> int:
+    """Sinks and newest tokens that stay as they came: the whole window, unless retained tokens have few ``bits``.
+
+    Examples
+    --------
+    >>> exact_tokens(None, sinks=1, window=32, exact_window=8), exact_tokens(4, sinks=1, window=32, exact_window=8)
+    (33, 9)
+    """
+    return sinks + (window if bits is None else min(window, exact_window))
 
 
 def kept_queries(policy: Policy) -> int:
@@ -137,14 +169,16 @@ def make_config(
     static: bool,
     bits: int | Sequence[int] | None,
     statistics_bits: int | None,
+    exact_window: int,
 ) -> CacheConfig:
     """Settings of a cache, or an error that names the one that is out of range."""
-    sinks, window, block = (
-        whole_number(name, value) for name, value in (("sinks", sinks), ("window", window), ("block", block))
-    )
+    counts = {"sinks": sinks, "window": window, "block": block, "exact_window": exact_window}
+    sinks, window, block, exact_window = (whole_number(name, value) for name, value in counts.items())
     check_budget(sinks + window + 1, sinks, window)
     if block < 1:
         raise ValueError(f"block is {block}; evict at least one token at a time")
+    if exact_window < 0:
+        raise ValueError(f"exact_window is {exact_window}; it cannot be negative")
     if certify is not None and certify not in (0, 1, 2):
         raise ValueError(f"certify is {certify!r}; use None (no evidence), or its order, 0, 1 or 2")
     if tolerance is not None and (certify is None or not tolerance >= 0):
@@ -174,6 +208,7 @@ def make_config(
         static=static,
         bits=coded,
         statistics_bits=statistics_bits,
+        exact_window=exact_window,
     )
 
 

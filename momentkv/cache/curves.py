@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -136,15 +137,16 @@ def measured_errors(
 def rounded_tokens(
     view: View, slots: Array, codes: Sequence[tuple[int, int]], config: CacheConfig
 ) -> Iterator[tuple[Array, Array, Array]]:
-    """For each code, keys, values and positions of some slots as they are read; sinks and window are exact."""
+    """For each code, keys, values and positions of some slots as they are read; sinks and the newest stay exact."""
     xp = array_namespace(slots)
     real = view.positions >= 0
-    kept = protected(view.positions, sinks=config.sinks, window=config.window)
-    exact = xp.take_along_axis(kept, slots, axis=-1)[..., None]
     keys, values, positions = ranked(view, slots)
     standards = Standard.of(view.keys, real), Standard.of(view.values, real, centred=False)
     scaled = [standard.standardise(x) for standard, x in zip(standards, (keys, values), strict=True)]
     for bits in codes:
+        newest = dataclasses.replace(config, bits=bits).exact - config.sinks
+        kept = protected(view.positions, sinks=config.sinks, window=newest)
+        exact = xp.take_along_axis(kept, slots, axis=-1)[..., None]
         read = (
             xp.where(exact, x, xp.astype(standard.restore(coarse(z, number)), x.dtype))
             for x, z, standard, number in zip((keys, values), scaled, standards, bits, strict=True)

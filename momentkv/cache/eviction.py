@@ -274,7 +274,7 @@ def settle(
 
     ``totals`` are those of the kept tokens; None where the host may not ask. With ``renew`` they are all coded anew.
     """
-    xp, beside = array_namespace(view.keys), config.sinks + config.window
+    xp, beside = array_namespace(view.keys), config.exact
     where, padded = device(view.keys), True
     filled, room = config.recent, None
     if config.static:
@@ -282,7 +282,7 @@ def settle(
     else:
         if totals is None:
             raise ValueError("totals is None, which only static steps do without")
-        widths, filled = widths_of(totals.most, budgets, sinks=config.sinks, window=config.window)
+        widths, filled = widths_of(totals.most, budgets, config.exact)
         padded = not totals.even or min(totals.most) < filled
         if padded:
             widths = tuple(max(0, min(n, b) - beside) for n, b in zip(totals.most, budgets, strict=True))

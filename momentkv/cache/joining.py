@@ -142,7 +142,7 @@ def kind_of(cache: LayerCache, state: LayerState) -> Any:
     totals = Totals(state, None, len(budgets))
     due = any(most >= budget + config.block for most, budget in zip(totals.most, budgets, strict=True))
     left = totals.after(budgets, config.block).most
-    _, filled = widths_of(left, budgets, sinks=config.sinks, window=config.window)
+    _, filled = widths_of(left, budgets, config.exact)
     return (*kind, due, filled, min(left) < filled)
 
 

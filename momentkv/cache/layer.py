@@ -10,7 +10,7 @@ from typing import Any
 from momentkv._array import Array, array_namespace, device
 from momentkv.attention import check_values, default_scale
 from momentkv.backends import ArrayBackend, get_backend
-from momentkv.cache.config import RECENT_QUERIES, CacheConfig, checked_budget, make_config
+from momentkv.cache.config import EXACT_WINDOW, RECENT_QUERIES, CacheConfig, checked_budget, make_config
 from momentkv.cache.eviction import evicted_state, importance_of, without_newest
 from momentkv.cache.holdings import Holdings
 from momentkv.cache.observing import observed_queries, real_ones_last
@@ -37,10 +37,8 @@ class LayerCache(Holdings):
     correction : str or Correction
         What stands for the evicted tokens: ``"moments"`` (the paper's) or ``"summaries"`` (several, anchored); see
         `momentkv.statistics.corrections.CORRECTIONS`. With order 0, summaries have no slope.
-    sinks : int
-        First tokens of every row, always retained.
-    window : int
-        Most recent tokens, always retained.
+    sinks, window : int
+        First and most recent tokens of every row, always retained.
     block : int
         Tokens evicted at a time while decoding: eviction starts at ``budget + block`` stored tokens.
     scale : float, optional
@@ -53,15 +51,15 @@ class LayerCache(Holdings):
         Keep evidence for `momentkv.trust.trust`: exact moments of this order, with extent, of all evicted tokens.
     tolerance : float, optional
         Refuse to evict from a KV head if the certified error, relative to the output, of a recent query (one of the
-        last 32 since the last eviction) would be larger. The head's budget then grows to what it stores; the first time
-        it warns.
+        last 32 since the last eviction) would be larger. Its budget then grows to what it stores, with a warning.
     static : bool
         Whether steps of one token are done in arrays that keep their size and place, by the device's own count. `step`
         then asks the device whether a block is full; `momentkv.hf` keeps the time on the host, so that nothing waits.
     bits : int or pair of int, optional
         Quantization: bits for each number of a retained token, on average (3, 4, 5, 6, 8 or 16), or for those of its
-        key and of its value: see `momentkv.codes`. None for the dtype of the arrays. Sinks, window and the block that
-        is filling stay exact.
+        key and of its value: see `momentkv.codes`. None for the dtype of the arrays.
+    exact_window : int
+        Beside ``bits``, sinks, the block that is filling and so many newest tokens of the window stay exact.
     statistics_bits : {None, 16}
         Bits for each number of what stands for evicted tokens, between steps: see `momentkv.statistics.narrow`. None
         for full precision.
@@ -119,6 +117,7 @@ class LayerCache(Holdings):
         tolerance: float | None = None,
         static: bool = False,
         bits: int | Sequence[int] | None = None,
+        exact_window: int = EXACT_WINDOW,
         statistics_bits: int | None = None,
     ) -> None:
         self.config: CacheConfig = make_config(
@@ -135,6 +134,7 @@ class LayerCache(Holdings):
             tolerance=tolerance,
             static=static,
             bits=bits,
+            exact_window=exact_window,
             statistics_bits=statistics_bits,
         )
         self._budget = checked_budget(self.config, budget)

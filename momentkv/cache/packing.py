@@ -60,15 +60,14 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
     return View(whole["keys"], whole["values"], whole["positions"], whole.get("attention"))
 
 
-def widths_of(totals: Sequence[int], budgets: Sequence[int], *, sinks: int, window: int) -> tuple[tuple[int, ...], int]:
+def widths_of(totals: Sequence[int], budgets: Sequence[int], exact: int) -> tuple[tuple[int, ...], int]:
     """Slots of retained tokens of each head, and of recent ones in all, for so many tokens of each head.
 
-    As many stay recent in every head. A head retains at most what its budget leaves beside sinks and window, so that
+    As many stay recent in every head. A head retains at most what its budget leaves beside ``exact`` tokens, so that
     recent slots run full exactly when a head has a block more than its budget.
     """
-    beside = sinks + window
     recent = max(
-        total - max(0, min(budget - beside, total - beside)) for total, budget in zip(totals, budgets, strict=True)
+        total - max(0, min(budget - exact, total - exact)) for total, budget in zip(totals, budgets, strict=True)
     )
     return tuple(max(0, total - recent) for total in totals), recent
 

@@ -78,7 +78,7 @@ def by_threshold(caches: Sequence[LayerCache], importances: Sequence[Array], ave
     window in any case.
     """
     config = caches[0].config
-    fixed = config.sinks + config.window
+    fixed = config.protected
     heads = sum(importance.shape[-2] for importance in importances)
     return [fixed + own for own in places_of(caches, importances, (average - fixed) * heads)]
 
@@ -153,7 +153,7 @@ class RereadBudget(CodedBudget):
             return
         ranked = [self.importance(each) if x is None else x for each, x in zip(waiting, ranked, strict=True)]
         config = waiting[0].config
-        fixed = config.sinks + config.window
+        fixed = config.protected
         heads = [each.view().keys.shape[-3] for each in waiting]
         average = self.tokens(waiting, ranked)
         total = (average - fixed) * sum(heads)
@@ -192,7 +192,7 @@ def extra_tokens(
     heads = sum(map(len, chosen))
     if total < 1:
         return [0] * heads
-    fixed = caches[0].config.sinks + caches[0].config.window
+    fixed = caches[0].config.protected
     grid = sorted({max(fixed + 1, round(multiple * average)) for multiple in MULTIPLES})
     extras = sorted({round(part * average) for part in EXTRAS})
     curves = []

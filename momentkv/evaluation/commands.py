@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from momentkv import __version__
-from momentkv.evaluation.fidelity import CHOICES, Setting, bytes_as_tokens, measure, setting_of, settings_grid
+from momentkv.evaluation.fidelity import measure
 from momentkv.evaluation.gap import measure_gap, plot_gap
 from momentkv.evaluation.report import (
     environment,
@@ -21,11 +21,15 @@ from momentkv.evaluation.report import (
     show,
     write_json,
 )
+from momentkv.evaluation.settings import CHOICES, Setting, bytes_as_tokens, setting_of, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, BUILTIN_TEXTS, load_model, load_text, tokenize
 
 __all__ = ["check_methods", "fidelity", "finished", "gap", "grid_of", "save"]
 
 ERRORS_EVERY = 8
+# How a context is compressed.
+ONCE = "once, after one-shot prefill; the following tokens teacher-forced, no further eviction"
+AS_DECODED = "after one-shot prefill, and {} tokens at a time while the following ones are teacher-forced one by one"
 
 
 def fidelity(options: argparse.Namespace) -> int:
@@ -46,9 +50,9 @@ def fidelity(options: argparse.Namespace) -> int:
         "following": options.following,
         "skip": options.skip,
         "texts": [Path(text).name for text in texts],
-        "compressed": "once, after one-shot prefill; the following tokens teacher-forced, no further eviction",
+        "compressed": AS_DECODED.format(options.decode) if options.decode else ONCE,
         "sinks": 1,
-        "window": options.window,
+        **always_of(options),
         "head_error": f"at every {ERRORS_EVERY}-th following token",
         "momentkv": __version__,
     }
@@ -56,7 +60,7 @@ def fidelity(options: argparse.Namespace) -> int:
     done = {(row["text"], row["policy"], row["correction"], row["bytes_as_tokens"]) for row in rows}
 
     def size(setting: Setting) -> int:
-        return bytes_as_tokens(model, setting, itemsize=options.bytes // 8, window=options.window)
+        return bytes_as_tokens(model, setting, itemsize=options.bytes // 8, **always_of(options))
 
     if done:
         console.print(f"{len(done)} results found in {options.output}; --fresh discards them")
@@ -74,8 +78,9 @@ def fidelity(options: argparse.Namespace) -> int:
                 ids[text],
                 options.context,
                 left,
-                window=options.window,
+                **always_of(options),
                 errors_every=ERRORS_EVERY,
+                block=options.decode,
                 tokenizer=tokenizer,
             )
             for setting, result, nbytes in compressed:
@@ -102,9 +107,14 @@ def fidelity(options: argparse.Namespace) -> int:
     return 0
 
 
+def always_of(options: argparse.Namespace) -> dict[str, int]:
+    """Recent tokens that a command always retains, and those of them that stay exact beside few bits."""
+    return {"window": options.window, "exact_window": options.exact_window}
+
+
 def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
     """Settings of a command, at equal bytes: its methods, or all its policies with all its corrections."""
-    counted, least = options.bytes // 8, options.window + 2
+    counted, always = options.bytes // 8, always_of(options)
     if options.methods:
         named = [setting_of(method) for method in options.methods]
         return [
@@ -116,14 +126,14 @@ def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
                 options.budgets,
                 [(x.order, x.kind, x.sharing, x.bits)],
                 itemsize=counted,
-                least=least,
+                **always,
             )
         ]
     corrections = [CHOICES[name] for name in options.corrections]
     called = {Setting("", 0, *correction): name for name, correction in CHOICES.items()}
     return [
         dataclasses.replace(x, method=f"{x.policy}/{called[dataclasses.replace(x, policy='', budget=0)]}")
-        for x in settings_grid(model, options.policies, options.budgets, corrections, itemsize=counted, least=least)
+        for x in settings_grid(model, options.policies, options.budgets, corrections, itemsize=counted, **always)
     ]
 
 

@@ -13,7 +13,7 @@ from momentkv.cache.config import wanted_queries
 from momentkv.diagnostics import EvictionError
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors
-from momentkv.evaluation.fidelity import Setting, empty_cache
+from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.policies import get_policy
 
 __all__ = ["Gap", "measure_gap", "plot_gap"]

@@ -10,9 +10,9 @@ from statistics import mean
 from typing import Any
 
 from momentkv import __version__
-from momentkv.evaluation.fidelity import DEFAULT
 from momentkv.evaluation.needles_report import Row, bootstrap, kind_of, summarize
 from momentkv.evaluation.report import bits_of, read_json, tokens_in
+from momentkv.evaluation.settings import DEFAULT
 
 __all__ = ["BANDS", "DEFAULT_METHOD", "SUMMARY", "counted_in", "gather", "results_in"]
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from momentkv import __version__
+from momentkv.cache.config import EXACT_WINDOW
 from momentkv.evaluation.commands import check_methods, finished, grid_of, save
-from momentkv.evaluation.fidelity import bytes_as_tokens
 from momentkv.evaluation.haystack import KEYS, TASKS, Haystack, make_haystack
 from momentkv.evaluation.needles_report import needles_table, plot_needles
 from momentkv.evaluation.report import progress_bar, show, write_json
 from momentkv.evaluation.retrieval import Cell, measure_haystack
+from momentkv.evaluation.settings import bytes_as_tokens
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text
 
 __all__ = ["needles"]
@@ -53,6 +54,7 @@ def needles(options: argparse.Namespace) -> int:
         "seen": "the question is compressed, too; the answer in one pass after it",
         "sinks": 1,
         "window": 32,
+        "exact_window": EXACT_WINDOW,
         "momentkv": __version__,
     }
     # Before any is measured, so that what does not fit is refused at once.

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from momentkv.cache.config import EXACT_WINDOW
 from momentkv.policies import POLICIES
 from momentkv.statistics.corrections import CORRECTIONS as NAMES
 
@@ -46,6 +47,12 @@ def add_measurements(kinds: Any) -> None:
     add_budgets(fidelity, [64, 128, 256, 512, 1024])
     add_policies(fidelity, ONCE, ["none", "order-1", "summaries"])
     add_window(fidelity)
+    fidelity.add_argument(
+        "--decode",
+        type=int,
+        metavar="BLOCK",
+        help="feed the following tokens one by one, and evict so many at a time (default: all at once, nothing goes)",
+    )
     add_results(fidelity, "results/fidelity.json")
     fidelity.set_defaults(run=command("momentkv.evaluation.commands", "fidelity"))
 
@@ -83,7 +90,7 @@ def add_measurements(kinds: Any) -> None:
     )
     add_budgets(needles, [256, 512])
     add_policies(needles, ["snapkv", "balanced"], ["none", "summaries"])
-    needles.set_defaults(window=32)
+    needles.set_defaults(window=32, exact_window=EXACT_WINDOW)
     needles.add_argument("--generate", action="store_true", help="generate the answer, too; slower")
     needles.add_argument("--write-haystacks", metavar="FILE", help="write haystacks as token ids, and measure nothing")
     add_results(needles, "results/needles.json")
@@ -207,8 +214,15 @@ def add_policies(parser: argparse.ArgumentParser, policies: list[str], correctio
 
 
 def add_window(parser: argparse.ArgumentParser) -> None:
-    """The option of tokens that are always retained, and exact."""
-    parser.add_argument("--window", type=int, default=32, help="most recent tokens, always retained, in full precision")
+    """The options of tokens that are always retained, and of those that are exact."""
+    parser.add_argument("--window", type=int, default=32, help="most recent tokens, always retained")
+    parser.add_argument(
+        "--exact-window",
+        type=int,
+        default=EXACT_WINDOW,
+        metavar="N",
+        help="so many newest ones of them stay exact where retained tokens have few bits",
+    )
 
 
 def add_bytes(parser: argparse.ArgumentParser) -> None:

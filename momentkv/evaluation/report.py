@@ -114,8 +114,10 @@ def average(rows: list[Row]) -> dict[tuple[int, str, str], Row]:
     for key, group in groups.items():
         kls = [row["kl"] for row in group]
         errors = [row["head_error"] for row in group if row.get("head_error") is not None]
+        last = [row["kl_of_quarters"][-1] for row in group if row.get("kl_of_quarters")]
         averaged[key] = {
             "kl": mean(kls),
+            "kl_last": mean(last) if last else None,
             "kl_min": min(kls),
             "kl_max": max(kls),
             "kl_se": stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 else 0.0,
@@ -133,7 +135,9 @@ def fidelity_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
     """One line a budget, policy and correction; the best of each budget stands out."""
     averaged = average(rows)
     table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
-    for column in ("bytes", "policy", "correction", "kept", "KL", "top-1", "NLL", "error"):
+    decoded = any(x["kl_last"] is not None for x in averaged.values())
+    beside, about = ("last 1/4", "its KL") if decoded else ("error", "of heads")
+    for column in ("bytes", "policy", "correction", "kept", "KL", "top-1", "NLL", beside):
         table.add_column(column, justify="left" if column in ("policy", "correction") else "right", no_wrap=True)
     best: dict[int, float] = {}
     for (budget, _, _), x in averaged.items():
@@ -150,13 +154,13 @@ def fidelity_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
             f"{x['kl']:.3f}" + (f" ±{x['kl_se']:.3f}" if x["texts"] > 1 else ""),
             f"{x['top1']:.0%}",
             f"{x['nll_change']:+.3f}",
-            "" if x["head_error"] is None else f"{x['head_error']:.3f}",
+            "" if (number := x["kl_last" if decoded else "head_error"]) is None else f"{number:.3f}",
             style="bold green" if x["kl"] == best[budget] else "",
         )
         shown = budget, policy
     table.caption = (
         f"bytes: of so many {tokens_in(bits)} per KV head, correction included; ±: standard error over texts; "
-        "error: of heads"
+        f"{beside}: {about}"
     )
     return table
 

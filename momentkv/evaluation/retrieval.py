@@ -12,8 +12,8 @@ import torch
 
 from momentkv.cache.config import wanted_queries
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
-from momentkv.evaluation.fidelity import Setting, empty_cache
 from momentkv.evaluation.haystack import Answer, Haystack, Question
+from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.hf import MomentCache
 from momentkv.policies import get_policy
 

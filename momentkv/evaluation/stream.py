@@ -15,8 +15,8 @@ from rich.table import Table
 from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.capture import Attended, CaptureCache
-from momentkv.evaluation.fidelity import CHOICES, Setting, settings_grid
 from momentkv.evaluation.report import environment, progress_bar, show, write_json
+from momentkv.evaluation.settings import CHOICES, Setting, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
 from momentkv.statistics.corrections import get_correction

@@ -17,8 +17,8 @@ from momentkv.cache.config import wanted_queries
 from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import retained_mask
-from momentkv.evaluation.fidelity import CHOICES, Setting, empty_cache
 from momentkv.evaluation.report import environment, write_json
+from momentkv.evaluation.settings import CHOICES, Setting, empty_cache
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
 from momentkv.statistics.expansion import Expansion

@@ -14,6 +14,7 @@ from momentkv.backends import ArrayBackend
 from momentkv.cache.allocation import Sharing
 from momentkv.cache.budget_rules import TotalBytes
 from momentkv.cache.coded_budget import CodedBudget
+from momentkv.cache.config import EXACT_WINDOW
 from momentkv.cache.layer import LayerCache
 from momentkv.hf.building import Plan, apply_rule, shared_budgets
 from momentkv.hf.checks import (
@@ -70,18 +71,18 @@ class MomentCache(Cache):
     rollback : int
         Tokens that can be taken back while past states are recorded (assisted and prompt-lookup decoding). Up to that
         many are stored beyond ``budget + block`` until `crop` says which stay.
-    backend : str or ArrayBackend, optional
-    certify, tolerance
+    backend, certify, tolerance
         As `LayerCache` takes them: evidence for `momentkv.trust.trust`, and refusal to evict past a certified error.
     static : bool
         Whether steps are done in buffers of constant size and address, in place and without waiting for the device: for
         `torch.compile` (``generate`` does it by itself on a GPU) and CUDA graphs. Results are the same.
     bits : int, pair of int, "auto" or None
         Quantization: bits for each number of a retained token, on average (3, 4, 5, 6, 8 or 16), or for those of its
-        key and of its value; None for the model's dtype. Sinks, window and the block that is filling stay exact.
-        ``"auto"``: as many, from 3 to 8, as make the measured errors least, and as many tokens as take the bytes of the
-        budget. By default ``"auto"`` for a budget in bytes (where `sharing` measures errors, without ``certify``), else
-        None.
+        key and of its value; None for the model's dtype. ``"auto"``: as many, from 3 to 8, as make the measured errors
+        least, and as many tokens as take the bytes of the budget. By default ``"auto"`` for a budget in bytes (where
+        `sharing` measures errors, without ``certify``), else None.
+    exact_window : int
+        Beside ``bits``, sinks, the block that is filling and so many newest tokens of the window stay exact.
     statistics_bits : {16, None}
         Bits for each number of what stands for evicted tokens, between steps; None for full precision.
 
@@ -98,9 +99,7 @@ class MomentCache(Cache):
 
     Full-attention layers are compressed. Sliding-window and chunked layers are bounded already and stay exact. Modes of
     ``generate``, and what raises an error: docs/transformers.md.
-
-    A total in bytes holds between passes, for the rows of the first. A prefill needs room for all that it reads, and
-    recorded passes that wait for `crop` come on top.
+    A total in bytes holds between passes, for the rows of the first. A prefill and recorded passes take more.
     """
 
     def __init__(
@@ -121,6 +120,7 @@ class MomentCache(Cache):
         tolerance: float | None = None,
         static: bool = False,
         bits: int | Sequence[int] | Literal["auto", "by budget"] | None = "by budget",
+        exact_window: int = EXACT_WINDOW,
         statistics_bits: int | None = 16,
     ) -> None:
         whole = config_of(model)
@@ -134,7 +134,7 @@ class MomentCache(Cache):
         settings: dict[str, Any] = {
             "policy": policy, "order": order, "correction": correction, "sinks": sinks, "window": window,
             "block": block, "backend": backend, "certify": certify, "tolerance": tolerance, "static": static,
-            "bits": bits, "statistics_bits": statistics_bits,
+            "bits": bits, "exact_window": exact_window, "statistics_bits": statistics_bits,
         }  # fmt: skip
         plan = Plan(config, budget, sharing, self.ranks, settings)
         super().__init__(layers=plan.layers(rollback))

@@ -93,9 +93,11 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
         }
         # What few caches have is written for those alone, so that a version without it reads the others.
         bits = AUTO if cache.chooses_bits else one.bits
-        rare = (("certify", one.certify), ("tolerance", one.tolerance), ("bits", bits), ("static", cache.static))
+        exact = None if bits is None else one.exact_window
         beside = next((shared.beside for shared in cache.shared_budgets if shared.beside), None)
-        for name, value in (*rare, ("statistics_bits", one.statistics_bits), ("beside", beside)):
+        rare = (("certify", one.certify), ("tolerance", one.tolerance), ("static", cache.static), ("beside", beside))
+        few = (("bits", bits), ("exact_window", exact), ("statistics_bits", one.statistics_bits))
+        for name, value in (*rare, *few):
             if value is not None:
                 record["settings"][name] = True if name == "static" else value
     metadata = {KEY: json.dumps(record, sort_keys=True)}
@@ -129,6 +131,8 @@ def load(
         check_model(record, own, fingerprint(model), dtype_of(model), path)
         # What a file does not say is at full precision.
         settings: dict[str, Any] = {"bits": None, "statistics_bits": None} | dict(record["settings"])
+        # Before it was a setting, all of the window was exact.
+        settings.setdefault("exact_window", settings.get("window", 0))
         average, beside = settings.pop("average"), whole_number(settings.pop("beside", 0))
         made_with = {name: settings[name] for name in ("policy", "correction", "order") if "policy" in settings}
     if made_with:

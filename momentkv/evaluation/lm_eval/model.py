@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 from tqdm import tqdm
 
 from momentkv.cache.budget_rules import parse_budget
+from momentkv.cache.config import EXACT_WINDOW
 from momentkv.codes import bits_from_text
 from momentkv.evaluation.lm_eval.batches import check_batch
 from momentkv.evaluation.lm_eval.questions import question_start, tokens_from
@@ -50,7 +51,7 @@ class MomentLM(HFLM):
     correction : {"summaries", "order-1", "order-0", "none"}
         The anchored summaries, the paper's moments, their order 0, or plain eviction.
     sharing : str, optional
-    sinks, window, block, bits
+    sinks, window, block, bits, exact_window
         As `MomentCache` takes them.
     prefill_chunk : int, optional
         Tokens read at a time; by default all at once.
@@ -100,6 +101,7 @@ class MomentLM(HFLM):
         question_marker: str | None = None,
         context_field: str | None = None,
         bits: int | str | None = None,
+        exact_window: int = EXACT_WINDOW,
         **kwargs: Any,
     ) -> None:
         correction = correction or "none"  # lm_eval reads "none" as None
@@ -139,6 +141,7 @@ class MomentLM(HFLM):
             "window": window,
             "block": block,
             "bits": None if bits is None else bits_from_text(str(bits)),
+            "exact_window": exact_window,
         }
         # Where the question of a prompt begins, and how many tokens the questions of the present batch have.
         self.starts: dict[str, int] = {}
