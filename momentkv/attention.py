@@ -142,8 +142,8 @@ def softmax_weights(products: Array) -> tuple[Array, Array]:
 def attend(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Array | None = None) -> AttentionState:
     r"""Exact softmax attention of queries over a set of tokens.
 
-    .. math:: \mathrm{lse} = \log \sum_j e^{s\, q \cdot k_j}, \qquad
-              \mathrm{out} = \sum_j e^{s\, q \cdot k_j - \mathrm{lse}}\, v_j
+    $$ \mathrm{lse} = \log \sum_j e^{s\, q \cdot k_j}, \qquad
+       \mathrm{out} = \sum_j e^{s\, q \cdot k_j - \mathrm{lse}}\, v_j $$
 
     Parameters
     ----------
@@ -188,9 +188,9 @@ def attend(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Ar
 def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     r"""State of the union of two disjoint token sets.
 
-    .. math:: \mathrm{lse} = \log(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}), \qquad
-              \mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}}\,\mathrm{out}_a
-                           + e^{\mathrm{lse}_b - \mathrm{lse}}\,\mathrm{out}_b
+    $$ \mathrm{lse} = \log(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}), \qquad
+       \mathrm{out} = e^{\mathrm{lse}_a - \mathrm{lse}}\,\mathrm{out}_a
+       + e^{\mathrm{lse}_b - \mathrm{lse}}\,\mathrm{out}_b $$
 
     Associative (to rounding), commutative (exactly); ``lse = -inf`` is the identity, to the last bit.
 

@@ -37,11 +37,11 @@ def estimate(
 ) -> AttentionState:
     r"""Estimate attention over the tokens that the moments stand for.
 
-    .. math:: \widehat{\mathrm{lse}} = \log W + s\, q \cdot \mu_k, \qquad
-              \widehat{\mathrm{out}} = \mu_v + \tfrac{s}{W} S_{vk}\, q \quad (\text{order } 0: \mu_v)
+    $$ \widehat{\mathrm{lse}} = \log W + s\, q \cdot \mu_k, \qquad
+       \widehat{\mathrm{out}} = \mu_v + \tfrac{s}{W} S_{vk}\, q \quad (\text{order } 0: \mu_v) $$
 
-    Order 2 adds :math:`\tfrac{\alpha}{2 W} s^2\, q^\top S_{kk}\, q` to the lse. Around an anchor :math:`a`, ``s q`` is
-    :math:`s\, q - a`.
+    Order 2 adds $\tfrac{\alpha}{2 W} s^2\, q^\top S_{kk}\, q$ to the lse. Around an anchor $a$, ``s q`` is
+    $s\, q - a$.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def estimate(
     Notes
     -----
     ``out`` is the first-order Taylor expansion of exact attention around the zero query: exact for one token, for
-    equal keys, and to :math:`O(\lVert q \rVert^2)` in general. ``lse`` of orders 0 and 1 never exceeds the truth
+    equal keys, and to $O(\lVert q \rVert^2)$ in general. ``lse`` of orders 0 and 1 never exceeds the truth
     (Jensen's inequality); that of order 2 may.
     Source: MomentKV (arXiv 2606.01563), eq. 9. Derivation: docs/derivations/correction.md; of the mass and what it
     misses, docs/derivations/mass.md.

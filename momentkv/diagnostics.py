@@ -47,7 +47,7 @@ def eviction_error(
 ) -> EvictionError:
     r"""Exact attention against attention without the evicted tokens, plain and corrected.
 
-    .. math:: o = w_R\, o_R + w_E\, o_E, \qquad o_R - o = w_E\, (o_R - o_E)
+    $$ o = w_R\, o_R + w_E\, o_E, \qquad o_R - o = w_E\, (o_R - o_E) $$
 
     Parameters
     ----------

@@ -23,8 +23,8 @@ __all__ = ["merge_moments", "merge_states", "merge_summaries"]
 def merge_states(state: AttentionState, group: Any = None) -> AttentionState:
     r"""State of the union of all ranks' token sets.
 
-    .. math:: \mathrm{lse} = m + \log \sum_r e^{\mathrm{lse}_r - m}, \qquad
-              \mathrm{out} = \sum_r e^{\mathrm{lse}_r - \mathrm{lse}}\, \mathrm{out}_r, \qquad m = \max_r \mathrm{lse}_r
+    $$ \mathrm{lse} = m + \log \sum_r e^{\mathrm{lse}_r - m}, \qquad
+       \mathrm{out} = \sum_r e^{\mathrm{lse}_r - \mathrm{lse}}\, \mathrm{out}_r, \qquad m = \max_r \mathrm{lse}_r $$
 
     Parameters
     ----------
@@ -67,8 +67,8 @@ def merge_states(state: AttentionState, group: Any = None) -> AttentionState:
 def merge_moments(moments: Moments, group: Any = None) -> Moments:
     r"""Moments of the union of all ranks' token sets.
 
-    .. math:: W = \sum_r W_r, \quad \mu = \tfrac1W \sum_r W_r\, \mu_r, \quad
-              S = \sum_r S_r + W_r\, (\mu_{v,r} - \mu_v)(\mu_{k,r} - \mu_k)^\top
+    $$ W = \sum_r W_r, \quad \mu = \tfrac1W \sum_r W_r\, \mu_r, \quad
+       S = \sum_r S_r + W_r\, (\mu_{v,r} - \mu_v)(\mu_{k,r} - \mu_k)^\top $$
 
     Parameters
     ----------

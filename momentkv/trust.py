@@ -51,20 +51,20 @@ def estimated_error(
     scale: float | None = None,
     calibration: float = 1.0,
 ) -> Array:
-    r"""Estimate of :math:`\lVert o - \hat o \rVert`, an estimate and not a bound.
+    r"""Estimate of $\lVert o - \hat o \rVert$, an estimate and not a bound.
 
-    .. math:: \hat\varepsilon / c = \hat w \sqrt{(1 - e^{-2 \hat\kappa}) \operatorname{tr} C_{vv}}
-              + (\hat w - w_0) \lVert \mu_v - o_R \rVert, \qquad \hat\kappa = \min(\tfrac12 \sigma^2, 4)
+    $$ \hat\varepsilon / c = \hat w \sqrt{(1 - e^{-2 \hat\kappa}) \operatorname{tr} C_{vv}}
+       + (\hat w - w_0) \lVert \mu_v - o_R \rVert, \qquad \hat\kappa = \min(\tfrac12 \sigma^2, 4) $$
 
-    with the evicted share :math:`\hat w` at log-mass :math:`\hat\kappa` above that of order 0, which gives :math:`w_0`.
+    with the evicted share $\hat w$ at log-mass $\hat\kappa$ above that of order 0, which gives $w_0$.
 
     Parameters
     ----------
     retained, q, moments, scale
-        As in `momentkv.bounds.output_error`; moments of order 2 know :math:`\sigma`, others take half the largest that
+        As in `momentkv.bounds.output_error`; moments of order 2 know $\sigma$, others take half the largest that
         the extent allows.
     calibration : float
-        :math:`c`; corrections have one, `momentkv.statistics.corrections.Correction.calibration`.
+        $c$; corrections have one, `momentkv.statistics.corrections.Correction.calibration`.
 
     Returns
     -------

@@ -37,7 +37,7 @@ FLAGS = [
 PATIENCE = 600_000
 DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
 # What mathematics that was not rendered looks like to a reader.
-RAW_TEX = re.compile(r"\\\(|\\\[|\$\$|\\(?:frac|mathrm|sum|lVert|hat|mu|log|exp)\b|:math:")
+RAW_TEX = re.compile(r"\\\(|\\\[|\$|\\(?:frac|mathrm|sum|lVert|hat|mu|log|exp)\b|:math:")
 MEANT_FOR_READERS = """() => {
   const copy = document.querySelector("article").cloneNode(true);
   copy.querySelectorAll("pre, script, style").forEach((x) => x.remove());

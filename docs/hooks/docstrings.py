@@ -1,20 +1,18 @@
-"""Prepares docstrings for the reference pages: their reStructuredText mathematics and links become Markdown.
+"""Prepares docstrings for the reference pages: names of pages and theorems become links, numpydoc what griffe reads.
 
-A griffe extension. Docstrings stay numpydoc, which `help()` and editors show well; the site is Markdown.
+A griffe extension. Docstrings are numpydoc, which `help()` and editors show well, with formulas in Markdown's dollars.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import griffe
+from mkdocs.exceptions import PluginError
 
-BLOCK = re.compile(r"^( *)\.\. math::(.*)$")
-ROLE = re.compile(r":math:`([^`]+)`")
-CODE = re.compile(r"``([^`]+)``")
 PAGE = re.compile(r"docs/([a-z/-]+)\.md")
 THEOREM = re.compile(r"Theorem (B\d+)('?)")
 # Types that griffe would read, and print, as Python expressions: "array, shape (n, d)" and "{0, 1}".
@@ -26,39 +24,27 @@ FLAG = re.compile(r" *# doctest: .*$", re.MULTILINE)
 # Parameters that share a description.
 NAMES = re.compile(r"^(\w+(?:, \w+)+)( : .*)?\n((?: +\S.*\n?)*)", re.MULTILINE)
 SECTION = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.M)
-# Title of each page that docstrings name, and the id of its heading.
-PAGES = {
-    "speed": ("Speed", "page-speed"),
-    "derivations/attention-algebra": ("Attention as an algebra", "derivation-attention-algebra"),
-    "derivations/gap": ("The directional gap", "derivation-gap"),
-    "derivations/moments": ("Moments", "derivation-moments"),
-    "derivations/correction": ("The correction", "derivation-correction"),
-    "derivations/mass": ("Why the estimated mass is too small", "derivation-mass"),
-    "derivations/summaries": ("Anchored summaries", "derivation-summaries"),
-    "derivations/bounds": ("Error bounds", "derivation-bounds"),
-    "derivations/codes": ("Tokens in few bits", "derivation-codes"),
-    "derivations/eviction": ("Which token to evict", "derivation-eviction"),
-    "derivations/second-reading": ("The second reading", "derivation-second-reading"),
-    "derivations/cost": ("Cost", "derivation-cost"),
-    "certificates": ("Certificates", "page-certificates"),
-    "evaluation": ("Evaluation", "page-evaluation"),
-    "lm-eval": ("lm-evaluation-harness", "page-lm-eval"),
-    "distributed": ("More than one device", "page-distributed"),
-    "transformers": ("In transformers", "page-transformers"),
-}
+# The first line of a page that docstrings name.
+TITLE = re.compile(r"# (.*?) \{ #([\w-]+) \}$", re.MULTILINE)
+DOCS = Path(__file__).parents[1]
 
 
 def to_markdown(docstring: str) -> str:
-    """The docstring with formulas as ``$``, code as single backticks, pages and theorems as links."""
-    docstring = "\n".join(math_blocks(docstring.splitlines()))
-    docstring = ROLE.sub(lambda found: f"${found[1]}$", docstring)
-    docstring = CODE.sub(lambda found: f"`{found[1]}`", docstring)
-    docstring = PAGE.sub(lambda found: "[{}][{}]".format(*PAGES[found[1]]), docstring)
+    """The docstring with pages and theorems as links, and types that griffe does not take for expressions."""
+    docstring = PAGE.sub(link, docstring)
     docstring = THEOREM.sub(lambda found: f"[{found[0]}][{found[1].lower()}{found[2] and '-prime'}]", docstring)
     docstring = SHAPE.sub(r"\1\2 of shape (", docstring)
     docstring = RETURNED.sub(r"\1\2 of shape (", docstring)
     docstring = CHOICE.sub(r"one of \1", docstring)
     return separate_source(fence_doctests(one_by_one(docstring))).rstrip("\n")
+
+
+def link(page: re.Match[str]) -> str:
+    """A link to the page by its title."""
+    title = TITLE.match((DOCS / f"{page[1]}.md").read_text(encoding="utf-8"))
+    if title is None:
+        raise PluginError(f"docstrings name docs/{page[1]}.md, so its first line needs an id, # Title {{ #id }}")
+    return "[{}][{}]".format(*title.groups())
 
 
 def one_by_one(docstring: str) -> str:
@@ -84,21 +70,6 @@ def fence_doctests(docstring: str) -> str:
         lambda found: f"```pycon\n{FLAG.sub('', found[0])}```\n", docstring[:end] + "\n" * (not section)
     )
     return fenced + docstring[end:]
-
-
-def math_blocks(lines: list[str]) -> Iterator[str]:
-    """The lines with every ``.. math::`` directive as a ``$$`` block."""
-    while lines:
-        line, *lines = lines
-        found = BLOCK.match(line)
-        if found is None:
-            yield line
-            continue
-        indent, first = found.groups()
-        tex = [first]
-        while lines and (not lines[0].strip() or lines[0].startswith(indent + " ")):
-            tex.append(lines.pop(0))
-        yield from ("", f"{indent}$$", indent + " ".join(" ".join(tex).split()), f"{indent}$$", "")
 
 
 def separate_source(docstring: str) -> str:

@@ -42,6 +42,11 @@ def compress(path: Path) -> bytes:
     """The font with the characters of formulas alone, as WOFF; its tables for mathematics and its licence stay."""
     options = subset.Options(flavor="woff", layout_features=["*"], name_IDs=["*"], hinting=False, notdef_outline=True)
     font = subset.load_font(path, options)
+    # Primes and other marks are drawn for superscripts: Chromium finds these forms with the letters' scripts alone.
+    table = font["GSUB"].table
+    forms = {i for i, record in enumerate(table.FeatureList.FeatureRecord) if record.FeatureTag == "ssty"}
+    for script in table.ScriptList.ScriptRecord:
+        script.Script.DefaultLangSys.FeatureIndex = sorted(forms.union(script.Script.DefaultLangSys.FeatureIndex))
     chosen = subset.Subsetter(options)
     chosen.populate(unicodes=[code for first, last in CHARACTERS for code in range(first, last + 1)])
     chosen.subset(font)

@@ -64,7 +64,7 @@ def value_error(
     scale: float | None = None,
     slope: CompactSlope | None = None,
 ) -> Array:
-    r"""Bound of :math:`\lVert o_E - \hat o_E \rVert` for any estimate of the evicted tokens' output (B5, B6, B7).
+    r"""Bound of $\lVert o_E - \hat o_E \rVert$ for any estimate of the evicted tokens' output (B5, B6, B7).
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def output_error(
     scale: float | None = None,
     slope: CompactSlope | None = None,
 ) -> Array:
-    r"""Bound of :math:`\lVert o - \hat o \rVert` for any estimate of attention over retained and evicted tokens (B8).
+    r"""Bound of $\lVert o - \hat o \rVert$ for any estimate of attention over retained and evicted tokens (B8).
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ SERIES = 18
 
 
 def excess(x: Array) -> Array:
-    r""":math:`h(x) = e^x - 1 - x \ge 0`, to a few roundings of itself.
+    r"""$h(x) = e^x - 1 - x \ge 0$, to a few roundings of itself.
 
     Examples
     --------
@@ -34,23 +34,23 @@ def excess(x: Array) -> Array:
 
 
 def eta(x: Array) -> Array:
-    r""":math:`\eta(x) = (e^x - 1) / x`, increasing, 1 at zero."""
+    r"""$\eta(x) = (e^x - 1) / x$, increasing, 1 at zero."""
     xp = array_namespace(x)
     zero = x == 0
     return xp.where(zero, xp.ones_like(x), xp.expm1(x) / xp.where(zero, xp.ones_like(x), x))
 
 
 def two_point(end: Array, deviation: Array) -> Array:
-    r""":math:`T(c)`: log of the mean of :math:`e^X` where ``X`` has mean 0, deviation :math:`\sigma`, and two values.
+    r"""$T(c)$: log of the mean of $e^X$ where ``X`` has mean 0, deviation $\sigma$, and two values.
 
-    .. math:: T(c) = \log \frac{\sigma^2 e^c + c^2 e^{-\sigma^2 / c}}{\sigma^2 + c^2}
+    $$ T(c) = \log \frac{\sigma^2 e^c + c^2 e^{-\sigma^2 / c}}{\sigma^2 + c^2} $$
 
     Parameters
     ----------
     end : array
-        :math:`c`, one of the values; the other is :math:`-\sigma^2 / c`.
+        $c$, one of the values; the other is $-\sigma^2 / c$.
     deviation : array
-        :math:`\sigma \ge 0`.
+        $\sigma \ge 0$.
 
     Returns
     -------

@@ -66,7 +66,7 @@ class Reading(NamedTuple):
     Attributes
     ----------
     base, base_error : array
-        :math:`\log W + s\, q \cdot \mu_k`, ``-inf`` for the empty set, and its rounding.
+        $\log W + s\, q \cdot \mu_k$, ``-inf`` for the empty set, and its rounding.
     length : array
         Norm of the scaled query, from the anchor.
     logits : Interval
@@ -74,13 +74,13 @@ class Reading(NamedTuple):
     deviation : Interval
         Of their standard deviation.
     mass : Interval
-        Of :math:`\kappa`.
+        Of $\kappa$.
     slope, value_mean : array, shape (..., group * q_len, dv)
-        :math:`g` and :math:`\mu_v`.
+        $g$ and $\mu_v$.
     tail : array
         How far the slope may be off.
     radius, trace : array
-        :math:`R` and :math:`\operatorname{tr} C_{vv}`, or more.
+        $R$ and $\operatorname{tr} C_{vv}$, or more.
     value_error : array
         Rounding that moves the exact value itself, to be added to any bound on it.
     """

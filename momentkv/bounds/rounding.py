@@ -55,10 +55,10 @@ def unit(x: Array) -> float:
 def state_error(extent: Extent) -> StateError:
     r"""Bound of what rounding did to moments that were gathered and merged as the extent counts.
 
-    With ``n, m, t`` the extent's `terms`, `merges` and `mixing`, :math:`M = \lVert c \rVert + \rho` and
-    :math:`D = 2 \rho + 2 e`: weights err by :math:`r = u (n + 2 m + 1)` of themselves, means by
-    :math:`e = u M (2 n + 6 + 12 m) + 4 t r M`, and covariances by
-    :math:`(u (n + 10 + 2 m) + r) D D' + e e' + t\,[(2 r + 8 u) D D' + 2 e D' + 2 e' D + 4 e e']`.
+    With ``n, m, t`` the extent's `terms`, `merges` and `mixing`, $M = \lVert c \rVert + \rho$ and
+    $D = 2 \rho + 2 e$: weights err by $r = u (n + 2 m + 1)$ of themselves, means by
+    $e = u M (2 n + 6 + 12 m) + 4 t r M$, and covariances by
+    $(u (n + 10 + 2 m) + r) D D' + e e' + t\,[(2 r + 8 u) D D' + 2 e D' + 2 e' D + 4 e e']$.
     """
     xp = array_namespace(extent.key_radius)
     u = unit(extent.key_radius)
@@ -99,14 +99,14 @@ def attention_error(
 ) -> tuple[Array, Array]:
     r"""Rounding of exact attention over ``n`` tokens: of the output (Euclidean) and of the lse.
 
-    A logit errs by :math:`\eta = u (d + 4) s \lVert q \rVert \max \lVert k \rVert`, the lse by
-    :math:`\eta + u (n + 24 + 8 \log n + |\mathrm{lse}|)`, the output by
-    :math:`2 \max \lVert v \rVert (\tanh \eta + u (2 n + 20))`.
+    A logit errs by $\eta = u (d + 4) s \lVert q \rVert \max \lVert k \rVert$, the lse by
+    $\eta + u (n + 24 + 8 \log n + |\mathrm{lse}|)$, the output by
+    $2 \max \lVert v \rVert (\tanh \eta + u (2 n + 20))$.
 
     Parameters
     ----------
     length, key_size, value_size : array
-        :math:`s \lVert q \rVert` and the largest norms of keys and values.
+        $s \lVert q \rVert$ and the largest norms of keys and values.
     lse : array
     n, d : int
     u : float

@@ -1,8 +1,8 @@
 r"""The bounds, one theorem a function, on plain arrays of one number a query.
 
-Notation, as on the page of proofs: :math:`X_j = s\, q \cdot (k_j - \mu_k)`, expectations over the weights,
-:math:`\sigma^2 = E X^2`, :math:`a \le X \le b`, :math:`\kappa = \log E e^X`, :math:`V = v - \mu_v`,
-:math:`g = E[X V]`, :math:`R \ge \max \lVert V_j \rVert`. All are exact statements about real numbers; what rounding
+Notation, as on the page of proofs: $X_j = s\, q \cdot (k_j - \mu_k)$, expectations over the weights,
+$\sigma^2 = E X^2$, $a \le X \le b$, $\kappa = \log E e^X$, $V = v - \mu_v$,
+$g = E[X V]$, $R \ge \max \lVert V_j \rVert$. All are exact statements about real numbers; what rounding
 adds is in `momentkv.bounds.rounding`. Derivation: docs/derivations/bounds.md.
 """
 
@@ -48,19 +48,19 @@ class Interval(NamedTuple):
 def range_from_anchor(centre: Array, length: Array, radius: Array) -> Interval:
     r"""Theorem B1: range of the logits from a ball that holds all keys.
 
-    .. math:: |X_j - s\,q \cdot (c - \mu_k)| \le s \lVert q \rVert \rho \quad\text{if } \lVert k_j - c \rVert \le \rho
+    $$ |X_j - s\,q \cdot (c - \mu_k)| \le s \lVert q \rVert \rho \quad\text{if } \lVert k_j - c \rVert \le \rho $$
 
     Parameters
     ----------
     centre : array
-        :math:`s\, q \cdot (c - \mu_k)`.
+        $s\, q \cdot (c - \mu_k)$.
     length, radius : array
-        :math:`s \lVert q \rVert` and :math:`\rho`.
+        $s \lVert q \rVert$ and $\rho$.
 
     Returns
     -------
     Interval
-        That holds all :math:`X_j`, and 0, which is their mean.
+        That holds all $X_j$, and 0, which is their mean.
     """
     xp = array_namespace(centre)
     zero, reach = xp.zeros_like(centre), length * radius
@@ -68,14 +68,14 @@ def range_from_anchor(centre: Array, length: Array, radius: Array) -> Interval:
 
 
 def range_from_deviation(deviation: Array, ratio: Array) -> Interval:
-    r"""Theorem B2 (Samuelson): :math:`|X_j| \le \sigma \sqrt{W / w_{\min} - 1}`.
+    r"""Theorem B2 (Samuelson): $|X_j| \le \sigma \sqrt{W / w_{\min} - 1}$.
 
     Parameters
     ----------
     deviation : array
-        :math:`\sigma`, or more.
+        $\sigma$, or more.
     ratio : array
-        :math:`W / w_{\min}`, or more; ``n`` for unit weights.
+        $W / w_{\min}$, or more; ``n`` for unit weights.
     """
     xp = array_namespace(deviation, ratio)
     surplus = xp.maximum(ratio - 1, xp.zeros_like(ratio))
@@ -84,9 +84,9 @@ def range_from_deviation(deviation: Array, ratio: Array) -> Interval:
 
 
 def mass_from_range(logits: Interval) -> Interval:
-    r"""Theorem B3: :math:`0 \le \kappa \le \log \frac{b e^a - a e^b}{b - a}`, given mean 0 and :math:`a \le X \le b`.
+    r"""Theorem B3: $0 \le \kappa \le \log \frac{b e^a - a e^b}{b - a}$, given mean 0 and $a \le X \le b$.
 
-    Sharp: the upper end is attained by the two-point law on :math:`\{a, b\}`.
+    Sharp: the upper end is attained by the two-point law on $\{a, b\}$.
     """
     xp = array_namespace(logits.low)
     low, high = logits
@@ -101,19 +101,19 @@ def mass_from_range(logits: Interval) -> Interval:
 
 
 def mass_from_variance(logits: Interval, deviation: Interval) -> Interval:
-    r"""Theorem B4: :math:`T(a) \le \kappa \le T(b)`, given mean 0, variance :math:`\sigma^2` and :math:`a \le X \le b`.
+    r"""Theorem B4: $T(a) \le \kappa \le T(b)$, given mean 0, variance $\sigma^2$ and $a \le X \le b$.
 
     Parameters
     ----------
     logits : Interval
-        :math:`a \le 0 \le b`.
+        $a \le 0 \le b$.
     deviation : Interval
-        Of :math:`\sigma`; the lower end makes the lower bound, the upper end the upper one.
+        Of $\sigma$; the lower end makes the lower bound, the upper end the upper one.
 
     Notes
     -----
-    Sharp: each end is attained by a two-point law. Both ends grow with :math:`\sigma`, the upper with ``b``, the lower
-    falls with :math:`|a|`, so that outward rounding of the inputs is safe.
+    Sharp: each end is attained by a two-point law. Both ends grow with $\sigma$, the upper with ``b``, the lower
+    falls with $|a|$, so that outward rounding of the inputs is safe.
     """
     xp = array_namespace(logits.low)
     # A variance above -a b contradicts the range (Bhatia and Davis, 2000, Amer. Math. Monthly 107).
@@ -131,19 +131,19 @@ def norm(x: Array) -> Array:
 def value_from_representation(slope: Array, offset: Array, mass: Interval, radius: Array, tail: Array) -> Array:
     r"""Theorem B5: bound of the value from an exact representation.
 
-    .. math:: o_E = \mu_v + e^{-\kappa} g + (1 - e^{-\kappa}) \bar V, \qquad \bar V \text{ in the hull of the } V_j
+    $$ o_E = \mu_v + e^{-\kappa} g + (1 - e^{-\kappa}) \bar V, \qquad \bar V \text{ in the hull of the } V_j $$
 
-    Hence :math:`\lVert o_E - \mu_v - u \rVert \le \max_\kappa \lVert e^{-\kappa} g - u \rVert + (1 - e^{-\kappa}) R`
-    over the two ends of :math:`\kappa`.
+    Hence $\lVert o_E - \mu_v - u \rVert \le \max_\kappa \lVert e^{-\kappa} g - u \rVert + (1 - e^{-\kappa}) R$
+    over the two ends of $\kappa$.
 
     Parameters
     ----------
     slope, offset : array, shape (..., dv)
-        :math:`g` and :math:`u`.
+        $g$ and $u$.
     mass : Interval
-        Of :math:`\kappa`.
+        Of $\kappa$.
     radius, tail : array, shape (...)
-        :math:`R`, and how far ``slope`` may be from the true :math:`g` (Theorem B11).
+        $R$, and how far ``slope`` may be from the true $g$ (Theorem B11).
     """
     xp = array_namespace(slope, offset)
 
@@ -155,9 +155,9 @@ def value_from_representation(slope: Array, offset: Array, mass: Interval, radiu
 
 
 def value_from_range(offset: Array, logits: Interval, radius: Array) -> Array:
-    r"""Theorem B6: :math:`\lVert o_E - \mu_v - u \rVert \le \lVert u \rVert + R \tanh \frac{b - a}{2}`.
+    r"""Theorem B6: $\lVert o_E - \mu_v - u \rVert \le \lVert u \rVert + R \tanh \frac{b - a}{2}$.
 
-    Needs no second moment. Sharp for :math:`u = 0`.
+    Needs no second moment. Sharp for $u = 0$.
     """
     xp = array_namespace(offset)
     return norm(offset) + radius * xp.tanh((logits.high - logits.low) / 2)
@@ -168,21 +168,21 @@ def value_from_residual(
 ) -> Array:
     r"""Theorem B7: bound of the value from what values leave unexplained.
 
-    With :math:`\tau^2 = \operatorname{tr} C_{vv} - \lVert g \rVert^2 / \sigma^2`,
+    With $\tau^2 = \operatorname{tr} C_{vv} - \lVert g \rVert^2 / \sigma^2$,
 
-    .. math:: \lVert o_E - \mu_v - u \rVert \le \max_{\rho} \lVert \rho g - u \rVert + \tau\, \delta
+    $$ \lVert o_E - \mu_v - u \rVert \le \max_{\rho} \lVert \rho g - u \rVert + \tau\, \delta $$
 
-    over the ends of :math:`\max(\eta(a) e^{-\kappa_{hi}}, \kappa_{lo} / \sigma^2) \le \rho \le
-    \min(\eta(b) e^{-\kappa_{lo}}, b / \sigma^2)`, where :math:`\delta` is the lesser of
-    :math:`\frac{\sigma}{2} (\eta(b) - \eta(a)) e^{-\kappa_{lo}}` and
-    :math:`\sqrt{(e^{b - \kappa_{lo}} - 1)(1 - e^{a - \kappa_{hi}})}`.
+    over the ends of $\max(\eta(a) e^{-\kappa_{hi}}, \kappa_{lo} / \sigma^2) \le \rho \le
+    \min(\eta(b) e^{-\kappa_{lo}}, b / \sigma^2)$, where $\delta$ is the lesser of
+    $\frac{\sigma}{2} (\eta(b) - \eta(a)) e^{-\kappa_{lo}}$ and
+    $\sqrt{(e^{b - \kappa_{lo}} - 1)(1 - e^{a - \kappa_{hi}})}$.
 
-    Better than B5 where values follow keys closely. ``inf`` where :math:`b > 30`, where it says nothing.
+    Better than B5 where values follow keys closely. ``inf`` where $b > 30$, where it says nothing.
 
     Parameters
     ----------
     trace : array, shape (...)
-        :math:`\operatorname{tr} C_{vv}`, or more.
+        $\operatorname{tr} C_{vv}$, or more.
     slope, offset, logits, mass, deviation, tail
         As in B4 and B5.
     """
@@ -211,8 +211,8 @@ def value_from_residual(
 def share_from_mass(difference: Array) -> Array:
     r"""Theorem B9: how far the share of a set moves with its log-mass.
 
-    Shares :math:`1 / (1 + e^{-x})` at log-masses that differ by :math:`\delta` differ by at most
-    :math:`\tanh(|\delta| / 4)`.
+    Shares $1 / (1 + e^{-x})$ at log-masses that differ by $\delta$ differ by at most
+    $\tanh(|\delta| / 4)$.
     """
     xp = array_namespace(difference)
     return xp.tanh(xp.abs(difference) / 4)
@@ -231,20 +231,20 @@ def output_from_representation(
 ) -> Array:
     r"""Theorem B8: bound of the merged output from the exact representation.
 
-    For any estimate :math:`\hat o` of the merged output,
+    For any estimate $\hat o$ of the merged output,
 
-    .. math:: \lVert o - \hat o \rVert \le \max_\kappa
-              \frac{\lVert (o_R - \hat o) + A (\mu_v + g - \hat o) + A (e^\kappa - 1)(\mu_v - \hat o) \rVert
-              + A (e^\kappa - 1) R}{1 + A e^\kappa}
+    $$ \lVert o - \hat o \rVert \le \max_\kappa
+       \frac{\lVert (o_R - \hat o) + A (\mu_v + g - \hat o) + A (e^\kappa - 1)(\mu_v - \hat o) \rVert
+       + A (e^\kappa - 1) R}{1 + A e^\kappa} $$
 
-    over the two ends of :math:`\kappa`, with :math:`A = e^{\text{base} - \mathrm{lse}_R}`.
+    over the two ends of $\kappa$, with $A = e^{\text{base} - \mathrm{lse}_R}$.
 
     Parameters
     ----------
     retained, value_mean, slope, output : array, shape (..., dv)
-        :math:`o_R, \mu_v, g, \hat o`.
+        $o_R, \mu_v, g, \hat o$.
     retained_lse, base : array, shape (...)
-        :math:`\mathrm{lse}_R` and :math:`\log W + s\, q \cdot \mu_k`; ``-inf`` for empty sets.
+        $\mathrm{lse}_R$ and $\log W + s\, q \cdot \mu_k$; ``-inf`` for empty sets.
     mass, radius, tail
         As in B5.
     """
@@ -272,11 +272,11 @@ def output_from_representation(
 def output_from_value(retained: Array, output: Array, centre: Array, error: Array, share: Interval) -> Array:
     r"""Theorem B8': bound of the output from any bound of the value.
 
-    If :math:`\lVert o_E - m \rVert \le \varepsilon` and the evicted share is in an interval,
+    If $\lVert o_E - m \rVert \le \varepsilon$ and the evicted share is in an interval,
 
-    .. math:: \lVert o - \hat o \rVert \le \max_{w} \lVert (1 - w)(o_R - \hat o) + w (m - \hat o) \rVert + w \varepsilon
+    $$ \lVert o - \hat o \rVert \le \max_{w} \lVert (1 - w)(o_R - \hat o) + w (m - \hat o) \rVert + w \varepsilon $$
 
-    over the two ends of :math:`w`. Lets any bound on the value, B6 and B7 too, bound the output.
+    over the two ends of $w$. Lets any bound on the value, B6 and B7 too, bound the output.
     """
     xp = array_namespace(retained, output)
 
@@ -289,12 +289,12 @@ def output_from_value(retained: Array, output: Array, centre: Array, error: Arra
 def slope_from_tail(length: Array, tail: Array) -> Array:
     r"""Theorem B11: how far a compact slope may be off.
 
-    With :math:`C_{vk} = B + T`, :math:`\lVert g - s B q \rVert \le s \lVert q \rVert \lVert T \rVert`.
+    With $C_{vk} = B + T$, $\lVert g - s B q \rVert \le s \lVert q \rVert \lVert T \rVert$.
 
     Parameters
     ----------
     length : array
-        :math:`s \lVert q \rVert`.
+        $s \lVert q \rVert$.
     tail : array
         A bound of the spectral norm of what a compact (low-rank) matrix leaves out; its Frobenius norm is one.
     """
@@ -304,14 +304,14 @@ def slope_from_tail(length: Array, tail: Array) -> Array:
 def logit_from_step(length: Array, step: Array) -> Array:
     r"""Theorem B12: how far codes move a logit.
 
-    .. math:: |s\, q \cdot (\hat k - k)| \le \frac\delta2\, s \sum_c |q_c|\, \sigma_c
+    $$ |s\, q \cdot (\hat k - k)| \le \frac\delta2\, s \sum_c |q_c|\, \sigma_c $$
 
     Parameters
     ----------
     length : array
-        :math:`s \sum_c |q_c| \sigma_c`, by the deviations that the key was coded by (`momentkv.codes`).
+        $s \sum_c |q_c| \sigma_c$, by the deviations that the key was coded by (`momentkv.codes`).
     step : array
-        :math:`\delta`, of the token.
+        $\delta$, of the token.
     """
     return length * step / 2
 
@@ -319,16 +319,16 @@ def logit_from_step(length: Array, step: Array) -> Array:
 def output_from_codes(logit: Array, radius: Array, value: Array) -> Array:
     r"""Theorem B13: how far codes move the output.
 
-    If no logit is off by more than :math:`\varepsilon` and no value by more than :math:`\varepsilon_v`,
+    If no logit is off by more than $\varepsilon$ and no value by more than $\varepsilon_v$,
 
-    .. math:: \lVert \hat o - o \rVert \le 2 R \tanh(\varepsilon / 2) + \varepsilon_v
+    $$ \lVert \hat o - o \rVert \le 2 R \tanh(\varepsilon / 2) + \varepsilon_v $$
 
     Parameters
     ----------
     logit, value : array
-        :math:`\varepsilon` (B12) and :math:`\varepsilon_v \ge \lVert \hat v_t - v_t \rVert`, say half a step times the
+        $\varepsilon$ (B12) and $\varepsilon_v \ge \lVert \hat v_t - v_t \rVert$, say half a step times the
         length of the values' deviations.
     radius : array
-        :math:`R \ge \lVert v_t - c \rVert` for some :math:`c`, of the values or of the decoded ones.
+        $R \ge \lVert v_t - c \rVert$ for some $c$, of the values or of the decoded ones.
     """
     return 2 * radius * array_namespace(logit).tanh(logit / 2) + value

@@ -163,8 +163,8 @@ def minimise_error(
 def pyramid_budgets(average: int, layers: int, *, sinks: int = 1, window: int = 32) -> list[int]:
     r"""PyramidKV: budgets that fall linearly from the first layer to the last.
 
-    With free budget :math:`b` (the average less sinks and window), the last of the layers gets :math:`b / \beta`
-    beside sinks and window, the first :math:`2b - b / \beta`; :math:`\beta = 20`.
+    With free budget $b$ (the average less sinks and window), the last of the layers gets $b / \beta$
+    beside sinks and window, the first $2b - b / \beta$; $\beta = 20$.
 
     Parameters
     ----------

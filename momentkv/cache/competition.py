@@ -18,12 +18,12 @@ SAFEGUARD = 0.2
 def by_importance(caches: Sequence[LayerCache], importances: Sequence[Array], average: int, by_head: bool) -> list[int]:
     r"""Ada-KV: heads of a layer compete for one total by the importance of their tokens.
 
-    With free budget :math:`b` (the average less sinks and window) and :math:`H` heads, head :math:`h` gets
+    With free budget $b$ (the average less sinks and window) and $H$ heads, head $h$ gets
 
-    .. math:: \alpha b + (1 - \alpha)\, n_h
+    $$ \alpha b + (1 - \alpha)\, n_h $$
 
-    beside sinks and window, where :math:`n_h` of the :math:`bH` most important tokens of all heads are in head
-    :math:`h`, and :math:`\alpha = 0.2` is a safeguard.
+    beside sinks and window, where $n_h$ of the $bH$ most important tokens of all heads are in head
+    $h$, and $\alpha = 0.2$ is a safeguard.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ def reread(cache: LayerCache, q: Array, k: Array, v: Array, *, valid: Array | No
     r"""Attention of tokens that are not added to a cache, and the largest weight that each stored token got of it.
 
     Each query sees all that the cache holds, the correction for what it has evicted, and the tokens ``k``, ``v`` up to
-    its own. A stored token's score is :math:`\max_{h, i} p^{(h)}_{ij}` over the queries and the heads of its group.
+    its own. A stored token's score is $\max_{h, i} p^{(h)}_{ij}$ over the queries and the heads of its group.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ EXTRAS = (0, *(0.05 * 1.25**step for step in range(24)))
 def places_of(caches: Sequence[LayerCache], scores: Sequence[Array], places: int) -> list[int]:
     r"""How many of the best-scored tokens of a whole model are in each KV head: one threshold for all of them.
 
-    .. math:: n_h = \#\{j : a_{hj} \ge \tau\}, \qquad \sum_h n_h = \text{places}
+    $$ n_h = \#\{j : a_{hj} \ge \tau\}, \qquad \sum_h n_h = \text{places} $$
 
     Parameters
     ----------

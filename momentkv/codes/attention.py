@@ -1,7 +1,7 @@
 r"""Attention over tokens that are never decoded: the affine map moves into the query, and out of the output.
 
-.. math:: s\, q \cdot k_t = s\, q \cdot m_k + \delta_t \sum_c (s\, q_c\, \sigma_c)(c_{tc} - h), \qquad
-          \sum_t p_t v_t = m_v + \sigma_v \sum_t p_t\, \delta'_t\,(c'_t - h), \qquad h = 2^{b-1} - 1/2
+$$ s\, q \cdot k_t = s\, q \cdot m_k + \delta_t \sum_c (s\, q_c\, \sigma_c)(c_{tc} - h), \qquad
+   \sum_t p_t v_t = m_v + \sigma_v \sum_t p_t\, \delta'_t\,(c'_t - h), \qquad h = 2^{b-1} - 1/2 $$
 """
 
 from __future__ import annotations

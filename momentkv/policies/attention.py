@@ -17,7 +17,7 @@ __all__ = ["Attention"]
 class Attention(Policy):
     r"""Attention times the distance of the value from the mean of all values.
 
-    .. math:: a_j = p_j\, \lVert v_j - \bar v \rVert
+    $$ a_j = p_j\, \lVert v_j - \bar v \rVert $$
 
     Evicting a token changes the output by its attention times the distance of its value from the estimate for it.
 

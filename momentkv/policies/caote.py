@@ -16,8 +16,8 @@ __all__ = ["CAOTE", "others"]
 class CAOTE(Policy):
     r"""Distance that the attended output moves if this token alone is evicted.
 
-    .. math:: \mathrm{importance}_j = \frac{a_j}{1 - a_j} \lVert o - v_j \rVert, \qquad
-              a_j = \frac{p_j}{\sum_i p_i}, \quad o = \sum_i a_i v_i
+    $$ \mathrm{importance}_j = \frac{a_j}{1 - a_j} \lVert o - v_j \rVert, \qquad
+       a_j = \frac{p_j}{\sum_i p_i}, \quad o = \sum_i a_i v_i $$
 
     Needs observed attention and values.
 

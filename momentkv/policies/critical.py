@@ -18,7 +18,7 @@ __all__ = ["CriticalKV"]
 class CriticalKV(Policy):
     r"""Two rankings taken in turn: attention, and attention times the size of the value.
 
-    .. math:: a_j = \frac{p_j}{\sum_i p_i}, \qquad b_j = (a_j + \epsilon) \lVert v_j \rVert_1
+    $$ a_j = \frac{p_j}{\sum_i p_i}, \qquad b_j = (a_j + \epsilon) \lVert v_j \rVert_1 $$
 
     Of the tokens retained, a share ``first`` is taken by ``a_j``, the others by ``b_j``. The attention of the window
     may miss what later queries ask for; the first stage bounds what that can cost, the second bounds the change of the
@@ -38,7 +38,7 @@ class CriticalKV(Policy):
     Notes
     -----
     Source: CriticalKV (arXiv 2502.03805). Three things differ. The paper takes the norm of the value after the output
-    projection, :math:`\lVert W_O v_j \rVert_1`; a policy does not see that matrix, so this is the norm of the value
+    projection, $\lVert W_O v_j \rVert_1$; a policy does not see that matrix, so this is the norm of the value
     itself, exact only for a projection that keeps the norms' ratios. A policy does not know the budget either: instead
     of half of it, then the rest, both rankings are served in turn (as in `Balanced`), so that a token that both would
     keep makes room for more of both. And ``a_j`` is a share of the attention, so that ``epsilon`` means the same

@@ -17,15 +17,15 @@ __all__ = ["ExpectedAttention"]
 class ExpectedAttention(Policy):
     r"""Attention weight, times the norm of the value, in expectation over Gaussian queries.
 
-    .. math:: \mathrm{importance}_j = \log \frac1G \sum_h
-        \frac{e^{\ell_{hj}}}{\sum_i e^{\ell_{hi}}} + \log \lVert v_j \rVert, \qquad
-        \ell_{hj} = \mu_h^\top k_j + \tfrac12 k_j^\top \Sigma_h k_j
+    $$ \mathrm{importance}_j = \log \frac1G \sum_h
+       \frac{e^{\ell_{hj}}}{\sum_i e^{\ell_{hi}}} + \log \lVert v_j \rVert, \qquad
+       \ell_{hj} = \mu_h^\top k_j + \tfrac12 k_j^\top \Sigma_h k_j $$
 
-    With :math:`q \sim N(\mu, \Sigma)`, the expectation of :math:`e^{q \cdot k_j}` is
-    :math:`e^{\mu \cdot k_j + k_j^\top \Sigma k_j / 2}`. After a prefill, :math:`\mu_h` and :math:`\Sigma_h` are mean
-    and covariance of its last 256 queries in query head :math:`h` of the group. While decoding, what is stored of
+    With $q \sim N(\mu, \Sigma)$, the expectation of $e^{q \cdot k_j}$ is
+    $e^{\mu \cdot k_j + k_j^\top \Sigma k_j / 2}$. After a prefill, $\mu_h$ and $\Sigma_h$ are mean
+    and covariance of its last 256 queries in query head $h$ of the group. While decoding, what is stored of
     recent queries stands for them: one mean, and one variance of each coordinate, for the whole group; then
-    :math:`\mathrm{importance}_j = \ell_j + \log \lVert v_j \rVert`. Logarithms rank alike and do not overflow.
+    $\mathrm{importance}_j = \ell_j + \log \lVert v_j \rVert$. Logarithms rank alike and do not overflow.
 
     Parameters
     ----------

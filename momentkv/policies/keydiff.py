@@ -15,7 +15,7 @@ __all__ = ["KeyDiff"]
 class KeyDiff(Policy):
     r"""Dissimilarity of a key from the mean direction of the keys at hand.
 
-    .. math:: \mathrm{importance}_j = -\cos(k_j, \bar u), \qquad \bar u = \tfrac1n \sum_i k_i / \|k_i\|
+    $$ \mathrm{importance}_j = -\cos(k_j, \bar u), \qquad \bar u = \tfrac1n \sum_i k_i / \|k_i\| $$
 
     Needs keys only. Source: KeyDiff (arXiv 2504.15364).
     """

@@ -20,8 +20,8 @@ class LagKV(Policy):
     Tokens are parted into runs of ``lag``. In each run, with minimum and maximum of each channel taken over the run
     that follows it,
 
-    .. math:: \bar x_j = \frac{x_j - \min}{\max - \min}, \qquad
-              s_j = \mathrm{softmax}_j\,\mathrm{std}(\bar k_j) + \mathrm{softmax}_j\,\mathrm{std}(\bar v_j)
+    $$ \bar x_j = \frac{x_j - \min}{\max - \min}, \qquad
+       s_j = \mathrm{softmax}_j\,\mathrm{std}(\bar k_j) + \mathrm{softmax}_j\,\mathrm{std}(\bar v_j) $$
 
     with the standard deviation over channels and the softmax over the run. Runs are served alike: importance is
     ``-(place - 1/2) / length``, place 1 being the largest ``s_j`` of the run. The last run has none to compare with and

@@ -17,8 +17,8 @@ __all__ = ["Leverage"]
 class Leverage(Policy):
     r"""Statistical leverage of each key among the keys at hand.
 
-    .. math:: \mathrm{importance}_j = k_j^\top (K^\top K + \lambda I)^{-1} k_j, \qquad
-              \lambda = \frac{\lVert K \rVert_F^2}{1000\, d}
+    $$ \mathrm{importance}_j = k_j^\top (K^\top K + \lambda I)^{-1} k_j, \qquad
+       \lambda = \frac{\lVert K \rVert_F^2}{1000\, d} $$
 
     From 0 to 1: a key that repeats others has little, a key whose direction no other has nearly 1. Needs keys, and
     values if they count.

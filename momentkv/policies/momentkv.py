@@ -16,8 +16,8 @@ __all__ = ["MomentKV"]
 class MomentKV(Policy):
     r"""Attention times the value residual against the moments of the evicted tokens.
 
-    .. math:: \mathrm{importance}_j = \alpha_j \|r_j\|, \qquad
-              r_j = v_j - \mu_v - \tfrac{s}{n} S_{vk} k_j \quad (r_j = v_j \text{ while } n = 0)
+    $$ \mathrm{importance}_j = \alpha_j \|r_j\|, \qquad
+       r_j = v_j - \mu_v - \tfrac{s}{n} S_{vk} k_j \quad (r_j = v_j \text{ while } n = 0) $$
 
     A token whose value the moments predict costs little to fold in. Needs observed attention, keys, values, moments.
 
@@ -30,11 +30,11 @@ class MomentKV(Policy):
 
     Notes
     -----
-    Where the paper is silent we choose: :math:`\alpha_j` is the attention weight averaged over the query group and
+    Where the paper is silent we choose: $\alpha_j$ is the attention weight averaged over the query group and
     summed over the queries at hand (the observation window at prefill, those since the last eviction while decoding);
     keys are those that attention uses, after RoPE. The paper's loop "evict the least, fold it in, score again" runs one
     block at a time while decoding. At prefill it runs in ``rounds`` rounds of geometrically falling size: one round
-    scores all tokens with :math:`r_j = v_j`, many rounds approach the loop. More rounds did not lower the error
+    scores all tokens with $r_j = v_j$, many rounds approach the loop. More rounds did not lower the error
     where we measured it (docs/evaluation.md). With moments of order 0 the residual is ``v_j - mu_v``.
 
     Source: MomentKV (arXiv 2606.01563). Derivation: docs/derivations/eviction.md.

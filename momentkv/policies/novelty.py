@@ -21,7 +21,7 @@ RIDGE = 1e-3
 class Novelty(Policy):
     r"""Squared Mahalanobis distance of a token from the others, in keys times in values.
 
-    .. math:: n_j = (k_j - \bar k)^\top C_{kk}^{-1} (k_j - \bar k) \; (v_j - \bar v)^\top C_{vv}^{-1} (v_j - \bar v)
+    $$ n_j = (k_j - \bar k)^\top C_{kk}^{-1} (k_j - \bar k) \; (v_j - \bar v)^\top C_{vv}^{-1} (v_j - \bar v) $$
 
     with means and covariances over the stored tokens. A later question may ask for a token that nothing has attended to
     yet. Tokens that moments explain well can be evicted, because the correction gives them back.
@@ -29,7 +29,7 @@ class Novelty(Policy):
     Parameters
     ----------
     kernel : int
-        Odd width of an average of :math:`n_j` over neighbouring positions, as in `SnapKV`; 1 for none. A fact is a few
+        Odd width of an average of $n_j$ over neighbouring positions, as in `SnapKV`; 1 for none. A fact is a few
         tokens long, and useful only as a whole.
 
     Notes
@@ -101,9 +101,9 @@ def mahalanobis(off: Array, real: Array) -> Array:
 def inverted(matrix: Array) -> Array:
     r"""Inverse of symmetric positive definite matrices (..., d, d), by two inversions of half the size.
 
-    .. math:: \begin{pmatrix} A & B \\ B^\top & C \end{pmatrix}^{-1} =
-        \begin{pmatrix} A^{-1} + W S^{-1} W^\top & -W S^{-1} \\ -S^{-1} W^\top & S^{-1} \end{pmatrix}, \qquad
-        W = A^{-1} B, \quad S = C - B^\top W
+    $$ \begin{pmatrix} A & B \\ B^\top & C \end{pmatrix}^{-1} =
+       \begin{pmatrix} A^{-1} + W S^{-1} W^\top & -W S^{-1} \\ -S^{-1} W^\top & S^{-1} \end{pmatrix}, \qquad
+       W = A^{-1} B, \quad S = C - B^\top W $$
 
     A library's own solves for the identity column by column; most of this are products, in half the time.
 

@@ -15,9 +15,9 @@ __all__ = ["SecondReading"]
 class SecondReading(Policy):
     r"""The largest attention weight that any query of a second reading gave a token.
 
-    .. math:: a_j = \max_{h,\, i}\; p^{(h)}_{ij}
+    $$ a_j = \max_{h,\, i}\; p^{(h)}_{ij} $$
 
-    over query heads :math:`h` of the group and the queries :math:`i` of a model that is asked to repeat the text while
+    over query heads $h$ of the group and the queries $i$ of a model that is asked to repeat the text while
     it can see all of it. A token that some sentence needs when it is repeated gets much attention from at least one
     query. In a mean it would disappear among the queries that do not need it.
 

@@ -19,9 +19,9 @@ __all__ = ["Twice", "largest_changes"]
 class Twice(SecondReading):
     r"""Two rankings taken in turn: what a second reading looks for, and `ExpectedAttention`.
 
-    .. math:: c_j = a_j\, \lVert v_j - \bar v \rVert
+    $$ c_j = a_j\, \lVert v_j - \bar v \rVert $$
 
-    with the score :math:`a_j` of `SecondReading` says what a later question may need, as `Attention` says it of the
+    with the score $a_j$ of `SecondReading` says what a later question may need, as `Attention` says it of the
     window; the other says what the text itself goes on with. A share of the tokens retained is the first ranking's, at
     every budget, as `Balanced` mixes its own.
 
@@ -64,7 +64,7 @@ class Twice(SecondReading):
 def largest_changes(scores: Array, values: Array, real: Array) -> Array:
     r"""What the output of some query may lose with a token, relative to the values of its head.
 
-    .. math:: a_j\, \frac{\lVert v_j - \bar v \rVert}{\frac1n \sum_i \lVert v_i \rVert}
+    $$ a_j\, \frac{\lVert v_j - \bar v \rVert}{\frac1n \sum_i \lVert v_i \rVert} $$
 
     Parameters
     ----------

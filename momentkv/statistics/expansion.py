@@ -13,27 +13,27 @@ __all__ = ["Expandable", "Expansion", "estimate_expansion"]
 class Expansion(NamedTuple):
     r"""An attention state that depends on the query, expanded around an anchor, for every batch row and KV head.
 
-    With :math:`x = s\,q - a`: :math:`\ell_c = \log W_c + x \cdot \mu_c`,
-    :math:`\mathrm{lse} = \log \sum_c e^{\ell_c} + \min(\tfrac\alpha2\, x^\top D\, x, \kappa)` and
-    :math:`\mathrm{out} = \sum_c \frac{e^{\ell_c}}{\sum e^\ell}\, \nu_c + B\, x`; the empty state where all
-    :math:`\log W_c` are ``-inf``.
+    With $x = s\,q - a$: $\ell_c = \log W_c + x \cdot \mu_c$,
+    $\mathrm{lse} = \log \sum_c e^{\ell_c} + \min(\tfrac\alpha2\, x^\top D\, x, \kappa)$ and
+    $\mathrm{out} = \sum_c \frac{e^{\ell_c}}{\sum e^\ell}\, \nu_c + B\, x$; the empty state where all
+    $\log W_c$ are ``-inf``.
 
     Attributes
     ----------
     log_weight : array, shape (..., m)
-        Natural log of :math:`W_c`.
+        Natural log of $W_c$.
     key_mean, value_mean : array, shape (..., m, d) and (..., m, dv)
-        :math:`\mu_c` and :math:`\nu_c`.
+        $\mu_c$ and $\nu_c$.
     anchor : array, shape (..., d), or None
-        :math:`a`, a scaled query; None is the zero query, the paper's.
+        $a$, a scaled query; None is the zero query, the paper's.
     slope : array, shape (..., d, dv), or None
-        :math:`B^\top`. A kernel reads it fastest where it lies as written, the axis of values last.
+        $B^\top$. A kernel reads it fastest where it lies as written, the axis of values last.
     slope_left, slope_right : array, shape (..., dv, r) and (..., r, d), or None
-        :math:`B` of low rank.
+        $B$ of low rank.
     variance : array, shape (..., d) or (..., d, d), or None
-        :math:`D`, diagonal or full.
+        $D$, diagonal or full.
     strength, cap : array, shape (...), or None
-        :math:`\alpha` and :math:`\kappa`; both are given where ``variance`` is.
+        $\alpha$ and $\kappa$; both are given where ``variance`` is.
 
     Notes
     -----
@@ -54,9 +54,9 @@ class Expansion(NamedTuple):
 
     @property
     def bias(self) -> Array:
-        r"""What makes a token of each group: :math:`\ell_c = s\, q \cdot \mu_c + b_c`, shape (..., m).
+        r"""What makes a token of each group: $\ell_c = s\, q \cdot \mu_c + b_c$, shape (..., m).
 
-        :math:`b_c = \log W_c - a \cdot \mu_c`: with keys :math:`\mu_c`, values :math:`\nu_c` and this bias on their
+        $b_c = \log W_c - a \cdot \mu_c$: with keys $\mu_c$, values $\nu_c$ and this bias on their
         logits, which no query changes, the groups may stand beside retained tokens in one attention call.
         """
         if self.anchor is None:

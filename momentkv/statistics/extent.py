@@ -24,19 +24,19 @@ class Extent:
     Attributes
     ----------
     key_anchor, value_anchor : array, shape (..., d) and (..., dv)
-        Fixed points :math:`c_k, c_v`. A head without tokens has none yet, and takes those of what is added first.
+        Fixed points $c_k, c_v$. A head without tokens has none yet, and takes those of what is added first.
     key_radius, value_radius : array, shape (...)
-        :math:`\rho_k = \max_j \lVert k_j - c_k \rVert` and :math:`\rho_v` likewise, over tokens of positive weight.
+        $\rho_k = \max_j \lVert k_j - c_k \rVert$ and $\rho_v$ likewise, over tokens of positive weight.
     least_weight : array, shape (...)
         A lower bound of the positive weights, ``inf`` for the empty set.
     value_trace : array, shape (...)
-        :math:`\sum_j w_j \lVert v_j - \mu_v \rVert^2`, the trace of the co-moment of values.
+        $\sum_j w_j \lVert v_j - \mu_v \rVert^2$, the trace of the co-moment of values.
     terms : array, shape (...)
         Tokens in the longest plain sum that the moments were added up from.
     merges : array, shape (...)
         Merges on the longest way from tokens to the state.
     mixing : array, shape (...)
-        Largest sum of :math:`W_A W_B / W^2` along such a way: how far merges can pass errors of means on.
+        Largest sum of $W_A W_B / W^2$ along such a way: how far merges can pass errors of means on.
 
     Notes
     -----

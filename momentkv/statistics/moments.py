@@ -39,10 +39,10 @@ FIELDS = ("weight", "key_mean", "value_mean", "value_key", "key_key", "anchor", 
 class Moments:
     r"""Weighted moments of a set of tokens, batched over leading axes (usually batch, kv_head).
 
-    .. math:: W = \sum_j w_j, \quad \mu_k = \tfrac1W \sum_j w_j k_j, \quad \mu_v = \tfrac1W \sum_j w_j v_j, \quad
-              S_{vk} = \sum_j w_j (v_j - \mu_v)(k_j - \mu_k)^\top
+    $$ W = \sum_j w_j, \quad \mu_k = \tfrac1W \sum_j w_j k_j, \quad \mu_v = \tfrac1W \sum_j w_j v_j, \quad
+       S_{vk} = \sum_j w_j (v_j - \mu_v)(k_j - \mu_k)^\top $$
 
-    .. math:: S_{kk} = \sum_j w_j (k_j - \mu_k)(k_j - \mu_k)^\top
+    $$ S_{kk} = \sum_j w_j (k_j - \mu_k)(k_j - \mu_k)^\top $$
 
     Attributes
     ----------
@@ -59,8 +59,8 @@ class Moments:
     extent : Extent, or None
         How far the tokens reach, for `momentkv.bounds`; None by default.
     anchor : array, shape (..., d), or None
-        Scaled query :math:`a` (with the factor ``s``) whose attention the tokens are weighted by:
-        :math:`w_j e^{a \cdot k_j}`; None for the zero query, the paper's.
+        Scaled query $a$ (with the factor ``s``) whose attention the tokens are weighted by:
+        $w_j e^{a \cdot k_j}$; None for the zero query, the paper's.
     log_scale : array, shape (...), or None
         Given with an anchor: natural log of a factor of all weights, ``-inf`` for the empty set.
 
@@ -245,8 +245,8 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         r"""Moments of the union of two disjoint sets.
 
-        .. math:: \mu = \mu_A + \tfrac{W_B}{W} \delta, \qquad
-                  S = S_A + S_B + \tfrac{W_A W_B}{W}\, \delta_v \delta_k^\top, \qquad \delta = \mu_B - \mu_A
+        $$ \mu = \mu_A + \tfrac{W_B}{W} \delta, \qquad
+           S = S_A + S_B + \tfrac{W_A W_B}{W}\, \delta_v \delta_k^\top, \qquad \delta = \mu_B - \mu_A $$
 
         Associative and commutative to rounding; `empty` is the identity, to the last bit.
 

@@ -1,6 +1,6 @@
 r"""Statistics as they are stored between steps: each vector as whole numbers of 16 bits and one step.
 
-.. math:: x \approx \delta\, c, \qquad \delta = \max_i |x_i| / 32767, \qquad c \in \{-32767, \dots, 32767\}
+$$ x \approx \delta\, c, \qquad \delta = \max_i |x_i| / 32767, \qquad c \in \{-32767, \dots, 32767\} $$
 
 Statistics are added up in full precision and rounded only where they are stored. Rounding to the nearest would lose
 what an eviction changes once very many tokens have been folded, always in the same direction. So rounding is dithered:

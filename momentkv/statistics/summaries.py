@@ -33,9 +33,9 @@ CAP = 3.0
 class Summaries:
     r"""Anchored summaries of a set of tokens, batched over leading axes (usually batch, kv_head).
 
-    With anchor :math:`a` (a scaled query), token weights :math:`w_j = e^{a \cdot k_j}` and a partition of the tokens
-    into groups :math:`c`: :math:`W_c` and the weighted means :math:`\mu_c, \nu_c` of keys and values of each group,
-    the pooled variance :math:`D` of keys within groups, and the pooled value-key covariance :math:`B` within groups.
+    With anchor $a$ (a scaled query), token weights $w_j = e^{a \cdot k_j}$ and a partition of the tokens
+    into groups $c$: $W_c$ and the weighted means $\mu_c, \nu_c$ of keys and values of each group,
+    the pooled variance $D$ of keys within groups, and the pooled value-key covariance $B$ within groups.
 
     Attributes
     ----------
@@ -44,12 +44,12 @@ class Summaries:
     anchor : array, shape (..., d)
         Scaled query around which weights are taken.
     log_weight : array, shape (..., m)
-        Natural log of :math:`W_c`; ``-inf`` for a group without tokens.
+        Natural log of $W_c$; ``-inf`` for a group without tokens.
     key_mean, value_mean : array, shape (..., m, d) and (..., m, dv)
     key_variance : array, shape (..., d)
-        :math:`D`, the diagonal of the pooled covariance of keys.
+        $D$, the diagonal of the pooled covariance of keys.
     slope_left, slope_right : array, shape (..., dv, r) and (..., r, d)
-        :math:`B` as a product of rank ``r``.
+        $B$ as a product of rank ``r``.
     strength : array, shape (...)
         Share of the variance gain that is credited; see `estimate_summaries`.
     cap : array, shape (...)
@@ -237,9 +237,9 @@ class Summaries:
     def reanchor(self, anchor: Array) -> Summaries:
         r"""The same estimate, expanded around another anchor.
 
-        With :math:`\delta = a' - a` and strength :math:`\alpha`: :math:`\log W_c` gains
-        :math:`\delta \cdot \mu_c + \tfrac\alpha2 \delta^\top D\, \delta`, :math:`\mu_c` gains
-        :math:`\alpha D\, \delta` and :math:`\nu_c` gains :math:`B\, \delta`.
+        With $\delta = a' - a$ and strength $\alpha$: $\log W_c$ gains
+        $\delta \cdot \mu_c + \tfrac\alpha2 \delta^\top D\, \delta$, $\mu_c$ gains
+        $\alpha D\, \delta$ and $\nu_c$ gains $B\, \delta$.
 
         Parameters
         ----------
@@ -271,9 +271,9 @@ class Summaries:
     def calibrate(self, q: Array, k: Array, *, scale: float | None = None, mask: Array | None = None) -> Summaries:
         r"""Fit the strength to queries whose true ``lse`` over the tokens is still at hand.
 
-        :math:`\alpha` minimises :math:`\sum_i (g_i - \alpha h_i)^2 + (\alpha_0 - \alpha)^2 \sum_i h_i^2`, where
-        :math:`h_i = \tfrac12 \Delta_i^\top D \Delta_i`, :math:`g_i` is what the estimate of order 1 lacks of the true
-        ``lse``, and :math:`\alpha_0` the present strength: data and prior weigh alike. Clipped to [0, 1].
+        $\alpha$ minimises $\sum_i (g_i - \alpha h_i)^2 + (\alpha_0 - \alpha)^2 \sum_i h_i^2$, where
+        $h_i = \tfrac12 \Delta_i^\top D \Delta_i$, $g_i$ is what the estimate of order 1 lacks of the true
+        ``lse``, and $\alpha_0$ the present strength: data and prior weigh alike. Clipped to [0, 1].
 
         Parameters
         ----------
@@ -373,18 +373,18 @@ class Summaries:
 def estimate_summaries(q: Array, summaries: Summaries, *, scale: float | None = None) -> AttentionState:
     r"""Estimate attention over the tokens that the summaries stand for.
 
-    With :math:`\Delta = s q - a`, each summary attends like a token, and all share the gain of the variance within:
+    With $\Delta = s q - a$, each summary attends like a token, and all share the gain of the variance within:
 
-    .. math:: \ell_c = \log W_c + \Delta \cdot \mu_c, \qquad
-              \widehat{\mathrm{lse}} = \log \sum_c e^{\ell_c} + \min(\tfrac\alpha2\, \Delta^\top D\, \Delta, \kappa),
-              \qquad \widehat{\mathrm{out}} = \sum_c \frac{e^{\ell_c}}{\sum e^{\ell}}\, \nu_c + B\, \Delta
+    $$ \ell_c = \log W_c + \Delta \cdot \mu_c, \qquad
+       \widehat{\mathrm{lse}} = \log \sum_c e^{\ell_c} + \min(\tfrac\alpha2\, \Delta^\top D\, \Delta, \kappa),
+       \qquad \widehat{\mathrm{out}} = \sum_c \frac{e^{\ell_c}}{\sum e^{\ell}}\, \nu_c + B\, \Delta $$
 
     Arguments, result and errors are those of `momentkv.statistics.expansion.estimate_expansion`, of which it is a case.
 
     Notes
     -----
     Exact while no more tokens were evicted than there are summaries; exact to second order at the anchor for Gaussian
-    groups of one diagonal covariance when :math:`\alpha = 1`. Derivation: docs/derivations/summaries.md.
+    groups of one diagonal covariance when $\alpha = 1$. Derivation: docs/derivations/summaries.md.
 
     Examples
     --------
