@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -237,6 +238,34 @@ def test_keys_that_never_reach_momentkv_are_noticed():
     assert cache.get_seq_length() == cache.nbytes == 0
     cache.update(x, x, 0)
     assert cache.layers[0].get_seq_length() == 1
+
+
+class Nothing(torch.nn.Module):
+    """A layer without attention."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden_states
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("index", [0, 1, -1])
+def test_a_layer_without_attention_that_the_configuration_does_not_tell_of_is_noticed(family: str, index: int):
+    """A pass would end before it, and be forgotten as one that failed."""
+    model = copy.deepcopy(tiny(family))
+    index %= len(model.model.layers)
+    model.model.layers[index] = Nothing()
+    said = rf"passes end without layer {index}, which has never stored a token.*use a DynamicCache"
+    with pytest.raises(RuntimeError, match=said):
+        model.generate(prompt(1, 9), past_key_values=MomentCache(model, 14, **SMALL), max_new_tokens=2)
+    cache = MomentCache(model, 14, **SMALL)
+
+    @torch.no_grad()
+    def read() -> None:
+        for _ in range(10):  # as many tokens each time, as a pass has that is tried again
+            model(prompt(1, 4), past_key_values=cache)
+
+    with pytest.raises(RuntimeError, match=said):
+        read()
 
 
 @pytest.mark.parametrize("kinds", [["full_attention"], ["sliding_attention", "full_attention"]], ids=len)

@@ -178,7 +178,7 @@ class MomentCache(Cache):
                 "compiled: make it with static=True, and read the prompt with the model uncompiled"
             )
         if layer_idx == 0:
-            self.passes.begin()
+            self.passes.begin(key_states.shape[2])
             check_new_keys(self, key_states)
             check_limit(self, key_states.shape[2])
             with self.passes.all_or_nothing():

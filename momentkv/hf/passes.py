@@ -20,6 +20,9 @@ from momentkv.hf.rollback import settle
 
 __all__ = ["PassKeeper"]
 
+# How often a first pass may be repeated that ends before some layer.
+RETRIES = 8
+
 
 class PassKeeper:
     """Knows what every layer was before the pass that is under way.
@@ -55,19 +58,36 @@ class PassKeeper:
         # The layer whose new tokens the last pass left without attention, where none has ever come to any.
         self.unreached: int | None = None
         self.reached = False
+        # Layers that have come in any pass; tokens of the last one, and of those that ended before a layer that never
+        # came.
+        self.known: set[int] = set()
+        self.new = 0
+        self.ended_early: list[int] = []
 
-    def begin(self) -> None:
-        """Start a pass, from what was before the last one if that failed."""
+    def begin(self, new: int) -> None:
+        """Start a pass of ``new`` tokens, from what was before the last one if that failed."""
         self.undo()
         unreached, self.unreached = self.unreached, None
         if unreached is not None:
             raise RuntimeError(self.never_reached(unreached))
+        # A pass that failed may be read again; a model without attention in a layer goes on with other tokens.
+        early = self.ended_early
+        same = self.thread == threading.get_ident() and len(self.known) < len(self.layers)
+        if same and (len(early) > RETRIES or {*early} - {new}):
+            self.ended_early = []
+            raise RuntimeError(self.never_came(len(self.known)))
+        self.new = new
         self.before, self.start, self.left, self.due = self.held(), self.length, len(self.moments), []
         self.thread = threading.get_ident()
 
     def check_layer(self, layer_idx: int) -> None:
         """Raise if a pass does not find a layer as it is when one pass follows the other."""
         self.check_attended(layer_idx)
+        if layer_idx and layer_idx - 1 not in self.known:
+            self.undo()
+            self.ended_early = []
+            raise RuntimeError(self.never_came(layer_idx - 1))
+        self.known.add(layer_idx)
         held = int(self.layers[layer_idx].get_seq_length())
         if self.thread != threading.get_ident() or held != self.start:
             raise RuntimeError(
@@ -167,6 +187,7 @@ class PassKeeper:
         if not self.reached:
             waiting = (index for index, layer in enumerate(self.layers) if getattr(layer, "waits", 0))
             self.unreached = next(waiting, None)
+        self.ended_early = [*self.ended_early, self.new] if len(self.known) < len(self.layers) else []
         self.go_back(self.before)
 
     def before_static_step(self) -> None:
@@ -185,6 +206,14 @@ class PassKeeper:
             self.unreached = None
             raise RuntimeError(self.never_reached(layer_idx - 1))
 
+    def never_came(self, index: int) -> str:
+        """Message for a layer that no pass has brought any tokens."""
+        return (
+            f"passes end without layer {index}, which has never stored a token: either they were interrupted, and then "
+            "read their tokens again, as the cache is what it was before them; or this model has a layer without "
+            "attention there, and its config.layer_types does not say so; then use a DynamicCache for this model"
+        )
+
     def never_reached(self, index: int) -> str:
         """Message for a layer whose attention did not come."""
         return (
@@ -196,6 +225,6 @@ class PassKeeper:
 
     def reset(self) -> None:
         """Forget what was before."""
-        self.before, self.left, self.unreached = [], 0, None
+        self.before, self.left, self.unreached, self.ended_early = [], 0, None, []
         if self.clock is not None:
             self.clock.reset()
