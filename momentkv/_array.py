@@ -78,9 +78,9 @@ def accumulate_as(state: Array, name: str, **arrays: Array) -> tuple[Array, ...]
 
 
 def concrete(*arrays: Array) -> bool:
-    """Whether the values of arrays can be looked at: not while JAX traces a function (``jit``, ``vmap``, ``grad``).
+    """Whether the values of arrays can be read: not while JAX traces a function (``jit``, ``vmap``, ``grad``).
 
-    What depends on values, such as a check of them, is left out where they cannot.
+    Where they cannot, checks of values are left out.
 
     Examples
     --------
@@ -121,7 +121,7 @@ def inverse_by_factor(matrix: Array) -> Array:
 
 
 def orthonormal(x: Array) -> Array:
-    """Orthonormal columns (..., n, w) with the span of those of ``x``; of those that depend on others, any.
+    """Orthonormal columns (..., n, w) with the span of those of ``x``; any orthonormal ones where those are dependent.
 
     Examples
     --------
@@ -152,7 +152,7 @@ def leading(matrix: Array, number: int) -> Array:
     return array_namespace(matrix).linalg.eigh(matrix)[1][..., -number:]
 
 
-# Squarings of a matrix, after which the largest eigenvalue is all there is of it: to the power 2 to this.
+# How often a matrix is squared. Its eigenvalues are then raised to the power 2 ** this, and only the largest counts.
 SQUARINGS = 8
 
 
@@ -254,7 +254,7 @@ def floating(xp: Any, dtype: Any) -> bool:
 
 
 def library(x: Any) -> str | None:
-    """Name of the library of an array; None of what is no array."""
+    """Name of the library of an array; None for anything else."""
     try:
         name: str = array_namespace(x).__name__
     except TypeError:
@@ -263,7 +263,7 @@ def library(x: Any) -> str | None:
 
 
 def mixed(arrays: dict[str, Any]) -> str:
-    """What is wrong with arguments that are not arrays of one library."""
+    """The message for arguments that are not arrays of one library."""
     for name, x in arrays.items():
         if library(x) is None or not hasattr(x, "dtype"):
             return f"{name} is a {type(x).__name__}; pass an array of NumPy, PyTorch, JAX or another array-API library"
@@ -335,7 +335,7 @@ def take_rows_of(index: Array, *arrays: Array) -> tuple[Array, ...]:
 def real_rows(x: Array, real: Array) -> Array:
     """Rows (..., n, d) where ``real``, broadcastable to (..., n), is true; zero elsewhere, whatever lies there.
 
-    As ``where`` of a mask for every number; moving whole rows takes a fraction of its time.
+    The same as ``where`` with a mask for every number, in a fraction of the time, because whole rows are moved.
 
     Examples
     --------

@@ -11,7 +11,7 @@ from types import ModuleType
 
 __all__ = ["MOVED", "MovedModules"]
 
-# By former name: where the module is now, or all modules that its names are parted among.
+# By former name: where the module is now, or all modules that its names are divided among.
 MOVED: dict[str, tuple[str, ...]] = {
     f"momentkv.{old}": tuple(f"momentkv.{name}" for name in new)
     for old, new in {

@@ -165,12 +165,12 @@ def attend(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Ar
     ValueError
         If head counts or dimensions do not fit each other, or an array is not of floating point, a mask not bool.
     TypeError
-        If arrays are of several libraries, or no arrays.
+        If arguments are arrays of several libraries, or no arrays.
 
     Notes
     -----
     Exact up to rounding. A query that sees no token (``n = 0`` or fully masked) gets ``out = 0``, ``lse = -inf``,
-    the identity of `merge`. All logits are held at once: ``q_len * n`` numbers a query head.
+    the identity of `merge`. All logits are held at once: ``q_len * n`` numbers for each query head.
     Derivation: docs/derivations/attention-algebra.md.
 
     Examples

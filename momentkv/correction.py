@@ -1,4 +1,4 @@
-"""The closed-form estimate of what evicted tokens would have added to attention, and its merge with the rest."""
+"""The closed-form estimate of attention over evicted tokens, and its merge with attention over the retained ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Certified(NamedTuple):
     ----------
     state : AttentionState
     bound : array, shape (..., q_head, q_len)
-        Of the Euclidean error of ``state.out``: proved, and rounding of moments and bound is included.
+        Bound of the Euclidean error of ``state.out``. It is proved, and includes the rounding of moments and bound.
     """
 
     state: AttentionState
@@ -49,8 +49,8 @@ def estimate(
     moments : Moments, Summaries, Expansion or another Expandable
         With leading axes ``(..., kv_head)``. The formula above is that of `Moments`; every other has its own.
     order : {0, 1, 2}, optional
-        0 takes the value mean; 1, the default, adds the first-order change with the query (the paper's method); 2 the
-        gain in mass by the variance of the logits.
+        0 takes the value mean; 1, the default, adds the first-order change with the query (the paper's method); 2 also
+        adds the gain in mass from the variance of the logits.
     scale : float, optional
         Factor ``s`` on ``q . k``; ``1 / sqrt(d)`` by default. Must be the one that attention uses.
     strength : float, optional
@@ -64,8 +64,8 @@ def estimate(
     Raises
     ------
     ValueError
-        If shapes do not fit, ``order`` is higher than the moments' own, ``strength`` is out of range, or one of them is
-        given to what has its own.
+        If shapes do not fit, ``order`` is higher than the moments' own, ``strength`` is out of range, or an argument is
+        given that the statistics have already.
 
     Notes
     -----
@@ -134,7 +134,7 @@ def correct(
     q, moments, order, scale, strength
         As in `estimate`.
     certify : bool
-        Whether to return a bound of the error, too; only of `Moments` that have an extent.
+        Whether to return a bound of the error, too. Needs `Moments` with an extent.
 
     Returns
     -------

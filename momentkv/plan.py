@@ -35,7 +35,7 @@ UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes of a cache when it is fullest, over all layers and rows, by what they hold.
+    """Bytes of a cache at its fullest, over all layers and rows, by what they are used for.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Plan:
     dtype : str
     correction : str
     retained, waiting : int
-        Tokens per KV head: within the budget, and room for those appended since the last eviction, always there.
+        Tokens per KV head: within the budget, and those appended since the last eviction. Their room is always there.
     full : int
         Bytes of a cache that evicts nothing.
     retained_bytes, waiting_bytes : int
@@ -142,7 +142,7 @@ def plan(
     Raises
     ------
     ValueError
-        If an argument is out of range or names nothing.
+        If an argument is out of range, or a name is unknown.
 
     Notes
     -----

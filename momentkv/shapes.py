@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["KNOWN", "Shape", "find_shape", "shape_from_config"]
 
 SLIDING = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-# What tells of models whose caches have another shape, or that momentkv cannot correct.
+# Entries of a configuration that show that its caches have another shape, or that momentkv cannot correct them.
 REFUSED = {
     "kv_lora_rank": "multi-head latent attention",
     "num_kv_shared_layers": "layers that share caches",
@@ -210,7 +210,7 @@ def find_shape(model: str) -> Shape:
     near = dict.fromkeys(IDS[name] for name in difflib.get_close_matches(model.rpartition("/")[2].lower(), bare))
     known_ones = f"one of {', '.join(near)}" if near else "one of the known models"
     remedy = f"use {known_ones}, the path of a config.json, or layers, query heads, KV heads and head dimension"
-    if near and "/" not in model:  # a slip of the pen, which transformers would look for on the network
+    if near and "/" not in model:  # misspelt: transformers would look for it on the network
         raise ValueError(f"model is {model!r}, which is not known; {remedy}")
     try:
         from transformers import AutoConfig

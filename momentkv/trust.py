@@ -19,7 +19,7 @@ from momentkv.statistics.moments import Moments
 
 __all__ = ["Trust", "estimated_error", "trust"]
 
-# Gaussian logits of more than this variance are not found among so few tokens: the maximum sets in before.
+# So few tokens cannot look like Gaussian logits of more than this variance: the largest logit limits the mass first.
 MOST_GAIN = 4.0
 
 

@@ -14,7 +14,8 @@ from momentkv.statistics.expansion import Expansion, estimate_expansion
 
 __all__ = ["ArrayBackend", "causal_mask"]
 
-# Of fewer, calls cost more than they do; more memory the system gives anew at every call. See docs/evaluation.md#speed.
+# With fewer bytes, calls cost more than the work. More memory than this the system allocates anew at every call. See
+# docs/evaluation.md#speed.
 AT_ONCE = 4 * 2**20
 
 
@@ -32,7 +33,7 @@ class ArrayBackend:
     query_block: ClassVar[int] = 256
 
     def reads(self, x: Array) -> bool:
-        """Whether it computes with arrays of the library that ``x`` is of; this one does with any."""
+        """Whether it computes with arrays of the library of ``x``; this one does with any."""
         return True
 
     def attend(
@@ -61,7 +62,7 @@ class ArrayBackend:
         """Attention state where the queries belong to the last ``q_len`` of the ``n`` tokens.
 
         Query ``i`` sees the tokens up to its own, ``n - q_len + i``; ``valid``, bool ``(..., kv_head, n)``, hides more.
-        Memory: ``query_block * n`` logits a query head.
+        Memory: ``query_block * n`` logits for each query head.
         """
         xp = array_namespace(q, k, v)
         q_len = q.shape[-2]
@@ -146,7 +147,7 @@ class ArrayBackend:
     def attend_slots(
         self, q: Array, tiers: Tiers, head: int | None, *, scale: float, mask: Array | None
     ) -> tuple[AttentionState, Array]:
-        """`attend` to the retained slots of one head, or of all, which must then have as many."""
+        """`attend` to the retained slots of one head, or of all heads if they have equally many."""
         if tiers.coding is None:
             return self.attend(q, *tiers.vectors(head), scale=scale, mask=mask)
         return self.attend_codes(q, tiers.records(tiers.coding, head), scale=scale, mask=mask)
@@ -158,7 +159,7 @@ class ArrayBackend:
         return attend_codes(q, coded, scale=scale, mask=mask)
 
     def prepare(self, expansion: Expansion) -> Any:
-        """An expansion in the form that `decode` evaluates fastest; worth its while where it is evaluated often."""
+        """An expansion in the form that `decode` evaluates fastest; worth it if it is evaluated often."""
         return expansion
 
     def decode(
@@ -183,11 +184,11 @@ class ArrayBackend:
         return state.out if expansion is None else self.correct(state, q, expansion, scale=scale), attention
 
     def index_of(self, layout: Layout, name: str, x: Array) -> Array:
-        """An index array of a layout, where ``x`` is; a device of its own should be given it once."""
+        """An index array of a layout, on the device of ``x``; a backend should upload it only once."""
         return array_namespace(x).asarray(getattr(layout, name), device=device(x))
 
     def numbers(self, layout: Layout, values: tuple[int, ...], like: Array) -> Array:
-        """Numbers of the host, int32, where ``like`` is; a device of its own should be given them once for a layout."""
+        """Numbers of the host, int32, on the device of ``like``; a backend should upload them once for a layout."""
         xp = array_namespace(like)
         return xp.asarray(values, dtype=xp.int32, device=device(like))
 
@@ -225,7 +226,7 @@ class ArrayBackend:
         return new
 
     def at_once(self, x: Array) -> int:
-        """Bytes of vectors, where ``x`` is, that an eviction best works on at once; more take another turn."""
+        """Bytes of vectors, on the device of ``x``, that an eviction should work on at once; more take another turn."""
         return AT_ONCE
 
     def overwrite_all(self, xs: Sequence[Array], new: Sequence[Array]) -> list[Array]:

@@ -43,12 +43,12 @@ class Layout:
 
     @cached_property
     def width(self) -> int:
-        """Slots of the head that has most."""
+        """Slots of the head that has the most."""
         return max(self.widths)
 
     @cached_property
     def equal(self) -> bool:
-        """Whether all heads have as many slots."""
+        """Whether all heads have equally many slots."""
         return min(self.widths) == self.width
 
     @cached_property
@@ -81,7 +81,7 @@ class Layout:
 
     @cached_property
     def placed(self) -> dict[Any, Any]:
-        """Arrays that follow from the layout, and layouts of several layers, by whatever finds them."""
+        """Arrays computed from the layout, and layouts of several layers, by the key that finds them."""
         return {}
 
     @cached_property
@@ -98,7 +98,8 @@ class Layout:
     def rectangle(self, x: Array, *, vectors: bool, fill: float | None = None) -> Array:
         """Packed slots (..., slots) or (..., slots, d) as (..., kv_head, width) or (..., kv_head, width, d).
 
-        Without a copy where all heads have as many. Slots that a head does not have hold ``fill``, or anything.
+        Nothing is copied if all heads have equally many slots. Slots that a head does not have hold ``fill``, or
+        anything.
         """
         xp = array_namespace(x)
         lead, last = (x.shape[:-2], x.shape[-1:]) if vectors else (x.shape[:-1], ())

@@ -178,11 +178,12 @@ def decode(
     ValueError
         If shapes, dtypes or memory layouts do not fit.
     RuntimeError
-        If a gradient would be wanted of an input.
+        If an input requires a gradient.
 
     Notes
     -----
-    Sums are float32; probabilities are rounded to the dtype of ``v`` before they meet it. No gradient. On CUDA it may
+    Sums are float32; probabilities are rounded to the dtype of ``v`` before they are multiplied by it. No gradient. On
+    CUDA it may
     be captured in a graph: its launches depend on shapes alone.
     """
     packed = starts is not None

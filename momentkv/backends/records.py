@@ -32,7 +32,7 @@ def unpack_words(packed: torch.Tensor, bits: int, d: int) -> torch.Tensor:
         plane = words[..., start : start + m // wide]
         start += m // wide
         if width < 8:
-            # What a shift brings in from the next byte, or as sign, is masked out.
+            # The mask removes what a shift brings in from the next byte, or as sign.
             shifts, mask = shifts_of(width, wide, packed.device)
             plane = ((plane[..., None, :] >> shifts) & mask).flatten(-2)
         codes = plane if codes is None else (codes << width) | plane

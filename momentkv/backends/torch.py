@@ -33,8 +33,8 @@ from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
 
-# Bytes that an eviction works on at once where a launch costs more than work on a layer: so many that a few launches do
-# for a model, and that copies of them stay a small part of what it takes.
+# Bytes that an eviction works on at once where a launch costs more than the work on a layer: enough that a few launches
+# serve a model, and so few that copies of them are small beside it.
 AT_ONCE_ON_DEVICE = 128 * 2**20
 # Queries that attend to codes at once.
 QUERIES = 64
@@ -80,7 +80,7 @@ class TorchBackend(ArrayBackend):
     ) -> tuple[AttentionState | None, Array | None]:
         coding, few = tiers.coding, q.ndim == 4 and tiers.keys.shape[-2] <= BLOCK
         if coding is not None and not weights and q.shape[-2] > QUERIES and tiers.layout.width:
-            # Attention to codes holds a number for each query and token: of a chunk that is read, a block at a time.
+            # Attention to codes holds a number for each query and token, so a chunk is read by blocks of queries.
             parts = (self.attend_retained(x, tiers, scale=scale, weights=False)[0] for x in q.split(QUERIES, dim=-2))
             out, lse = zip(*(state for state in parts if state is not None), strict=True)
             return AttentionState(torch.cat(out, dim=-2), torch.cat(lse, dim=-1)), None
@@ -218,7 +218,7 @@ def attend_most(backend: TorchBackend, q: torch.Tensor, tiers: Tiers, *, scale: 
 
 
 def flash_retained(q: torch.Tensor, tiers: Tiers, *, scale: float) -> AttentionState:
-    """Attention state over retained tokens, by one call where heads have as many, else by one for each."""
+    """Attention state over retained tokens, by one call if heads have equally many, else by one for each head."""
     layout = tiers.layout
     if layout.equal:
         k, v = (layout.rectangle(x, vectors=True) for x in (tiers.keys, tiers.values))
@@ -326,14 +326,14 @@ def packed_slots(layout: Layout, batch: int, where: torch.device) -> tuple[torch
 
 
 def kept(layout: Layout, key: Hashable, make: Callable[[], Any]) -> Any:
-    """What ``make`` gives, made once for a layout: an upload waits for the device, and no CUDA graph holds one.
+    """The result of ``make``, made once for a layout: an upload waits for the device, and no CUDA graph can hold one.
 
     It lives as long as the layout, so that a graph that reads it finds it.
     """
     if key not in layout.placed:
         with torch.inference_mode(False):
             made = make()
-        # What is made while a mode looks on may be a stand-in for a tensor.
+        # What is made under a dispatch mode may be a stand-in for a tensor.
         if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
             return made
         layout.placed[key] = made

@@ -1,4 +1,4 @@
-"""Rigorous bounds on the error of estimates from moments: one theorem a function, and what they make together.
+"""Rigorous bounds on the error of estimates from moments: a function for each theorem, and bounds on whole states.
 
 A bound is proved on the page docs/derivations/bounds.md, and its rounding is derived there; an estimate is never called
 one. Theorems work on arrays of one number a query; `lse_interval`, `value_error` and `output_error` work on states.

@@ -113,8 +113,8 @@ def output_error(
 
     Notes
     -----
-    Sound, and near-sharp for what the state holds; it informs while logits of the evicted tokens vary little (a
-    standard deviation up to about 0.3). See docs/certificates.md.
+    The bound is sound, and nearly sharp for what the state holds. It says something while the logits of the evicted
+    tokens vary little (a standard deviation up to about 0.3). See docs/certificates.md.
     """
     check_arrays(moments=moments.weight, retained=retained.out, output=output)
     reading = read(q, moments, scale=scale, slope=slope)
@@ -146,8 +146,8 @@ def output_error_of_parts(
 
     Notes
     -----
-    Every part is at one end of its mass; which ones is found by Dinkelbach's iteration (1967, *Management Science*
-    13), and what the last step leaves open is added, so that the bound holds after any number of steps.
+    In the maximum, every part is at one end of its mass. Dinkelbach's iteration (1967, *Management Science* 13) finds
+    which. What the last step leaves open is added, so that the bound holds after any number of steps.
     """
     xp = check_arrays(q=q, parts=parts.weight, retained=retained.out, output=output)
     d, kv_heads = parts.key_mean.shape[-1], parts.weight.shape[-2]

@@ -1,4 +1,4 @@
-"""What moments with an extent say along given queries: every quantity of the theorems, widened by its rounding."""
+"""What moments with an extent say about given queries: every quantity of the theorems, widened by its rounding."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def value_from_residual(
     $\frac{\sigma}{2} (\eta(b) - \eta(a)) e^{-\kappa_{lo}}$ and
     $\sqrt{(e^{b - \kappa_{lo}} - 1)(1 - e^{a - \kappa_{hi}})}$.
 
-    Better than B5 where values follow keys closely. ``inf`` where $b > 30$, where it says nothing.
+    Better than B5 where values follow keys closely. ``inf`` where $b > 30$.
 
     Parameters
     ----------

@@ -42,16 +42,17 @@ class SharedBudget:
     caches : sequence of LayerCache
         Made with ``keep_queries=True`` and one budget, the average.
     rule : callable
-        `minimise_error` or `by_importance`: from the caches that are full, the importances of their tokens, the
-        average, and whether heads have shares, to a budget for each share.
+        A function such as `minimise_error` or `by_importance`. Its arguments are the caches that are full, the
+        importances of their tokens, the average, and whether heads have shares. It returns a budget for each share.
     by_head : bool
         Whether every KV head has a share of its own, or all heads of a layer one.
 
     Notes
     -----
-    Until the last of the caches has attended, every one holds all its tokens and a number for each, its importance:
-    when the layers of a model share, a prefill in one piece needs as much memory as the full cache while it lasts, one
-    in chunks as much as the budget and a chunk. Each chunk shares anew. While decoding, each keeps to its budget.
+    Until the last of the caches has attended, each holds all its tokens and the importance of each. So when the layers
+    of a model share, a prefill in one piece needs as much memory as the full cache while it lasts. A prefill in chunks
+    needs as much as the budget and one chunk. The total is shared again after each chunk. While decoding, each cache
+    keeps to its budget.
     """
 
     def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool) -> None:
@@ -142,7 +143,7 @@ def minimise_error(
 
     Notes
     -----
-    Rows of a batch whose errors are not finite have no say; where none has finite ones, a share is the average.
+    Rows of a batch whose errors are not finite are left out. If no row has finite errors, each share is the average.
     """
     config = caches[0].config
     grid = budget_grid(average, config.protected + 1)
@@ -238,7 +239,7 @@ def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list
 def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: int) -> list[int]:
     """Budgets of layers that make the sum of their errors small, within a total.
 
-    Greedy on the lower convex hull of each curve: always the step that takes away the most error a token; the last one
+    Greedy on the lower convex hull of each curve: always the step that removes the most error per token; the last step
     gets what is left. Optimal for the hulls (docs/derivations/eviction.md).
 
     Parameters

@@ -43,9 +43,9 @@ def by_importance(caches: Sequence[LayerCache], importances: Sequence[Array], av
 
     Notes
     -----
-    Rows of a batch with numbers that are not finite have no say. Only for policies whose importances can be compared
-    between heads: attention weights can, ranks (as `Balanced` gives) cannot and share evenly. Of a batch, the mean over
-    rows decides.
+    Rows of a batch with numbers that are not finite are left out; the mean over the other rows decides. Only for
+    policies whose importances can be compared between heads: attention weights can. Ranks, as `Balanced` gives, cannot,
+    and share evenly.
     Source: Ada-KV (Feng et al., 2024, arXiv 2407.11550), algorithm 1 and its safeguard.
     """
     budgets: list[int] = []

@@ -1,4 +1,4 @@
-"""What a layer's cache holds, to look at and to go back to, and where it lies."""
+"""What a layer's cache holds: to read it, to go back to it, and to keep it at fixed addresses."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class Holdings:
     def held(self) -> dict[str, Any]:
         """All that a step changes, by reference: nothing is copied, and nothing that it refers to is changed.
 
-        For `go_back` before anything else is read; `snapshot` is for keeps.
+        Use it with `go_back` before anything else is read. To keep a state for longer, use `snapshot`.
         """
         return dict(self.__dict__)
 

@@ -1,7 +1,7 @@
-"""Layers that evict at the same step, at once: what an eviction costs is calls, as many for few heads as for many.
+"""Layers that evict at the same step evict together: an eviction costs calls, and many heads need no more than few.
 
-Nothing that an eviction does looks from one KV head to another, unless a policy or a correction says so. So the state
-of several layers that are alike is the state of one layer with the heads of all.
+An eviction treats each KV head by itself, unless a policy or a correction says otherwise. So the states of several
+layers that are alike can be joined into the state of one layer with the heads of all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["evict_together", "flush_together", "flushed_together", "groups"]
 
 
 def evict_together(caches: Sequence[LayerCache]) -> None:
-    """`LayerCache.evict` of caches that have run full (`LayerCache.is_full`), of those that are alike at once.
+    """`LayerCache.evict` of caches that have run full (`LayerCache.is_full`); those that are alike evict together.
 
     Results are those of one after the other, to rounding: sums may be taken in another order. If it fails, all caches
     are as before.
@@ -49,7 +49,7 @@ def evict_together(caches: Sequence[LayerCache]) -> None:
 
 
 def flush_together(caches: Sequence[LayerCache]) -> None:
-    """`LayerCache.flush` of caches whose steps are static, of those that are alike at once.
+    """`LayerCache.flush` of caches whose steps are static; those that are alike flush together.
 
     If it fails, all caches are as before; if it is interrupted while it writes, they are refused until they are reset.
     """
@@ -74,7 +74,7 @@ def flush_together(caches: Sequence[LayerCache]) -> None:
 
 
 def flushed_together(caches: Sequence[LayerCache], states: Sequence[LayerState]) -> list[LayerState]:
-    """`LayerCache.flushed` of static states of these caches; nothing of the caches is changed."""
+    """`LayerCache.flushed` of static states of these caches; the caches do not change."""
     after = list(states)
     for group in groups(caches, states):
         if len(group) == 1:

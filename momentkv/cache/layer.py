@@ -31,7 +31,7 @@ class LayerCache(Holdings):
     budget : int or sequence of int
         Tokens retained for each KV head, sinks and window included: one number for all, or one for each.
     policy : str or Policy
-        Who decides what to evict; see `momentkv.policies.POLICIES`.
+        What decides which tokens to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
         Order of the correction; None for plain eviction, which keeps no moments.
     correction : str or Correction
@@ -46,7 +46,7 @@ class LayerCache(Holdings):
     backend : str or ArrayBackend, optional
         By default the one of the arrays that arrive.
     keep_queries : bool
-        Hold the newest queries of a prefill between `attend` and `evict`, for `momentkv.cache.allocation.error_curves`.
+        Keep the newest queries of a prefill between `attend` and `evict`, for `momentkv.cache.allocation.error_curves`.
     certify : {0, 1, 2, None}
         Keep evidence for `momentkv.trust.trust`: exact moments of this order, with extent, of all evicted tokens.
     tolerance : float, optional
@@ -59,7 +59,7 @@ class LayerCache(Holdings):
         Quantization: bits for each number of a retained token, on average (3, 4, 5, 6, 8 or 16), or for those of its
         key and of its value: see `momentkv.codes`. None for the dtype of the arrays.
     exact_window : int
-        Beside ``bits``, sinks, the block that is filling and so many newest tokens of the window stay exact.
+        With ``bits``: how many of the window's newest tokens stay exact, beside sinks and the filling block.
     statistics_bits : {None, 16}
         Bits for each number of what stands for evicted tokens, between steps: see `momentkv.statistics.narrow`. None
         for full precision.

@@ -31,8 +31,8 @@ AUTO: Literal["auto"] = "auto"
 # Bits of the planes of a code, the most significant first.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (8, 8)}
 BITS = tuple(PLANES)
-# Bits of keys and of values, where there are so many on average. An error of a key moves the weights of all tokens, one
-# of a value is averaged with those of others: up to 5, values can spare what keys need.
+# Bits of keys and of values, by their average. An error in a key moves the weights of all tokens. An error in a value
+# is averaged with others. So up to 5, keys get bits from values.
 SPLIT = {3: (4, 2), 4: (5, 3), 5: (6, 4), 6: (6, 6), 8: (8, 8), 16: (16, 16)}
 
 
@@ -42,7 +42,7 @@ def pair_of_bits(bits: object) -> tuple[int, int]:
     Raises
     ------
     ValueError
-        If there is no code of so many bits.
+        If there is no code of that many bits.
 
     Examples
     --------

@@ -18,7 +18,7 @@ from momentkv.codes.standard import Standard
 
 __all__ = ["Coded", "Coding", "centre", "coarse", "decode", "encode", "record_bytes", "step_dtype"]
 
-# Steps of 16 bits: the least that is told from zero in full precision, and the largest.
+# Steps of 16 bits: the smallest that has full precision, and the largest.
 LEAST, MOST = 2.0**-14, 65504.0
 # Rounding to 16 bits loses at most half of this share.
 UP = 1 + 2.0**-10
@@ -82,7 +82,7 @@ def levels(z: Array, bits: int) -> tuple[Array, Array]:
 
 
 def coarse(z: Array, bits: int) -> Array:
-    """Standardised tokens as they would be read from records of so many bits, which are not made.
+    """Standardised tokens as they would be read from records of that many bits; no record is made.
 
     Examples
     --------

@@ -9,8 +9,8 @@ from momentkv._array import Array, accumulate, accumulation_dtype, array_namespa
 
 __all__ = ["Standard"]
 
-# A channel's deviation is taken for at least this share of its mean, and this share of the largest of all channels:
-# less would be rounding, and a channel that never varied may do so later.
+# The deviation of a channel is at least the first share of its mean, and the second share of the largest deviation of
+# all channels. Less would be rounding, and a channel that never varied may do so later.
 LEAST_OF_MEAN, LEAST_OF_ALL = 2.0**-10, 2.0**-14
 
 
@@ -32,8 +32,8 @@ class Standard(NamedTuple):
     def of(cls, x: Array, mask: Array | None = None, *, centred: bool = True) -> Standard:
         """Of the tokens ``x``, shape (..., n, d), those where ``mask`` (..., n) is True; in the dtype of ``x``.
 
-        From zero, where not ``centred``. Without a token, or where all are zero, the deviation is 1; where they do not
-        vary, it is what rounding would make of it.
+        Distances are from zero unless ``centred``. Without a token, or where all are zero, the deviation is 1. Where
+        they do not vary, it is the deviation that rounding would cause.
         """
         xp = array_namespace(x)
         (wide,) = accumulate(xp, x)

@@ -32,7 +32,7 @@ NEWEST = -1
 
 
 class _Waiting(threading.local):
-    """The layer, of those used by this thread, whose keys went to the model last and have not come to attention."""
+    """For each thread, the layer whose keys went to the model last and have not come to attention yet."""
 
     layer: Callable[[], Any] | None = None
 
@@ -43,7 +43,7 @@ _waiting = _Waiting()
 def link(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values that lead `momentkv_attention` to the cache layer that stores them.
 
-    What a model computes from them carries no link, so that attention over anything but what is stored is noticed.
+    What a model computes from them carries no link, so attention over anything but the stored keys is noticed.
     """
     if not torch.compiler.is_compiling():
         _waiting.layer = weakref.ref(layer)
@@ -201,11 +201,11 @@ def momentkv_mask(
     Returns
     -------
     tensor or None
-        For a causal mask bool ``(batch, kv_length)``, where False is padding: one True, expanded, where there is none,
-        and None for a single query without padding. Anything else as SDPA takes it, bool
-        ``(batch, 1, q_length, kv_length)``. For a step of a static cache None without padding, else bool
-        ``(batch, 1, 1, 1)``: whether the newest token is none. For a model whose attention does not go through
-        transformers' interface, the additive mask that eager attention takes.
+        For a causal mask bool ``(batch, kv_length)``, where False is padding. Without padding it is one expanded True,
+        and None for a single query. Any other mask is as SDPA takes it, bool ``(batch, 1, q_length, kv_length)``. For a
+        step of a static cache it is None without padding, else bool ``(batch, 1, 1, 1)``: True if the newest token is
+        not padding. For a model whose attention does not go through transformers' interface, the additive mask that
+        eager attention takes.
 
     Raises
     ------
@@ -254,7 +254,7 @@ def momentkv_mask(
             return mask
         if q_length == 1:
             return None
-        # Not None, by which attention could not tell a causal mask from none at all.
+        # Not None: attention could then not tell a causal mask from no mask.
         return torch.ones((), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
     masked: torch.Tensor | None = sdpa_mask(q_offset=q_offset, **settings)
     return masked

@@ -23,7 +23,7 @@ from momentkv.policies import Twice, get_policy
 
 __all__ = ["Plan", "apply_rule", "kv_heads", "layer_kinds", "layer_windows", "shared_budgets"]
 
-# Chosen where the budget is in bytes, none where it is in tokens.
+# The default for a budget in bytes; for one in tokens there is none.
 BY_BUDGET = "by budget"
 # Rules that measure errors.
 MEASURED = ("layers", "heads", "layer-heads")
@@ -48,7 +48,7 @@ class Plan:
     ----------
     sharing : str
     rule : BudgetRule or None
-        What turns the budget into tokens when the first ones arrive.
+        What turns the budget into tokens, when the first tokens arrive.
     least : int
         The smallest budget.
     """

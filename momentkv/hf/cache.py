@@ -54,14 +54,13 @@ class MomentCache(Cache):
         (0, 1] is that share of the tokens read, counted at every prefill (or chunk of one). A string like ``"64MiB"``
         is the size of the whole cache, everything counted.
     sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"}, optional
-        Who shares one budget. ``"uniform"``: nobody, every KV head has the same. Otherwise the budget is an average,
+        What shares one budget. ``"uniform"``: nothing, every KV head has the same. Otherwise the budget is an average,
         shared after every prefill by the error that each share would cause: ``"layers"`` among layers, ``"heads"``
         among all heads of all layers, ``"layer-heads"`` among the heads of each layer.
         For comparison, ``"ada-kv"``, ``"kvzip"`` and ``"pyramid"`` are the rules of those papers. By default
-        ``"heads"`` (``"layers"`` for a policy that looks across heads, `Policy.couples_heads`), and ``"uniform"`` where
-        budget lists one for each layer.
+        ``"heads"``, ``"layers"`` if `Policy.couples_heads`, and ``"uniform"`` if the budget lists one for each layer.
     policy : str or Policy
-        Who decides what to evict; see `momentkv.policies.POLICIES`.
+        What decides which tokens to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
         Order of the correction; None for plain eviction without moments.
     correction : str or Correction
@@ -82,7 +81,7 @@ class MomentCache(Cache):
         least, and as many tokens as take the bytes of the budget. By default ``"auto"`` for a budget in bytes (where
         `sharing` measures errors, without ``certify``), else None.
     exact_window : int
-        Beside ``bits``, sinks, the block that is filling and so many newest tokens of the window stay exact.
+        With ``bits``: how many of the window's newest tokens stay exact, beside sinks and the filling block.
     statistics_bits : {16, None}
         Bits for each number of what stands for evicted tokens, between steps; None for full precision.
 
@@ -99,7 +98,8 @@ class MomentCache(Cache):
 
     Full-attention layers are compressed. Sliding-window and chunked layers are bounded already and stay exact. Modes of
     ``generate``, and what raises an error: docs/transformers.md.
-    A total in bytes holds between passes, for the rows of the first. A prefill and recorded passes take more.
+    Between passes a cache keeps to a budget in bytes, with as many rows as at first. A prefill takes more, and so do
+    recorded passes.
     """
 
     def __init__(
@@ -342,7 +342,7 @@ class MomentCache(Cache):
 
         Notes
         -----
-        Nothing in the file is executed. A digest of everything in it tells accidents and careless edits; it is no
+        Nothing in the file is executed. A digest of everything in it detects accidents and careless edits; it is not a
         signature. Tensors are read to the CPU; each layer moves to its model's device with the first pass.
         """
         return load(cls, path, model, policy=policy, correction=correction)

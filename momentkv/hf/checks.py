@@ -44,7 +44,7 @@ NAME = "momentkv"
 SHARING_BY_HEADS = ("heads", "layer-heads", "ada-kv", "kvzip")
 SHARING = ("uniform", "layers", *SHARING_BY_HEADS, "pyramid")
 
-# Arguments that reach attention and change nothing of it: models pass on what they were called with.
+# Arguments that reach attention and do not change it: models pass on what they were called with.
 HARMLESS = frozenset(
     {
         "cache_position",

@@ -1,4 +1,4 @@
-"""When static layers flush: the host's clock, which needs no word from the device."""
+"""When static layers flush: a clock on the host, which never asks the device."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Clock:
         self.beat = self.before = ring(1, [])
         # Whether steps are static now: a first pass has been read.
         self.runs = False
-        # Whether a step has begun to change layers in place and not gone through all of them.
+        # Whether a step has changed some layers in place and not all of them.
         self.open = False
 
     def tick(self) -> None:
@@ -91,7 +91,7 @@ class Clock:
         self.runs = self.open = False
 
     def set(self) -> None:
-        """Let steps be static from here: in place, and flushed when rows and heads will have filled their blocks.
+        """From here on steps are static: in place, and flushed when rows and heads have filled their blocks.
 
         Asks the device once.
         """
@@ -110,11 +110,11 @@ class Clock:
 
 
 def open_to_lengths(core: LayerCache) -> None:
-    """Let one graph do for every prompt and every cache: tell the compiler what differs among them.
+    """Make one graph serve every prompt and every cache: tell the compiler what differs among them.
 
-    Heads come to retain other numbers of tokens after another prompt. And a number that a graph meets is a constant to
-    it, unless it is the length of a tensor that says it may change: so the cache's own number is one, of a tensor
-    without elements.
+    After another prompt, heads retain other numbers of tokens. A graph takes a number for a constant, unless it is the
+    length of a tensor that is marked as changing. So the cache's own number is such a length, of a tensor without
+    elements.
     """
     may_change: Any = torch._dynamo.maybe_mark_dynamic
     core.handle = torch.empty((core.number, 0))

@@ -1,4 +1,4 @@
-"""Rows of a batch that have ended: the pads that ``generate`` feeds them are no tokens."""
+"""Rows of a batch that have ended: the padding that ``generate`` then feeds them is not text."""
 
 from __future__ import annotations
 

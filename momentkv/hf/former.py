@@ -28,9 +28,9 @@ class CacheFileError(ValueError):
 def statistics(
     config: CacheConfig, k: torch.Tensor, v: torch.Tensor, arrays: Mapping[str, torch.Tensor], prefix: str, path: Any
 ) -> tuple[Any, Moments | None]:
-    """What stands for evicted tokens and the evidence of them, from the arrays of those prefixes."""
+    """The statistics of evicted tokens and the evidence, from the arrays with those prefixes."""
     evicted = config.correction.empty(k, v)
-    if config.corrects:  # version 0.1 wrote moments that nothing was ever added to
+    if config.corrects:  # version 0.1 also wrote moments to which nothing was ever added
         evicted = filled(evicted, prefix, arrays)
     if evicted is None:
         raise CacheFileError(

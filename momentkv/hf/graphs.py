@@ -23,22 +23,22 @@ class DecodeGraphs:
     cache : MomentCache
         Made with ``static=True``, and with the prompt read.
     capture_flush : bool
-        Whether flushes are a graph, too, which takes a fraction of the time. Otherwise they are launched from Python,
-        once in ``block`` steps.
+        Whether flushes are a graph, too, which is several times faster. Otherwise Python launches them, once in
+        ``block`` steps.
     recorder : callable, optional
         In place of `record_cuda`.
 
     Raises
     ------
     RuntimeError
-        If the cache has read nothing, or has come to lie elsewhere since (another number of rows, another budget).
+        If the cache has read nothing, or its arrays have moved since (another number of rows, another budget).
     ValueError
         If the cache is not static, or the model is not on CUDA.
 
     Notes
     -----
-    Recording runs the step, so that kernels are compiled; the cache is afterwards as before. A graph holds addresses:
-    the cache may be reset and read again, by a prompt of as many rows.
+    Recording runs the step, so that kernels are compiled; afterwards the cache is as before. A graph holds addresses.
+    The cache may be reset and may read another prompt of as many rows.
 
     Examples
     --------
@@ -85,7 +85,7 @@ class DecodeGraphs:
         def one_flush() -> None:
             flush_together(self.static.cores)
 
-        # Outside its graph a step does not flush: a beat that never does.
+        # A beat that never flushes: the flush is not in the graph of a step.
         self.static.beat = type(before)(flushes=False)
         for state in states:
             state.recent_count.zero_()  # room for the tokens of recorded steps

@@ -40,19 +40,20 @@ class MomentLayer(CacheLayerMixin):
         # CacheLayerMixin.__init__ would set `keys` and `values`, which are the core's here.
         self.core, self.rollback = core, rollback
         self.sharing: SharedBudget | None = None
-        # New tokens that wait for their queries, what the layer was before them, and who is told when it has attended.
+        # New tokens that wait for their queries, the layer's state before them, and what to call when it has attended.
         self.waits = 0
         self.before: dict[str, Any] = {}
         self.attended: Callable[[], None] | None = None
-        # Who evicts, before the pass ends, all layers that have run full in it.
+        # What evicts, before the pass ends, all layers that have run full in it.
         self.evict_in_pass: Callable[[MomentLayer], None] | None = None
         self.record_past = False
         self.passes: list[Pass] = []
-        # While `momentkv.hf.read` reads a text: who keeps its queries and, of a second reading, the scores.
+        # While `momentkv.hf.read` reads a text: what keeps its queries and, of a second reading, the scores.
         self.reader: LayerReader | None = None
         # Rows that have ended, for the pass that brings the length to this number; see `FinishedRows`.
         self.ended: tuple[int, torch.Tensor] | None = None
-        # Of the whole cache, in its first compressed layer: whose keys it holds, and what masks said of its tokens.
+        # For the whole cache, in its first compressed layer: which model's keys it holds, and what masks said about its
+        # tokens.
         self.owner: Owner | None = None
         self.padding: Padding | None = None
         # Of a cache with static=True.

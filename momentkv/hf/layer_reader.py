@@ -1,4 +1,4 @@
-"""What a layer keeps of the readings of a text: the first one's newest queries, the second one's scores."""
+"""What a layer keeps of the readings of a text: the newest queries of the first, the scores of the second."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ __all__ = ["LayerReader"]
 
 
 class LayerReader:
-    """Of one compressed layer, while it has it: the newest queries of the first reading, then scores of the second.
+    """For one compressed layer while a text is read: the newest queries of the first reading, then the scores of the
+    second.
 
     Attributes
     ----------
@@ -33,7 +34,7 @@ class LayerReader:
         self.keep = wanted_queries([self.core.config.policy])
 
     def read(self, query: torch.Tensor, *, padded: bool) -> None:
-        """Take note of queries of the first reading: as many of the newest as policy and correction look at."""
+        """Keep the newest queries of the first reading, as many as policy and correction need."""
         self.padded = self.padded or padded
         both = [x for x in (self.queries, query.detach()) if x is not None]
         queries = torch.cat(both, dim=2) if len(both) > 1 else both[0]

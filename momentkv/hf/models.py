@@ -1,4 +1,4 @@
-"""What a model is to a cache: its configuration, its dtype, and a few of its weights."""
+"""How a cache knows a model: by its configuration, its dtype, and a few of its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from momentkv.hf.checks import NAME
 
 __all__ = ["DIMENSIONS", "config_of", "dtype_of", "fingerprint", "model_record"]
 
-# What of a configuration decides whether a cache fits; a value that a model lacks is None.
+# Entries of a configuration that decide whether a cache fits; one that a model lacks is None.
 DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
 SAMPLED, ELEMENTS = 8, 64
 
@@ -41,7 +41,7 @@ def config_of(model: Any) -> Any:
 
 
 def mistaken(model: Any) -> str:
-    """What was given in place of a model, and what to give."""
+    """The message for what was given in place of a model, with what to give."""
     remedy = f'pass the model that generates, loaded with attn_implementation="{NAME}", or its config'
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
@@ -63,7 +63,7 @@ def mistaken(model: Any) -> str:
 
 
 def dtype_of(model: Any) -> str | None:
-    """Name of the dtype of a model's weights; None of a configuration, which may say another."""
+    """Name of the dtype of a model's weights; None for a configuration, which may name another."""
     dtype = getattr(model, "dtype", None) if isinstance(model, torch.nn.Module) else None
     return None if dtype is None else str(dtype).removeprefix("torch.")
 

@@ -1,4 +1,4 @@
-"""Whose keys a cache holds: the weights of the model that fills it."""
+"""Which model's keys a cache holds, known by some of the model's weights."""
 
 from __future__ import annotations
 

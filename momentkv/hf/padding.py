@@ -1,4 +1,4 @@
-"""What attention masks have said of the tokens a cache has read: a later mask may not take a token away."""
+"""What attention masks have said about the tokens that a cache has read: a later mask must not hide one of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Padding:
     Attributes
     ----------
     codes : uint8 tensor, shape (batch, n), or None
-        Of the first ``n`` tokens; later ones are real. None as long as all are: a byte a token and row, and only for
-        batches with padding.
+        Of the first ``n`` tokens; later ones are real. None as long as all are real. So it takes a byte for each token
+        and row, in batches with padding alone.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Padding:
         check_mask_of_stored(mask, seen, self._codes_of(seen))
 
     def read(self, mask: torch.Tensor | None, valid: torch.Tensor | None, seen: int, new: int) -> None:
-        """Take note of a pass of ``new`` tokens after ``seen``, whose mask has been checked.
+        """Record a pass of ``new`` tokens after ``seen``, whose mask has been checked.
 
         Parameters
         ----------

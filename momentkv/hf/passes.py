@@ -25,10 +25,11 @@ RETRIES = 8
 
 
 class PassKeeper:
-    """Knows what every layer was before the pass that is under way.
+    """Knows the state of every layer before the pass that is under way.
 
     A pass goes through the layers in order. If it fails in the middle (an error in the model, no memory, an interrupt),
-    some layers have read its tokens and others have not. The next pass then starts from what all were before it.
+    some layers have read its tokens and others have not. The next pass then starts from the state that all layers had
+    before it.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ class PassKeeper:
         # Layers that have run full in it, and evict when all have attended.
         self.due: list[MomentLayer] = []
         self.thread: int | None = None
-        # The layer whose new tokens the last pass left without attention, where none has ever come to any.
+        # The layer whose new tokens the last pass left without attention, if no layer has ever attended.
         self.unreached: int | None = None
         self.reached = False
         # Layers that have come in any pass; tokens of the last one, and of those that ended before a layer that never
@@ -70,7 +71,7 @@ class PassKeeper:
         unreached, self.unreached = self.unreached, None
         if unreached is not None:
             raise RuntimeError(self.never_reached(unreached))
-        # A pass that failed may be read again; a model without attention in a layer goes on with other tokens.
+        # A pass that failed may be repeated. A model without attention in a layer goes on with other tokens.
         early = self.ended_early
         same = self.thread == threading.get_ident() and len(self.known) < len(self.layers)
         if same and (len(early) > RETRIES or {*early} - {new}):
@@ -81,7 +82,7 @@ class PassKeeper:
         self.thread = threading.get_ident()
 
     def check_layer(self, layer_idx: int) -> None:
-        """Raise if a pass does not find a layer as it is when one pass follows the other."""
+        """Raise if a layer is not in the state that it has between two passes."""
         self.check_attended(layer_idx)
         if layer_idx and layer_idx - 1 not in self.known:
             self.undo()

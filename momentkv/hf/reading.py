@@ -22,7 +22,7 @@ PATIENCE = 2.0
 LEAD = 8
 # Most tokens of one pass.
 CHUNK = 2048
-# Positions that must be left behind a text for its parts to be repeated, if these are no shorter.
+# Positions that a text must leave free for its parts to be repeated, unless the parts are shorter.
 ROOM = 64
 
 
@@ -71,13 +71,13 @@ def read(
     cache : MomentCache
         To read twice, its policy must be ``"twice"`` or ``"second-reading"``.
     twice : bool
-        False reads once: as a prefill in one pass, in parts of bounded size.
+        False reads once: the same as a prefill in one pass, but in parts of bounded size.
     tokenizer : PreTrainedTokenizer, optional
         Reads texts, and the request.
     attention_mask : int tensor, shape (batch, seen + n), optional
         Zero for padding.
     request : str or sequence of int
-        What the model is told before each part of the text; ids need no tokenizer, and ``[]`` is none.
+        What the model is told before each part of the text. Ids need no tokenizer, and ``[]`` says nothing.
     chunk : int
         Most tokens of one pass.
     segment : int, optional
@@ -102,8 +102,8 @@ def read(
 
     Notes
     -----
-    The second reading costs as much as reading twice the text with its first half stored. In one piece the whole text
-    is stored until it ends.
+    The second reading costs as much as reading a second half of a text of twice the length. Without ``segment`` the
+    whole text is stored until the second reading ends.
 
     Source: KVzip (arXiv 2505.23416). Derivation: docs/derivations/second-reading.md.
     """

@@ -1,4 +1,4 @@
-"""What a model is told to repeat: tokens of a text, and of the request that comes before each part of it."""
+"""What a model is asked to repeat: the tokens of a text, and of the request before each part of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARK = "\N{WHITE STAR}here\N{WHITE STAR}"
 
 
 def around(tokenizer: Any) -> tuple[str, str]:
-    """What a tokenizer's chat template writes before and after what a user says; without one, nothing and a line."""
+    """What a tokenizer's chat template writes before and after a user's words; without one, nothing and a new line."""
     if not getattr(tokenizer, "chat_template", None):
         return "", "\n"
     turn = [{"role": "user", "content": MARK}]

@@ -1,8 +1,8 @@
 """Rolling tokens back: passes whose eviction waits until it is known which of their tokens stay.
 
 Assisted and prompt-lookup decoding read guessed tokens and take back those that were wrong. What has been folded into
-moments cannot be taken out, so the tokens of a recorded pass wait beside the cache, with its queries, and nothing of
-them is observed. `crop` says which stay; these are then read as if the others had never come.
+moments cannot be taken out, so the tokens of a recorded pass wait beside the cache, with its queries, and no policy
+observes them yet. `crop` says which stay; these are then read as if the others had never come.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Pass(NamedTuple):
     ----------
     tokens : int
     queries : tensor, shape (batch, q_head, m, d)
-        The newest queries of the pass, as many as reading a part of it again takes.
+        The newest queries of the pass, as many as are needed to read a part of it again.
     valid : bool tensor, shape (batch, 1, tokens), or None
     """
 

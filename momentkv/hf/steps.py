@@ -31,7 +31,7 @@ if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(torch.
 def static_step(
     core: LayerCache, q: torch.Tensor, k: Any, v: Any, valid: torch.Tensor | None, flushing: Sequence[LayerCache]
 ) -> torch.Tensor:
-    """Read one token of every row, and evict from layers for which it is time.
+    """Read one token of every row, and evict from layers that are due.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def static_step(
     valid : bool tensor, shape (batch, 1, 1), or None
         False for a row whose token is padding.
     flushing : sequence of LayerCache
-        All layers, in the last one's step, if it is one that flushes; otherwise none.
+        All layers in a flushing step of the last layer; otherwise none.
 
     Returns
     -------

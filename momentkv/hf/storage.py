@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, with a record and tensors that are known to be what was written."""
+"""Files that exist as a whole or not at all; their record and tensors are checked to be those that were written."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def about(path: Path, error: OSError) -> OSError:
 
 
 def read(path: Path, formats: Sequence[int]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Record and tensors of a file, once it is certain that they are what was written."""
+    """Record and tensors of a file, after a check that they are those that were written."""
     check_readable(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:

@@ -81,19 +81,19 @@ class Policy(abc.ABC):
     name : str
         Name that chooses it.
     observes : int or None
-        Of how many of the last queries of a forward pass it needs the attention (at prefill, the observation window):
-        0 for none, None for all (computed block by block). While decoding, it sees every query.
+        How many of the last queries of a forward pass it observes (of a prefill: the observation window). 0 for none,
+        None for all, block by block. While decoding, it sees every query.
     accumulates : bool
         Whether the score of a token is kept after an eviction (True), or starts again at zero (False) and covers the
         queries since the last eviction.
     needs_queries : bool
-        Whether it wants mean and variance of the recent queries, which are then stored, and after a prefill its newest
+        Whether it needs mean and variance of the recent queries, which are then stored, and after a prefill the newest
         queries themselves.
     couples_heads : bool
         Whether the importance of a token in one KV head depends on the others. Such a policy cannot give each head a
         budget of its own.
     rereads : bool
-        Whether its evidence is that of a second reading, which comes from outside (`momentkv.hf.read`,
+        Whether it ranks by the scores of a second reading, which come from outside (`momentkv.hf.read`,
         `momentkv.cache.rereading`).
     rounds : int
         In how many rounds a long eviction is done. Each round sees the moments of the rounds before.

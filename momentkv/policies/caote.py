@@ -31,10 +31,10 @@ class CAOTE(Policy):
     Notes
     -----
     ``p_j`` is the attention of the observation window, summed over its queries and averaged over the group. The paper
-    makes ``a`` of the scores of any policy that observes attention, a query head at a time; it also sums over queries
-    before values come in. The distance is computed as ``a_j ||v_j - o_j||``, where ``o_j`` is the output of all other
-    tokens: the same, without the division by ``1 - a_j``, which has no digits left where one token has all attention.
-    A token beside which nothing is attended to has ``o_j = 0``.
+    computes ``a`` from the scores of any policy that observes attention, a query head at a time. It also sums over
+    queries before it uses values. The distance is computed as ``a_j ||v_j - o_j||``, where ``o_j`` is the output of all
+    other tokens. That is the same without the division by ``1 - a_j``, which has no digits left where one token has all
+    attention. Where no other token has attention, ``o_j = 0``.
 
     Source: CAOTE (arXiv 2504.14051). Derivation: docs/derivations/eviction.md.
 

@@ -17,15 +17,15 @@ __all__ = ["LagKV"]
 class LagKV(Policy):
     r"""How unevenly a token's channels lie in the ranges that the next tokens span, keys and values alike.
 
-    Tokens are parted into runs of ``lag``. In each run, with minimum and maximum of each channel taken over the run
+    Tokens are divided into runs of ``lag``. In each run, with minimum and maximum of each channel taken over the run
     that follows it,
 
     $$ \bar x_j = \frac{x_j - \min}{\max - \min}, \qquad
        s_j = \mathrm{softmax}_j\,\mathrm{std}(\bar k_j) + \mathrm{softmax}_j\,\mathrm{std}(\bar v_j) $$
 
-    with the standard deviation over channels and the softmax over the run. Runs are served alike: importance is
-    ``-(place - 1/2) / length``, place 1 being the largest ``s_j`` of the run. The last run has none to compare with and
-    is ranked above all others, later tokens higher. Needs keys and values, and no attention.
+    with the standard deviation over channels and the softmax over the run. All runs are treated alike: importance is
+    ``-(place - 1/2) / length``, place 1 being the largest ``s_j`` of the run. The last run has no next run to compare
+    with, so it is ranked above all others, later tokens higher. Needs keys and values, and no attention.
 
     Parameters
     ----------

@@ -20,8 +20,8 @@ class Leverage(Policy):
     $$ \mathrm{importance}_j = k_j^\top (K^\top K + \lambda I)^{-1} k_j, \qquad
        \lambda = \frac{\lVert K \rVert_F^2}{1000\, d} $$
 
-    From 0 to 1: a key that repeats others has little, a key whose direction no other has nearly 1. Needs keys, and
-    values if they count.
+    It is from 0 to 1. A key that repeats others has little. A key whose direction no other key has is near 1. Needs
+    keys, and values if they count.
 
     Parameters
     ----------
@@ -35,8 +35,8 @@ class Leverage(Policy):
     Source: leverage scores choose the rows of a CUR decomposition (Drineas, Mahoney, Muthukrishnan, arXiv 0708.3696).
     Compactor (arXiv 2507.08143) evicts by those of centred keys before RoPE, after a random projection, blended with
     attention; CurDKV (arXiv 2509.15038) by those of keys times those of values, approximated by squared norms. Here
-    they are exact, of the keys that attention uses, but for the ridge of a thousandth of the mean eigenvalue, which few
-    or equal tokens need. Sinks and window are the cache's.
+    they are exact, and those of the keys that attention uses, except for a ridge: a thousandth of the mean eigenvalue,
+    which few or equal tokens need. Sinks and window are the cache's.
 
     Examples
     --------

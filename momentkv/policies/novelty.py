@@ -13,7 +13,7 @@ from momentkv.statistics.weights import positive
 
 __all__ = ["Novelty", "centred", "mahalanobis", "ranks"]
 
-# Part of the mean variance that is added in every direction: few tokens, or equal ones, leave some without any.
+# Part of the mean variance that is added in every direction: with few or equal tokens, some directions have none.
 RIDGE = 1e-3
 
 

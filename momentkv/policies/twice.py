@@ -21,9 +21,9 @@ class Twice(SecondReading):
 
     $$ c_j = a_j\, \lVert v_j - \bar v \rVert $$
 
-    with the score $a_j$ of `SecondReading` says what a later question may need, as `Attention` says it of the
-    window; the other says what the text itself goes on with. A share of the tokens retained is the first ranking's, at
-    every budget, as `Balanced` mixes its own.
+    with the score $a_j$ of `SecondReading` says what a later question may need, as the score of `Attention` does for
+    the window. The second ranking says what the text's continuation needs. At every budget, a share of the retained
+    tokens comes from the first ranking, mixed as in `Balanced`.
 
     Parameters
     ----------

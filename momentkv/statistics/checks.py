@@ -1,4 +1,4 @@
-"""What moments refuse, by name."""
+"""Checks of moments, whose errors name the argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parting weighted points into groups, and matrices into few directions; deterministic and batched."""
+"""Grouping of weighted points, and approximation of matrices by few directions; deterministic and batched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["centres", "cluster", "low_rank"]
 LLOYD_STEPS = 3
 SUBSPACE_STEPS = 3
 OVERSAMPLING = 4
-# Up to so many points for each group, distances between all of them are worked out at once.
+# Up to this many points for each group, all distances between them are computed at once.
 MANY = 16
 
 
@@ -23,7 +23,7 @@ def cluster(x: Array, weight: Array, groups: int) -> Array:
     ----------
     x : array, shape (..., n, f)
     weight : array, shape (..., n)
-        Not negative; a point of weight 0 has no say.
+        Not negative; a point of weight 0 does not count.
     groups : int
 
     Returns

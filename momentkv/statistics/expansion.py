@@ -27,7 +27,7 @@ class Expansion(NamedTuple):
     anchor : array, shape (..., d), or None
         $a$, a scaled query; None is the zero query, the paper's.
     slope : array, shape (..., d, dv), or None
-        $B^\top$. A kernel reads it fastest where it lies as written, the axis of values last.
+        $B^\top$. A kernel reads it fastest if memory has the axis of values last, as here.
     slope_left, slope_right : array, shape (..., dv, r) and (..., r, d), or None
         $B$ of low rank.
     variance : array, shape (..., d) or (..., d, d), or None
@@ -37,8 +37,8 @@ class Expansion(NamedTuple):
 
     Notes
     -----
-    Leading axes are (batch..., kv_head). Evaluated by `estimate_expansion`. But for slope and variance, the groups are
-    tokens with a `bias`: docs/derivations/summaries.md#pseudo-tokens.
+    Leading axes are (batch..., kv_head). Evaluated by `estimate_expansion`. Except for slope and variance, the groups
+    are tokens with a `bias`: docs/derivations/summaries.md#pseudo-tokens.
     """
 
     log_weight: Array
@@ -54,7 +54,7 @@ class Expansion(NamedTuple):
 
     @property
     def bias(self) -> Array:
-        r"""What makes a token of each group: $\ell_c = s\, q \cdot \mu_c + b_c$, shape (..., m).
+        r"""What turns each group into a token: $\ell_c = s\, q \cdot \mu_c + b_c$, shape (..., m).
 
         $b_c = \log W_c - a \cdot \mu_c$: with keys $\mu_c$, values $\nu_c$ and this bias on their
         logits, which no query changes, the groups may stand beside retained tokens in one attention call.

@@ -40,8 +40,8 @@ class Extent:
 
     Notes
     -----
-    Costs ``d + dv + 7`` numbers a head. Radii are exact maxima under `merge` and stay valid, though not least, when
-    tokens are taken away. Derivation: docs/derivations/bounds.md.
+    Costs ``d + dv + 7`` numbers for each head. Radii are exact maxima under `merge`. When tokens are taken away they
+    stay valid, but may be larger than needed. Derivation: docs/derivations/bounds.md.
     """
 
     key_anchor: Array
@@ -135,7 +135,7 @@ class Extent:
         Raises
         ------
         ValueError
-            If a head has tokens on both sides and other anchors: distances from other points do not combine.
+            If a head has tokens on both sides with different anchors: distances from different points do not combine.
         """
         xp = array_namespace(self.key_radius, other.key_radius)
         mine, both = self.occupied, self.occupied & other.occupied

@@ -1,4 +1,4 @@
-"""Weighted tokens, and groups of them, parted into groups anew: their weights, means and what varies within."""
+"""Regrouping of weighted tokens and groups: the new groups' weights, means and variation within."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUPING_POWER = 0.5
 
 
 class Groups(NamedTuple):
-    """Weighted points parted into groups.
+    """Weighted points, divided into groups.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Groups(NamedTuple):
 
 
 def part(log_weight: Array, keys: Array, values: Array, deviation: Array, groups: int, *, covariance: bool) -> Groups:
-    """Part points into groups that queries tell apart.
+    """Divide points into groups that queries tell apart.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 """Moment statistics of a set of tokens, and their algebra.
 
 A `Moments` stands for a (weighted) set of tokens per KV head: weight, key mean, value mean, the centred value-key
-co-moment and, where wanted, that of the keys and what bounds need. Sets can be joined (`merge`, `update`), parted
-(`downdate`), moved (`rotate`) and faded (`decay`) without the tokens. Always centred: raw second moments lose all
-digits once the mean is large against the spread.
+co-moment and, where wanted, that of the keys and what bounds need. Sets can be joined (`merge`, `update`), reduced
+(`downdate`), moved (`rotate`) and faded (`decay`) without the tokens. Co-moments are always centred: raw second moments
+lose all digits if the mean is large against the spread.
 """
 
 from __future__ import annotations
@@ -296,7 +296,7 @@ class Moments:
         Returns
         -------
         Moments
-            Heads from which everything is removed become exactly empty.
+            Heads from which everything is removed are then exactly empty.
 
         Raises
         ------
@@ -305,9 +305,9 @@ class Moments:
 
         Notes
         -----
-        Exact in exact arithmetic. In floating point the error grows like the removed over the remaining weight:
-        meant for taking back a small part. Weights at an anchor are exponentials, of which the removed ones may be all
-        that is known to rounding.
+        Exact in exact arithmetic. In floating point the error grows like the removed over the remaining weight, so use
+        it to take back a small part. Moments with an anchor are refused: their weights are exponentials, and rounding
+        may leave nothing of those that remain.
         """
         if self.anchor is not None:
             raise ValueError(

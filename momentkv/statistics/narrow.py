@@ -2,9 +2,10 @@ r"""Statistics as they are stored between steps: each vector as whole numbers of
 
 $$ x \approx \delta\, c, \qquad \delta = \max_i |x_i| / 32767, \qquad c \in \{-32767, \dots, 32767\} $$
 
-Statistics are added up in full precision and rounded only where they are stored. Rounding to the nearest would lose
-what an eviction changes once very many tokens have been folded, always in the same direction. So rounding is dithered:
-a number is rounded up as often as it lies near the upper one, by a sequence that the number of tokens drives.
+Statistics are added up in full precision and rounded only where they are stored. Once very many tokens have been
+folded, rounding to the nearest would lose what an eviction changes, each time in the same direction. So rounding is
+dithered: the nearer a number is to the upper neighbour, the more often it is rounded up. A sequence driven by the
+number of tokens decides.
 Derivation: docs/derivations/moments.md.
 """
 

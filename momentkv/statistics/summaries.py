@@ -1,9 +1,10 @@
 """Several anchored summaries of a set of tokens: the recommended stand-in for what was evicted.
 
 The paper expands attention over the evicted tokens once, around the zero query. Queries are far from zero, so most of
-the evicted mass is lost. Here tokens are weighted by the attention of a recent query, the *anchor*, and parted into a
-few groups that recent queries tell apart; each group is summarised by its weight and means, and what varies within
-the groups by one diagonal and one low-rank matrix that all share. One summary and no rank: anchored moments.
+the evicted mass is lost. Here tokens are weighted by the attention of a recent query, the *anchor*, and divided into a
+few groups that recent queries tell apart. Each group is summarised by its weight and means. One diagonal and one
+low-rank matrix, which all groups share, stand for the variation within groups. With one summary and no rank these are
+anchored moments.
 """
 
 from __future__ import annotations
@@ -53,13 +54,13 @@ class Summaries:
     strength : array, shape (...)
         Share of the variance gain that is credited; see `estimate_summaries`.
     cap : array, shape (...)
-        Most that any query is credited with, in nats.
+        Largest gain that any query is credited with, in nats.
 
     Notes
     -----
     Immutable. Sums in float64 if an input is float64, else in float32. Grouping keeps the total weight, the weighted
-    means of all tokens and the diagonal of the covariance of their keys exactly; what is lost is which token lay
-    where within its group, and the part of ``B`` beyond rank ``r``. At most ``m`` tokens are represented exactly.
+    means of all tokens and the diagonal of the covariance of their keys exactly. It loses where each token lay within
+    its group, and the part of ``B`` beyond rank ``r``. At most ``m`` tokens are represented exactly.
     Derivation: docs/derivations/summaries.md.
 
     Examples
@@ -249,10 +250,9 @@ class Summaries:
         Notes
         -----
         `estimate_summaries` is unchanged to rounding (while the cap does not bind): a quadratic expanded around
-        another point is the same quadratic. The new state is therefore an approximation of the summaries that the
-        tokens themselves would give at that anchor exactly as good as the estimate is there, and repeated moves do
-        not drift. Damping the shift of the means but not that of the weights, or the other way round, breaks this
-        and diverges.
+        another point is the same quadratic. So the new state approximates the summaries that the tokens themselves
+        would give at that anchor, as well as the estimate does there. Repeated moves do not drift. If only the shift of
+        the means or only that of the weights were damped, they would diverge.
         """
         xp = check_arrays(summaries=self.anchor, anchor=anchor)
         anchor = xp.astype(anchor, self.anchor.dtype, copy=False)
@@ -303,7 +303,7 @@ class Summaries:
         Parameters
         ----------
         order : {0, 1}
-            0 leaves the slope out; 1, the default, has what slope there is.
+            0 leaves the slope out; 1, the default, includes it if there is one.
         strength : None
             Summaries have their own; see `calibrate`.
 
@@ -345,7 +345,7 @@ class Summaries:
         window: QueryWindow,
         count: Array,
     ) -> Summaries:
-        """Part weighted points into groups; the first ``own`` have ``key_variance`` and ``slope`` within."""
+        """Divide weighted points into groups; the first ``own`` have ``key_variance`` and ``slope`` within."""
         xp = array_namespace(keys)
         deviation = xp.sqrt(xp.astype(window.variance, keys.dtype, copy=False))
         groups = part(

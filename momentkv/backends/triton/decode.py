@@ -21,7 +21,8 @@ __all__ = [
     "number_of_splits",
 ]
 
-# Blocks of the sequence for each multiprocessor at least. Two or three were slower by a tenth at batch 16, and hardly
+# Least number of blocks of the sequence for each multiprocessor. Two or three were slower by a tenth at batch 16, and
+# hardly
 # faster anywhere (H200, head dimension 128).
 WAVES = 1
 SPLITS = 64  # at most; the combine kernel holds the outputs of all splits of a query
@@ -76,8 +77,8 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
         BLOCK_V=wide[1],
         BLOCK_C=16 if single or largest > 128 else 32,
         num_warps=8 if queries == 32 or largest > (64 if single else 128) else 4,
-        # One tile on its way is enough, and faster by a tenth, where blocks read at once; not where they first evaluate
-        # summaries (H200, head dimension 128).
+        # One tile in flight is enough, and faster by a tenth, where blocks read at once. It is not where they evaluate
+        # summaries first (H200, head dimension 128).
         num_stages=2 if single or summaries < 2 else 3,
     )
 

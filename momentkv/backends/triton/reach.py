@@ -1,4 +1,4 @@
-"""Every specialisation of the kernels that a decoding step can launch, asked of what launches them.
+"""Every specialisation of the kernels that a decoding step can launch, found by asking the code that launches them.
 
 `decode_tiers` is called with tensors that have no data, for every correction, dtype and kind of storage, and each call
 of the operator that it makes is taken to `decode_launches`, which is what a GPU would run.

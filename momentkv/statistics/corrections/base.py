@@ -29,10 +29,11 @@ class Correction(abc.ABC):
         Median true error over median uncalibrated estimate (`momentkv.trust.estimated_error`), 1 where nobody measured
         it; those here are of SmolLM2-135M on the text "compound" (2,048 tokens, budget 256), see docs/certificates.md.
     vectors : tuple of str
-        Arrays of its state, of vectors, that may be stored in 16 bits; a state with any is made of its `arrays` alone.
+        Names of arrays of vectors in its state that may be stored in 16 bits. If there are any, the state can be made
+        from its `arrays` alone.
     couples_heads : bool
-        False says that nothing done to one KV head depends on others, and that every array that a state maps has axes
-        (..., kv_head) first. Layers that evict at one step are then folded at once.
+        False if nothing done to one KV head depends on others, and every array that a state maps has axes (...,
+        kv_head) first. Layers that evict at one step are then folded together.
     """
 
     name: ClassVar[str] = ""
@@ -52,7 +53,7 @@ class Correction(abc.ABC):
         Raises
         ------
         ValueError
-            If there is no such thing.
+            If the correction has no such order.
         """
         if self.order is None or order >= self.order:
             return self

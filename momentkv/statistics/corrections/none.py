@@ -22,7 +22,7 @@ class NoStatistics:
     Attributes
     ----------
     keys, values : array, shape (..., 0, d) and (..., 0, dv)
-        No tokens; they say how many heads there are, of which dimension and dtype, and on which device.
+        No tokens. Their shape, dtype and device are those of the cache.
     """
 
     keys: Array
@@ -48,7 +48,7 @@ class NoStatistics:
         return {}
 
     def map(self, function: Callable[[Array], Array]) -> NoStatistics:
-        """As of every state: the function is given the arrays without tokens."""
+        """Apply a function to the arrays without tokens, as for every state."""
         return NoStatistics(function(self.keys), function(self.values))
 
     def expansion(self, *, order: int | None = None, strength: float | None = None) -> Expansion:

@@ -33,7 +33,7 @@ class AnchoredSummaries(Correction):
     anchored: ClassVar[bool] = True
     calibration: ClassVar[float] = 0.084
     couples_heads: ClassVar[bool] = False
-    # In an order in which what a backend reads together lies together.
+    # In this order, arrays that a backend reads together lie together.
     vectors: ClassVar[tuple[str, ...]] = (
         "key_mean", "slope_right", "value_mean", "slope_left", "anchor", "key_variance",
     )  # fmt: skip
