@@ -1,7 +1,7 @@
-"""What decoding costs against what its bytes cost: ``momentkv bench``.
+"""Times of decoding beside the time that its bytes take to copy: ``momentkv bench``.
 
 Everything is measured in one process, next to the copy bandwidth and the cost of the smallest call of the same device:
-a time means little without both. Numbers are random; buffers rotate, so that none is found in a cache of the device.
+a time means little without both. Numbers are random. Buffers rotate, so that no cache of the device holds them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def measurements(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def table_of(rows: list[Row], title: str) -> Table:
-    """A line a measurement."""
+    """A line for each measurement."""
     table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
     for column in ("", "shape", "of", "us", "least", "spread", "MiB", "copy"):
         table.add_column(
@@ -108,7 +108,7 @@ def digits(seconds: float) -> str:
 
 
 def plot_of(rows: list[Row], bandwidth: float, path: Path, *, title: str) -> Path:
-    """Time against bytes: the line is what copying as many bytes takes."""
+    """Time against bytes; the line is the time to copy that many bytes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")

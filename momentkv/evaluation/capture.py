@@ -1,4 +1,4 @@
-"""Reading a context once with the full cache, and replaying evictions from what was captured.
+"""Reads a context once with the full cache, captures what attention used, and replays evictions from it.
 
 Prefill attends exactly whatever the policy, so its keys, values and queries are the same for all of them: one pass
 over the context serves every policy, budget and correction.

@@ -108,7 +108,7 @@ def fidelity(options: argparse.Namespace) -> int:
 
 
 def always_of(options: argparse.Namespace) -> dict[str, int]:
-    """Recent tokens that a command always retains, and those of them that stay exact beside few bits."""
+    """Recent tokens that a command always retains, and those of them that stay exact where others have few bits."""
     return {"window": options.window, "exact_window": options.exact_window}
 
 
@@ -138,7 +138,7 @@ def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
 
 
 def check_methods(options: argparse.Namespace) -> None:
-    """Refuse names of policies and corrections that there are not, before a model is loaded.
+    """Refuse unknown names of policies and corrections before a model is loaded.
 
     Raises
     ------

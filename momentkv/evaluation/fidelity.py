@@ -82,8 +82,7 @@ def measure(
 
     Protocol: the context is prefilled in one pass and cut to the budget; the following tokens are teacher-forced in
     one pass (each sees the retained tokens, the moments and the following tokens before it; nothing more is evicted).
-    With ``block`` they are teacher-forced one by one instead, and whenever so many have come as many tokens are
-    evicted.
+    With ``block`` they are teacher-forced one by one instead, and after every ``block`` tokens as many are evicted.
 
     Parameters
     ----------
@@ -95,7 +94,7 @@ def measure(
     settings : iterable of Setting
     sinks, window, exact_window : int
     errors_every : int
-        Measure the error of every head at one in so many following tokens; 0 for not at all.
+        Measure the error of every head at each ``errors_every``-th following token; 0 for none.
     block : int, optional
         Decode, and evict so many tokens at a time.
     tokenizer : PreTrainedTokenizer, optional

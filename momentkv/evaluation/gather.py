@@ -1,4 +1,4 @@
-"""Results of many measurements, brought together: one summary, small enough to be kept beside the text about it."""
+"""Brings the results of many measurements together: one summary, small enough to be kept beside the text about it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def kind_of_result(content: Any) -> str | None:
 
 
 def gather(paths: Iterable[Path]) -> dict[str, Any]:
-    """Summary of results files; what else lies there is named and left out.
+    """Summary of results files. Other files there are named and left out.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If some results count bytes in other tokens than others: their budgets are not the same.
+        If results count bytes in different tokens: their budgets cannot be compared.
     """
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     left_out = []
@@ -124,12 +124,12 @@ def counted_in(protocols: Iterable[tuple[str, dict[str, Any]]]) -> int | None:
 
 
 def without_output(command: str | None) -> str | None:
-    """A command without the place of its results, which says nothing about them."""
+    """A command without the path of its results, which says nothing about them."""
     return None if command is None else re.sub(r" --output \S+", "", command)
 
 
 def distinct(rows: list[Row]) -> list[Row]:
-    """Each question of each cache once: files may share the full cache's rows."""
+    """Each question of each cache once, because files may share the full cache's rows."""
     names = ("layout", "value", "length", "haystack", "task", "index", "question", "policy", "correction")
     seen: dict[tuple[Any, ...], Row] = {}
     for row in rows:

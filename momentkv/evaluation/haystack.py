@@ -1,4 +1,4 @@
-"""Haystacks with needles: prose of any length in which a few sentences hold what questions ask for."""
+"""Haystacks with needles: prose of any length, in which a few sentences hold the answers to the questions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEYS = listed(
     "farm, hospital, observatory"
 )
 
-# What a value is called, and how it is drawn.
+# Name of each kind of value, and how it is drawn.
 VALUES: dict[str, tuple[str, Callable[[np.random.Generator], str]]] = {
     "number": ("number", lambda rng: str(rng.integers(10**6, 10**7))),
     "uuid": ("code", lambda rng: str(uuid.UUID(bytes=rng.bytes(16), version=4))),
@@ -54,7 +54,7 @@ TASKS = {
 
 
 class Needle(NamedTuple):
-    """A sentence that says the value of a key, as the beginning that its answer shares and the value."""
+    """A sentence that gives the value of a key, as two parts: the beginning, which its answer shares, and the value."""
 
     beginning: str
     value: str
@@ -66,7 +66,7 @@ class Needle(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One way to give an answer: values of one key come in either order.
+    """One way to give an answer: the values of one key may come in any order.
 
     Attributes
     ----------
@@ -92,7 +92,7 @@ class Question(NamedTuple):
     text : str
         Of the question, with the beginning of the answer.
     answers : tuple of Answer
-        Any of which is right.
+        Each of them is right.
     values : tuple of str
         What is asked for.
     depth : float
@@ -152,7 +152,7 @@ def make_haystack(
     keys : int
         Keys of the tasks that have several.
     haystack : str, optional
-        A text to take sentences of; by default they are made up.
+        A text to take sentences from; by default they are made up.
     seed : tuple of int
 
     Raises
@@ -267,7 +267,7 @@ def encode_answers(
         links = ["", *(f". {needle.beginning}" for needle in wanted[1:])]
         texts.append([(link, f" {needle.value}") for link, needle in zip(links, wanted, strict=True)])
     wholes = [encode(tokenizer, after + "".join(link + value for link, value in pairs)) for pairs in texts]
-    # A tokenizer may join the end of one text and the beginning of the next; what all encodings share is the question.
+    # A tokenizer may join the end of one text and the beginning of the next. The question is what all encodings share.
     alone = encode(tokenizer, after)
     shared = min(common(alone, whole) for whole in wholes)
     answers = []

@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
 
     shapes: list[Shape]
     copy_bytes: int
-    rotate_bytes: int  # at least so much is read before the same bytes are read again
+    rotate_bytes: int  # at least this much is read before the same bytes are read again
     repeats: int
     seconds: float  # for one measurement, once it has five repeats
     dtype: torch.dtype
@@ -117,8 +117,7 @@ def of_device(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 def of_copy(sizes: Sizes, device: torch.device) -> Row:
     """Reading a buffer that no cache of the device holds, and writing another, by a kernel.
 
-    A copy that a CUDA graph holds need not be a kernel, and what does it there reached less than two thirds of this on
-    an H200.
+    A copy in a CUDA graph need not be a kernel. On an H200 it reached less than two thirds of this there.
     """
     source = torch.empty(sizes.copy_bytes // 4, dtype=torch.int32, device=device).fill_(1)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""The command ``momentkv evaluate needles``: whether what one sentence of a long context says can still be read."""
+"""The command ``momentkv evaluate needles``: whether a compressed cache still gives back what one sentence said."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = ("layout", "length", "haystack", "index", "question", "policy", "correctio
 
 
 class Planned(NamedTuple):
-    """A haystack that is to be asked, and the columns that say which it is."""
+    """A haystack to ask questions about, and the columns that identify it."""
 
     columns: dict[str, Any]
     haystack: Haystack
@@ -57,7 +57,7 @@ def needles(options: argparse.Namespace) -> int:
         "exact_window": EXACT_WINDOW,
         "momentkv": __version__,
     }
-    # Before any is measured, so that what does not fit is refused at once.
+    # Made before any is measured, so that one that does not fit is refused at once.
     with console.status("making haystacks"):
         planned = list(plan(options, tokenizer, text))
     if options.write_haystacks is not None:
@@ -104,7 +104,7 @@ def needles(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace, tokenizer: Any, text: str | None) -> Iterator[Planned]:
-    """All haystacks; lengths and depths once, then again: an interrupted run has seen each about equally often."""
+    """All haystacks, in rounds over lengths and depths: an interrupted run has then seen each about equally often."""
     layouts: dict[tuple[bool, int], list[str]] = {}
     for name in options.tasks:
         layouts.setdefault(TASKS[name][:2], []).append(name)

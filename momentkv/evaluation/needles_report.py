@@ -16,7 +16,7 @@ from momentkv.evaluation.report import tokens_in
 __all__ = ["bootstrap", "kind_of", "needles_table", "plot_needles", "spread", "summarize", "wilson"]
 
 Row = dict[str, Any]
-# A full cache that fails more often than not has nothing that compression could lose.
+# If the full cache fails more often than not, there is nothing that compression could lose.
 SIGNAL = 0.5
 
 
@@ -97,7 +97,7 @@ def bootstrap(groups: list[tuple[float, int]], *, draws: int = 2000, seed: int =
 
 
 def needles_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
-    """One line a task, length, question, budget, policy and correction; the full cache heads each task and length."""
+    """One line for each task, length, question, budget, policy and correction, after that of the full cache."""
     summary = summarize(rows)
     generated = any(x["generated"] is not None for x in summary.values())
     columns = ["question", "bytes", "policy", "correction", "found", "95 %", "n", "tokens", "NLL"]

@@ -20,7 +20,7 @@ SHARED = ["none-layers", "summaries-layers", "none-heads", "summaries-heads"]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help shows defaults, where there are any that say something."""
+    """A parser whose help shows defaults, except those that say nothing."""
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """As that of argparse."""
@@ -246,7 +246,7 @@ def add_method(
 
 
 def add_results(parser: argparse.ArgumentParser, output: str) -> None:
-    """Options of a command that goes on from its results when it is run again."""
+    """Options of a command that resumes from its results when it is run again."""
     parser.add_argument("--output", default=output, help="results; the plot goes beside it")
     parser.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")
     parser.set_defaults(resumes=True)

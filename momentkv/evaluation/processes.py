@@ -1,4 +1,4 @@
-"""Work in processes of its own, which end with the command that started them: nobody but it answers Ctrl-C."""
+"""Work in separate processes, which end with the command that started them. Only that command answers Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["in_a_process", "interrupts_later"]
 
 @contextlib.contextmanager
 def interrupts_later() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block, and processes that are started inside never hear of it.
+    """Delays Ctrl-C until the end of the block; processes that are started inside never receive it.
 
-    A terminal sends SIGINT to all processes, and theirs would be one more traceback each; so it is blocked, which they
-    inherit. Here it is noted, since it may reach another thread, and raised at the end: none is lost, and none falls
-    between the start of a process and the note that there is one.
+    A terminal sends SIGINT to all processes, and each would print a traceback. So the signal is blocked, which child
+    processes inherit. Here it is recorded, since it may reach another thread, and raised at the end. So no signal is
+    lost, and none arrives between the start of a process and the record of it.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
         yield

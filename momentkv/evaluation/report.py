@@ -43,7 +43,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 def show(console: Console, table: Table) -> None:
-    """Print a table that cuts nothing: where the terminal has less room than its cells need, it is wider."""
+    """Print a table that cuts nothing: it may be wider than the terminal."""
     needed = least_width(table)
     wide = console if needed <= console.width else Console(file=console.file, width=needed)
     wide.print(table)
@@ -60,7 +60,7 @@ def least_width(table: Table) -> int:
 
 
 def environment() -> dict[str, str]:
-    """Versions and the kind of machine that a result was measured with."""
+    """Versions, and the kind of machine, with which a result was measured."""
     import torch
     import transformers
 
@@ -89,7 +89,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def bits_of(protocol: dict[str, Any]) -> int | None:
-    """Bits of the keys and values that budgets were counted in; None in results of before ``--bytes``, as stored."""
+    """Bits of the keys and values that budgets were counted in; None, as stored, in results older than ``--bytes``."""
     bits: int | None = protocol.get("bytes")
     return bits
 
@@ -132,7 +132,7 @@ def average(rows: list[Row]) -> dict[tuple[int, str, str], Row]:
 
 
 def fidelity_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
-    """One line a budget, policy and correction; the best of each budget stands out."""
+    """One line for each budget, policy and correction; the best of each budget stands out."""
     averaged = average(rows)
     table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
     decoded = any(x["kl_last"] is not None for x in averaged.values())
@@ -166,7 +166,7 @@ def fidelity_table(rows: list[Row], *, title: str, bits: int | None) -> Table:
 
 
 def plot_fidelity(rows: list[Row], path: str | Path, *, title: str, bits: int | None) -> Path:
-    """KL against bytes, one line a policy and correction."""
+    """KL against bytes, one line for each policy and correction."""
     from matplotlib.figure import Figure
 
     averaged = average(rows)

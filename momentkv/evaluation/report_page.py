@@ -21,7 +21,7 @@ TEXT_COLUMNS = (
     *("context", "question", "policy, correction", "task", "text", "metric", "model", "results", "command"),
     "measured with",
 )
-# Where a number must not be torn apart.
+# Where a number must not be broken between lines.
 SPACE, DASH = "\u00a0", "\u2060–\u2060"
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #222; }

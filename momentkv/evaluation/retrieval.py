@@ -32,9 +32,9 @@ class Recall:
     Attributes
     ----------
     values : float
-        Share of the values asked for of which every token, given those before it, is the most likely one.
+        Fraction of the values whose every token is the top-1 prediction, given the tokens before it.
     tokens : float
-        Share of the values' tokens that are.
+        Fraction of the values' tokens that are the top-1 prediction.
     nll : float
         Negative log-likelihood of the values, mean over their tokens, in nats.
     generated : float or None
@@ -127,7 +127,7 @@ class Reader:
         return captured
 
     def read_again(self, tokenizer: Any, after: Question | None = None) -> None:
-        """Score what `rewind` or `rewind_to` brought back by a second reading, once for each."""
+        """Give the tokens that `rewind` or `rewind_to` brought back the scores of a second reading, once for each."""
         which = None if after is None else tuple(after.tokens)
         if which not in self.scores:
             read = self.haystack.context if after is None else [*self.haystack.context, *after.tokens[:-1]]
@@ -176,7 +176,7 @@ def measure_haystack(
     tokenizer: Any = None,
     generate: bool = False,
 ) -> Iterator[Asked]:
-    """Ask the full cache, and each compressed one, all questions about a haystack.
+    """Ask the full cache and each compressed cache all questions about a haystack.
 
     Protocol: ``"unseen"`` compresses the context and reads the questions afterwards, each on a copy of the compressed
     cache; ``"seen"`` compresses context and question, all but the last token before the answer. What was not compressed

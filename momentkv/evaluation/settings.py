@@ -1,4 +1,4 @@
-"""Ways to compress: what a command's words name, and what retains how many tokens at equal bytes."""
+"""Ways to compress: what the names of a command mean, and how many tokens each way retains at equal bytes."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Setting:
     bits : tuple of int, "auto", or None
         Of keys and values of retained tokens, see `momentkv.codes`.
     method : str
-        How a command named it; settings are the same whatever they were called.
+        How a command named it. The name does not make settings different.
     size : int or None
-        Tokens in whose bytes the budget was asked for, where it was.
+        The budget that was asked for, as the bytes of that many tokens, if it was.
     """
 
     policy: str | Policy
@@ -185,7 +185,7 @@ def bytes_as_tokens(
 def record_share(model: Any, setting: Setting, *, itemsize: int | None = None) -> Fraction:
     """Bytes of a retained token's record as a share of those of its keys and values.
 
-    Where bits are chosen by measured error, a cache's budget is in tokens of the model's own dtype.
+    If bits are chosen by measured error, a cache's budget is in tokens of the model's own dtype.
     """
     if setting.bits is None:
         return Fraction(1)
@@ -216,8 +216,9 @@ def settings_grid(
 
     A correction is what `Setting` takes after the budget: order, kind and, optionally, sharing and bits. A budget
     ``B`` means the bytes of ``B`` tokens per KV head (on average, where it is shared), whose numbers have ``itemsize``
-    bytes, by default as the model stores them; what a correction costs is taken from the tokens that it retains. Tokens
-    of few bits are as many more, but for sinks and the newest, which are exact. Combinations that would retain fewer
+    bytes, by default as the model stores them; what a correction costs is taken from the tokens that it retains. With
+    few bits, that many bytes hold more tokens, except for sinks and the newest tokens, which are exact. Combinations
+    that would retain fewer
     than sinks, window and one are left out, and so are budgets by heads for policies that look across heads.
 
     Raises

@@ -1,4 +1,4 @@
-"""Models and texts to evaluate on: any of yours, and some that come with packages."""
+"""Models and texts to evaluate on: your own, and some that come with packages."""
 
 from __future__ import annotations
 

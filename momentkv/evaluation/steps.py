@@ -1,4 +1,4 @@
-"""Times of decode steps: those that evict a block apart from the others, and what is typical of each."""
+"""Times of decode steps, and what is typical of steps that evict a block and of the others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def evicted_tokens(cache: Any) -> float:
 
 
 def typical(steps: Iterable[Step]) -> Typical:
-    """Medians, which a step that was held up by something else does not move.
+    """Medians, which a delay of one step does not move.
 
     Examples
     --------

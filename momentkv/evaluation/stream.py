@@ -47,7 +47,7 @@ def measure_stream(
     context : int
     setting : Setting
     chunk : int, optional
-        Tokens a prefill chunk; by default the context is prefilled at once.
+        Tokens of a prefill chunk; by default the context is prefilled at once.
 
     Yields
     ------

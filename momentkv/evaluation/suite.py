@@ -39,7 +39,7 @@ class Measurement(NamedTuple):
     name : str
         Of its results file.
     arguments, smoke : str
-        What it is given, and what instead to see that it runs.
+        Its arguments, and those of a short run that shows that it works.
     """
 
     name: str
@@ -129,7 +129,7 @@ PLAN = (
 
 
 def suite(options: argparse.Namespace) -> int:
-    """Run all measurements that are not complete, some at a time, and write the report of what there is."""
+    """Run all measurements that are not complete, several at a time, and write the report of all results."""
     if options.workers < 1:
         raise ValueError(f"workers is {options.workers}; use at least 1")
     names = [measurement.name for measurement in PLAN]
@@ -156,7 +156,7 @@ def suite(options: argparse.Namespace) -> int:
 def run_all(
     commands: dict[str, list[str]], folder: Path, workers: int, show: Callable[[dict[str, str]], None]
 ) -> dict[str, str]:
-    """Run commands, some at a time, each in a process of its own that ends with this one; what became of each."""
+    """Run commands, several at a time, each in a process that ends with this one; returns the outcome of each."""
     state = dict.fromkeys(commands, WAITS)
     started: dict[str, float] = {}
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -196,7 +196,7 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def failure(name: str) -> str:
-    """What is said of a measurement that failed."""
+    """The message for a measurement that failed."""
     return f"failed, see {name}.log"
 
 

@@ -25,7 +25,7 @@ class Point(NamedTuple):
     ----------
     policy, correction : str
     tokens : int
-        Budget: bytes of so many tokens per KV head, correction included.
+        Budget: the bytes of this many tokens per KV head, correction included.
     kl : float
         Mean over texts, in nats.
     found : dict
@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
 
 def join(fidelity: list[Row], needles: list[Row]) -> list[Point]:
-    """What both measurements have; of several lengths of haystacks all count.
+    """Points that both measurements have; all lengths of haystacks count.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def tradeoff(options: argparse.Namespace) -> int:
 
 
 def tradeoff_table(points: list[Point], *, title: str, bits: int | None) -> Table:
-    """One line a point; those that no other beats on both measures stand out."""
+    """One line for each point; those that no other beats on both measures stand out."""
     table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
     for column in ("bytes", "policy", "correction", "KL", "unseen", "seen"):
         table.add_column(column, justify="left" if column in ("policy", "correction") else "right", no_wrap=True)

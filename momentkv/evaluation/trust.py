@@ -87,11 +87,11 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
     context : int
     setting : Setting
     every : int
-        Every so many following tokens ask.
+        Every how many following tokens a query is taken.
 
     Notes
     -----
-    In float64, from keys, values and queries of the full cache, so that what is measured is the method's error.
+    In float64, from keys, values and queries of the full cache, so that the error is the method's alone.
     """
     ids = ids.to(model.device)
     policy = get_policy(setting.policy)
@@ -150,7 +150,7 @@ def compare(
 
 
 def plot_trust(points: TrustPoints, path: str | Path, *, title: str) -> Path:
-    """Draw certificate and estimate against the true error, one dot a query."""
+    """Draw certificate and estimate against the true error, one dot for each query."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 3.9), layout="constrained")

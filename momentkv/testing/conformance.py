@@ -143,7 +143,7 @@ def _check_stored(
     asnumpy: Callable[..., Any],
     where: str,
 ) -> None:
-    """Stored tokens are attended to, and corrected, as they are in one array, however they lie in tiers."""
+    """Stored tokens give the same attention and correction in tiers, however they lie there, as in one array."""
     # A few of the heads: backends may take heads of different numbers one by one.
     queries, k, v, w = (x[:FEW_HEADS] for x in (batch.q, batch.k, batch.v, np.ones_like(batch.w)))
     truth = Truth.of(Batch(queries, k, v, w, batch.scale, batch.dtype, True))

@@ -1,4 +1,4 @@
-"""Exact quantities of a batch in extended precision, and what comes of checking something against them."""
+"""Exact quantities of a batch in extended precision, and outcomes of checks against them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Run every check on many adversarial cases: ``python -m momentkv.testing.verify``.
 
-A case is one head: a set of tokens, a query, and what stands beside them. The same seed gives the same cases.
+A case is one head: a set of tokens, a query, and a retained set beside them. The same seed gives the same cases.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class MomentLM(HFLM):
     prefill_chunk : int, optional
         Tokens read at a time; by default all at once.
     query_aware : bool
-        Whether the question is part of what is compressed.
+        Whether the question is compressed with its context.
     question_marker, context_field : str, optional
         With ``query_aware=False``, where the question begins:
         `momentkv.evaluation.lm_eval.questions.question_start`.
@@ -76,12 +76,13 @@ class MomentLM(HFLM):
     predicted by the pass that read the prompt's end, before its eviction. With ``query_aware=False`` only what comes
     before the question is compressed; the question is read through the compressed cache, in one pass.
 
-    *Loglikelihood.* The context is read and compressed, all but its last token, or all before its question; what is
-    left of it and the continuation are then read in one pass, and nothing is evicted before its end. Continuations of
-    one context share its cache. An empty context is lm_eval's prefix token: nothing is compressed.
+    *Loglikelihood.* The context is read and compressed, all but its last token, or all before its question. The rest of
+    it and the continuation are then read in one pass, and nothing is evicted before the end of that pass. Continuations
+    of
+    one context share its cache. An empty context is lm_eval's prefix token, and nothing is compressed.
 
     *Rolling loglikelihood.* Each of lm_eval's windows is read ``prefill_chunk`` tokens at a time, each chunk scored
-    with the cache that the chunks before it left. Without ``prefill_chunk`` nothing would be evicted; that is refused.
+    with the cache that the chunks before it left. Without ``prefill_chunk`` nothing would be evicted, so it is refused.
 
     See docs/lm-eval.md for commands.
     """

@@ -1,4 +1,4 @@
-"""What `momentkv.hf.MomentCache` can be asked for, on the device against the same on the CPU."""
+"""Every mode of `momentkv.hf.MomentCache` on the device, compared with the same on the CPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MODES: dict[str, dict[str, Any]] = {
 def compared(rehearse: bool) -> Iterator[Row]:
     """For each mode, how far logits of a small model with random weights lie from those of the CPU.
 
-    In float32, where a ranking that is not close to a tie is the same; a mode that raises costs itself alone.
+    In float32, in which only rankings close to a tie may differ. A mode that raises does not stop the others.
     """
     modules_needed("transformers", "accelerate")
     from transformers import AutoModelForCausalLM, LlamaConfig

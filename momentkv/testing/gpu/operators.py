@@ -1,4 +1,4 @@
-"""What a decoding step asks of a GPU besides its kernel: operators counted on tensors that have no data."""
+"""Operators that a decoding step launches besides its kernel, counted on tensors without data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from momentkv.testing.gpu.steps import KINDS
 
 __all__ = ["Fused", "Log", "counts", "step_without_data"]
 
-# What reads or writes no element.
+# Operators that read or write no element.
 FREE = ("detach", "view", "_unsafe_view", "slice", "select", "expand", "unsqueeze", "transpose", "alias")
 
 

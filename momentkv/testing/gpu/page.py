@@ -1,4 +1,4 @@
-"""What was found, on one page of plain text."""
+"""The results on one page of plain text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def last(text: str) -> str:
 
 
 def of_kernels(rows: list[dict[str, Any]]) -> list[str]:
-    """How many are right, which are wrong, and how far the worst is off."""
+    """How many are right, which are wrong, and the largest error."""
     if not rows:
         return []
     worst = max(rows, key=lambda row: row["share"])

@@ -1,9 +1,9 @@
-"""How long launches should take on GPUs that nobody has at hand: bytes, and how many are asked for at once.
+"""How long launches should take on GPUs that are not at hand, from their bytes and how many are in flight.
 
 Bytes are counted from the kernels' own loads and stores. Registers and shared memory, as compiled, say how many blocks
 run at once; what they ask for before they wait, and the time until an answer comes, bound the bandwidth (Little's law).
-Blocks come in waves, each at the bandwidth that its number of blocks can draw. Everything else is left out: a
-prediction is what a good kernel should reach, and is no measurement.
+Blocks come in waves, each at the bandwidth that its number of blocks can draw. Everything else is left out. So a
+prediction is what a good kernel should reach, not a measurement.
 """
 
 from __future__ import annotations
