@@ -181,8 +181,9 @@ def test_a_formula_that_cannot_be_converted_stops_the_build(tex):
 
 
 def test_options_in_code_stay_in_one_piece():
-    kept = load_hook("flags").keep_flags("<code>run --new-tokens 4</code>, a--b")
-    assert kept == '<code>run <span class="flag">--new-tokens</span> 4</code>, a--b'
+    keep_flags = load_hook("flags").keep_flags
+    assert keep_flags("<code>a --new-b 4</code>, a--b") == '<code>a <span class="flag">--new-b</span> 4</code>, a--b'
+    assert keep_flags("<code>-inf</code>") == '<code><span class="flag">-inf</span></code>'
 
 
 def test_a_percentage_stays_in_one_piece():
@@ -200,6 +201,7 @@ def test_pages_and_theorems_in_docstrings_become_links():
     pytest.importorskip("griffe")
     to_markdown = load_hook("docstrings").to_markdown
     assert to_markdown("Of $a$; see docs/derivations/moments.md.") == "Of $a$; see [Moments][derivation-moments]."
+    assert to_markdown("docs/derivations/summaries.md#anchor") == "[Anchored summaries][anchor]"
     assert to_markdown("Theorem B8': above B8.") == "[Theorem B8'][b8-prime]: above B8."
     with pytest.raises(pytest.importorskip("mkdocs.exceptions").PluginError, match="first line needs an id"):
         to_markdown("See docs/what-we-tried.md.")

@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 from mkdocs.exceptions import PluginError
 
-PAGE = re.compile(r"docs/([a-z/-]+)\.md")
+PAGE = re.compile(r"docs/([a-z/-]+)\.md(?:#([a-z-]+))?")
 THEOREM = re.compile(r"Theorem (B\d+)('?)")
 # Types that griffe would read, and print, as Python expressions: "array, shape (n, d)" and "{0, 1}".
 SHAPE = re.compile(r"(?<= : )((?:\w+ )*)(array|tensor), shape \(", re.MULTILINE)
@@ -40,11 +40,11 @@ def to_markdown(docstring: str) -> str:
 
 
 def link(page: re.Match[str]) -> str:
-    """A link to the page by its title."""
+    """A link to the page, or to the heading that is named, by the page's title."""
     title = TITLE.match((DOCS / f"{page[1]}.md").read_text(encoding="utf-8"))
     if title is None:
         raise PluginError(f"docstrings name docs/{page[1]}.md, so its first line needs an id, # Title {{ #id }}")
-    return "[{}][{}]".format(*title.groups())
+    return f"[{title[1]}][{page[2] or title[2]}]"
 
 
 def one_by_one(docstring: str) -> str:

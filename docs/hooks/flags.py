@@ -11,7 +11,7 @@ from typing import Any
 
 CODE = re.compile(r"<code[^>]*>.*?</code>", re.DOTALL)
 PERCENT = re.compile(r"(?<=\d) (?=%)")
-FLAG = re.compile(r"(?<![\w&;-])--[a-z][a-z-]*")
+FLAG = re.compile(r"(?<![\w&;-])--?[a-z][a-z-]*")
 
 
 def keep_flags(content: str) -> str:

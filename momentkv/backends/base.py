@@ -171,8 +171,8 @@ class ArrayBackend:
         ----------
         q, tiers, scale, weights
             As in `attend_stored`.
-        expansion : Expansion, or what `prepare` made of one, or None
-            Of the evicted tokens; None for no correction.
+        expansion : Expansion, or a prepared one, or None
+            Of the evicted tokens, perhaps as `prepare` gives it; None for no correction.
 
         Returns
         -------

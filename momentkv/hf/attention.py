@@ -98,7 +98,9 @@ def momentkv_attention(
 
     Returns
     -------
-    tensor, shape (batch, q_len, q_head, dv), and None for the attention weights (or those of `stock_attention`)
+    output : tensor, shape (batch, q_len, q_head, dv)
+    weights : tensor or None
+        None, unless `stock_attention` gives some.
 
     Raises
     ------

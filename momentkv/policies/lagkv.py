@@ -24,7 +24,7 @@ class LagKV(Policy):
        s_j = \mathrm{softmax}_j\,\mathrm{std}(\bar k_j) + \mathrm{softmax}_j\,\mathrm{std}(\bar v_j) $$
 
     with the standard deviation over channels and the softmax over the run. All runs are treated alike: importance is
-    ``-(place - 1/2) / length``, place 1 being the largest ``s_j`` of the run. The last run has no next run to compare
+    ``(1/2 - place) / length``, place 1 being the largest ``s_j`` of the run. The last run has no next run to compare
     with, so it is ranked above all others, later tokens higher. Needs keys and values, and no attention.
 
     Parameters

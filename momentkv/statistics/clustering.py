@@ -109,7 +109,8 @@ def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
 
     Returns
     -------
-    left, right : array, shape (..., p, rank) and (..., rank, d)
+    left : array, shape (..., p, rank)
+    right : array, shape (..., rank, d)
 
     Notes
     -----

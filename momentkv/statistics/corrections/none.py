@@ -40,11 +40,11 @@ class NoStatistics:
 
     @property
     def nbytes(self) -> int:
-        """None."""
+        """Zero: nothing is held."""
         return 0
 
     def arrays(self) -> dict[str, Array]:
-        """None."""
+        """An empty dictionary."""
         return {}
 
     def map(self, function: Callable[[Array], Array]) -> NoStatistics:
