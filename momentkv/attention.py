@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, accumulate, array_namespace, check_arrays, check_mask, device
+from momentkv._typing import ArrayObject
 
 __all__ = ["AttentionState", "attend", "group_queries", "logits", "merge", "softmax_state", "ungroup_queries"]
 
@@ -30,7 +31,7 @@ class AttentionState(NamedTuple):
     lse: Array
 
 
-def group_queries(q: Array, kv_heads: int) -> Array:
+def group_queries(q: ArrayObject, kv_heads: int) -> Array:
     """Fold each KV head's group of query heads into the query axis.
 
     Parameters
@@ -56,13 +57,13 @@ def group_queries(q: Array, kv_heads: int) -> Array:
     return array_namespace(q).reshape(q, (*batch, kv_heads, q_heads // kv_heads * q_len, d))
 
 
-def ungroup_queries(x: Array, q_heads: int, q_len: int) -> Array:
+def ungroup_queries(x: ArrayObject, q_heads: int, q_len: int) -> Array:
     """Undo `group_queries` for an array whose axes ``kv_head, group * q_len`` stand at -3 and -2."""
     *batch, _, _, last = x.shape
     return array_namespace(x).reshape(x, (*batch, q_heads, q_len, last))
 
 
-def logits(q: Array, k: Array, *, scale: float | None = None, mask: Array | None = None) -> Array:
+def logits(q: ArrayObject, k: ArrayObject, *, scale: float | None = None, mask: ArrayObject | None = None) -> Array:
     """Scaled query-key products, ``-inf`` where masked.
 
     Parameters
@@ -88,7 +89,7 @@ def logits(q: Array, k: Array, *, scale: float | None = None, mask: Array | None
     return masked(xp.reshape(products, (*products.shape[:-2], q_heads // kv_heads, q_len, n)), mask)
 
 
-def masked(products: Array, mask: Array | None) -> Array:
+def masked(products: ArrayObject, mask: ArrayObject | None) -> Array:
     """Logits (..., kv_head, group, q_len, n), ``-inf`` where a mask that broadcasts to them is False."""
     if mask is None:
         return products
@@ -97,7 +98,7 @@ def masked(products: Array, mask: Array | None) -> Array:
     return xp.where(mask, products, xp.asarray(-math.inf, dtype=products.dtype, device=device(products)))
 
 
-def softmax_state(products: Array, v: Array) -> tuple[AttentionState, Array]:
+def softmax_state(products: ArrayObject, v: ArrayObject) -> tuple[AttentionState, Array]:
     """Attention state and attention weights of given logits.
 
     Parameters
@@ -123,7 +124,7 @@ def softmax_state(products: Array, v: Array) -> tuple[AttentionState, Array]:
     return AttentionState(xp.reshape(out, (*heads, v.shape[-1])), xp.reshape(lse, heads)), weights
 
 
-def softmax_weights(products: Array) -> tuple[Array, Array]:
+def softmax_weights(products: ArrayObject) -> tuple[Array, Array]:
     """Attention weights (..., n) of given logits, all zero for a query that sees no token, and their lse (...)."""
     xp = array_namespace(products)
     if products.shape[-1] == 0:
@@ -139,7 +140,9 @@ def softmax_weights(products: Array) -> tuple[Array, Array]:
     return weights / safe, lse[..., 0]
 
 
-def attend(q: Array, k: Array, v: Array, *, scale: float | None = None, mask: Array | None = None) -> AttentionState:
+def attend(
+    q: ArrayObject, k: ArrayObject, v: ArrayObject, *, scale: float | None = None, mask: ArrayObject | None = None
+) -> AttentionState:
     r"""Exact softmax attention of queries over a set of tokens.
 
     $$ \mathrm{lse} = \log \sum_j e^{s\, q \cdot k_j}, \qquad
@@ -236,7 +239,7 @@ def default_scale(d: int) -> float:
     return 1.0 / math.sqrt(d)
 
 
-def check_keys(q: Array, k: Array) -> Any:
+def check_keys(q: ArrayObject, k: ArrayObject) -> Any:
     """Raise unless queries and keys are floats, share ``d`` and have head and token axes; returns their namespace."""
     xp = check_arrays(q=q, k=k)
     if q.ndim < 3 or k.ndim < 3:
@@ -248,7 +251,7 @@ def check_keys(q: Array, k: Array) -> Any:
     return xp
 
 
-def check_values(k: Array, v: Array) -> Any:
+def check_values(k: ArrayObject, v: ArrayObject) -> Any:
     """Raise unless keys and values are floats and every key has a value; returns their namespace."""
     xp = check_arrays(k=k, v=v)
     if k.ndim < 2 or k.shape[:-1] != v.shape[:-1]:

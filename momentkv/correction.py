@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, cast, overload
 
 from momentkv._array import Array
+from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, merge
 from momentkv.bounds import output_error
 from momentkv.statistics.expansion import Expandable, estimate_expansion
@@ -28,7 +29,7 @@ class Certified(NamedTuple):
 
 
 def estimate(
-    q: Array,
+    q: ArrayObject,
     moments: Expandable,
     *,
     order: int | None = None,
@@ -90,7 +91,7 @@ def estimate(
 @overload
 def correct(
     retained: AttentionState,
-    q: Array,
+    q: ArrayObject,
     moments: Expandable,
     *,
     order: int | None = None,
@@ -103,7 +104,7 @@ def correct(
 @overload
 def correct(
     retained: AttentionState,
-    q: Array,
+    q: ArrayObject,
     moments: Moments,
     *,
     order: int | None = None,
@@ -115,7 +116,7 @@ def correct(
 
 def correct(
     retained: AttentionState,
-    q: Array,
+    q: ArrayObject,
     moments: Expandable,
     *,
     order: int | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace, check_mask
+from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, check_values, default_scale, logits, merge, softmax_state
 from momentkv.correction import correct
 from momentkv.statistics.expansion import Expandable
@@ -35,15 +36,15 @@ class EvictionError(NamedTuple):
 
 
 def eviction_error(
-    q: Array,
-    k: Array,
-    v: Array,
-    retained: Array,
+    q: ArrayObject,
+    k: ArrayObject,
+    v: ArrayObject,
+    retained: ArrayObject,
     *,
     moments: Expandable | None = None,
     order: int | None = None,
     scale: float | None = None,
-    mask: Array | None = None,
+    mask: ArrayObject | None = None,
 ) -> EvictionError:
     r"""Exact attention against attention without the evicted tokens, plain and corrected.
 
@@ -103,7 +104,7 @@ def eviction_error(
     )
 
 
-def norm(x: Array) -> Array:
+def norm(x: ArrayObject) -> Array:
     """Euclidean length along the last axis."""
     return array_namespace(x).linalg.vector_norm(x, axis=-1)
 

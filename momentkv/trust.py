@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace
+from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, group_queries, ungroup_queries
 from momentkv.bounds import output_error, read
 from momentkv.bounds.certificate import grouped, share_interval
@@ -38,14 +39,14 @@ class Trust(NamedTuple):
     estimated: Array
 
 
-def norm(x: Array) -> Array:
+def norm(x: ArrayObject) -> Array:
     """Euclidean length along the last axis."""
     return array_namespace(x).linalg.vector_norm(x, axis=-1)
 
 
 def estimated_error(
     retained: AttentionState,
-    q: Array,
+    q: ArrayObject,
     moments: Moments,
     *,
     scale: float | None = None,
@@ -85,7 +86,7 @@ def estimated_error(
     return calibration * ungroup_queries(error[..., None], q.shape[-3], q.shape[-2])[..., 0]
 
 
-def trust(cache: Any, q: Array) -> Trust:
+def trust(cache: Any, q: ArrayObject) -> Trust:
     """How far a cache can be trusted on queries that see all that it stores.
 
     Parameters
@@ -129,10 +130,10 @@ def trust(cache: Any, q: Array) -> Trust:
 
 def trust_of(
     config: Any,
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: Array,
+    q: ArrayObject,
+    k: ArrayObject,
+    v: ArrayObject,
+    positions: ArrayObject,
     evicted: Any,
     evidence: Moments,
     *,
@@ -150,7 +151,7 @@ def trust_of(
     bound = output_error(state, q, evidence, out, scale=scale)
     u = unit(evidence.weight)
 
-    def largest(x: Array) -> Array:
+    def largest(x: ArrayObject) -> Array:
         x = xp.astype(x, evidence.weight.dtype)
         lengths = norm(xp.where(present[..., None], x, xp.zeros_like(x)))
         return xp.max(lengths, axis=-1)[..., None]
@@ -169,7 +170,7 @@ def trust_of(
     safe = xp.where(total > 0, total, xp.ones_like(total))
     infinite = xp.full_like(total, float("inf"))
 
-    def relative(x: Array) -> Array:
+    def relative(x: ArrayObject) -> Array:
         return xp.where(total > 0, x / safe, xp.where(x > 0, infinite, xp.zeros_like(x)))
 
     return Trust(relative(bound), relative(estimate))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device
+from momentkv._typing import ArrayObject
 from momentkv.attention import check_values, default_scale
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.cache.config import EXACT_WINDOW, RECENT_QUERIES, CacheConfig, checked_budget, make_config
@@ -177,7 +178,7 @@ class LayerCache(Holdings):
             self.budgets = list(self._budget)
 
     @alone
-    def step(self, q: Array, k: Array, v: Array, *, valid: Array | None = None) -> Array:
+    def step(self, q: ArrayObject, k: ArrayObject, v: ArrayObject, *, valid: ArrayObject | None = None) -> Array:
         """Append tokens, attend from their queries, then evict down to the budget if the block is full.
 
         Parameters
@@ -218,7 +219,7 @@ class LayerCache(Holdings):
             raise
         return out
 
-    def append(self, k: Array, v: Array) -> None:
+    def append(self, k: ArrayObject, v: ArrayObject) -> None:
         """Take new tokens (first part of `step`)."""
         self.check_whole()
         check_values(k, v)
@@ -240,7 +241,7 @@ class LayerCache(Holdings):
         new = fresh(self.config, k, v, positions)
         self.new = new if self.new is None else joined(self.new, new)
 
-    def attend(self, q: Array, *, valid: Array | None = None) -> Array:
+    def attend(self, q: ArrayObject, *, valid: ArrayObject | None = None) -> Array:
         """Attend from the queries of the tokens appended last, corrected by the moments (second part of `step`)."""
         state, new = self.state, self.new
         if state is None or new is None:
@@ -260,7 +261,7 @@ class LayerCache(Holdings):
             self.observe(q)
         return xp.astype(out, q.dtype, copy=False)
 
-    def decoded(self, state: LayerState, new: NewTokens, q: Array) -> tuple[Array, LayerState]:
+    def decoded(self, state: LayerState, new: NewTokens, q: ArrayObject) -> tuple[Array, LayerState]:
         """`momentkv.cache.step.decoded` by these settings; nothing is changed."""
         expansion = self._prepared(self.config.backend_of(q), state)
         return decoded(self.config, state, new, q, scale=self.attention_scale, expansion=expansion)
@@ -278,7 +279,7 @@ class LayerCache(Holdings):
         # Of a static state they are read as they are, overwritten later: also by a step recorded while they were empty.
         return expansion if expansion is None or self.is_fixed else backend.prepare(expansion)
 
-    def observe(self, q: Array, *, valid: Array | None = None) -> None:
+    def observe(self, q: ArrayObject, *, valid: ArrayObject | None = None) -> None:
         """Show policy and correction the queries ``q`` of the newest tokens, or as many of them as they want.
 
         `attend` does so itself; call it on its own to replay a step from stored keys, values and queries. ``valid`` is
@@ -298,7 +299,7 @@ class LayerCache(Holdings):
             state, new = observed_queries(config, backend, state, new, q, self.attention_scale)
         self.state, self.new = state, new
 
-    def evict(self, importance: Array | None = None) -> None:
+    def evict(self, importance: ArrayObject | None = None) -> None:
         """Evict down to the budget where a row has filled its block, and fold in what goes (last part of `step`).
 
         The policy's `importance` of the tokens as they are now may be given, where it is known already.

@@ -157,15 +157,16 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         observes, length = settings.policy.observes, layer.keys.shape[2]
         if observes is not None and (settings.remembers_queries or settings.keep_queries):
             observes = wanted_queries([settings.policy])
-        kept = 0 if layer.queries is None else layer.queries.shape[2]
-        if kept < min(length, length if observes is None else observes):
+        queries = layer.queries
+        kept = 0 if queries is None else queries.shape[2]
+        if queries is None or kept < min(length, length if observes is None else observes):
             raise ValueError(
                 f"{kept} queries were captured, but policy {settings.policy.name!r} observes "
                 f"{'all' if observes is None else observes}; capture with keep={observes}"
             )
         core.scale = layer.scaling
         core.append(layer.keys, layer.values)
-        core.observe(layer.queries)
+        core.observe(queries)
         if settings.policy.rereads and index in captured.scores:
             take_scores(core, captured.scores[index])
         cache.layers[index].evict()

@@ -43,6 +43,8 @@ class LayerReader:
 
     def end_first(self) -> None:
         """Show the first reading to the layer's policy and correction."""
+        if self.queries is None:
+            raise RuntimeError("the layer has attended to nothing yet; let the model read the text first")
         self.core.recording = False
         self.stored = self.core.attention
         self.core.observe(self.queries)

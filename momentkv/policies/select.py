@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace, concrete, device
+from momentkv._typing import ArrayObject
 
 __all__ = ["Selection", "check_budget", "kept", "retain"]
 
@@ -28,7 +29,9 @@ class Selection(NamedTuple):
     evicted: Array
 
 
-def retain(importance: Array, positions: Array, *, budget: int | Array, sinks: int, window: int) -> Selection:
+def retain(
+    importance: ArrayObject, positions: ArrayObject, *, budget: int | Array, sinks: int, window: int
+) -> Selection:
     """Choose the tokens to retain.
 
     Always the first ``sinks`` and the last ``window`` tokens of each row; then the most important, earlier ones first
@@ -72,7 +75,7 @@ def retain(importance: Array, positions: Array, *, budget: int | Array, sinks: i
     return Selection(indices, filled, valid & ~retained)
 
 
-def ranking(importance: Array, positions: Array, *, sinks: int, window: int) -> Array:
+def ranking(importance: ArrayObject, positions: ArrayObject, *, sinks: int, window: int) -> Array:
     """Slots in the order in which a growing budget retains them, shape (..., n); arguments as in `retain`.
 
     Examples
@@ -90,7 +93,7 @@ def ranking(importance: Array, positions: Array, *, sinks: int, window: int) -> 
     return xp.take_along_axis(order, by_kind, axis=-1)
 
 
-def kept(importance: Array, positions: Array, limits: int | Array, *, sinks: int, window: int) -> Array:
+def kept(importance: ArrayObject, positions: ArrayObject, limits: int | Array, *, sinks: int, window: int) -> Array:
     """Which tokens a budget retains, shape (..., n): the first ``limits`` of `ranking`, without sorting slots.
 
     Examples
@@ -119,7 +122,7 @@ def kept(importance: Array, positions: Array, limits: int | Array, *, sinks: int
     return always | above | (level & (xp.cumulative_sum(xp.astype(level, xp.int32), axis=-1) <= ties))
 
 
-def protected(positions: Array, *, sinks: int, window: int) -> Array:
+def protected(positions: ArrayObject, *, sinks: int, window: int) -> Array:
     """Which slots are retained whatever their importance: the first and the last tokens of each row.
 
     Examples
