@@ -45,6 +45,9 @@ SIZES: dict[str, Any] = {
     "decoder_attention_heads": 4,
     "sliding_window": 16,
     "init_std": 0.2,
+    # Where there are no kernels, a chunk takes its length squared times states and heads: gigabytes by default.
+    "mamba_chunk_size": 8,
+    "mamba_d_state": 16,
 }
 # What is not text: encoders of images and sound.
 ENCODER: dict[str, Any] = {
@@ -156,13 +159,14 @@ EXTRA: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64},
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "mamba2": {"num_heads": 8},
+    "mamba2": {"num_heads": 8, "chunk_size": 8, "state_size": 16},
+    "nemotron_h": {"chunk_size": 8, "ssm_state_size": 16},
     "mistral": {"sliding_window": None},
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh"], "axial_pos_shape": [16, 32]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "chunk_size": 8},
     "xlnet": {"max_position_embeddings": LEFT, "d_model": 64, "n_head": 4},
     "prophetnet": {"num_hidden_layers": LEFT, "num_encoder_layers": 2, "num_decoder_layers": 2},
     "plbart": {"num_attention_heads": LEFT},

@@ -178,12 +178,31 @@ USES: dict[str, tuple[Callable[[Any, MomentCache], None], type[Exception], list[
     "nothing new": (
         read_again,
         ValueError,
+        ["40 tokens and the cache has read 40", "at least one new token", "edited or shortened, a new cache"],
+    ),
+    "positions of tokens before": (
+        lambda model, cache: model(prompt(2, 40), position_ids=torch.arange(40)[None], past_key_values=cache),
+        ValueError,
         ["40 tokens arrive", "the 40 tokens", "at least one new token", "edited or shortened, a new cache"],
     ),
     "nothing new, padded": (
         lambda model, cache: read_again(model, cache, padding=3),
         ValueError,
-        ["attention_mask has length 40", "80 tokens"],
+        ["40 tokens and the cache has read 40", "at least one new token"],
+    ),
+    "nothing new, embedded": (
+        lambda model, cache: model.generate(
+            inputs_embeds=torch.zeros(2, 30, model.config.hidden_size), past_key_values=cache, max_new_tokens=4
+        ),
+        ValueError,
+        ["30 tokens and the cache has read 40", "at least one new token"],
+    ),
+    "nothing new, in chunks": (
+        lambda model, cache: model.generate(
+            prompt(2, 30), past_key_values=cache, max_new_tokens=4, prefill_chunk_size=8
+        ),
+        ValueError,
+        ["30 tokens and the cache has read 40", "at least one new token"],
     ),
     "softcap": (bare(softcap=30.0), ValueError, ["softcap was passed", "Gemma 2"]),
     "sinks": (bare(s_aux=torch.zeros(4)), ValueError, ["s_aux was passed", "gpt-oss"]),
@@ -320,6 +339,18 @@ def test_a_pass_that_fails_in_the_first_layer_leaves_the_cache_as_before():
         assert_unchanged(failing, before)
         a, b = (model(prompt(1, 30, seed=1), past_key_values=cache).logits for cache in (failing, other))
     assert torch.equal(a, b)
+
+
+def test_a_length_is_a_number_and_tokens_can_be_taken_back_by_a_difference_of_lengths():
+    model, cache = tiny("llama"), cached()
+    with torch.no_grad():
+        model(prompt(2, 41), past_key_values=cache)
+    read = cache.get_seq_length()
+    assert (read, read + 1, 50 - read, 40 - read, read - 40) == (41, 42, 9, -1, 1)
+    assert torch.equal(torch.arange(read), torch.arange(41))
+    assert torch.equal(torch.tensor(45) - read, torch.tensor(4))
+    cache.crop(39 - cache.get_seq_length())
+    assert cache.get_seq_length() == 39
 
 
 def test_a_mask_with_dimensions_of_its_own_goes_to_sdpa_as_it_is():

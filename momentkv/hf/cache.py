@@ -30,6 +30,7 @@ from momentkv.hf.checks import (
 from momentkv.hf.clock import Clock
 from momentkv.hf.files import load, save
 from momentkv.hf.layer import MomentLayer
+from momentkv.hf.lengths import Read
 from momentkv.hf.models import config_of, dtype_of, fingerprint
 from momentkv.hf.owner import Owner, copied
 from momentkv.hf.padding import Padding
@@ -97,7 +98,7 @@ class MomentCache(Cache):
     method. On a whole model the paper's method is ``policy="momentkv", correction="moments", sharing="uniform"``.
 
     Full-attention layers are compressed. Sliding-window and chunked layers are bounded already and stay exact. Modes of
-    ``generate``, and what raises an error: docs/transformers.md.
+    ``generate``, and what raises: docs/transformers.md. Ids are not compared: an edited history needs a new cache.
     Between passes a cache keeps to a budget in bytes, with as many rows as at first. A prefill takes more, and so do
     recorded passes.
     """
@@ -199,9 +200,8 @@ class MomentCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding and evicted ones included; those of a pass that failed are not among them."""
         if self.static is not None and self.static.runs and not self.passes.is_torn:
-            length: int = super().get_seq_length(layer_idx)
-            return length
-        return self.passes.length
+            return super().get_seq_length(layer_idx)
+        return Read(self.passes.length)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Mask sizes as if nothing were evicted, so that one mask serves every layer."""

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from momentkv.hf.lengths import LONGER
+
 __all__ = [
     "NAME",
     "SHARING",
@@ -77,11 +79,6 @@ MEANINGS = {
 DROPPING = ("phi3", "phimoe", "phi4_multimodal")
 # Settings of decoders that attend to something else than their own tokens, too.
 CROSS = ("cross_attention_layers", "add_cross_attention")
-# How to go on with a cache.
-LONGER = (
-    "give it those and at least one new token, or, if the history was edited or shortened, a new cache: ids are "
-    "counted and not compared"
-)
 # Caches of dropping models that were asked whether they hold anything, and have not been used since.
 _asked: Any = weakref.WeakSet()
 

@@ -52,7 +52,7 @@ def waiting_tokens(tokens_to_remove: int) -> int:
         raise ValueError(
             f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number, as transformers does"
         )
-    return -tokens_to_remove
+    return -int(tokens_to_remove)  # plain, though it may be a difference of lengths
 
 
 def queries_to_keep(core: LayerCache, q_len: int, rollback: int) -> int:
