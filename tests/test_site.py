@@ -62,7 +62,7 @@ CLIPPED = """(scrolling) => [...document.querySelectorAll("article :is(.math, pr
     const box = x.getBoundingClientRect(), page = document.querySelector("article").getBoundingClientRect();
     const edge = scrolling ? window.innerWidth : page.right;
     if (x.scrollWidth <= Math.max(x.clientWidth, box.width) + 1 && box.right <= edge + 1) return false;
-    const scrolled = x.closest(".md-typeset__scrollwrap, div.math, span.math.wide, .output pre > code");
+    const scrolled = x.closest(".md-typeset__scrollwrap, div.math, span.math.wide, .language-text pre > code");
     const style = scrolled && getComputedStyle(scrolled);
     return !scrolling || !scrolled || style.overflowX !== "auto" || !style.backgroundImage.includes("gradient");
   }).map((x) => `${x.tagName} ${x.textContent.trim().slice(0, 60)}`)"""
