@@ -20,9 +20,12 @@ EXTRAS = {
     "transformers": "hf",
     "rich": "demo",
     "matplotlib": "demo",
-    "markdown": "demo",
     "gguf": "demo",
     "psutil": "demo",
+    "jinja2": "evaluate",
+    "markdown": "evaluate",
+    "pandas": "evaluate",
+    "scipy": "evaluate",
 }
 # As shells report a process that Ctrl-C ended: 128 and the number of SIGINT.
 INTERRUPTED = 130

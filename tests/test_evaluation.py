@@ -20,8 +20,10 @@ from momentkv.evaluation import sources
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.fidelity import compare, measure
 from momentkv.evaluation.gap import measure_gap, plot_gap
+from momentkv.evaluation.lines import fidelity_lines
 from momentkv.evaluation.options import ONCE
-from momentkv.evaluation.report import average, fidelity_table, plot_fidelity, read_json, write_json
+from momentkv.evaluation.report import read_json, save_figure, write_json
+from momentkv.evaluation.report_plots import plot_kl
 from momentkv.evaluation.settings import (
     CHOICES,
     DEFAULT,
@@ -33,7 +35,9 @@ from momentkv.evaluation.settings import (
     setting_of,
     settings_grid,
 )
-from momentkv.evaluation.sources import BUILTIN_TEXTS, load_model, load_text, tokenize
+from momentkv.evaluation.sources import load_model, load_text, tokenize
+from momentkv.evaluation.split import REPORT_TEXTS
+from momentkv.evaluation.terminal import fidelity_table
 from momentkv.hf import MomentCache, read
 from momentkv.policies import H2O, Policy, SnapKV
 from momentkv.statistics.corrections import AnchoredSummaries
@@ -374,22 +378,31 @@ def rows() -> list[dict[str, Any]]:
     return made
 
 
-def test_table_and_average_are_means_over_texts():
-    averaged = average(rows())
-    assert averaged[138, "snapkv", "none"]["kl"] == (1 + 5) / 2
-    assert averaged[266, "snapkv", "order 1"]["kl"] == (4 + 8) / 2
-    assert (averaged[266, "snapkv", "order 1"]["kl_min"], averaged[266, "snapkv", "order 1"]["kl_max"]) == (4, 8)
-    table = fidelity_table(rows(), title="title", bits=16)
+def test_table_and_lines_are_means_over_texts():
+    lines = fidelity_lines(rows()).set_index(["bytes", "method"])
+    assert lines.loc[(138, "snapkv/none"), "kl"] == (1 + 5) / 2
+    # A bootstrap of two texts draws each of them twice one time in four.
+    assert tuple(lines.loc[(266, "snapkv/order-1"), ["kl", "low", "high"]]) == ((4 + 8) / 2, 4, 8)
+    for bits, said in ((16, "of so many 16-bit tokens per KV head"), (None, "tokens as the model stores them")):
+        table = fidelity_table(lines.reset_index(), title="title", bits=bits)
+        assert said in str(table.caption)
     cells = {str(column.header): list(column.cells) for column in table.columns}
     assert cells["bytes"] == ["138", "", "266", ""]
-    # Of 1 and 5, 2 and 6, 3 and 7, 4 and 8: each pair is 4 apart, so that its standard error is 2.
-    assert cells["KL"] == [f"{mean}.000 ±2.000" for mean in (3, 4, 5, 6)]
-    assert cells["correction"] == ["none", "order 1"] * 2
+    assert cells["KL"] == [f"{mean}.000" for mean in (3, 4, 5, 6)]
+    assert cells["95 %"] == [f"{mean - 2}.000-{mean + 2}.000" for mean in (3, 4, 5, 6)]
+    assert cells["method"] == ["snapkv/none", "snapkv/order-1"] * 2
     assert cells["kept"] == ["128", "128", "256", "256"]
     assert (cells["top-1"], cells["NLL"], cells["error"]) == (["50%"] * 4, ["-0.250"] * 4, ["0.125"] * 4)
     assert [row.style for row in table.rows] == ["bold green", "", "bold green", ""]
-    assert "of so many 16-bit tokens per KV head" in str(table.caption)
-    assert "tokens as the model stores them" in str(fidelity_table(rows(), title="title", bits=None).caption)
+
+
+def test_methods_are_compared_on_the_texts_that_all_of_them_read():
+    some = [row for row in rows() if (row["text"], row["correction"]) != ("b", "none")]
+    lines = fidelity_lines(some).set_index(["bytes", "method"])
+    assert list(lines["texts"]) == [1] * 4
+    assert lines.loc[(138, "snapkv/order-1"), "kl"] == 2
+    apart = [row for row in rows() if (row["text"], row["correction"]) in (("a", "none"), ("b", "order 1"))]
+    assert list(fidelity_lines(apart)["kl"]) == [1, 6, 3, 8]  # nothing in common
 
 
 def is_image(path: Path) -> bool:
@@ -401,8 +414,9 @@ def is_image(path: Path) -> bool:
 
 def test_reports_write_images_and_json(tmp_path: Path):
     gap = measure_gap(tiny("llama"), prompt(1, CONTEXT + 4), CONTEXT, Setting("h2o", 20, 1), **SMALL)
-    assert is_image(plot_gap(gap, tmp_path / "new" / "gap.png", title="title"))
-    assert is_image(plot_fidelity(rows(), tmp_path / "newer" / "fidelity.png", title="title", bits=16))
+    assert is_image(save_figure(plot_gap(gap, title="title"), tmp_path / "new" / "gap.png"))
+    figure = plot_kl(fidelity_lines(rows()), title="title", bits=16)
+    assert is_image(save_figure(figure, tmp_path / "newer" / "fidelity.png"))
     path = write_json(tmp_path / "newest" / "rows.json", {"rows": rows()})
     assert read_json(path) == {"rows": rows()}
     assert [x.name for x in path.parent.iterdir()] == ["rows.json"]
@@ -419,8 +433,8 @@ def test_texts_are_files_or_topics(tmp_path: Path):
     path = tmp_path / "own.txt"
     path.write_text("Wörter", encoding="utf-8")
     assert load_text(path) == load_text(str(path)) == "Wörter"
-    assert all(len(load_text(name)) > 20_000 for name in BUILTIN_TEXTS)
-    with pytest.raises(ValueError, match=r"text is 'no such text'.*compound"):
+    assert all(len(load_text(name)) > 20_000 for name in REPORT_TEXTS)
+    with pytest.raises(ValueError, match=r"text is 'no such text'.*typesseq"):
         load_text("no such text")
 
 

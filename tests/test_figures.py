@@ -85,12 +85,13 @@ def test_what_diagnostics_says_of_all_heads():
 
 
 def test_the_table_of_fidelity_is_that_of_the_data():
-    report = pytest.importorskip("momentkv.evaluation.report")
+    lines = pytest.importorskip("momentkv.evaluation.lines")
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    averaged = report.average(read("fidelity.json")["rows"])
-    assert len(averaged) == 19
-    for (tokens, _, correction), x in averaged.items():
-        assert f"| {tokens} | {correction} | {x['tokens']} | {x['kl']:.3f} |" in text
+    measured = lines.fidelity_lines(read("fidelity.json")["rows"])
+    assert len(measured) == 19
+    named = {"none": "none", "order-1": "order 1", "summaries": "summaries", "summaries-layers": "summaries, by layers"}
+    for x in measured.itertuples():
+        assert f"| {x.bytes} | {named[x.method.removeprefix('momentkv/')]} | {x.kept} | {x.kl:.3f} |" in text
 
 
 def test_pictures_are_drawn_from_the_data(tmp_path):

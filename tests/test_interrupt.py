@@ -125,7 +125,7 @@ def test_the_suite_ends_its_measurements(tmp_path: Path):
     model = save_with_bytes(tmp_path / "model")
     process = start("-c", RUN, "evaluate", "suite", "--smoke", "--model", model, "--workers", "2", folder=tmp_path)
     # All of a terminal's processes get the signal.
-    while len(list(tmp_path.glob("results/suite/*.log"))) < 2:
+    while len(list(tmp_path.glob("results/suite/*/*.log"))) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
@@ -136,7 +136,7 @@ def test_the_suite_ends_its_measurements(tmp_path: Path):
     assert err == f"momentkv: interrupted; {kept}\n"
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
-    assert all("Traceback" not in log.read_text() for log in tmp_path.glob("results/suite/*.log"))
+    assert all("Traceback" not in log.read_text() for log in tmp_path.glob("results/suite/*/*.log"))
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():

@@ -19,11 +19,14 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import retrieval as module
 from momentkv.evaluation.haystack import KEYS, TASKS, Answer, Haystack, Question, make_haystack
-from momentkv.evaluation.needles_report import bootstrap, needles_table, plot_needles, summarize, wilson
+from momentkv.evaluation.intervals import bootstrap, wilson
+from momentkv.evaluation.lines import needle_lines, needles_of
 from momentkv.evaluation.prose import prose
-from momentkv.evaluation.report import read_json
+from momentkv.evaluation.report import read_json, save_figure
+from momentkv.evaluation.report_plots import plot_found
 from momentkv.evaluation.retrieval import Reader, measure_haystack, recall
 from momentkv.evaluation.settings import CHOICES, Setting, empty_cache
+from momentkv.evaluation.terminal import needles_table
 from momentkv.policies import H2O, Policy
 
 TEMPLATE = (
@@ -380,41 +383,65 @@ def made_rows(full: bool) -> list[dict[str, Any]]:
     ]
 
 
+def line_of(rows: list[dict[str, Any]], question: str = "seen", size: int = 64) -> dict[str, Any]:
+    lines = needle_lines(needles_of(rows))
+    (line,) = lines[(lines["question"] == question) & (lines["bytes"] == size)].to_dict("records")
+    return line
+
+
 def test_table_gives_shares_and_says_where_there_is_no_signal(tmp_path: Path):
-    x = summarize(made_rows(True))["single", 100, "seen", 64, "snapkv", "none"]
-    assert (x["share"], x["of"], x["haystacks"], x["signal"]) == (0.75, 4, 4, True)
-    assert x["interval"] == bootstrap([(1, 1)] * 3 + [(0, 1)])
+    x = line_of(made_rows(True))
+    assert (x["share"], x["n"], x["haystacks"], x["signal"]) == (0.75, 4, 4, True)
+    assert (x["low"], x["high"]) == bootstrap([1, 1, 1, 0])
     for full, expected in ((True, ["100%", *["75%"] * 4]), (False, ["no signal"] * 5)):
-        table = needles_table(made_rows(full), title="title", bits=32)
+        lines = needle_lines(needles_of(made_rows(full)))
+        table = needles_table(lines, title="title", bits=32)
         cells = {str(column.header): list(column.cells) for column in table.columns}
         assert cells["found"] == expected
         assert cells["question"] == ["single, 100:", "unseen", "", "seen", ""]
         assert cells["bytes"] == ["", "64", "128", "64", "128"]
+        assert cells["method"] == ["full cache", *["snapkv/none"] * 4]
         assert "bytes: of so many 32-bit tokens per KV head" in str(table.caption)
-    assert is_image(plot_needles(made_rows(True), tmp_path / "new" / "needles.png", title="title", bits=32))
+        figure = plot_found(lines, bits=32, title="title")
+        assert ("no signal" in figure.axes[0].get_title()) != full
+        assert is_image(save_figure(figure, tmp_path / "new" / f"{full}.png"))
 
 
 def test_intervals_are_over_haystacks():
     rows = made_rows(True)
-    full = summarize(rows)["single", 100, "", None, "full cache", ""]
-    assert full["interval"] == wilson(4, 4)  # all found: a bootstrap would have no width
+    full = line_of(rows, "", 0)
+    assert (full["low"], full["high"]) == wilson(4, 4)  # all found: a bootstrap would have no width
     # Ten questions about each haystack with the same result say no more than one.
     many = [row | {"index": index} for row in rows for index in range(10)]
-    key = ("single", 100, "seen", 64, "snapkv", "none")
-    assert summarize(many)[key]["of"] == 40
-    assert summarize(many)[key]["interval"] == summarize(rows)[key]["interval"]
-    assert summarize(many)["single", 100, "", None, "full cache", ""]["interval"] == wilson(4, 4)
+    assert line_of(many)["n"] == 40
+    for question, size in (("seen", 64), ("", 0)):
+        one, ten = line_of(rows, question, size), line_of(many, question, size)
+        assert (one["low"], one["high"]) == (ten["low"], ten["high"])
 
 
 def test_bootstrap_is_the_distribution_of_the_mean():
-    low, high = bootstrap([(x, 1) for x in np.linspace(0, 1, 101)])
+    low, high = bootstrap(list(np.linspace(0, 1, 101)))
     error = np.linspace(0, 1, 101).std() / 101**0.5
     assert low == pytest.approx(0.5 - 1.96 * error, abs=0.01)
     assert high == pytest.approx(0.5 + 1.96 * error, abs=0.01)
+    assert bootstrap([3], [4]) == (0.75, 0.75)  # of one group there is no interval
 
 
 def test_wilson_is_the_interval_of_the_score_test():
     for found, of in ((0, 10), (3, 10), (10, 10)):
         for bound in wilson(found, of):
-            if 0 < bound < 1:  # where |share - bound| is 1.96 of its standard errors
-                assert abs(found / of - bound) == pytest.approx(1.96 * (bound * (1 - bound) / of) ** 0.5)
+            if 0 < bound < 1:  # where |share - bound| is so many of its standard errors
+                assert abs(found / of - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / of) ** 0.5)
+
+
+def test_intervals_are_those_that_were_published():
+    """What momentkv computed itself before SciPy did: the draws of the bootstrap are the same, to rounding.
+
+    Wilson's interval took 1.96 for the quantile of the normal distribution, which moves its fifth digit.
+    """
+    published = (0.35, 0.65), (0.47960714285714284, 0.92), (0.2, 0.8), (-0.5, 2.0)
+    groups = ([1, 0] * 20, None), ([4, 1, 3, 2, 4, 4], [4, 4, 4, 5, 4, 5]), ([0.2, 0.8], None), ([1, 2, -1], [1, 1, 2])
+    for (sums, counts), ends in zip(groups, published, strict=True):
+        assert bootstrap(sums, counts) == pytest.approx(ends, rel=1e-12)
+    for (found, of), ends in (((10, 10), (0.72246, 1)), ((0, 8), (0, 0.32442)), ((3, 40), (0.02584, 0.19865))):
+        assert wilson(found, of) == pytest.approx(ends, abs=3e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,55 +16,63 @@ from test_needles import byte_tokenizer
 
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import suite as module
-from momentkv.evaluation.gather import BANDS, DEFAULT_METHOD, gather, results_in
-from momentkv.evaluation.needles_report import bootstrap
+from momentkv.evaluation.gather import gather, results_in
+from momentkv.evaluation.intervals import bootstrap
+from momentkv.evaluation.lines import BANDS
 from momentkv.evaluation.report import read_json, write_json
 from momentkv.evaluation.report_page import SPACE, markdown_of, write_report
-from momentkv.evaluation.report_plots import plot_depths, plot_found, plot_kl
+from momentkv.evaluation.report_plots import GROUNDS, figures_of, slug
 from momentkv.evaluation.settings import DEFAULT
+from momentkv.evaluation.split import role_of
 from momentkv.evaluation.suite import PLAN, complete
 from momentkv.hf import MomentCache
 
 ROOT = Path(__file__).parents[1]
-OURS, PEER, PLAIN = DEFAULT_METHOD, ("snapkv", "none"), (DEFAULT_METHOD[0], "none, by heads")
+FULL, OURS, PEER, PLAIN = "full cache", "default", "snapkv/none", "balanced/none-heads"
 
 
-def needle_rows(found: dict[tuple[str, str], list[float]], task: str = "single") -> list[dict[str, Any]]:
+def needle_rows(found: dict[str, list[float]], task: str = "single") -> list[dict[str, Any]]:
     """Of each method the values found in each haystack."""
     common = {"layout": "x", "task": task, "value": "number", "index": 0, "length": 100, "tokens": 0.5, "nll": 1.0}
     rows = []
-    for (policy, correction), shares in found.items():
-        full = policy == "full cache"
+    for method, shares in found.items():
+        size, named = (None, "") if method == FULL else (64, "unseen")
         for at, share in enumerate(shares):
             rows.append(
                 common
-                | {"haystack": str(at), "depth": at / len(shares), "question": "" if full else "unseen"}
-                | {"policy": policy, "correction": correction, "budget": None if full else 64, "generated": None}
-                | {"bytes_as_tokens": None if full else 64, "nbytes": 1, "values": share}
+                | {"haystack": str(at), "depth": at / len(shares), "question": named, "method": method}
+                | {"policy": method, "correction": "", "budget": size, "bytes_as_tokens": size}
+                | {"generated": None, "nbytes": 1, "values": share}
             )
     return rows
 
 
 def written(path: Path, rows: list[dict[str, Any]], bits: int | None = 16, **more: Any) -> Path:
-    protocol = {"model": "m", "seed": 7, "momentkv": "0", "unseen": "the question afterwards"}
+    protocol = {"model": "m", "seed": 7, "momentkv": "0", "unseen": "the question afterwards", "haystack": "made up"}
     if bits is not None:  # results of before there was a choice have none
         protocol["bytes"] = bits
     return write_json(path, {"command": "momentkv x", "protocol": protocol, "environment": {}, "rows": rows, **more})
 
 
-def fidelity_rows() -> list[dict[str, Any]]:
+def fidelity_rows(texts: tuple[str, str] = ("news.txt", "xquad.txt")) -> list[dict[str, Any]]:
     return [
-        {"text": text, "policy": policy, "correction": correction, "budget": 60, "bytes_as_tokens": 64, "nbytes": 1}
-        | {"kl": kl * scale, "top1": 0.5, "nll_change": 0.1, "head_error": 0.2}
-        for text, scale in (("one", 1), ("two", 3))
-        for (policy, correction), kl in ((OURS, 0.1), (PEER, 0.2))
+        {"text": text, "method": method, "policy": "p", "correction": "c", "budget": 60, "bytes_as_tokens": 64}
+        | {"nbytes": 1, "kl": kl * scale, "top1": 0.5, "nll_change": 0.1, "head_error": 0.2}
+        for text, scale in zip(texts, (1, 3), strict=True)
+        for method, kl in ((OURS, 0.1), (PEER, 0.2))
     ]
+
+
+def page_of(folder: Path) -> str:
+    """Without plots."""
+    return markdown_of(gather(results_in([folder])), {})
 
 
 def gap() -> dict[str, Any]:
     fields = ("evicted_mass", "cosine", "plain", "corrected")
     return {
-        "momentkv": "0", "text": "t", "policy": "snapkv", "budget": 64, "correction": "order 1", "layers": [0, 1],
+        "momentkv": "0", "model": "m", "text": "t", "policy": "snapkv", "budget": 64, "correction": "order 1",
+        "layers": [0, 1],
         "mean": dict.fromkeys(fields, 0.25), "by_layer_and_head": {name: [[0.1, 0.3], [0.2, 0.4]] for name in fields},
     }  # fmt: skip
 
@@ -80,9 +87,9 @@ def lm_eval_results() -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    found = {("full cache", ""): [1.0] * 4, OURS: [1, 1, 0, 0], PEER: [0, 0, 0, 1], PLAIN: [1.0, 0, 0, 0]}
+    found = {FULL: [1.0] * 4, OURS: [1, 1, 0, 0], PEER: [0, 0, 0, 1], PLAIN: [1.0, 0, 0, 0]}
     written(tmp_path / "needles.json", needle_rows(found))
-    hard = {("full cache", ""): [0.0] * 4, OURS: [0.0] * 4, PEER: [1.0] * 4}
+    hard = {FULL: [0.0] * 4, OURS: [0.0] * 4, PEER: [1.0] * 4}
     written(tmp_path / "hard.json", needle_rows(hard, task="multi-key"))
     written(tmp_path / "fidelity.json", fidelity_rows())
     write_json(tmp_path / "gap.json", gap())
@@ -95,16 +102,12 @@ def test_all_kinds_are_gathered_and_others_named(folder: Path):
     summary = gather(results_in([folder]))
     assert summary["left_out"] == ["other.json"]
     assert {x["kind"] for x in summary["sources"]} == {"needles", "fidelity", "gap"}
-    ours = next(x for x in summary["needles"] if (x["policy"], x["correction"], x["task"]) == (*OURS, "single"))
-    low, high = bootstrap([(1, 1), (1, 1), (0, 1), (0, 1)])
+    ours = next(x for x in summary["needles"] if (x["method"], x["task"]) == (OURS, "single"))
+    low, high = bootstrap([1, 1, 0, 0])
     assert (ours["share"], ours["low"], ours["high"], ours["n"], ours["signal"]) == (0.5, low, high, 4, True)
-    bands = {
-        x["band"]: x["share"]
-        for x in summary["depths"]
-        if (x["policy"], x["correction"], x["task"]) == (*PEER, "single")
-    }
+    bands = {x["band"]: x["share"] for x in summary["depths"] if (x["method"], x["task"]) == (PEER, "single")}
     assert bands == {int(at / 4 * BANDS): share for at, share in enumerate((0, 0, 0, 1))}
-    (kl,) = [x for x in summary["fidelity"] if x["policy"] == PEER[0]]
+    (kl,) = [x for x in summary["fidelity"] if x["method"] == PEER]
     assert kl["kl"] == pytest.approx(0.4)
     assert (kl["low"], kl["high"], kl["texts"]) == (pytest.approx(0.2), pytest.approx(0.6), 2)
     assert summary["gap"][0]["by_layer"]["plain"] == [0.2, 0.3]
@@ -124,11 +127,7 @@ def test_all_kinds_are_gathered_and_others_named(folder: Path):
 )
 def test_the_page_says_what_bytes_are_of(bits: int | None, said: str, tmp_path: Path):
     written(tmp_path / "fidelity.json", fidelity_rows(), bits)
-    text = write_report([tmp_path], tmp_path / "report").with_suffix(".md").read_text()
-    assert said in text
-    assert ("add `--bytes 32` to the commands" in text) == (bits == 32)  # these do not name it
-    written(tmp_path / "fidelity.json", fidelity_rows(), bits, command=f"momentkv x --bytes {bits}")
-    assert "add `--bytes" not in write_report([tmp_path], tmp_path / "report").with_suffix(".md").read_text()
+    assert said in page_of(tmp_path)
 
 
 @pytest.mark.parametrize("other", [32, None])
@@ -145,61 +144,96 @@ def test_bytes_of_different_tokens_are_not_put_together(
 def test_differences_are_paired_by_question(folder: Path):
     pairs = gather(results_in([folder]))["pairs"]
     assert {x["task"] for x in pairs} == {"single"}  # what has no signal is not compared
-    (peer,) = [x for x in pairs if (x["policy"], x["correction"]) == PEER]
-    assert peer["difference"] == 0.25
-    low, high = bootstrap([(1, 1), (1, 1), (0, 1), (-1, 1)])
-    assert (peer["low"], peer["high"]) == (low, high)
+    (peer,) = [x for x in pairs if x["other"] == PEER]
+    assert (peer["method"], peer["difference"]) == (OURS, 0.25)
+    assert (peer["low"], peer["high"]) == bootstrap([1, 1, 0, -1])
 
 
-def test_page_says_where_the_default_loses_and_where_there_is_no_signal(folder: Path):
-    page = write_report([folder], folder / "report")
-    text = page.with_suffix(".md").read_text()
-    assert "Needles: in none of the 1 cells" in text
-    assert "KL: no other method that was measured has a smaller one." in text
-    assert "No signal: the full cache finds 0 % in 100 tokens (n = 4)." in text.replace(SPACE, " ")
-    assert "| single | 100 | unseen | 64 | balanced, none, by heads | 4 | +25 (+0 to +75) |" in text
+def test_page_says_where_ours_lose_and_where_there_is_no_signal(folder: Path):
+    text = page_of(folder).replace(SPACE, " ")
+    assert "- **m**, KL: no method is better." in text
+    assert "in 0 of 2 comparisons of one of ours with another the other finds more, in 0 of them beyond chance" in text
+    assert "| 100 |  | full cache | 4 | no signal (0 %) |" in text
     assert "`momentkv x`" in text
-    written(folder / "needles.json", needle_rows({("full cache", ""): [1] * 4, OURS: [0, 0, 1, 0], PEER: [1, 1, 1, 1]}))
-    write_report([folder], folder / "report")
-    assert (
-        "| single | 100 | unseen | 64 | snapkv, none | 4 | -75 (-100 to -25) |" in page.with_suffix(".md").read_text()
-    )
+    written(folder / "needles.json", needle_rows({FULL: [1] * 4, OURS: [0, 0, 1, 0], PEER: [1, 1, 1, 1]}))
+    rows = fidelity_rows()
+    written(folder / "fidelity.json", [row | {"kl": 0.5 if row["method"] == OURS else row["kl"]} for row in rows])
+    text = page_of(folder)
+    assert "- **m**, KL: `default` has more than `snapkv/none`: 0.500 and 0.400 at 64." in text
+    assert "| m | single | 100 | unseen | 64 | `default` | `snapkv/none` | 4 | -75 (-100 to -25) |" in text
+    assert text.index("## What speaks against us") < text.index("## At a glance") < text.index("## m {")
+
+
+def test_the_first_tables_are_of_texts_that_chose_nothing_alone(folder: Path):
+    """A text that chose something is marked, and no number of it stands above the models' own sections."""
+    written(folder / "fidelity.json", fidelity_rows(), command="momentkv kept")
+    wrong = [row | {"kl": 7.0 + row["kl"]} for row in fidelity_rows(("types", "mine.txt"))]
+    written(folder / "wrong.json", wrong)
+    chose = {"part": "choosing", "chose": ["the default"]}
+    written(folder / "renamed.json", [row | {"text": "xquad.txt"} for row in wrong[:2]], roles={"xquad.txt": chose})
+    summary = gather(results_in([folder]))
+    assert {(x["part"], x["texts"]) for x in summary["fidelity"]} == {
+        ("reporting", 2), ("choosing", 2), ("unnamed", 1),
+    }  # fmt: skip
+    text = markdown_of(summary, {})
+    first, below = text[: text.index("## m {")], text[text.index("## m {") :]
+    assert "**m**: KL, less is better\n\n| bytes | 64 |\n|---|---:|\n| best selection | 0.400 |" in first
+    assert "| `default` | **0.200** |" in first
+    assert "7." not in first.replace("0.7", "")
+    assert "KL on texts that chose nothing (2)" in below
+    assert "KL **on texts that chose the default or parts of it** (2)" in below
+    assert "KL on texts that texts.toml does not name (1)" in below
+    assert "| `types` | choosing | twelve summaries of rank 2; one round of the policy momentkv |" in below
+    (folder / "fidelity.json").unlink()
+    (folder / "needles.json").unlink()
+    (folder / "hard.json").unlink()
+    text = page_of(folder)
+    assert "**Nothing here is of a text that is kept for reporting**" in text
+    assert "At a glance" not in text
+
+
+def test_two_models_are_one_page_with_a_section_each(folder: Path):
+    protocol = {"model": "some/where/other.gguf", "haystack": "made up", "bytes": 16}
+    command = "momentkv x --model /some/where/other.gguf --output /some/place"
+    content = {"command": command, "protocol": protocol, "environment": {}, "rows": fidelity_rows()}
+    write_json(folder / "second" / "fidelity.json", content)
+    text = page_of(folder)
+    assert "## m { #report-m }" in text
+    assert "## other { #report-other }" in text
+    assert "**other**: KL, less is better\n\n| bytes | 64 |\n|---|---:|\n| best selection | 0.400 |" in text
+    assert "`momentkv x --model other.gguf`" in text  # places say nothing about a result
+    assert "/some" not in text + json.dumps(gather(results_in([folder])))
 
 
 def test_plots_show_what_was_measured(folder: Path):
-    summary = gather(results_in([folder]))
-    (axis,) = plot_found(summary["needles"]).axes  # the task without signal has no panel
+    drawn = {name: figure for _, name, figure in figures_of(gather(results_in([folder])), 16)}
+    (axis,) = drawn["found"].axes  # the task without signal has no panel
     assert axis.get_title() == "single, 100 tokens,\nunseen, n = 4"
-    drawn = {line.get_label(): line[0].get_ydata() for line in axis.containers}
-    assert {name: float(y[0]) for name, y in drawn.items()} == {
-        "default (balanced, summaries, by heads)": 0.5, "snapkv, none": 0.25, "balanced, none, by heads": 0.25,
-    }  # fmt: skip
-    assert [float(line.get_ydata()[0]) for line in plot_kl(summary["fidelity"]).axes[0].lines] == [
-        pytest.approx(0.2),
-        pytest.approx(0.4),
-    ]
-    panels = plot_depths(summary["depths"]).axes
-    assert [text.get_text() for text in panels[0].texts] == ["100", "100", "0", "0"]
+    shares = {line.get_label(): float(line[0].get_ydata()[0]) for line in axis.containers}
+    assert shares == {OURS: 0.5, PEER: 0.25, PLAIN: 0.25}
+    kls = [float(line[0].get_ydata()[0]) for line in drawn["kl"].axes[0].containers]
+    assert kls == [pytest.approx(0.2), pytest.approx(0.4)]
+    assert [text.get_text() for text in drawn["depths"].axes[0].texts] == ["100", "100", "0", "0"]
 
 
 def test_html_needs_nothing_else(folder: Path):
     page = write_report([folder], folder / "report").read_text()
-    assert page.count("data:image/svg+xml") == 4
+    assert page.count("data:image/svg+xml") == 8  # for light and for dark
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
-    assert "$" not in page
+    assert "$" not in page.partition("<body>")[2]
 
 
 def test_a_summary_gives_the_same_page(folder: Path):
     first = write_report([folder], folder / "report")
     again = write_report([folder / "report" / "summary.json"], folder / "again")
-    for name in ("report.md", "report.html", "report-found.svg"):
+    for name in ("report.md", "report.html", "report-found-m-light.svg"):
         assert (first.parent / name).read_bytes() == (again.parent / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["needles", "fidelity", "gap"])
 def test_a_part_alone_is_a_page(folder: Path, name: str):
-    text = write_report([folder / f"{name}.json"], folder / "report").with_suffix(".md").read_text()
-    headings = {"needles": "## Needles", "fidelity": "## Fidelity", "gap": "## Directional gap"}
+    text = page_of(folder / f"{name}.json")
+    headings = {"needles": "### Needles", "fidelity": "### KL", "gap": "### Directional gap"}
     assert [heading for heading in headings.values() if heading in text] == [headings[name]]
 
 
@@ -253,15 +287,16 @@ def test_the_whole_suite_runs_resumes_and_reports(
         return SimpleNamespace(poll=lambda: code, returncode=code)
 
     monkeypatch.setattr(module, "start", start)
-    folder, own_process = tmp_path / "suite", []
-    command = ["evaluate", "suite", "--smoke", "--model", tiny, "--output", str(folder)]
+    folder, own_process = tmp_path / "suite" / Path(tiny).name, []
+    command = ["evaluate", "suite", "--smoke", "--model", tiny, "--output", str(folder.parent)]
     assert main(command) == 0, capsys.readouterr().out
     assert sorted(started) == sorted(x.name for x in PLAN)
     assert {path.stem for path in folder.glob("*.json")} == {x.name for x in PLAN}
     assert all(read_json(path)["complete"] for path in folder.glob("*.json"))
-    summary = read_json(folder / "report" / "summary.json")
+    summary = read_json(folder.parent / "report" / "summary.json")
     assert not summary["left_out"]
-    assert {x["kind"] for x in summary["sources"]} == {"needles", "fidelity", "gap"}
+    assert {x["kind"] for x in summary["sources"]} == {"needles", "fidelity", "decoding", "gap"}
+    assert {role["part"] for role in summary["texts"].values()} == {"reporting"}
     # Complete measurements are not run again; one of another version is, and is refused with what to do.
     started.clear()
     assert main(command) == 0
@@ -274,7 +309,7 @@ def test_the_whole_suite_runs_resumes_and_reports(
     assert main(command) == 1
     assert started == own_process
     out = " ".join(capsys.readouterr().out.split())
-    assert "single-1000: momentkv evaluate needles" in out
+    assert f"{folder.name}/single-1000: momentkv evaluate needles" in out
     assert "results of another protocol" in out
 
 
@@ -296,7 +331,7 @@ def test_a_file_is_complete_for_its_command_alone(tmp_path: Path):
 def test_the_suite_says_how_its_measurements_count(tmp_path: Path):
     options = build_parser().parse_args(["evaluate", "suite", "--bytes", "32"])
     for measurement in PLAN:
-        words = module.command_of(measurement, tmp_path, options)
+        words = module.command_of(measurement, tmp_path, "m", options)
         if words[1] in ("needles", "fidelity"):
             assert build_parser().parse_args(words).bytes == 32
         else:
@@ -305,26 +340,32 @@ def test_the_suite_says_how_its_measurements_count(tmp_path: Path):
 
 def test_suite_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["evaluate", "suite", "--only", "magic", "--output", str(tmp_path)]) == 1
-    assert "only has 'magic'; use some of single-4000" in capsys.readouterr().err
+    assert "only has 'magic'; use some of single-2000, several-2000" in capsys.readouterr().err
     assert main(["evaluate", "suite", "--workers", "0", "--output", str(tmp_path)]) == 1
     assert "workers is 0" in capsys.readouterr().err
 
 
-def test_the_committed_page_is_that_of_the_committed_results(tmp_path: Path):
+def test_the_suite_reads_texts_that_chose_nothing():
+    parser = build_parser()
+    for measurement in PLAN:
+        for words in (measurement.arguments, measurement.smoke):
+            options = parser.parse_args(["evaluate", *words.split()])
+            named = options.haystack or "made up" if options.run.__name__ == "needles" else None
+            texts = [options.text] if isinstance(getattr(options, "text", None), str) else getattr(options, "text", [])
+            for text in [*texts, *([] if named is None else [named])]:
+                assert role_of(text).part == "reporting", (measurement.name, text)
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
     """`docs/results.md` shows what `momentkv evaluate report docs/data/evaluation/summary.json` writes."""
-    source = tmp_path / "summary.json"
-    shutil.copy(ROOT / "docs" / "data" / "evaluation" / "summary.json", source)
-    summary = read_json(source)
-    images = {x: f"assets/report-{x}.svg" for x in ("found", "depths", "kl", "gap") if f"report-{x}" in page_text()}
-    made = markdown_of(summary, images).partition("\n")[2]
-    # The page has each plot twice, for light and for dark.
-    dark = re.compile(r"\n!\[.*\]\((.*-dark\.svg)#only-dark\)")
-    assert made.strip() in dark.sub("", page_text()).replace("-light.svg#only-light", ".svg")
-    assert len(dark.findall(page_text())) == len(images) == 4
-    for name in dark.findall(page_text()):
-        assert (ROOT / "docs" / name).is_file()
-        assert (ROOT / "docs" / name.replace("-dark", "-light")).is_file()
-
-
-def page_text() -> str:
-    return (ROOT / "docs" / "results.md").read_text()
+    summary = read_json(ROOT / "docs" / "data" / "evaluation" / "summary.json")
+    page = (ROOT / "docs" / "results.md").read_text()
+    pictures: dict[str, dict[str, str]] = {}
+    for model in {x["model"] for x in summary["sources"]}:
+        for name in ("kl", "decoding", "found", "depths", "gap"):
+            stem = f"report-{name}-{slug(model)}"
+            if stem in page:
+                pictures.setdefault(model, {})[name] = stem
+                assert all((ROOT / "docs" / "assets" / f"{stem}-{ground}.svg").is_file() for ground in GROUNDS)
+    assert pictures
+    assert markdown_of(summary, pictures, "assets/").partition("\n")[2].strip() in page

@@ -8,6 +8,7 @@ import io
 import re
 from typing import Any
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -17,10 +18,11 @@ from test_needles import made_rows as needle_rows
 from momentkv import demo
 from momentkv.evaluation import speed, stream
 from momentkv.evaluation.fidelity import Fidelity
-from momentkv.evaluation.needles_report import needles_table
-from momentkv.evaluation.report import fidelity_table, show
+from momentkv.evaluation.lines import fidelity_lines, needle_lines, needles_of
+from momentkv.evaluation.report import show
 from momentkv.evaluation.steps import Step, Typical, evicted_tokens, typical
-from momentkv.evaluation.tradeoff import Point, tradeoff_table
+from momentkv.evaluation.terminal import fidelity_table, needles_table
+from momentkv.evaluation.tradeoff import tradeoff_table
 
 WIDTHS = (60, 80, 120)
 NAMES = ["full cache", *(name for name, _, _ in demo.ROWS)]
@@ -99,15 +101,16 @@ def test_tables_of_every_day_fit_and_cut_nothing(name: str, width: int):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["fidelity", "needles", "tradeoff", "stream"])
 def test_no_table_cuts_anything(name: str, width: int):
-    long = {"policy": "expected-attention", "correction": "summaries, by layer-heads"}
+    long = {"method": "expected-attention/summaries-layer-heads@5/3"}
     if name == "fidelity":
-        table = fidelity_table([row | long for row in fidelity_rows()], title="title", bits=16)
+        table = fidelity_table(fidelity_lines([row | long for row in fidelity_rows()]), title="title", bits=16)
     elif name == "needles":
         asked = [row | (long if row["question"] else {}) | {"generated": 0.5} for row in needle_rows(True)]
-        table = needles_table(asked, title="title", bits=16)
+        table = needles_table(needle_lines(needles_of(asked)), title="title", bits=16)
     elif name == "tradeoff":
-        found = {"seen": (0.123, 1000, (0.1, 0.2)), "unseen": (0.5, 1000, (0.4, 0.6))}
-        table = tradeoff_table([Point(*long.values(), 1024, 0.123, found)], title="title", bits=16)
+        found = {"seen": 0.123, "unseen": 0.5, "n_seen": 1000, "n_unseen": 1000, "beaten": False}
+        points = pd.DataFrame([long | {"bytes": 1024, "kl": 0.123} | found])
+        table = tradeoff_table(points, title="title", bits=16)
     else:
         row = {
             "prefill": "chunks of 512",
@@ -116,7 +119,7 @@ def test_no_table_cuts_anything(name: str, width: int):
             "p90": 0.456,
             "stretches": [0.1, 0.2, 0.3, 0.4],
         }
-        table = stream.table_of([row | long], "title")
+        table = stream.table_of([row | {"correction": "summaries, by layer-heads"}], "title")
     assert_whole(table, width)
 
 

@@ -10,7 +10,7 @@ from test_evaluation import is_image
 
 from momentkv.cli import main
 from momentkv.evaluation.report import write_json
-from momentkv.evaluation.tradeoff import beaten, join
+from momentkv.evaluation.tradeoff import join
 
 
 def fidelity_rows() -> list[dict[str, Any]]:
@@ -51,12 +51,14 @@ def needle_rows(found: dict[str, int]) -> list[dict[str, Any]]:
 
 def test_points_are_what_both_have_over_all_texts_and_lengths():
     points = join(fidelity_rows(), needle_rows({"snapkv": 1, "novelty": 3, "h2o": 4}))
-    assert [(x.policy, x.tokens) for x in points] == [("snapkv", 64), ("novelty", 64)]
-    assert [x.kl for x in points] == [pytest.approx(8 * 2 / 64), pytest.approx(16 * 2 / 64)]
-    assert [x.found["unseen"][:2] for x in points] == [(0.25, 4), (0.75, 4)]
-    assert [beaten(x, points) for x in points] == [False, False]
+    assert list(points["method"]) == ["snapkv/none", "novelty/none"]
+    assert list(points["bytes"]) == [64, 64]
+    assert list(points["kl"]) == [pytest.approx(8 * 2 / 64), pytest.approx(16 * 2 / 64)]
+    assert list(points["unseen"]) == list(points["seen"]) == list(points["found"]) == [0.25, 0.75]
+    assert list(points["n_unseen"]) == [4, 4]
+    assert list(points["beaten"]) == [False, False]
     points = join(fidelity_rows(), needle_rows({"snapkv": 3, "novelty": 3}))
-    assert [beaten(x, points) for x in points] == [False, True]
+    assert list(points["beaten"]) == [False, True]
 
 
 def test_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -68,8 +70,8 @@ def test_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "m: KL over 2 texts of 4096 tokens" in out
     assert "bytes: of so many 16-bit tokens" in out
     assert [line.split() for line in out.splitlines() if "% of 4" in line] == [
-        ["64", "snapkv", "none", "0.250", *["25%", "of", "4"] * 2],
-        ["novelty", "none", "0.500", *["75%", "of", "4"] * 2],
+        ["64", "snapkv/none", "0.250", *["25%", "of", "4"] * 2],
+        ["novelty/none", "0.500", *["75%", "of", "4"] * 2],
     ]
     assert is_image(plot)
     assert main(["evaluate", "tradeoff", *files, "--output", str(plot), "--length", "101"]) == 0
@@ -79,7 +81,7 @@ def test_command_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("models", "found", "message"),
-    [(("m", "n"), {"snapkv": 1}, "different models, m and n"), (("m", "m"), {"h2o": 1}, "have no policy, correction")],
+    [(("m", "n"), {"snapkv": 1}, "different models, m and n"), (("m", "m"), {"h2o": 1}, "have no method and budget")],
 )
 def test_what_cannot_be_joined_is_refused(
     models: tuple[str, str], found: dict[str, int], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

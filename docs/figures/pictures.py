@@ -4,8 +4,8 @@ Run: python docs/figures/pictures.py [--output docs/assets]
 
 - heads.json is made by docs/figures/heads.py;
 - gap.json by momentkv evaluate gap --text compound --budget 128 --policy momentkv --output docs/data/gap.json;
-- fidelity.json by momentkv evaluate fidelity --bytes 32 --policies momentkv --corrections none order-1 summaries
-  summaries-layers --output docs/data/fidelity.json;
+- fidelity.json by momentkv evaluate fidelity --bytes 32 --text compound formatstrings specialnames types --policies
+  momentkv --corrections none order-1 summaries summaries-layers --output docs/data/fidelity.json;
 - held-out-smollm2.json and held-out-qwen.json by the commands in docs/evaluation.md#held-out.
 
 Each picture is drawn twice, for light and for dark pages.
@@ -24,7 +24,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from momentkv.evaluation.report import average
+from momentkv.evaluation.lines import fidelity_lines
 from momentkv.plan import KNOWN, plan
 
 DOCS = Path(__file__).parents[1]
@@ -171,17 +171,17 @@ def draw_gap(theme: Theme) -> Figure:
 
 def draw_kl(theme: Theme) -> Figure:
     """KL of the next token against bytes, one line a correction."""
-    averaged = average(read("fidelity.json")["rows"])
+    lines = fidelity_lines(read("fidelity.json")["rows"])
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for correction, label, colour, style in (
-        ("order 1", "order 1 (the paper's)", theme.order_1, "s-"),
-        ("none", "plain eviction", theme.retained, ">-"),
-        ("summaries", "summaries", theme.summaries, "o-"),
-        ("summaries, by layers", "summaries, budget shared among layers", theme.evicted, "D--"),
+    for method, label, colour, style in (
+        ("momentkv/order-1", "order 1 (the paper's)", theme.order_1, "s-"),
+        ("momentkv/none", "plain eviction", theme.retained, ">-"),
+        ("momentkv/summaries", "summaries", theme.summaries, "o-"),
+        ("momentkv/summaries-layers", "summaries, budget shared among layers", theme.evicted, "D--"),
     ):
-        points = sorted((x["nbytes"] / 2**20, x["kl"]) for key, x in averaged.items() if key[2] == correction)
-        axis.plot(*zip(*points, strict=True), style, color=colour, ms=4, label=label)
+        points = lines[lines["method"] == method]
+        axis.plot(points["nbytes"] / 2**20, points["kl"], style, color=colour, ms=4, label=label)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
@@ -202,17 +202,16 @@ def draw_held_out(theme: Theme) -> Figure:
     figure = Figure(figsize=(4.6, 3.3), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axis, name, title in zip(panels, ("smollm2", "qwen"), ("SmolLM2-135M", "Qwen2.5-0.5B"), strict=True):
-        rows = read(f"held-out-{name}.json")["rows"]
+        lines = fidelity_lines(read(f"held-out-{name}.json")["rows"])
         for method, label, colour, style in (
             ("snapkv/none", "SnapKV", theme.retained, ">-"),
             ("momentkv/order-1", "MomentKV (the paper)", theme.order_1, "s-"),
             ("default", "momentkv", theme.evicted, "D-"),
             ("default@auto", "momentkv, bits='auto'", theme.summaries, "o-"),
         ):
-            own = [row for row in rows if row["method"] == method]
-            budgets = sorted({row["bytes_as_tokens"] for row in own})
-            means = [np.mean([row["kl"] for row in own if row["bytes_as_tokens"] == budget]) for budget in budgets]
-            axis.plot(budgets, means, style, color=colour, ms=4, label=label)
+            own = lines[lines["method"] == method]
+            budgets = list(own["bytes"])
+            axis.plot(budgets, own["kl"], style, color=colour, ms=4, label=label)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(budgets, [f"{budget}" for budget in budgets])

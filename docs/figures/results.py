@@ -1,17 +1,18 @@
-"""The generated part of docs/results.md and its plots, from docs/data/evaluation/summary.json.
+"""The generated part of docs/results.md and its plots, from results or from docs/data/evaluation/summary.json.
 
-Run: python docs/figures/results.py
+Run: python docs/figures/results.py [RESULTS ...]
 
-After `momentkv evaluate suite`, copy results/suite/report/summary.json there first.
+With files or folders of results, such as results/suite, it gathers them into that summary first.
 """
 
 from __future__ import annotations
 
-import re
+import argparse
 from pathlib import Path
 
-from momentkv.evaluation.report import read_json
-from momentkv.evaluation.report_page import markdown_of
+from momentkv.evaluation.gather import SUMMARY, gather, results_in
+from momentkv.evaluation.report import read_json, write_json
+from momentkv.evaluation.report_page import bits_in, markdown_of
 from momentkv.evaluation.report_plots import draw
 
 DOCS = Path(__file__).parents[1]
@@ -20,21 +21,21 @@ BEGIN, END = "<!-- written by docs/figures/results.py -->\n", "<!-- end of what 
 
 def main() -> None:
     """Write the page between its two marks."""
-    summary = read_json(DOCS / "data" / "evaluation" / "summary.json")
-    for ground in ("light", "dark"):
-        plots = draw(summary, DOCS / "assets", ground=ground)
-    made = for_both(markdown_of(summary, {name: f"assets/report-{name}.svg" for name in plots}))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", nargs="*", type=Path)
+    given = parser.parse_args().results
+    kept = DOCS / "data" / "evaluation" / SUMMARY
+    if given:
+        write_json(kept, gather(results_in(given)))
+    summary = read_json(kept)
+    for old in (DOCS / "assets").glob("report-*.svg"):
+        old.unlink()
+    made = markdown_of(summary, draw(summary, DOCS / "assets", bits=bits_in(summary)), "assets/")
     page = DOCS / "results.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     # The page has a heading of its own.
     page.write_text(before + BEGIN + made.partition("\n")[2] + "\n" + END + after, encoding="utf-8")
-
-
-def for_both(page: str) -> str:
-    """The page with each plot twice, for light and for dark."""
-    plot = re.compile(r"^(!\[[^\]]*\]\(assets/report-\w+)\.svg\)$", re.MULTILINE)
-    return plot.sub(r"\1-light.svg#only-light)\n\1-dark.svg#only-dark)", page)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,10 @@ from rich.console import Console
 from momentkv import __version__
 from momentkv.evaluation.fidelity import measure
 from momentkv.evaluation.gap import measure_gap, plot_gap
-from momentkv.evaluation.report import (
-    environment,
-    fidelity_table,
-    plot_fidelity,
-    progress_bar,
-    read_json,
-    show,
-    write_json,
-)
+from momentkv.evaluation.report import environment, progress_bar, read_json, save_figure, show, write_json
 from momentkv.evaluation.settings import CHOICES, Setting, bytes_as_tokens, setting_of, settings_grid
-from momentkv.evaluation.sources import BUILTIN_MODEL, BUILTIN_TEXTS, load_model, load_text, tokenize
+from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
+from momentkv.evaluation.split import REPORT_TEXTS, roles_of
 
 __all__ = ["check_methods", "fidelity", "finished", "gap", "grid_of", "save"]
 
@@ -34,13 +27,19 @@ AS_DECODED = "after one-shot prefill, and {} tokens at a time while the followin
 
 def fidelity(options: argparse.Namespace) -> int:
     """Measure fidelity over texts, budgets, policies and corrections; write JSON, a plot and a table."""
+    from momentkv.evaluation.lines import fidelity_lines
+    from momentkv.evaluation.report_plots import plot_kl
+    from momentkv.evaluation.terminal import fidelity_table
+
     console = Console()
     check_methods(options)
-    texts = options.text or list(BUILTIN_TEXTS)
+    texts = options.text or list(REPORT_TEXTS)
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     count = options.context + options.following + 1
-    ids = {text: tokenize(tokenizer, load_text(text)[options.skip :], count, name=text) for text in texts}
+    said = {text: load_text(text) for text in texts}
+    ids = {text: tokenize(tokenizer, said[text][options.skip :], count, name=text) for text in texts}
+    roles = roles_of({Path(text).name: said[text] for text in texts})
     grid = grid_of(model, options)
     name = options.model or BUILTIN_MODEL
     protocol = {
@@ -97,12 +96,13 @@ def fidelity(options: argparse.Namespace) -> int:
                     }
                 )
                 # After every result, so that an interruption loses none.
-                save(path, options, protocol, rows)
+                save(path, options, protocol, rows, roles)
                 progress.advance(task)
-    save(path, options, protocol, rows, complete=True)
+    save(path, options, protocol, rows, roles, complete=True)
     title = f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts"
-    show(console, fidelity_table(rows, title=title, bits=options.bytes))
-    plot = plot_fidelity(rows, path.with_suffix(".png"), title=title, bits=options.bytes)
+    lines = fidelity_lines(rows)
+    show(console, fidelity_table(lines, title=title, bits=options.bytes))
+    plot = save_figure(plot_kl(lines, bits=options.bytes, title=title), path.with_suffix(".png"))
     console.print(f"results: {path}   plot: {plot}", soft_wrap=True)
     return 0
 
@@ -160,12 +160,13 @@ def save(
     options: argparse.Namespace,
     protocol: dict[str, Any],
     rows: list[dict[str, Any]],
+    roles: dict[str, Any],
     *,
     complete: bool = False,
 ) -> None:
-    """Write what was measured so far, with the command that measures it."""
+    """Write what was measured so far, with the command that measures it and the roles of its texts."""
     content = {"command": options.command, "complete": complete, "protocol": protocol, "environment": environment()}
-    write_json(path, content | {"rows": rows})
+    write_json(path, content | {"roles": roles, "rows": rows})
 
 
 def finished(path: str | Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
@@ -191,9 +192,8 @@ def gap(options: argparse.Namespace) -> int:
     console = Console()
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
-    ids = tokenize(
-        tokenizer, load_text(options.text)[options.skip :], options.context + options.following, name=options.text
-    )
+    said = load_text(options.text)
+    ids = tokenize(tokenizer, said[options.skip :], options.context + options.following, name=options.text)
     setting = Setting(options.policy, options.budget, *CHOICES[options.correction])
     with console.status("measuring attention of every layer and head"):
         measured = measure_gap(model, ids, options.context, setting)
@@ -210,10 +210,11 @@ def gap(options: argparse.Namespace) -> int:
             "momentkv": __version__,
             "model": name,
             "text": Path(options.text).name,
+            "roles": roles_of({Path(options.text).name: said}),
         }
         | {"environment": environment(), **measured.summary()},
     )
-    plot = plot_gap(measured, path.with_suffix(".png"), title=title)
+    plot = save_figure(plot_gap(measured, title=title), path.with_suffix(".png"))
     means = measured.summary()["mean"]
     console.print(f"[bold]{title.partition(';')[0]}[/]")
     console.print(f"evicted mass w_E               mean {means['evicted_mass']:.3f}")

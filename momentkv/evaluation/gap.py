@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,7 +83,7 @@ def measure_gap(
     return Gap(setting, list(cache.moment_layers), head_errors(captured.attended(), cache, context))
 
 
-def plot_gap(gap: Gap, path: str | Path, *, title: str) -> Path:
+def plot_gap(gap: Gap, *, title: str) -> Any:
     """Draw evicted mass, direction and error against the layer; lines are medians, bands the middle 80 %."""
     from matplotlib.figure import Figure
 
@@ -110,7 +109,4 @@ def plot_gap(gap: Gap, path: str | Path, *, title: str) -> Path:
     axes[1].axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes[2].set_ylim(bottom=0)
     figure.suptitle(title, fontsize=10)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return figure

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
+import pandas as pd
+
 from momentkv import __version__
-from momentkv.evaluation.needles_report import Row, bootstrap, kind_of, summarize
+from momentkv.evaluation.lines import Row, depth_lines, fidelity_lines, needle_lines, needles_of, pair_lines
 from momentkv.evaluation.report import bits_of, read_json, tokens_in
-from momentkv.evaluation.settings import DEFAULT
+from momentkv.evaluation.split import role_of
 
-__all__ = ["BANDS", "DEFAULT_METHOD", "SUMMARY", "counted_in", "gather", "results_in"]
+__all__ = ["COUNTED", "SUMMARY", "called", "counted_in", "gather", "results_in"]
 
-# Policy and correction of `MomentCache(model, budget)`, as tables call them.
-DEFAULT_METHOD = (DEFAULT.policy_name, DEFAULT.correction)
 # The file that `momentkv evaluate report` writes, and reads again.
 SUMMARY = "summary.json"
-# Kinds of results whose budgets are bytes.
-COUNTED = ("needles", "fidelity")
-# Bands of depth that heat maps have.
-BANDS = 5
+# Commands whose budgets are bytes, and kinds of their results.
+COUNTED = ("needles", "fidelity", "decoding")
 
 
 def results_in(places: Iterable[str | Path]) -> list[Path]:
@@ -46,15 +44,28 @@ def results_in(places: Iterable[str | Path]) -> list[Path]:
 
 
 def kind_of_result(content: Any) -> str | None:
-    """What a file holds: needles, fidelity, gap, lm_eval; None for anything else."""
+    """What a file holds: needles, fidelity, decoding, gap, lm_eval; None for anything else."""
     if not isinstance(content, dict):
         return None
     rows = content.get("rows")
     if isinstance(rows, list) and rows:
-        return "needles" if "values" in rows[0] else "fidelity" if "kl" in rows[0] else None
+        if "values" in rows[0]:
+            return "needles"
+        return None if "kl" not in rows[0] else "decoding" if rows[0].get("kl_of_quarters") else "fidelity"
     if "by_layer_and_head" in content:
         return "gap"
     return "lm_eval" if "results" in content and "configs" in content else None
+
+
+def called(model: str) -> str:
+    """A model without the place it was read from.
+
+    Examples
+    --------
+    >>> called("some/where/tiny-q4.gguf"), called("Qwen/Qwen2.5-0.5B")
+    ('tiny-q4', 'Qwen2.5-0.5B')
+    """
+    return Path(model).name.removesuffix(".gguf")
 
 
 def gather(paths: Iterable[Path]) -> dict[str, Any]:
@@ -63,8 +74,9 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``needles``, ``depths``, ``pairs``, ``fidelity``, ``gap``, ``lm_eval`` (lists of rows), ``sources`` (file, kind,
-        protocol, environment, command) and ``left_out``. A part that nothing measured is empty.
+        ``needles``, ``depths``, ``pairs``, ``fidelity``, ``decoding``, ``gap``, ``lm_eval`` (lists of rows, each with
+        its model and, but for the last, with the part of the split that its texts belong to), ``texts`` (the role of
+        each), ``sources`` (file, kind, protocol, environment, command), ``left_out``. What was not measured is empty.
 
     Raises
     ------
@@ -81,21 +93,30 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         else:
             found[kind].append((path, content))
     counted_in([(path.name, content["protocol"]) for kind in COUNTED for path, content in found[kind]])
-    needles = distinct([row for _, content in found["needles"] for row in content["rows"]])
+    texts: dict[str, Any] = {}
+    rows = {kind: [row for _, x in found[kind] for row in rows_of(x, texts)] for kind in COUNTED}
+    asked = needles_of(rows["needles"]) if rows["needles"] else None
+    frames = {
+        "needles": None if asked is None else needle_lines(asked),
+        "depths": None if asked is None else depth_lines(asked[asked["bytes"] > 0]),
+        "pairs": None if asked is None else pair_lines(asked),
+        **{kind: fidelity_lines(rows[kind]) if rows[kind] else None for kind in ("fidelity", "decoding")},
+    }
     return {
         "momentkv": __version__,
-        "needles": needle_lines(needles),
-        "depths": depth_lines(needles),
-        "pairs": pair_lines(needles),
-        "fidelity": fidelity_lines([row for _, content in found["fidelity"] for row in content["rows"]]),
-        "gap": [gap_line(content) for _, content in found["gap"]],
+        **{name: records(frame) for name, frame in frames.items()},
+        "gap": [gap_line(content, texts) for _, content in found["gap"]],
         "lm_eval": [line for _, content in found["lm_eval"] for line in lm_eval_lines(content)],
+        "texts": texts,
         "sources": [
             {
                 "file": path.name,
                 "kind": kind,
-                "command": without_output(content.get("command")),
-                "protocol": content.get("protocol"),
+                "model": called(content.get("protocol", content)["model"]),
+                "command": without_places(content.get("command")),
+                "protocol": {**content["protocol"], "model": called(content["protocol"]["model"])}
+                if "protocol" in content
+                else None,
                 "environment": content.get("environment"),
             }
             for kind, files in found.items()
@@ -104,6 +125,29 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         ],
         "left_out": left_out,
     }
+
+
+def rows_of(content: dict[str, Any], texts: dict[str, Any]) -> list[Row]:
+    """Rows of a file with their model and the part of the split they are of; the roles of their texts are noted."""
+    protocol = content["protocol"]
+    model, haystack = called(protocol["model"]), protocol.get("haystack")
+    return [
+        row | {"model": model, "part": part_of(row.get("text", haystack), content, texts)} for row in content["rows"]
+    ]
+
+
+def part_of(text: str, content: dict[str, Any], texts: dict[str, Any]) -> str:
+    """The part that a text belongs to; what a measurement found in it, under whatever name, or is known by now."""
+    role = role_of(text)._asdict()
+    if role["part"] != "choosing":
+        role = content.get("roles", {}).get(text, role)
+    texts[text] = role
+    return str(role["part"])
+
+
+def records(frame: pd.DataFrame | None) -> list[Row]:
+    """Lines as JSON has them: numbers of five digits, and null where there is none."""
+    return [] if frame is None else json.loads(frame.to_json(orient="records", double_precision=5))
 
 
 def counted_in(protocols: Iterable[tuple[str, dict[str, Any]]]) -> int | None:
@@ -123,111 +167,22 @@ def counted_in(protocols: Iterable[tuple[str, dict[str, Any]]]) -> int | None:
     return next(iter(files), None)
 
 
-def without_output(command: str | None) -> str | None:
-    """A command without the path of its results, which says nothing about them."""
-    return None if command is None else re.sub(r" --output \S+", "", command)
-
-
-def distinct(rows: list[Row]) -> list[Row]:
-    """Each question of each cache once, because files may share the full cache's rows."""
-    names = ("layout", "value", "length", "haystack", "task", "index", "question", "policy", "correction")
-    seen: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        seen.setdefault((*(row[name] for name in names), row["bytes_as_tokens"]), row)
-    return list(seen.values())
-
-
-def needle_lines(rows: list[Row]) -> list[Row]:
-    """A line for each task, length, question, budget, policy and correction."""
-    names = ("task", "length", "question", "bytes", "policy", "correction")
-    lines = []
-    for key, x in summarize(rows).items():
-        low, high = x["interval"]
-        lines.append(
-            dict(zip(names, key, strict=True))
-            | {"share": round(x["share"], 4), "low": round(low, 4), "high": round(high, 4)}
-            | {"n": x["of"], "haystacks": x["haystacks"], "tokens": round(x["tokens"], 4), "nll": round(x["nll"], 4)}
-            | {"signal": x["signal"]}
-        )
-    return sorted(lines, key=lambda x: (x["task"], x["length"], x["question"], x["bytes"] or 0))
-
-
-def depth_lines(rows: list[Row]) -> list[Row]:
-    """Share found in each band of depth."""
-    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for row in rows:
-        band = min(BANDS - 1, int(row["depth"] * BANDS))
-        key = (kind_of(row), row["length"], row["question"], row["bytes_as_tokens"], row["policy"], row["correction"])
-        groups[(*key, band)].append(row["values"])
-    names = ("task", "length", "question", "bytes", "policy", "correction", "band")
-    return [
-        dict(zip(names, key, strict=True)) | {"share": round(mean(group), 4), "n": len(group)}
-        for key, group in sorted(groups.items(), key=lambda item: tuple(map(str, item[0])))
-    ]
-
-
-def pair_lines(rows: list[Row]) -> list[Row]:
-    """The default against each other method at the same bytes, question by question.
-
-    The difference of shares, with a bootstrap over haystacks; the same haystacks were asked of both, so what they
-    share cancels. Tasks without signal are left out.
-    """
-    signal = {key[:2] for key, x in summarize(rows).items() if x["signal"]}
-    asked: dict[tuple[Any, ...], dict[tuple[str, str], dict[tuple[Any, ...], float]]] = defaultdict(
-        lambda: defaultdict(dict)
+def without_places(command: str | None) -> str | None:
+    """A command without the places of its results and its model, which say nothing about them."""
+    if command is None:
+        return None
+    command = re.sub(r" --output \S+", "", command)
+    return re.sub(
+        r"(?<= --model )\S+", lambda found: Path(found[0]).name if found[0][0] in "./~" else found[0], command
     )
-    for row in rows:
-        if row["bytes_as_tokens"] is not None and (kind_of(row), row["length"]) in signal:
-            cell = (kind_of(row), row["length"], row["question"], row["bytes_as_tokens"])
-            asked[cell][row["policy"], row["correction"]][row["haystack"], row["index"]] = row["values"]
-    lines = []
-    for (task, length, question, size), methods in asked.items():
-        ours = methods.get(DEFAULT_METHOD)
-        for (policy, correction), theirs in methods.items():
-            if ours is None or (policy, correction) == DEFAULT_METHOD:
-                continue
-            differences: dict[Any, list[float]] = defaultdict(list)
-            for which in ours.keys() & theirs.keys():
-                differences[which[0]].append(ours[which] - theirs[which])
-            if not differences:
-                continue
-            low, high = bootstrap([(sum(group), len(group)) for _, group in sorted(differences.items())])
-            count = sum(map(len, differences.values()))
-            lines.append(
-                {"task": task, "length": length, "question": question, "bytes": size}
-                | {"policy": policy, "correction": correction, "n": count}
-                | {"difference": round(sum(map(sum, differences.values())) / count, 4)}
-                | {"low": round(low, 4), "high": round(high, 4)}
-            )
-    return sorted(lines, key=lambda x: (x["task"], x["length"], x["question"], x["bytes"], x["policy"]))
 
 
-def fidelity_lines(rows: list[Row]) -> list[Row]:
-    """Means over texts, with a bootstrap over them; a text weighs the same whatever its length."""
-    groups: dict[tuple[Any, ...], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        groups[row["bytes_as_tokens"], row["policy"], row["correction"]].setdefault(row["text"], row)
-    lines = []
-    for (size, policy, correction), texts in groups.items():
-        low, high = bootstrap([(row["kl"], 1) for _, row in sorted(texts.items())])
-        errors = [row["head_error"] for row in texts.values() if row.get("head_error") is not None]
-        lines.append(
-            {"bytes": size, "policy": policy, "correction": correction, "texts": len(texts)}
-            | {"kl": round(mean(row["kl"] for row in texts.values()), 5), "low": round(low, 5), "high": round(high, 5)}
-            | {name: round(mean(row[name] for row in texts.values()), 4) for name in ("top1", "nll_change")}
-            | {"head_error": round(mean(errors), 5) if errors else None}
-        )
-    return sorted(lines, key=lambda x: (x["bytes"], x["policy"], x["correction"]))
-
-
-def gap_line(content: dict[str, Any]) -> Row:
+def gap_line(content: dict[str, Any], texts: dict[str, Any]) -> Row:
     """Means over heads and queries, by layer."""
-    return {
-        **{name: content[name] for name in ("text", "policy", "budget", "correction", "layers", "mean")},
-        "by_layer": {
-            name: [round(mean(heads), 4) for heads in layers] for name, layers in content["by_layer_and_head"].items()
-        },
-    }
+    part = part_of(content["text"], content, texts)
+    layers = {name: pd.DataFrame(x).mean(axis=1).round(4).tolist() for name, x in content["by_layer_and_head"].items()}
+    named = {name: content[name] for name in ("text", "policy", "budget", "correction", "layers", "mean")}
+    return {"model": called(content["model"]), "part": part, **named, "by_layer": layers}
 
 
 def lm_eval_lines(content: dict[str, Any]) -> list[Row]:

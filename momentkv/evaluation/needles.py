@@ -14,11 +14,11 @@ from momentkv import __version__
 from momentkv.cache.config import EXACT_WINDOW
 from momentkv.evaluation.commands import check_methods, finished, grid_of, save
 from momentkv.evaluation.haystack import KEYS, TASKS, Haystack, make_haystack
-from momentkv.evaluation.needles_report import needles_table, plot_needles
-from momentkv.evaluation.report import progress_bar, show, write_json
+from momentkv.evaluation.report import progress_bar, save_figure, show, write_json
 from momentkv.evaluation.retrieval import Cell, measure_haystack
 from momentkv.evaluation.settings import bytes_as_tokens
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text
+from momentkv.evaluation.split import roles_of
 
 __all__ = ["needles"]
 
@@ -35,6 +35,10 @@ class Planned(NamedTuple):
 
 def needles(options: argparse.Namespace) -> int:
     """Hide needles in haystacks and ask for them; write JSON, a plot and a table."""
+    from momentkv.evaluation.lines import needle_lines, needles_of
+    from momentkv.evaluation.report_plots import plot_found
+    from momentkv.evaluation.terminal import needles_table
+
     check(options)
     console = Console()
     text = None if options.haystack is None else load_text(options.haystack)
@@ -42,12 +46,14 @@ def needles(options: argparse.Namespace) -> int:
         model, tokenizer = load_model(options.model)
     cells = [(question, setting) for question in options.question for setting in grid_of(model, options)]
     name = options.model or BUILTIN_MODEL
+    prose = "made up" if text is None else Path(options.haystack).name
+    roles = roles_of({prose: text or ""})
     protocol = {
         "model": name,
         "bytes": options.bytes,
         "value": options.value,
         "keys": options.keys,
-        "haystack": "made up" if text is None else Path(options.haystack).name,
+        "haystack": prose,
         "seed": options.seed,
         "generate": options.generate,
         "unseen": "the context is compressed once, after one-shot prefill; question and answer in one pass after it",
@@ -94,12 +100,13 @@ def needles(options: argparse.Namespace) -> int:
                 if asked.cell is not None and asked.which == last:
                     progress.advance(task)
             # After every haystack, so that an interruption loses no more than one.
-            save(path, options, protocol, rows)
-    save(path, options, protocol, rows, complete=True)
+            save(path, options, protocol, rows, roles)
+    save(path, options, protocol, rows, roles, complete=True)
     title = f"{name}: needles in {'made-up prose' if text is None else Path(options.haystack).name}"
-    show(console, needles_table(rows, title=title, bits=options.bytes))
-    plot = plot_needles(rows, path.with_suffix(".png"), title=title, bits=options.bytes)
-    console.print(f"results: {path}   plot: {plot}", soft_wrap=True)
+    lines = needle_lines(needles_of(rows))
+    show(console, needles_table(lines, title=title, bits=options.bytes))
+    figure = plot_found(lines, bits=options.bytes, title=title)
+    console.print(f"results: {path}   plot: {save_figure(figure, path.with_suffix('.png'))}", soft_wrap=True)
     return 0
 
 

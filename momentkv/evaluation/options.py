@@ -58,7 +58,9 @@ def add_measurements(kinds: Any) -> None:
 
     needles = kinds.add_parser("needles", help="whether one sentence of a long text can still be read, at equal bytes")
     add_model(needles)
-    needles.add_argument("--haystack", help="a file or a topic of Python's language reference (default: made-up prose)")
+    needles.add_argument(
+        "--haystack", help="a file, or topics of Python's language reference joined by + (default: made-up prose)"
+    )
     needles.add_argument(
         "--tasks",
         nargs="+",
@@ -137,7 +139,13 @@ def add_measurements(kinds: Any) -> None:
     suite.add_argument("--workers", type=int, default=2, help="measurements at a time, one thread each")
     suite.add_argument("--smoke", action="store_true", help="the same on very few cases, to see that it runs")
     suite.add_argument("--only", nargs="+", metavar="NAME", help="some of the measurements (default: all)")
-    add_model(suite)
+    suite.add_argument(
+        "--model",
+        nargs="+",
+        default=["SmolLM2-135M-Instruct"],
+        metavar="M",
+        help="one or more, as the other commands take them; each has a folder of its own",
+    )
     add_bytes(suite)
     suite.add_argument("--output", default="results/suite", help="folder of results; the report goes there, too")
     suite.set_defaults(run=command("momentkv.evaluation.suite", "suite"), resumes=True)
@@ -168,9 +176,15 @@ def add_source(parser: argparse.ArgumentParser, *, context: int, following: int,
     """Options that say what is read."""
     add_model(parser)
     if several:
-        parser.add_argument("--text", nargs="+", help="files or topics of Python's language reference (default: four)")
+        parser.add_argument(
+            "--text",
+            nargs="+",
+            help="files or topics of Python's language reference, of which + joins several (default: four of them)",
+        )
     else:
-        parser.add_argument("--text", default="compound", help="a file or a topic of Python's language reference")
+        parser.add_argument(
+            "--text", default="compound", help="a file, or topics of Python's language reference joined by +"
+        )
     parser.add_argument("--skip", type=int, default=0, help="characters to skip at the start of each text")
     parser.add_argument("--context", type=int, default=context, help="tokens to compress")
     parser.add_argument("--following", type=int, default=following, help="tokens after them that are predicted")

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import argparse
 import base64
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import pandas as pd
 from rich.console import Console
 
-from momentkv.evaluation.gather import COUNTED, DEFAULT_METHOD, SUMMARY, counted_in, gather, results_in
-from momentkv.evaluation.needles_report import Row
+from momentkv.evaluation.gather import COUNTED, SUMMARY, counted_in, gather, results_in
+from momentkv.evaluation.lines import OURS, Row, is_ours, rivals
 from momentkv.evaluation.report import read_json, tokens_in, write_json
-from momentkv.evaluation.report_plots import called, draw, methods_of
+from momentkv.evaluation.report_plots import draw, methods_of, slug
 
 __all__ = ["markdown_of", "report", "write_report"]
 
-TEXT_COLUMNS = (
-    *("context", "question", "policy, correction", "task", "text", "metric", "model", "results", "command"),
-    "measured with",
-)
 # Where a number must not be broken between lines.
 SPACE, DASH = "\u00a0", "\u2060–\u2060"
-STYLE = """
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #222; }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; background: #fff; }
-code { font-size: 13px; overflow-wrap: anywhere; }
-@media (prefers-color-scheme: dark) {
-  body { background: #1b1b1f; color: #ddd; } th, td { border-color: #444; } a { color: #8ab4f8; }
+# What the method of the paper is called.
+PAPER = "momentkv/order-1"
+PARTS = {
+    "reporting": "on texts that chose nothing",
+    "choosing": "**on texts that chose the default or parts of it**",
+    "unnamed": "on texts that texts.toml does not name",
 }
-"""
 
 
 def report(options: argparse.Namespace) -> int:
@@ -65,49 +61,69 @@ def write_report(results: Iterable[str | Path], folder: Path) -> Path:
     else:
         summary = gather(path for path in results_in(places) if folder not in path.parents)
         write_json(folder / SUMMARY, summary)
-    plots = draw(summary, folder)
-    text = markdown_of(summary, {name: path.name for name, path in plots.items()})
+    text = markdown_of(summary, draw(summary, folder, bits=bits_in(summary)))
     (folder / "report.md").write_text(text, encoding="utf-8")
+
+    def embedded(found: re.Match[str]) -> str:
+        data = base64.b64encode((folder / found[1]).read_bytes()).decode()
+        return f'src="data:image/svg+xml;base64,{data}#{found[2]}"'
+
     body = markdown.markdown(text, extensions=["tables", "attr_list"])
-    for path in plots.values():
-        data = base64.b64encode(path.read_bytes()).decode()
-        body = body.replace(f'src="{path.name}"', f'src="data:image/svg+xml;base64,{data}"')
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    body = re.sub(r'src="([\w-]+\.svg)#([\w-]+)"', embedded, body)
     page = folder / "report.html"
-    head += "<title>momentkv: results</title>"
-    whole = f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
-    page.write_text(whole, encoding="utf-8")
+    page.write_text(templates().get_template("report.html").render(body=body), encoding="utf-8")
     return page
 
 
-def markdown_of(summary: dict[str, Any], plots: dict[str, str]) -> str:
-    """The page as Markdown; a part that was not measured is left out."""
-    sections = [
-        "# Results",
-        opening(summary),
-        needles_section(summary, plots),
-        losses_section(summary["pairs"], summary["fidelity"]),
-        correction_section(summary["pairs"]),
-        fidelity_section(summary["fidelity"], plots),
-        gap_section(summary["gap"], plots),
-        lm_eval_section(summary["lm_eval"]),
-        sources_section(summary),
-    ]
-    return "\n\n".join(filter(None, sections)) + "\n"
-
-
-def opening(summary: dict[str, Any]) -> str:
-    """What the page is."""
-    models = sorted({x["protocol"]["model"] for x in summary["sources"] if x["protocol"]})
-    measured = f" of {', '.join(models)}" if models else ""
-    return (
-        f"Measurements{measured}, momentkv {summary['momentkv']}, written by `momentkv evaluate report` from the "
-        "results of the commands [below](#commands).\n\n"
-        f"*bytes*: a budget stands for the bytes of so many {tokens_in(bits_in(summary))} for each KV head, correction "
-        "included. *Intervals*, in parentheses, are of 95 %: a bootstrap (2,000 draws, seed 0) over haystacks or "
-        "texts; where all or none of the questions of a cell succeed, Wilson's interval over haystacks. The "
-        f"**default** is {DEFAULT_METHOD[0]} with {DEFAULT_METHOD[1]}."
+@cache
+def templates() -> jinja2.Environment:
+    """The templates of the page; Markdown is not escaped."""
+    loader = jinja2.PackageLoader("momentkv.evaluation")
+    made = jinja2.Environment(
+        loader=loader,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
+    made.filters["code"] = code
+    return made
+
+
+def markdown_of(summary: dict[str, Any], pictures: dict[str, dict[str, str]], folder: str = "") -> str:
+    """The page as Markdown; a part that was not measured is left out.
+
+    Parameters
+    ----------
+    summary : dict
+        What `gather` returns.
+    pictures : dict
+        What `draw` returns.
+    folder : str
+        Where the pictures are, with its slash.
+    """
+    frames = {name: pd.DataFrame(summary[name]) for name in ("needles", "pairs", "fidelity", "decoding")}
+    kept = {name: x[x["part"] == "reporting"] if len(x) else x for name, x in frames.items()}
+    models = sorted({x["model"] for x in summary["sources"]})
+    text = templates().get_template("report.md").render(
+        folder=folder,
+        momentkv=summary["momentkv"],
+        models=models,
+        unit=tokens_in(bits_in(summary)),
+        counted=any(map(len, frames.values())),
+        reported=any(map(len, kept.values())),
+        ours=OURS,
+        against=[x for model in models for x in against(model, kept)],
+        worse=worse(kept["pairs"]),
+        glance=glance(models, kept),
+        sections=[section(model, frames, summary["gap"], pictures.get(model, {})) for model in models],
+        lm_eval=list(map(lm_eval_cells, summary["lm_eval"])),
+        texts=[[code(name), x["part"], "; ".join(x["chose"])] for name, x in sorted(summary["texts"].items())],
+        sources=list(map(source_cells, summary["sources"])),
+        protocol=protocol_of(summary["sources"]),
+        left_out=summary["left_out"],
+    )  # fmt: skip
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def bits_in(summary: dict[str, Any]) -> int | None:
@@ -115,223 +131,198 @@ def bits_in(summary: dict[str, Any]) -> int | None:
     return counted_in((x["file"], x["protocol"]) for x in summary["sources"] if x["kind"] in COUNTED)
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; columns of text to the left, of numbers to the right."""
-    rule = "|" + "".join("---|" if name in TEXT_COLUMNS else "---:|" for name in header)
-    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(x) + " |" for x in lines)])
+def of_model(lines: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Lines of a model; there may be none at all, and so no columns."""
+    return lines[lines["model"] == model] if len(lines) else lines
 
 
-def percent(x: Row) -> str:
-    """A share with its interval, on one line."""
-    return f"{100 * x['share']:.0f}{SPACE}%{SPACE}({100 * x['low']:.0f}{DASH}{100 * x['high']:.0f})"
-
-
-def bold(text: str, method: tuple[str, str]) -> str:
-    """The default stands out."""
-    return f"**{text}**" if method == DEFAULT_METHOD else text
-
-
-def needles_section(summary: dict[str, Any], plots: dict[str, str]) -> str:
-    """A table for each task: a line for each length, time of the question and method, a column for each budget."""
-    rows = summary["needles"]
-    if not rows:
-        return ""
-    parts = [
-        "## Needles { #report-needles }",
-        "Fraction of hidden values whose every token is the top-1 prediction. *unseen*: the question is read after "
-        "compression (query-agnostic). *seen*: the question is the end of what is compressed (query-aware). *n*: "
-        "questions. *no signal*: the full cache finds less than half of the values, so compression cannot be judged.",
-    ]
-    if "found" in plots:
-        parts.append(f"![Values found against bytes, by task and length]({plots['found']})")
-    for task in dict.fromkeys(x["task"] for x in rows):
-        chosen = [x for x in rows if x["task"] == task]
-        heading = f"### {task[0].upper()}{task[1:]}"
-        uncompressed = [x for x in chosen if x["bytes"] is None]
-        if not any(x["signal"] for x in uncompressed):
-            said = ", ".join(f"{100 * x['share']:.0f}{SPACE}% in {x['length']} tokens" for x in uncompressed)
-            parts += [heading, f"No signal: the full cache finds {said} (n = {uncompressed[0]['n']})."]
-            continue
-        budgets = sorted({x["bytes"] for x in chosen if x["bytes"]})
-        lines = []
-        for length in sorted({x["length"] for x in chosen}):
-            full = next(x for x in chosen if x["length"] == length and x["bytes"] is None)
-            note = percent(full) if full["signal"] else f"no{SPACE}signal{SPACE}({100 * full['share']:.0f}{SPACE}%)"
-            lines.append([f"{length}", "", "full cache", str(full["n"]), note, *[""] * (len(budgets) - 1)])
-            if not full["signal"]:
-                continue
-            for question in ("unseen", "seen"):
-                asked = [x for x in chosen if (x["length"], x["question"]) == (length, question)]
-                for method in methods_of(asked):
-                    cells = {x["bytes"]: x for x in asked if (x["policy"], x["correction"]) == method}
-                    count = str(max(x["n"] for x in cells.values()))
-                    found = [bold(percent(cells[size]), method) if size in cells else "" for size in budgets]
-                    name = "**default**" if method == DEFAULT_METHOD else called(method)
-                    lines.append(["", question, name, count, *found])
-        parts += [
-            heading,
-            table(["context", "question", "policy, correction", "n", *(f"{size}" for size in budgets)], lines),
+def against(model: str, kept: dict[str, pd.DataFrame]) -> list[str]:
+    """Where another method has less KL than what is recommended, in words, and how often one finds more needles."""
+    lines, pairs = of_model(kept["fidelity"], model), of_model(kept["pairs"], model)
+    found = []
+    if len(lines):
+        both = rivals(lines, ["bytes"])
+        both = both[both["kl_other"] < both["kl"]]
+        said = [
+            f"{code(ours)} has more than {code(other)}: "
+            + ", ".join(f"{number(x.kl)} and {number(x.kl_other)} at {x.bytes}" for x in group.itertuples())
+            for (ours, other), group in both.groupby(["method", "method_other"])
         ]
-    if "depths" in plots:
-        parts.append(f"![Single needles found by depth and length]({plots['depths']})")
-    return "\n\n".join(parts)
-
-
-def losses_section(pairs: list[Row], fidelity: list[Row]) -> str:
-    """Where another method finds more values than the default, or has a smaller KL."""
-    parts = []
-    if pairs:
-        worse = [x for x in pairs if x["difference"] < 0]
-        cells = {(x["task"], x["length"], x["question"], x["bytes"]) for x in pairs}
-        counted = f"{len(cells)} cells of task, length, question and budget"
-        if worse:
-            parts.append(
-                f"Needles: in {len(worse)} of {len(pairs)} comparisons in {counted} another method finds more. "
-                "Difference of shares, the default less the other, over the same questions; an interval that holds 0 "
-                "may be chance."
-            )
-            parts.append(differences(worse))
-        else:
-            parts.append(f"Needles: in none of the {counted} does another method find more.")
-    ours = {x["bytes"]: x["kl"] for x in fidelity if (x["policy"], x["correction"]) == DEFAULT_METHOD}
-    if ours:
-        better = [x for x in fidelity if x["kl"] < ours.get(x["bytes"], 0)]
-        listed = "; ".join(
-            f"{x['policy']}, {x['correction']} at {x['bytes']} ({x['kl']:.3f} against {ours[x['bytes']]:.3f})"
-            for x in better
+        found.append(f"**{model}**, KL: {'; '.join(said) or 'no method is better'}.")
+    if len(pairs):
+        lost, sure = int((pairs["difference"] < 0).sum()), int((pairs["high"] < 0).sum())
+        found.append(
+            f"**{model}**, needles: in {lost} of {len(pairs)} comparisons of one of ours with another the other finds "
+            f"more, in {sure} of them beyond chance."
         )
-        parts.append(f"KL: {listed or 'no other method that was measured has a smaller one'}.")
-    return "\n\n".join(["## Where the default loses { #report-losses }", *parts]) if parts else ""
+    return found
 
 
-def differences(pairs: list[Row]) -> str:
-    """A table of differences in percentage points."""
-    return table(
-        ["task", "context", "question", "bytes", "policy, correction", "n", "difference, points"],
+def worse(pairs: pd.DataFrame) -> list[list[str]]:
+    """Comparisons that are lost, and whose intervals say so."""
+    return [
         [
-            [
-                x["task"],
-                str(x["length"]),
-                x["question"],
-                str(x["bytes"]),
-                called((x["policy"], x["correction"])),
-                str(x["n"]),
-                f"{100 * x['difference']:+.0f} ({100 * x['low']:+.0f} to {100 * x['high']:+.0f})",
-            ]
-            for x in pairs
-        ],
-    )
-
-
-def correction_section(pairs: list[Row]) -> str:
-    """The default against the same selection without a correction."""
-    plain = [x for x in pairs if x["policy"] == DEFAULT_METHOD[0] and x["correction"].startswith("none")]
-    if not plain:
-        return ""
-    text = (
-        "## Does the correction cost retrieval? { #report-correction }\n\n"
-        "The default against its own selection without the correction, at the same bytes (which then retains more "
-        "tokens), over the same questions.\n\n"
-    )
-    return text + differences(plain)
-
-
-def fidelity_section(rows: list[Row], plots: dict[str, str]) -> str:
-    """KL, top-1, NLL and error of the heads."""
-    if not rows:
-        return ""
-    lines = []
-    for x in rows:
-        method = (x["policy"], x["correction"])
-        error = "" if x["head_error"] is None else f"{x['head_error']:.3f}"
-        kl = bold(f"{x['kl']:.3f}{SPACE}({x['low']:.3f}{DASH}{x['high']:.3f})", method)
-        numbers = [f"{100 * x['top1']:.0f} %", f"{x['nll_change']:+.3f}", error, str(x["texts"])]
-        lines.append([str(x["bytes"]), bold(called(method), method), kl, *numbers])
-    image = f"![KL against bytes]({plots['kl']})\n\n" if "kl" in plots else ""
-    return (
-        "## Fidelity { #report-fidelity }\n\n"
-        "KL(full || compressed) of the next-token distributions in nats, agreement of the most likely token, change of "
-        "the text's negative log-likelihood, and mean relative error of the heads' outputs; means over texts.\n\n"
-        + image
-        + table(["bytes", "policy, correction", "KL", "top-1", "NLL", "head error", "texts"], lines)
-    )
-
-
-def gap_section(rows: list[Row], plots: dict[str, str]) -> str:
-    """Evicted mass, direction and error."""
-    if not rows:
-        return ""
-    lines = [
-        [
-            f"{x['policy']}, {x['correction']}",
-            x["text"],
-            str(x["budget"]),
-            *(f"{x['mean'][name]:.3f}" for name in ("evicted_mass", "cosine", "plain", "corrected")),
+            *(x.model, x.task, f"{x.length}", x.question, f"{x.bytes}", code(x.method), code(x.other), f"{x.n}"),
+            f"{100 * x.difference:+.0f} ({100 * x.low:+.0f} to {100 * x.high:+.0f})",
         ]
-        for x in rows
+        for x in (pairs[pairs["high"] < 0].itertuples() if len(pairs) else ())
     ]
-    image = f"\n\n![Evicted mass, direction and error by layer]({plots['gap']})" if "gap" in plots else ""
-    header = [
-        "policy, correction",
-        "text",
-        "retained",
-        "evicted mass",
-        "cos(o_E, o_R)",
-        "plain error",
-        "corrected error",
-    ]
-    return (
-        "## Directional gap { #report-gap }\n\n"
-        "Means over layers, heads and following tokens; each head is fed from the full cache.\n\n"
-        + table(header, lines)
-        + image
-    )
 
 
-def lm_eval_section(rows: list[Row]) -> str:
-    """Tasks of lm-evaluation-harness."""
-    if not rows:
-        return ""
-    lines = [
-        [
-            x["task"],
-            f"{x['metric']} ({x['filter']})",
-            f"{x['value']:.3f}" + ("" if x["stderr"] is None else f" ± {x['stderr']:.3f}"),
-            "" if x["n"] is None else str(x["n"]),
-            f"`{x['model']}` `{x['model_args']}`",
-        ]
-        for x in rows
-    ]
-    return "## lm-evaluation-harness { #report-lm-eval }\n\n± is its standard error.\n\n" + table(
-        ["task", "metric", "value", "n", "model"], lines
-    )
+def glance(models: list[str], kept: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    """The tables that are understood in ten seconds: what is recommended, the best selection, and the paper's."""
+    tables = []
+    for model in models:
+        kl, found = of_model(kept["fidelity"], model), of_model(kept["needles"], model)
+        if len(kl):
+            wide = kl.pivot(index="method", columns="bytes", values="kl")
+            tables.append({"model": model, "measure": "KL, less is better", **measure_table(wide, "min", number)})
+        asked = found[(found["question"] == "unseen") & found["signal"]] if len(found) else found
+        if len(asked):
+            shares = asked.pivot(index=["task", "length"], columns=["method", "bytes"], values="share")
+            wide = shares.dropna(axis="columns").mean().unstack()  # of what was asked about every task and length
+            tables.append({"model": model, "measure": "needles, more is better", **measure_table(wide, "max", percent)})
+    return tables
 
 
-def sources_section(summary: dict[str, Any]) -> str:
-    """Commands, protocol and environment of each file."""
-    lines = []
-    for x in summary["sources"]:
-        command = x["command"] or "not recorded"
-        protocol = x["protocol"] or {}
-        seed = protocol.get("seed", "")
-        version = ", ".join(f"{name} {value}" for name, value in (x["environment"] or {}).items())
-        lines.append([x["file"], f"`{command}`", str(seed), version])
-    text = "## Commands { #commands }\n\n" + table(["results", "command", "seed", "measured with"], lines)
-    bits = bits_in(summary)
-    if bits == 32 and not any("--bytes" in (x["command"] or "") for x in summary["sources"]):
-        text += (
-            "\n\nThese were run when bytes were always counted beside 32-bit keys and values: to measure the same, add "
-            "`--bytes 32` to the commands of needles and fidelity."
-        )
-    said = {
-        f"*{name}*: {x['protocol'][name]}."
-        for x in summary["sources"]
-        if x["protocol"]
-        for name in ("unseen", "seen", "compressed")
-        if name in x["protocol"]
+def measure_table(wide: pd.DataFrame, best: str, shown: Callable[[float], str]) -> dict[str, Any]:
+    """A row for each method, a column for each budget, the best of which stands out."""
+    plain = wide[[x.endswith("/none") and not x.startswith("kvzip") and not is_ours(x) for x in wide.index]]
+    rows = {"best selection": getattr(plain, best)()} if len(plain) else {}
+    rows |= {
+        "the paper's" if method == PAPER else code(method): wide.loc[method]
+        for method in (PAPER, *OURS)
+        if method in wide.index
     }
-    if said:
-        text += "\n\nProtocol. " + " ".join(sorted(said))
-    if summary["left_out"]:
-        text += f"\n\nLeft out, since they are no results: {', '.join(summary['left_out'])}."
-    return text
+    top = getattr(pd.DataFrame(rows).T, best)()
+    cells = {
+        name: ["" if pd.isna(x) else bold(shown(x), x == top[size]) for size, x in row.items()]
+        for name, row in rows.items()
+    }
+    return {"sizes": list(wide.columns), "lines": [[name, *x] for name, x in cells.items()]}
+
+
+def percent(x: float) -> str:
+    """A share, on one line."""
+    return f"{100 * x:.0f}{SPACE}%"
+
+
+def section(model: str, frames: dict[str, pd.DataFrame], gaps: list[Row], pictures: dict[str, str]) -> dict[str, Any]:
+    """All of a model, part by part: what chose something stands apart."""
+    own = {name: of_model(lines, model) for name, lines in frames.items()}
+    apart = {
+        name: [(said, lines[lines["part"] == part]) for part, said in PARTS.items() if (lines["part"] == part).any()]
+        for name, lines in own.items()
+        if len(lines)
+    }
+    return {
+        "name": model,
+        "slug": slug(model),
+        "pictures": {name: pictures.get(name) for name in ("kl", "decoding", "found", "depths", "gap")},
+        "fidelity": [fidelity_cells(lines, said) for said, lines in apart.get("fidelity", ())],
+        "decoding": [fidelity_cells(lines, said) for said, lines in apart.get("decoding", ())],
+        "needles": [
+            task_cells(str(task), group, said)
+            for said, lines in apart.get("needles", ())
+            for task, group in lines.groupby("task", sort=False)
+        ],
+        "gap": [
+            [f"{x['policy']}, {x['correction']}", x["text"], f"{x['budget']}"]
+            + [f"{x['mean'][name]:.3f}" for name in ("evicted_mass", "cosine", "plain", "corrected")]
+            for x in gaps
+            if x["model"] == model
+        ],
+    }
+
+
+def fidelity_cells(lines: pd.DataFrame, said: str) -> dict[str, Any]:
+    """A row for each method, a column for each budget."""
+    sizes, methods = sorted(set(lines["bytes"])), methods_of(lines)
+    best, most = lines.groupby("bytes")["kl"].min(), lines["texts"].max()
+
+    def rows(cell: Any) -> list[list[str]]:
+        cells = {(x.method, x.bytes): cell(x) for x in lines.itertuples()}
+        return [[code(method), *(cells.get((method, size), "") for size in sizes)] for method in methods]
+
+    return {
+        "of": f"{said} ({most})",
+        "sizes": sizes,
+        "kl": rows(lambda x: bold(number(x.kl), x.kl == best[x.bytes]) + interval(x, number) + of_fewer(x.texts, most)),
+        "top1": rows(lambda x: percent(x.top1)),
+    }
+
+
+def task_cells(task: str, lines: pd.DataFrame, said: str) -> dict[str, Any]:
+    """A row for each length, time of the question and method, a column for each budget."""
+    sizes = sorted({x for x in lines["bytes"] if x})
+    rows = []
+
+    def share(x: Any) -> str:
+        return percent(x.share) + interval(x, lambda end: f"{100 * end:.0f}")
+
+    for length, group in lines.groupby("length"):
+        full = next(group[group["bytes"] == 0].itertuples())
+        note = share(full) if full.signal else f"no{SPACE}signal{SPACE}({percent(full.share)})"
+        rows.append([f"{length}", "", "full cache", f"{full.n}", note, *[""] * (len(sizes) - 1)])
+        asked = group[(group["bytes"] > 0) & full.signal]
+        for question, some in asked.groupby("question", sort=False):
+            for method in methods_of(some):
+                cells = {x.bytes: x for x in some[some["method"] == method].itertuples()}
+                found = [share(cells[size]) if size in cells else "" for size in sizes]
+                rows.append(["", question, code(method), f"{max(x.n for x in cells.values())}", *found])
+    return {
+        "name": f"{task[0].upper()}{task[1:]}",
+        "of": said.replace("texts", "haystacks"),
+        "sizes": sizes,
+        "lines": rows,
+    }
+
+
+def number(x: float) -> str:
+    """A KL; small ones with another digit."""
+    return f"{x:.3f}" if x >= 0.0095 else f"{x:.4f}"
+
+
+def interval(x: Any, end: Any) -> str:
+    """An interval behind its number, on one line; nothing where there is none."""
+    return f"{SPACE}({end(x.low)}{DASH}{end(x.high)})" if x.low < x.high else ""
+
+
+def of_fewer(texts: int, most: int) -> str:
+    """How many texts a cell is of, where others are of more."""
+    return "" if texts == most else f"{SPACE}of{SPACE}{texts}"
+
+
+def bold(text: str, stands_out: bool) -> str:
+    """What stands out."""
+    return f"**{text}**" if stands_out else text
+
+
+def code(text: str) -> str:
+    """What is typed."""
+    return f"`{text}`"
+
+
+def lm_eval_cells(x: Row) -> list[str]:
+    """A task of lm-evaluation-harness."""
+    error = "" if x["stderr"] is None else f" ± {x['stderr']:.3f}"
+    count, model = "" if x["n"] is None else str(x["n"]), f"`{x['model']}` `{x['model_args']}`"
+    return [x["task"], f"{x['metric']} ({x['filter']})", f"{x['value']:.3f}{error}", count, model]
+
+
+def source_cells(x: Row) -> list[str]:
+    """A results file: what it was measured with."""
+    version = ", ".join(f"{name} {value}" for name, value in (x["environment"] or {}).items())
+    return [f"{x['file']}, {x['model']}", code(x["command"] or "not recorded"), version]
+
+
+def protocol_of(sources: list[Row]) -> list[str]:
+    """What the protocols say in words."""
+    return sorted(
+        {
+            f"*{name}*: {x['protocol'][name]}."
+            for x in sources
+            for name in ("unseen", "seen", "compressed")
+            if name in (x["protocol"] or {})
+        }
+    )

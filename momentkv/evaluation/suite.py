@@ -19,16 +19,19 @@ from rich.table import Table
 from rich.text import Text
 
 from momentkv import __version__
-from momentkv.evaluation.gather import COUNTED
+from momentkv.evaluation.gather import COUNTED, called
 from momentkv.evaluation.processes import interrupts_later
 from momentkv.evaluation.report import read_json
 from momentkv.evaluation.report_page import write_report
+from momentkv.evaluation.sources import BUILTIN_MODEL
+from momentkv.evaluation.split import REPORT_HAYSTACK, REPORT_TEXTS
 
 __all__ = ["PLAN", "Measurement", "suite"]
 
 WAITS, RUNS = "waits", "running"
-OURS, SAME_SELECTION = "default", "balanced/none-heads"
-PEER, PAPER = "snapkv/none", "momentkv/order-1"
+# What is recommended, and the best of other kinds.
+METHODS = "default default@auto twice@auto snapkv/none snapkv/none@4 kvzip/none"
+SELECTIONS, PAPER = "expected-attention/none momentkv/none", "momentkv/order-1"
 
 
 class Measurement(NamedTuple):
@@ -48,82 +51,63 @@ class Measurement(NamedTuple):
 
 
 def needles(name: str, arguments: str, smoke: str) -> Measurement:
-    """A measurement of needles in a topic of Python's language reference."""
-    common = "needles --haystack types"
-    return Measurement(name, f"{common} {arguments}", f"{common} {smoke} --samples 1 --budgets 64 --methods {PEER}")
+    """A measurement of needles."""
+    few = "--samples 1 --budgets 64 --methods default snapkv/none"
+    return Measurement(name, f"needles {arguments} --methods {METHODS}", f"needles {smoke} {few}")
 
 
-# The longest first, so that workers end at about the same time. Nothing here was tuned on needles in this text.
+# The longest first, so that workers end at about the same time. Texts and haystacks are of the reporting part of
+# texts.toml: nothing was ever chosen with them.
 PLAN = (
     needles(
-        "single-4000",
-        f"--lengths 4000 --samples 8 --budgets 128 256 512 --question unseen --methods {OURS} {PEER} {PAPER}",
-        "--lengths 800 --depths 0.5 --question unseen",
-    ),
-    needles(
         "single-2000",
-        "--lengths 2000 --samples 8 --budgets 64 128 256 512 --question unseen "
-        f"--methods {OURS} {SAME_SELECTION} {PEER} {PAPER}",
-        "--lengths 700 --depths 0.5 --question unseen",
-    ),
-    needles(
-        "single-1000",
-        "--lengths 1000 --samples 8 --budgets 64 128 256 512 --question unseen "
-        f"--methods {OURS} {SAME_SELECTION} {PEER} {PAPER}",
-        "--lengths 600 --depths 0.5 --question unseen",
-    ),
-    Measurement(
-        "fidelity",
-        "fidelity --budgets 128 512 --methods "
-        + " ".join(
-            f"{policy}/{correction}"
-            for policy, corrections in (
-                ("snapkv", ("none", "order-0", "order-1", "summaries")),
-                ("momentkv", ("none", "order-0", "order-1", "summaries")),
-                ("balanced", ("none-heads", "summaries-heads")),
-            )
-            for correction in corrections
-        ),
-        "fidelity --text compound --context 100 --following 8 --budgets 80 --methods snapkv/none snapkv/summaries",
+        f"--haystack {REPORT_HAYSTACK} --lengths 2000 --samples 4 --budgets 128 256 512 --question unseen",
+        f"--haystack {REPORT_HAYSTACK} --lengths 700 --depths 0.5 --question unseen",
     ),
     needles(
         "several-2000",
-        "--tasks multi-key multi-query --lengths 2000 --samples 10 --budgets 128 256 512 --question unseen "
-        f"--methods {OURS} {PEER} {PAPER}",
+        "--tasks multi-key multi-query --lengths 2000 --samples 10 --budgets 128 256 512 --question unseen",
         "--tasks multi-key multi-query --keys 2 --lengths 700 --question unseen",
     ),
     needles(
-        "seen-1000",
-        f"--lengths 1000 --samples 8 --budgets 128 512 --question seen --methods {OURS} {PEER} {PAPER}",
-        "--lengths 600 --depths 0.5 --question seen",
+        "single-1000",
+        f"--haystack {REPORT_HAYSTACK} --lengths 1000 --samples 4 --budgets 128 256 512",
+        f"--haystack {REPORT_HAYSTACK} --lengths 600 --depths 0.5",
     ),
     needles(
-        "several-1000",
-        "--tasks multi-key multi-query --lengths 1000 --samples 10 --budgets 128 256 512 --question unseen "
-        f"--methods {OURS} {PEER} {PAPER}",
-        "--tasks multi-key --keys 2 --lengths 600 --question unseen",
+        "single-4000",
+        f"--haystack {REPORT_HAYSTACK} --lengths 4000 --samples 2 --budgets 256 512 --question unseen",
+        f"--haystack {REPORT_HAYSTACK} --lengths 800 --depths 0.5 --question unseen",
     ),
-    needles(
-        "values-1000",
-        "--tasks multi-value --keys 2 --lengths 1000 --samples 20 --budgets 128 512 --question unseen "
-        f"--methods {OURS} {PEER} {PAPER}",
-        "--tasks multi-value --keys 1 --lengths 600 --question unseen",
+    *(
+        Measurement(
+            name,
+            f"fidelity --text {' '.join(texts)} --budgets 128 256 512 --methods {METHODS} {SELECTIONS} {PAPER}",
+            "fidelity --text typesmapping --context 100 --following 8 --budgets 80 --methods default snapkv/none",
+        )
+        for name, texts in (("fidelity", REPORT_TEXTS[::2]), ("fidelity-more", REPORT_TEXTS[1::2]))
     ),
     needles(
         "codes-1000",
-        "--tasks multi-key --value uuid --keys 2 --lengths 1000 --samples 20 --budgets 128 512 --question unseen "
-        f"--methods {OURS} {PEER} {PAPER}",
+        "--tasks multi-key --value uuid --keys 2 --lengths 1000 --samples 10 --budgets 128 256 512 --question unseen",
         "--tasks multi-key --value uuid --keys 2 --lengths 700 --question unseen",
     ),
     Measurement(
-        "gap",
-        "gap --text debugger --policy momentkv --budget 128 --correction order-1",
-        "gap --text debugger --context 100 --following 8 --policy snapkv --budget 40",
+        "decoding",
+        f"fidelity --decode 32 --text {' '.join(REPORT_TEXTS[::2])} --context 2048 --following 512 --budgets 256 "
+        "--methods default default@auto h2o/none tova/none snapkv/none streaming/none",
+        "fidelity --decode 4 --text typesmapping --context 100 --following 8 --budgets 80 --methods snapkv/none",
     ),
-    Measurement(
-        "gap-default",
-        "gap --text debugger --policy balanced --budget 111 --correction summaries",
-        "gap --text debugger --context 100 --following 8 --policy snapkv --budget 40 --correction summaries",
+    *(
+        Measurement(
+            name,
+            f"gap --text string-methods --policy {policy} --budget {budget} --correction {correction}",
+            f"gap --text typesmapping --context 99 --following 8 --policy snapkv --budget 40 --correction {correction}",
+        )
+        for name, policy, budget, correction in (
+            ("gap", "momentkv", 128, "order-1"),
+            ("gap-default", "balanced", 110, "summaries"),
+        )
     ),
 )
 
@@ -137,17 +121,20 @@ def suite(options: argparse.Namespace) -> int:
         if name not in names:
             raise ValueError(f"only has {name!r}; use some of {', '.join(names)}")
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     chosen = [x for x in PLAN if options.only is None or x.name in options.only]
-    commands = {x.name: command_of(x, folder, options) for x in chosen}
+    commands: dict[str, list[str]] = {}
+    for model in options.model:
+        label = called(model)
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        commands |= {f"{label}/{x.name}": command_of(x, folder / label, model, options) for x in chosen}
     with Live(console=console, refresh_per_second=1) as live:
         state = run_all(commands, folder, options.workers, lambda state: live.update(progress_of(state, folder)))
     failed = [name for name, what in state.items() if what == failure(name)]
     for name in failed:
         console.print(f"[bold red]{name}[/]: momentkv {shlex.join(commands[name])}")
         console.print(Text("\n".join((folder / f"{name}.log").read_text(encoding="utf-8").splitlines()[-5:])))
-    if any(folder.glob("*.json")):
+    if any(folder.glob("*/*.json")):
         page = write_report([folder], folder / "report")
         console.print(f"report: {page}", soft_wrap=True)
     return 1 if failed else 0
@@ -200,12 +187,12 @@ def failure(name: str) -> str:
     return f"failed, see {name}.log"
 
 
-def command_of(measurement: Measurement, folder: Path, options: argparse.Namespace) -> list[str]:
+def command_of(measurement: Measurement, folder: Path, model: str, options: argparse.Namespace) -> list[str]:
     """Arguments of the command that measures it."""
     words = shlex.split(measurement.smoke if options.smoke else measurement.arguments)
-    model = [] if options.model is None else ["--model", options.model]
+    named = [] if model == BUILTIN_MODEL else ["--model", model]
     counted = ["--bytes", str(options.bytes)] if words[0] in COUNTED else []
-    return ["evaluate", *words, *counted, *model, "--output", str(folder / f"{measurement.name}.json")]
+    return ["evaluate", *words, *counted, *named, "--output", str(folder / f"{measurement.name}.json")]
 
 
 def complete(path: Path, command: list[str]) -> bool:

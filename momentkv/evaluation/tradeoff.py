@@ -3,68 +3,59 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich.box import SIMPLE_HEAD
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from momentkv.evaluation.needles_report import summarize
-from momentkv.evaluation.report import average, bits_of, read_json, show, tokens_in
+from momentkv.evaluation.lines import Row, fidelity_lines, needle_lines, needles_of
+from momentkv.evaluation.report import bits_of, read_json, save_figure, show, tokens_in
+from momentkv.evaluation.terminal import empty_table
 
-__all__ = ["Point", "join", "plot_tradeoff", "tradeoff"]
+__all__ = ["join", "tradeoff"]
 
-Row = dict[str, Any]
-
-
-class Point(NamedTuple):
-    """One way to compress, at one budget.
-
-    Attributes
-    ----------
-    policy, correction : str
-    tokens : int
-        Budget: the bytes of this many tokens per KV head, correction included.
-    kl : float
-        Mean over texts, in nats.
-    found : dict
-        (share, questions, interval) by when the question came.
-    """
-
-    policy: str
-    correction: str
-    tokens: int
-    kl: float
-    found: dict[str, tuple[float, int, tuple[float, float]]]
+QUESTIONS = ("unseen", "seen")
 
 
-def join(fidelity: list[Row], needles: list[Row]) -> list[Point]:
-    """Points that both measurements have; all lengths of haystacks count.
+def join(fidelity: list[Row], needles: list[Row]) -> pd.DataFrame:
+    """A line for each budget and method that both measurements have; of several tasks and lengths all count.
+
+    Returns
+    -------
+    DataFrame
+        With ``bytes``, ``method``, ``kl``, the share of needles found ``unseen`` and ``seen`` (NaN where nothing was
+        asked then), ``found`` (of all), ``n_unseen``, ``n_seen``, and whether another of the same bytes has no more KL
+        and finds as many (``beaten``).
 
     Raises
     ------
     ValueError
         If they have nothing in common.
     """
-    # Tasks and lengths together: one share for each question.
-    merged = {"task": "", "value": "number", "length": 0}
-    found = summarize([row | merged | {"haystack": (row["layout"], row["length"], row["haystack"])} for row in needles])
-    points = []
-    for (tokens, policy, correction), x in average(fidelity).items():
-        asked = {
-            key[2]: (y["share"], y["of"], y["interval"])
-            for key, y in found.items()
-            if key[3:] == (tokens, policy, correction)
-        }
-        if asked:
-            points.append(Point(policy, correction, tokens, x["kl"], asked))
-    if not points:
+    asked = needle_lines(needles_of(needles).assign(task="", length=0))
+    wide = asked[asked["bytes"] > 0].pivot(index=["bytes", "method"], columns="question", values=["share", "n"])
+    points = fidelity_lines(fidelity)[["bytes", "method", "kl"]].set_index(["bytes", "method"])
+    for when in QUESTIONS:
+        known = ("share", when) in wide
+        points[when] = wide["share", when].astype(float) if known else float("nan")
+        points[f"n_{when}"] = wide["n", when] if known else 0
+    points = points.fillna({"n_unseen": 0, "n_seen": 0}).astype({"n_unseen": int, "n_seen": int})
+    points["n"] = points["n_unseen"] + points["n_seen"]
+    points = points[points["n"] > 0].reset_index()
+    if points.empty:
         raise ValueError(
-            "the results have no policy, correction and budget in common; measure both with the same "
-            "--policies, --corrections and --budgets"
+            "the results have no method and budget in common; measure both with the same methods and --budgets"
         )
-    return sorted(points, key=lambda point: (point.tokens, point.kl))
+    points["found"] = sum(points[x].fillna(0) * points[f"n_{x}"] for x in QUESTIONS) / points["n"]
+    points["beaten"] = [beaten(x, points[points["bytes"] == x.bytes]) for x in points.itertuples()]
+    return points.sort_values(["bytes", "kl"], ignore_index=True)
+
+
+def beaten(point: Any, rivals: pd.DataFrame) -> bool:
+    """Whether one of the same bytes is at least as good on both measures, and better on one."""
+    as_good = rivals[(rivals["kl"] <= point.kl) & (rivals["found"] >= point.found)]
+    return bool(((as_good["kl"] < point.kl) | (as_good["found"] > point.found)).any())
 
 
 def tradeoff(options: argparse.Namespace) -> int:
@@ -86,29 +77,20 @@ def tradeoff(options: argparse.Namespace) -> int:
     texts = len({row["text"] for row in fidelity["rows"]})
     title = f"{models.pop()}: KL over {texts} texts of {fidelity['protocol']['context']} tokens, needles in prose"
     show(console, tradeoff_table(points, title=title, bits=bits))
-    console.print(f"plot: {plot_tradeoff(points, options.output, title=title)}", soft_wrap=True)
+    console.print(f"plot: {save_figure(plot_tradeoff(points, title=title), options.output)}", soft_wrap=True)
     return 0
 
 
-def tradeoff_table(points: list[Point], *, title: str, bits: int | None) -> Table:
+def tradeoff_table(points: pd.DataFrame, *, title: str, bits: int | None) -> Table:
     """One line for each point; those that no other beats on both measures stand out."""
-    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
-    for column in ("bytes", "policy", "correction", "KL", "unseen", "seen"):
-        table.add_column(column, justify="left" if column in ("policy", "correction") else "right", no_wrap=True)
-    shown = None
-    for point in points:
-        if shown not in (None, point.tokens):
+    table = empty_table(title, ["bytes", "method", "KL", *QUESTIONS])
+    for size, group in points.groupby("bytes"):
+        if table.row_count:
             table.add_section()
-        cells = ["{:.0%} of {}".format(*point.found[x][:2]) if x in point.found else "" for x in ("unseen", "seen")]
-        table.add_row(
-            "" if shown == point.tokens else str(point.tokens),
-            point.policy,
-            point.correction,
-            f"{point.kl:.3f}",
-            *cells,
-            style="" if beaten(point, points) else "bold green",
-        )
-        shown = point.tokens
+        for place, x in enumerate(group.to_dict("records")):
+            cells = [f"{x[when]:.0%} of {x[f'n_{when}']}" if x[f"n_{when}"] else "" for when in QUESTIONS]
+            first = "" if place else str(size)
+            table.add_row(first, x["method"], f"{x['kl']:.3f}", *cells, style="" if x["beaten"] else "bold green")
     table.caption = (
         f"bytes: of so many {tokens_in(bits)} per KV head, correction included; unseen, seen: needles found by when "
         "the question came;\ngreen: none of the same bytes has less KL and as many needles"
@@ -116,54 +98,20 @@ def tradeoff_table(points: list[Point], *, title: str, bits: int | None) -> Tabl
     return table
 
 
-def share(point: Point) -> float:
-    """Needles found, both questions together."""
-    return sum(x[0] * x[1] for x in point.found.values()) / sum(x[1] for x in point.found.values())
-
-
-def beaten(point: Point, points: list[Point]) -> bool:
-    """Whether another point of the same bytes is at least as good on both measures, and better on one.
-
-    Examples
-    --------
-    >>> good, bad = (Point("p", "c", 64, kl, {"seen": (0.9, 10, (0.5, 1.0))}) for kl in (0.1, 0.2))
-    >>> beaten(good, [good, bad]), beaten(bad, [good, bad])
-    (False, True)
-    """
-    rivals = (x for x in points if x.tokens == point.tokens)
-    return any(
-        x.kl <= point.kl and share(x) >= share(point) and (x.kl < point.kl or share(x) > share(point)) for x in rivals
-    )
-
-
-def plot_tradeoff(points: list[Point], path: str | Path, *, title: str) -> Path:
-    """Needles found against KL: a panel for each question, a line from budget to budget of each way to compress."""
+def plot_tradeoff(points: pd.DataFrame, *, title: str) -> Any:
+    """Needles found against KL: a panel for each question, a line from budget to budget of each method."""
     from matplotlib.figure import Figure
 
-    questions = [x for x in ("unseen", "seen") if any(x in point.found for point in points)]
+    questions = [x for x in QUESTIONS if points[f"n_{x}"].any()]
     figure = Figure(figsize=(2.5 + 3.6 * len(questions), 4.2), layout="constrained")
     panels = figure.subplots(1, len(questions), squeeze=False, sharex=True, sharey=True)[0]
-    ways = list(dict.fromkeys((point.policy, point.correction) for point in points))
-    policies = list(dict.fromkeys(policy for policy, _ in ways))
-    corrections = list(dict.fromkeys(correction for _, correction in ways))
-    sizes = sorted({point.tokens for point in points})
+    sizes = sorted(set(points["bytes"]))
     for question, axis in zip(questions, panels, strict=True):
-        for policy, correction in ways:
-            line = [x for x in points if (x.policy, x.correction) == (policy, correction) and question in x.found]
-            if not line:
-                continue
-            kls, shares = [x.kl for x in line], [x.found[question][0] for x in line]
-            colour = f"C{policies.index(policy) % 10}"
-            marker = "osD^vP*X"[corrections.index(correction) % 8]
-            axis.plot(kls, shares, "-", color=colour, linewidth=0.7, alpha=0.5)
-            axis.scatter(
-                kls,
-                shares,
-                [18 + 22 * sizes.index(x.tokens) for x in line],
-                color=colour,
-                marker=marker,
-                label=f"{policy}, {correction}",
-            )
+        for index, (method, line) in enumerate(points[points[f"n_{question}"] > 0].groupby("method", sort=False)):
+            style = {"color": f"C{index % 10}", "label": method}
+            axis.plot(line["kl"], line[question], "-", color=style["color"], linewidth=0.7, alpha=0.5)
+            marks = [18 + 22 * sizes.index(x) for x in line["bytes"]]
+            axis.scatter(line["kl"], line[question], marks, marker="osD^vP*X"[index % 8], **style)
         axis.set_title(f"question {question}", fontsize=9)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
@@ -178,7 +126,4 @@ def plot_tradeoff(points: list[Point], path: str | Path, *, title: str) -> Path:
     figure.suptitle(title, fontsize=9)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return figure

@@ -17,7 +17,7 @@ from momentkv.cache.config import wanted_queries
 from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import retained_mask
-from momentkv.evaluation.report import environment, write_json
+from momentkv.evaluation.report import environment, save_figure, write_json
 from momentkv.evaluation.settings import CHOICES, Setting, empty_cache
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
@@ -25,7 +25,7 @@ from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
 from momentkv.trust import estimated_error
 
-__all__ = ["TrustPoints", "measure_trust", "plot_trust", "rank_correlation", "trust"]
+__all__ = ["TrustPoints", "measure_trust", "plot_trust", "trust"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +64,16 @@ class TrustPoints:
 
 
 def rank_correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Spearman's: correlation of the ranks of all entries.
+    """Spearman's, of all entries; equal ones have the mean of their ranks.
 
     Examples
     --------
     >>> round(rank_correlation(np.asarray([1.0, 2.0, 3.0]), np.asarray([1.0, 10.0, 5.0])), 6)
     0.5
     """
-    one, other = (np.argsort(np.argsort(x.ravel(), kind="stable"), kind="stable") for x in (a, b))
-    return float(np.corrcoef(one, other)[0, 1])
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a.ravel(), b.ravel()).statistic)
 
 
 @torch.inference_mode()
@@ -149,7 +150,7 @@ def compare(
     return [x[0].numpy() for x in (error / size, certified / size, estimated / size, deviation)]
 
 
-def plot_trust(points: TrustPoints, path: str | Path, *, title: str) -> Path:
+def plot_trust(points: TrustPoints, *, title: str) -> Any:
     """Draw certificate and estimate against the true error, one dot for each query."""
     from matplotlib.figure import Figure
 
@@ -168,10 +169,7 @@ def plot_trust(points: TrustPoints, path: str | Path, *, title: str) -> Path:
         axis.set_title(name)
     axes[0].set_ylabel("certified or estimated")
     figure.suptitle(title, fontsize=9)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return figure
 
 
 def trust(options: argparse.Namespace) -> int:
@@ -191,7 +189,7 @@ def trust(options: argparse.Namespace) -> int:
     )
     summary = points.summary()
     path = write_json(options.output, {"model": name, "title": title, "environment": environment(), **summary})
-    plot = plot_trust(points, path.with_suffix(".png"), title=title)
+    plot = save_figure(plot_trust(points, title=title), path.with_suffix(".png"), dpi=110)
     console.print(f"[bold]{title}[/]")
     for key, value in summary.items():
         console.print(f"{key:<42}{value:.4g}" if isinstance(value, float) else f"{key:<42}{value}")

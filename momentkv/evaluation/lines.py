@@ -1,0 +1,164 @@
+"""Rows of results brought together with pandas: one line for each model, part of the texts, budget and method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from momentkv.evaluation.intervals import bootstrap, spread
+from momentkv.evaluation.settings import DEFAULT
+
+__all__ = [
+    "BANDS",
+    "OURS",
+    "depth_lines",
+    "fidelity_lines",
+    "is_ours",
+    "needle_lines",
+    "needles_of",
+    "pair_lines",
+    "rivals",
+]
+
+Row = dict[str, Any]
+# What stands against all others: the default, and what it is with chosen bits, read once and twice.
+OURS = ("default", "default@auto", "twice@auto")
+# If the full cache fails more often than not, there is nothing that compression could lose.
+SIGNAL = 0.5
+# Bands of depth that heat maps have.
+BANDS = 5
+# Where results come from; the rows of one command do not say it.
+ORIGIN = ["model", "part"]
+CELL = ["task", "length", "question", "bytes", "method"]
+
+
+def is_ours(method: str) -> bool:
+    """Whether a method is the default in some bits, read once or twice."""
+    return method.partition("@")[0] in ("default", "twice")
+
+
+def is_rival(ours: str, other: str) -> bool:
+    """Whether a method could be used instead of one of ours: all others, and of chosen bits the same with fixed ones.
+
+    Examples
+    --------
+    >>> [is_rival("default@auto", x) for x in ("snapkv/none@4", "default@4", "default", "twice@4", "twice@auto")]
+    [True, True, False, False, False]
+    """
+    stem, _, bits = ours.partition("@")
+    return not is_ours(other) or (bool(bits) and other not in OURS and other.startswith(f"{stem}@"))
+
+
+def rivals(lines: pd.DataFrame, on: list[str]) -> pd.DataFrame:
+    """Lines of what this library recommends beside those of each of their rivals, whose columns end in ``_other``."""
+    both = lines[lines["method"].isin(OURS)].merge(lines, on=on, suffixes=("", "_other"))
+    return both.loc[[is_rival(*pair) for pair in zip(both["method"], both["method_other"], strict=True)]]
+
+
+def frame_of(rows: list[Row]) -> pd.DataFrame:
+    """Rows with where they come from, bytes (0: the full cache) and one name for a method."""
+    frame = pd.DataFrame(rows).rename(columns={"bytes_as_tokens": "bytes"})
+    frame["bytes"] = frame["bytes"].fillna(0).astype(int)
+    made = frame["policy"] + "/" + frame["correction"].str.replace(", by ", "-").str.replace(" ", "-")
+    # Results of other programs have no correction, and need none in their name.
+    other = frame["policy"].str.contains(" ")
+    named = frame["method"] if "method" in frame else pd.Series(pd.NA, frame.index, dtype="object")
+    named = named.fillna(made.where(~other, frame["policy"]))
+    default = f"{DEFAULT.policy}/{DEFAULT.kind}-{DEFAULT.sharing}"
+    frame["method"] = named.str.replace(default, "default", regex=False)
+    return frame.assign(**{name: "" for name in ORIGIN if name not in frame})
+
+
+def fidelity_lines(rows: list[Row]) -> pd.DataFrame:
+    """Means over texts, with a bootstrap over them; a text weighs the same whatever its length.
+
+    Methods of one budget are compared on the same texts: those of all of them, where there are any.
+    """
+    keys = [*ORIGIN, "bytes", "method"]
+    frame = frame_of(rows).drop_duplicates([*keys, "text"]).sort_values("text", kind="stable")
+    column = frame.groupby([*ORIGIN, "bytes"])
+    every = frame.groupby([*ORIGIN, "bytes", "text"])["method"].transform("size") == column["method"].transform(
+        "nunique"
+    )
+    frame = frame[every | ~every.groupby([frame[x] for x in (*ORIGIN, "bytes")]).transform("any")]
+    for name in ("head_error", "kl_of_quarters"):
+        if name not in frame:
+            frame[name] = None
+    frame["kl_last"] = frame["kl_of_quarters"].map(lambda x: x[-1], na_action="ignore")
+    frame = frame.astype({"head_error": float, "kl_last": float})
+    groups = frame.groupby(keys, sort=False)
+    lines = groups.agg(
+        **{name: (name, "mean") for name in ("kl", "kl_last", "top1", "nll_change", "head_error")},
+        kept=("budget", "first"), nbytes=("nbytes", "first"), texts=("text", "nunique"),
+    )  # fmt: skip
+    lines[["low", "high"]] = [bootstrap(list(group)) for _, group in groups["kl"]]
+    order = dict.fromkeys(frame_of(rows)["method"])
+    places = {method: place for place, method in enumerate(order)}
+    lines = lines.reset_index()
+    return lines.sort_values([*ORIGIN, "bytes", "method"], key=lambda x: x.map(places) if x.name == "method" else x)
+
+
+def needles_of(rows: list[Row]) -> pd.DataFrame:
+    """Rows of needles, each question of each cache once, because files may share the full cache's rows.
+
+    A task says what its values are if not numbers.
+    """
+    frame = frame_of(rows)
+    frame["task"] = frame["task"].where(frame["value"] == "number", frame["task"] + ", " + frame["value"])
+    frame["haystack"] = frame["layout"] + "/" + frame["length"].astype(str) + "/" + frame["haystack"]
+    return frame.drop_duplicates([*ORIGIN, *CELL, "haystack", "index"])
+
+
+def needle_lines(frame: pd.DataFrame) -> pd.DataFrame:
+    """Shares of values found, over haystacks and depths, with intervals over haystacks.
+
+    A task on which the full cache finds less than half has no signal: nothing could be lost.
+    """
+    keys = [*ORIGIN, *CELL]
+    groups = frame.astype({"generated": float}).groupby(keys, sort=False)
+    lines = groups.agg(
+        share=("values", "mean"), n=("values", "size"), haystacks=("haystack", "nunique"), kept=("budget", "first"),
+        **{name: (name, "mean") for name in ("tokens", "nll", "generated")},
+    )  # fmt: skip
+    each = frame.groupby([*keys, "haystack"], sort=False)["values"].agg(["sum", "count"])
+    ends = {key: spread(list(x["sum"]), list(x["count"])) for key, x in each.groupby(keys, sort=False)}
+    lines[["low", "high"]] = [ends[key] for key in lines.index]
+    lines = lines.reset_index()
+    full = lines[lines["bytes"] == 0].groupby([*ORIGIN, "task", "length"])["share"].first()
+    lines["signal"] = [full[key] >= SIGNAL for key in lines[[*ORIGIN, "task", "length"]].itertuples(index=False)]
+    order = {"": 0, "unseen": 1, "seen": 2}
+    return lines.sort_values(
+        [*ORIGIN, "task", "length", "question", "bytes"], kind="stable",
+        key=lambda x: x.map(order) if x.name == "question" else x,
+    )  # fmt: skip
+
+
+def depth_lines(frame: pd.DataFrame) -> pd.DataFrame:
+    """Share found in each band of depth."""
+    bands = frame.assign(band=(frame["depth"] * BANDS).astype(int).clip(upper=BANDS - 1))
+    groups = bands.groupby([*ORIGIN, *CELL, "band"])["values"]
+    return groups.agg(share="mean", n="size").reset_index()
+
+
+def pair_lines(frame: pd.DataFrame) -> pd.DataFrame:
+    """What this library recommends against each other method at the same bytes, question by question.
+
+    The difference of shares, with a bootstrap over haystacks; the same haystacks were asked of both, so what they
+    share cancels. Tasks without signal are left out.
+    """
+    lines = needle_lines(frame)
+    signal = lines[lines["signal"]].groupby([*ORIGIN, "task", "length"]).size().index
+    keys = [*ORIGIN, "task", "length", "question", "bytes"]
+    asked = frame[frame["bytes"] > 0].set_index([*ORIGIN, "task", "length"])
+    asked = asked[asked.index.isin(signal)].reset_index()
+    asked = asked[[*keys, "method", "haystack", "index", "values"]]
+    both = rivals(asked, [*keys, "haystack", "index"])
+    both["difference"] = both["values"] - both["values_other"]
+    pairs = []
+    for key, group in both.groupby([*keys, "method", "method_other"]):
+        each = group.groupby("haystack")["difference"].agg(["sum", "count"])
+        low, high = bootstrap(list(each["sum"]), list(each["count"]))
+        values = {"n": len(group), "difference": group["difference"].mean(), "low": low, "high": high}
+        pairs.append(dict(zip([*keys, "method", "other"], key, strict=True)) | values)
+    return pd.DataFrame(pairs)
