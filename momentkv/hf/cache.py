@@ -206,7 +206,7 @@ class MomentCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Mask sizes as if nothing were evicted, so that one mask serves every layer."""
         if not torch.compiler.is_compiling():
-            self.passes.undo()
+            self.passes.announce()
             check_some_tokens(query_length, self)
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes

@@ -46,6 +46,8 @@ class MomentLayer(CacheLayerMixin):
         self.attended: Callable[[], None] | None = None
         # What evicts, before the pass ends, all layers that have run full in it.
         self.evict_in_pass: Callable[[MomentLayer], None] | None = None
+        # Called with True before attention and with False after it: meanwhile no other thread may begin a pass.
+        self.attending: Callable[[bool], None] = lambda _: None
         self.record_past = False
         self.passes: list[Pass] = []
         # While `momentkv.hf.read` reads a text: what keeps its queries and, of a second reading, the scores.
@@ -161,6 +163,7 @@ class MomentLayer(CacheLayerMixin):
             return self.reread(module, query, attention_mask, dropout, kwargs), None
         if self.steps_statically(query.shape[2]):
             return self.step(module, query, attention_mask, dropout, kwargs), None
+        self.attending(True)
         try:
             core.scale, q_len = scaling, query.shape[2]
             attention_mask = check_pass(self, module, attention_mask, q_len, dropout, kwargs)
@@ -186,6 +189,8 @@ class MomentLayer(CacheLayerMixin):
         except BaseException:
             self.go_back(self.before)
             raise
+        finally:
+            self.attending(False)
         self.before = {}
         if self.attended is not None:
             self.attended()

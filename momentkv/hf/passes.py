@@ -20,6 +20,15 @@ from momentkv.hf.rollback import settle
 
 __all__ = ["PassKeeper"]
 
+ALONE = (
+    "one thread at a time may use a cache. Give each a cache of its own, a copy.deepcopy say, or hold a lock around "
+    "its passes"
+)
+AGAIN = "call reset() on this one, and read its tokens again"
+# Held while a thread takes a cache, or ends a layer of its pass.
+TURN = threading.Lock()
+# Threads that are within the attention of a compressed layer, by the keeper of its passes; copies have none.
+INSIDE: dict[int, int] = {}
 # How often a first pass may be repeated that ends before some layer.
 RETRIES = 8
 
@@ -48,14 +57,16 @@ class PassKeeper:
         self.moments = [layer for layer in layers if isinstance(layer, MomentLayer)]
         self.stock = [layer for layer in layers if not isinstance(layer, MomentLayer)]
         for layer in self.moments:
-            layer.attended, layer.evict_in_pass = self.attended, self.evict
+            layer.attended, layer.evict_in_pass, layer.attending = self.attended, self.evict, self.attending
         # Of a pass that is under way: how many compressed layers have not attended, what all were before it, and how
         # many tokens they had seen.
         self.left = self.start = 0
         self.before: list[Any] = []
         # Layers that have run full in it, and evict when all have attended.
         self.due: list[MomentLayer] = []
+        # Whose pass it is, and how many tokens each thread's next one was told of, where masks were made for it.
         self.thread: int | None = None
+        self.told: dict[int, int] = {}
         # The layer whose new tokens the last pass left without attention, if no layer has ever attended.
         self.unreached: int | None = None
         self.reached = False
@@ -73,28 +84,62 @@ class PassKeeper:
             raise RuntimeError(self.never_reached(unreached))
         # A pass that failed may be repeated. A model without attention in a layer goes on with other tokens.
         early = self.ended_early
-        same = self.thread == threading.get_ident() and len(self.known) < len(self.layers)
-        if same and (len(early) > RETRIES or {*early} - {new}):
+        if len(self.known) < len(self.layers) and (len(early) > RETRIES or {*early} - {new}):
             self.ended_early = []
             raise RuntimeError(self.never_came(len(self.known)))
+        self.take()
+        length, told = self.length, self.told.pop(threading.get_ident(), None)
+        if told not in (None, length):
+            raise RuntimeError(
+                f"{told} tokens had been read when masks were made for this pass, and now {length}: {ALONE}; repeat "
+                "this pass, which has not changed the cache"
+            )
         self.new = new
-        self.before, self.start, self.left, self.due = self.held(), self.length, len(self.moments), []
-        self.thread = threading.get_ident()
+        self.before, self.start, self.left, self.due = self.held(), length, len(self.moments), []
+
+    def announce(self) -> None:
+        """Undo a pass that failed, as masks are to be made for the next one of this thread."""
+        self.undo()
+        if self.clock is None or not self.clock.runs:  # else the device would be asked
+            self.told[threading.get_ident()] = self.length
+
+    def take(self) -> int | None:
+        """Make what follows this thread's, if no other one is within attention; whose it was."""
+        me = threading.get_ident()
+        with TURN:
+            other = INSIDE.get(id(self), me)
+            if other != me:
+                raise RuntimeError(f"a pass of this cache is under way in thread {other}, and goes on: {ALONE}")
+            before, self.thread = self.thread, me
+        return before
+
+    def check_thread(self, what: str) -> None:
+        """Raise if another thread has taken the cache since this pass began."""
+        if self.thread != threading.get_ident():
+            raise RuntimeError(f"{what}, in thread {self.thread}: {ALONE}; {AGAIN}")
+
+    def attending(self, begins: bool) -> None:
+        """Note that attention of a compressed layer begins or ends, in which no other thread may take the cache."""
+        with TURN:
+            if begins:
+                self.check_thread("a pass began while this one was under way")
+                INSIDE[id(self)] = threading.get_ident()
+            else:
+                INSIDE.pop(id(self), None)
 
     def check_layer(self, layer_idx: int) -> None:
         """Raise if a layer is not in the state that it has between two passes."""
-        self.check_attended(layer_idx)
         if layer_idx and layer_idx - 1 not in self.known:
             self.undo()
             self.ended_early = []
             raise RuntimeError(self.never_came(layer_idx - 1))
+        self.check_thread("a pass began while this one was under way")
+        self.check_attended(layer_idx)
         self.known.add(layer_idx)
         held = int(self.layers[layer_idx].get_seq_length())
-        if self.thread != threading.get_ident() or held != self.start:
+        if held != self.start:
             raise RuntimeError(
-                f"layer {layer_idx} holds {held} tokens where this pass began with {self.start}, in thread "
-                f"{self.thread}: one thread at a time may use a cache. Give each a cache of its own, a copy.deepcopy "
-                "say, or hold a lock around its passes; call reset() on this one, and read its tokens again"
+                f"layer {layer_idx} holds {held} tokens where this pass began with {self.start}: {ALONE}; {AGAIN}"
             )
 
     @torch.no_grad()
@@ -117,7 +162,9 @@ class PassKeeper:
 
     def attended(self) -> None:
         """One more layer is through."""
-        self.left -= 1
+        with TURN:
+            self.check_thread("a pass began before this one had ended")
+            self.left -= 1
         self.reached = True
         if not (self.left or self.stock):
             self.before = []  # nothing is left to fail
@@ -185,10 +232,15 @@ class PassKeeper:
             self.clock.check()
         if not self.is_torn:
             return
-        if not self.reached:
+        before = self.take()
+        if not self.is_torn:  # another thread has ended its pass meanwhile
+            return
+        same = before == threading.get_ident()  # else another thread may be in it yet
+        if same and not self.reached:
             waiting = (index for index, layer in enumerate(self.layers) if getattr(layer, "waits", 0))
             self.unreached = next(waiting, None)
-        self.ended_early = [*self.ended_early, self.new] if len(self.known) < len(self.layers) else []
+        early = same and len(self.known) < len(self.layers)
+        self.ended_early = [*self.ended_early, self.new] if early else []
         self.go_back(self.before)
 
     def before_static_step(self) -> None:
@@ -226,6 +278,6 @@ class PassKeeper:
 
     def reset(self) -> None:
         """Forget what was before."""
-        self.before, self.left, self.unreached, self.ended_early = [], 0, None, []
+        self.before, self.left, self.unreached, self.ended_early, self.told = [], 0, None, [], {}
         if self.clock is not None:
             self.clock.reset()
