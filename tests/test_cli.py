@@ -205,6 +205,11 @@ def test_fidelity_writes_every_setting_and_a_plot(
     out = " ".join(capsys.readouterr().out.split())
     assert "snapkv" in out
     assert f"of so many {expected['bytes']}-bit tokens" in out
+    assert "types chose twelve summaries of rank 2" in out
+    assert {text: role["part"] for text, role in content["roles"].items()} == {
+        "own.txt": "unnamed",
+        "types": "choosing",
+    }
 
 
 def test_methods_are_measured_as_they_were_named_and_once(

@@ -19,11 +19,12 @@ from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.fidelity import compare, measure
-from momentkv.evaluation.gap import measure_gap, plot_gap
+from momentkv.evaluation.gap import measure_gap
+from momentkv.evaluation.gather import gap_line
 from momentkv.evaluation.lines import fidelity_lines
 from momentkv.evaluation.options import ONCE
 from momentkv.evaluation.report import read_json, save_figure, write_json
-from momentkv.evaluation.report_plots import plot_kl
+from momentkv.evaluation.report_plots import plot_gaps, plot_kl
 from momentkv.evaluation.settings import (
     CHOICES,
     DEFAULT,
@@ -414,7 +415,8 @@ def is_image(path: Path) -> bool:
 
 def test_reports_write_images_and_json(tmp_path: Path):
     gap = measure_gap(tiny("llama"), prompt(1, CONTEXT + 4), CONTEXT, Setting("h2o", 20, 1), **SMALL)
-    assert is_image(save_figure(plot_gap(gap, title="title"), tmp_path / "new" / "gap.png"))
+    line = gap_line({"model": "m", "text": "t", **gap.summary()}, {})
+    assert is_image(save_figure(plot_gaps([line], title="title"), tmp_path / "new" / "gap.png"))
     figure = plot_kl(fidelity_lines(rows()), title="title", bits=16)
     assert is_image(save_figure(figure, tmp_path / "newer" / "fidelity.png"))
     path = write_json(tmp_path / "newest" / "rows.json", {"rows": rows()})

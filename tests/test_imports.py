@@ -32,6 +32,13 @@ def test_using_numpy_arrays_does_not_import_torch():
     assert fresh(code).stdout.strip() == "False"
 
 
+def test_commands_import_what_reports_need_when_they_report():
+    modules = ("commands", "needles", "trust", "stream", "speed", "split")
+    code = f"import sys; from momentkv.evaluation import {', '.join(modules)}; print({{*sys.modules}} & {{*sys.argv}})"
+    done = [sys.executable, "-c", code, "pandas", "scipy.stats", "matplotlib", "markdown"]
+    assert subprocess.run(done, capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
 def test_importing_momentkv_costs_less_than_importing_numpy():
     """In seconds of the processor, in one process: a busy or slow machine is so for both. Noise only ever adds."""
     code = """

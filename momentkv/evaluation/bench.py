@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from momentkv.evaluation.layer_times import CPU, CUDA, Row, Shape, Sizes, of_device, of_layer
 from momentkv.evaluation.model_times import of_model
-from momentkv.evaluation.report import environment, progress_bar, write_json
+from momentkv.evaluation.report import empty_table, environment, progress_bar, write_json
 
 __all__ = ["Shape", "bench", "measurements"]
 
@@ -75,11 +74,8 @@ def measurements(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 def table_of(rows: list[Row], title: str) -> Table:
     """A line for each measurement."""
-    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
-    for column in ("", "shape", "of", "us", "least", "spread", "MiB", "copy"):
-        table.add_column(
-            column, justify="right" if column in ("us", "least", "spread", "MiB", "copy") else "left", no_wrap=True
-        )
+    columns = ["", "shape", "of", "us", "least", "spread", "MiB", "copy"]
+    table = empty_table(title, columns, ("", "shape", "of"))
     shown = None
     for row in rows:
         shape = row.get("shape")

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from momentkv import __version__
 from momentkv.evaluation.fidelity import measure
-from momentkv.evaluation.gap import measure_gap, plot_gap
+from momentkv.evaluation.gap import measure_gap
 from momentkv.evaluation.report import environment, progress_bar, read_json, save_figure, show, write_json
 from momentkv.evaluation.settings import CHOICES, Setting, bytes_as_tokens, setting_of, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
-from momentkv.evaluation.split import REPORT_TEXTS, roles_of
+from momentkv.evaluation.split import REPORT_TEXTS, roles_of, said_of
 
 __all__ = ["check_methods", "fidelity", "finished", "gap", "grid_of", "save"]
 
@@ -102,6 +102,8 @@ def fidelity(options: argparse.Namespace) -> int:
     title = f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts"
     lines = fidelity_lines(rows)
     show(console, fidelity_table(lines, title=title, bits=options.bytes))
+    for line in said_of(roles):
+        console.print(line, soft_wrap=True)
     plot = save_figure(plot_kl(lines, bits=options.bytes, title=title), path.with_suffix(".png"))
     console.print(f"results: {path}   plot: {plot}", soft_wrap=True)
     return 0
@@ -189,6 +191,9 @@ def finished(path: str | Path, protocol: dict[str, Any]) -> list[dict[str, Any]]
 
 def gap(options: argparse.Namespace) -> int:
     """Measure the directional gap; write data and a plot, print the means."""
+    from momentkv.evaluation.gather import gap_line
+    from momentkv.evaluation.report_plots import plot_gaps
+
     console = Console()
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
@@ -198,25 +203,24 @@ def gap(options: argparse.Namespace) -> int:
     with console.status("measuring attention of every layer and head"):
         measured = measure_gap(model, ids, options.context, setting)
     name = options.model or BUILTIN_MODEL
-    title = (
-        f"{name}, {Path(options.text).name}: {options.context} tokens, {setting.policy_name} keeps {setting.budget}; "
-        "median and middle 80 % over heads and queries"
-    )
-    path = write_json(
-        options.output,
-        {
-            "command": options.command,
-            "complete": True,
-            "momentkv": __version__,
-            "model": name,
-            "text": Path(options.text).name,
-            "roles": roles_of({Path(options.text).name: said}),
-        }
-        | {"environment": environment(), **measured.summary()},
-    )
-    plot = save_figure(plot_gap(measured, title=title), path.with_suffix(".png"))
-    means = measured.summary()["mean"]
-    console.print(f"[bold]{title.partition(';')[0]}[/]")
+    short = Path(options.text).name
+    title = f"{name}, {short}: {options.context} tokens, {setting.policy_name} keeps {setting.budget}"
+    content = {
+        "command": options.command,
+        "complete": True,
+        "momentkv": __version__,
+        "model": name,
+        "text": short,
+        "roles": roles_of({short: said}),
+        "environment": environment(),
+        **measured.summary(),
+    }
+    path = write_json(options.output, content)
+    plot = save_figure(plot_gaps([gap_line(content, {})], title=title), path.with_suffix(".png"))
+    means = content["mean"]
+    console.print(f"[bold]{title}[/]")
+    for line in said_of(content["roles"]):
+        console.print(line, soft_wrap=True)
     console.print(f"evicted mass w_E               mean {means['evicted_mass']:.3f}")
     console.print(f"cos(o_E, o_R)                  mean {means['cosine']:+.3f}")
     console.print(f"relative error, plain          mean {means['plain']:.3f}")

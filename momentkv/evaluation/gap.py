@@ -15,7 +15,7 @@ from momentkv.evaluation.errors import head_errors
 from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.policies import get_policy
 
-__all__ = ["Gap", "measure_gap", "plot_gap"]
+__all__ = ["Gap", "measure_gap"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,32 +81,3 @@ def measure_gap(
         layer.keep = None
     model(ids[:, context:], past_key_values=captured, logits_to_keep=1)
     return Gap(setting, list(cache.moment_layers), head_errors(captured.attended(), cache, context))
-
-
-def plot_gap(gap: Gap, *, title: str) -> Any:
-    """Draw evicted mass, direction and error against the layer; lines are medians, bands the middle 80 %."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    panels = (
-        ("evicted mass  $w_E$", [("evicted_mass", "C0", "")]),
-        ("direction  $\\cos(o_E, o_R)$", [("cosine", "C0", "")]),
-        ("relative error of the output", [("plain", "C3", "plain eviction"), ("corrected", "C2", "corrected")]),
-    )
-    for axis, (name, curves) in zip(axes, panels, strict=True):
-        for field, colour, label in curves:
-            values = getattr(gap.errors, field).reshape(len(gap.layers), -1)
-            low, median, high = np.quantile(values, [0.1, 0.5, 0.9], axis=-1)
-            axis.fill_between(gap.layers, low, high, color=colour, alpha=0.18, linewidth=0)
-            axis.plot(gap.layers, median, color=colour, label=label or None)
-        axis.set_title(name)
-        axis.set_xlabel("layer")
-        axis.margins(x=0)
-        if len(curves) > 1:
-            axis.legend(frameon=False)
-    axes[0].set_ylim(bottom=0)
-    axes[1].axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axes[2].set_ylim(bottom=0)
-    figure.suptitle(title, fontsize=10)
-    return figure

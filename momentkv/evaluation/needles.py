@@ -18,7 +18,7 @@ from momentkv.evaluation.report import progress_bar, save_figure, show, write_js
 from momentkv.evaluation.retrieval import Cell, measure_haystack
 from momentkv.evaluation.settings import bytes_as_tokens
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text
-from momentkv.evaluation.split import roles_of
+from momentkv.evaluation.split import roles_of, said_of
 
 __all__ = ["needles"]
 
@@ -105,6 +105,8 @@ def needles(options: argparse.Namespace) -> int:
     title = f"{name}: needles in {'made-up prose' if text is None else Path(options.haystack).name}"
     lines = needle_lines(needles_of(rows))
     show(console, needles_table(lines, title=title, bits=options.bytes))
+    for line in said_of(roles):
+        console.print(line, soft_wrap=True)
     figure = plot_found(lines, bits=options.bytes, title=title)
     console.print(f"results: {path}   plot: {save_figure(figure, path.with_suffix('.png'))}", soft_wrap=True)
     return 0

@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -14,6 +15,7 @@ from rich.table import Table
 
 __all__ = [
     "bits_of",
+    "empty_table",
     "environment",
     "progress_bar",
     "read_json",
@@ -34,6 +36,14 @@ def progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
     )
+
+
+def empty_table(title: str, columns: list[str], left: tuple[str, ...] = ("method",)) -> Table:
+    """A table without lines; numbers to the right, words to the left."""
+    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    return table
 
 
 def show(console: Console, table: Table) -> None:

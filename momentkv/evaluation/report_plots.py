@@ -171,7 +171,7 @@ def plot_depths(lines: pd.DataFrame, *, bits: int | None = None) -> Figure | Non
     return figure
 
 
-def plot_gaps(rows: list[dict[str, Any]]) -> Figure:
+def plot_gaps(rows: list[dict[str, Any]], *, title: str | None = None) -> Figure:
     """Evicted mass, direction and error by layer, a colour for each measurement."""
     figure = Figure(figsize=(9, 2.7), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -186,7 +186,7 @@ def plot_gaps(rows: list[dict[str, Any]]) -> Figure:
     axes[1].axhline(0, color="0.6", linewidth=0.8)
     for axis in axes:
         axis.set_xlabel("layer")
-    legend(figure)
+    legend(figure, title)
     return figure
 
 

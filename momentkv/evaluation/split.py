@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["REPORT_HAYSTACK", "REPORT_TEXTS", "Role", "role_of", "roles_of"]
+__all__ = ["REPORT_HAYSTACK", "REPORT_TEXTS", "Role", "role_of", "roles_of", "said_of"]
 
 Part = Literal["choosing", "reporting", "unnamed"]
 # What the suite reads: topics that come with every Python, one text of each four to six thousand words.
@@ -74,3 +74,18 @@ def role_of(name: str, text: str = "") -> Role:
 def roles_of(texts: dict[str, str]) -> dict[str, Any]:
     """Roles of texts by their names, as results have them."""
     return {name: role_of(name, text)._asdict() for name, text in texts.items()}
+
+
+def said_of(roles: dict[str, Any]) -> list[str]:
+    """A line for each text that chose something, to be shown beside its results.
+
+    Examples
+    --------
+    >>> said_of(roles_of({"debugger": "", "calls": ""}))
+    ['debugger chose one round of the policy momentkv: its results do not show how good that is']
+    """
+    return [
+        f"{name} chose {'; '.join(role['chose'])}: its results do not show how good that is"
+        for name, role in roles.items()
+        if role["chose"]
+    ]

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.capture import Attended, CaptureCache
-from momentkv.evaluation.report import environment, progress_bar, show, write_json
+from momentkv.evaluation.report import empty_table, environment, progress_bar, show, write_json
 from momentkv.evaluation.settings import CHOICES, Setting, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
@@ -120,14 +119,10 @@ def stream(options: argparse.Namespace) -> int:
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     """Mean relative error of the heads, by stretch of the decode, and against plain eviction."""
-    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
+    stretches = [f"{index + 1}/{STRETCHES}" for index in range(STRETCHES)]
+    columns = ["prefill", "correction", "kept", *stretches, "mean", "p90", "of plain"]
+    table = empty_table(title, columns, ("prefill", "correction"))
     table.caption = f"1/{STRETCHES} and so on: mean relative error of the heads in that part of the decode"
-    for column in ("prefill", "correction", "kept"):
-        table.add_column(column, justify="right" if column == "kept" else "left", no_wrap=True)
-    for index in range(STRETCHES):
-        table.add_column(f"{index + 1}/{STRETCHES}", justify="right", no_wrap=True)
-    for column in ("mean", "p90", "of plain"):
-        table.add_column(column, justify="right", no_wrap=True)
     plain = {row["prefill"]: row["mean"] for row in rows if row["correction"] == "none"}
     previous = None
     for row in rows:

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from momentkv.evaluation.report import tokens_in
+from momentkv.evaluation.report import empty_table, tokens_in
 
-__all__ = ["empty_table", "fidelity_table", "needles_table"]
-
-
-def empty_table(title: str, columns: list[str], left: tuple[str, ...] = ("method",)) -> Table:
-    """A table without lines; numbers to the right, words to the left."""
-    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
-    return table
+__all__ = ["fidelity_table", "needles_table"]
 
 
 def fidelity_table(lines: pd.DataFrame, *, title: str, bits: int | None) -> Table:

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from momentkv.evaluation.lines import Row, fidelity_lines, needle_lines, needles_of
-from momentkv.evaluation.report import bits_of, read_json, save_figure, show, tokens_in
-from momentkv.evaluation.terminal import empty_table
+from momentkv.evaluation.report import bits_of, empty_table, read_json, save_figure, show, tokens_in
 
 __all__ = ["join", "tradeoff"]
 
@@ -102,6 +101,8 @@ def plot_tradeoff(points: pd.DataFrame, *, title: str) -> Any:
     """Needles found against KL: a panel for each question, a line from budget to budget of each method."""
     from matplotlib.figure import Figure
 
+    from momentkv.evaluation.report_plots import legend
+
     questions = [x for x in QUESTIONS if points[f"n_{x}"].any()]
     figure = Figure(figsize=(2.5 + 3.6 * len(questions), 4.2), layout="constrained")
     panels = figure.subplots(1, len(questions), squeeze=False, sharex=True, sharey=True)[0]
@@ -123,7 +124,5 @@ def plot_tradeoff(points: pd.DataFrame, *, title: str) -> Any:
     panels[0].annotate(
         f"larger marks: more bytes ({', '.join(map(str, sizes))})", (0.02, 0.02), xycoords="axes fraction", fontsize=6
     )
-    figure.suptitle(title, fontsize=9)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
+    legend(figure, title)
     return figure
