@@ -285,7 +285,8 @@ def number(x: float) -> str:
 
 def interval(x: Any, end: Any) -> str:
     """An interval behind its number, on one line; nothing where there is none."""
-    return f"{SPACE}({end(x.low)}{DASH}{end(x.high)})" if x.low < x.high else ""
+    # Five budgets are wider than a page unless an interval may stand below its number.
+    return f" ({end(x.low)}{DASH}{end(x.high)})" if x.low < x.high else ""
 
 
 def of_fewer(texts: int, most: int) -> str:
