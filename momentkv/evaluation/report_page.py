@@ -284,7 +284,7 @@ def number(x: float) -> str:
 
 
 def interval(x: Any, end: Any) -> str:
-    """An interval behind its number, on one line; nothing where there is none."""
+    """An interval behind its number, itself never broken; nothing where there is none."""
     # Five budgets are wider than a page unless an interval may stand below its number.
     return f" ({end(x.low)}{DASH}{end(x.high)})" if x.low < x.high else ""
 
