@@ -45,6 +45,7 @@ def test_decode_kernel_agrees_with_the_oracle(case: Decode):
         case.scale,
         case.scored,
         case.splits,
+        x.coding,
     )
     exact, exact_logits, error = expected(case, x)
     assert out.dtype == case.dtype

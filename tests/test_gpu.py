@@ -99,7 +99,8 @@ def test_it_needs_neither_transformers_nor_rich():
 @pytest.mark.parametrize("off", [0.0, 1e-2, math.nan])
 def test_a_kernel_that_errs_is_called_wrong(monkeypatch: pytest.MonkeyPatch, off: float):
     def decode(*arguments: Any) -> Any:
-        out, lse, logits = decode_plain(*arguments[:-1])
+        *inputs, _, coding = arguments
+        out, lse, logits = decode_plain(*inputs, coding)
         out.view(-1)[1] += off
         return out, lse, logits
 

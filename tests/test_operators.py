@@ -13,13 +13,14 @@ from hypothesis import given
 from momentkv import Moments
 from momentkv.backends import ArrayBackend, plain
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.backends.operators import decode, decode_operator
+from momentkv.backends.operators import decode, decode_operator, parts_of, reads_codes
 from momentkv.backends.plain import prepare
 from momentkv.backends.torch import TorchBackend, decode_tiers
+from momentkv.codes import Coding, Standard, encode
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
-from momentkv.testing.decoding import Decode, expected, f64, make
+from momentkv.testing.decoding import Decode, coded_cases, expected, f64, make
 from momentkv.testing.rounding import assert_within
 from momentkv.testing.strategies import Case, cases
 
@@ -36,6 +37,7 @@ CASES = [
     Decode(d=16, dtype=torch.bfloat16, recent=9, packed=True, estimate="order 1"),
     Decode(d=5, dv=3, recent=9, recent_masked=True, counted=True, scored=True, group=3, estimate="summaries x 2"),
     Decode(d=16, recent=9, recent_masked=True, capacity=0, scored=True),
+    *coded_cases(torch.float32, torch.bfloat16),
 ]
 
 
@@ -49,6 +51,7 @@ def call(case: Decode, **changes: Any) -> tuple[torch.Tensor, torch.Tensor, torc
         "capacity": case.capacity,
         "recent": x.recent,
         "scored": case.scored,
+        "coding": x.coding,
         **changes,
     }
     return decode(x.q, x.k, x.v, x.expansion, **arguments)
@@ -120,6 +123,41 @@ def test_a_decoding_step_joins_both_tiers_and_the_estimate(widths: tuple[int, in
                     assert attention is None
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("widths", [(5, 5), (7, 2), (4, 0)], ids=str)
+@pytest.mark.parametrize("bits", [(4, 4), (5, 3), (8, 8)], ids=str)
+def test_a_decoding_step_over_records_does_as_the_array_api_does(
+    bits: tuple[int, int], widths: tuple[int, int], masked: bool
+):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    layout = Layout(1, 3, widths, bits)
+    recent, seen, valid = (normal(2, 2, 3, 8), normal(2, 2, 3, 16)), None, None
+    whole = normal(2, 2, max(widths), 8) + 3, normal(2, 2, max(widths), 16)
+    standards = Standard.of(whole[0]), Standard.of(whole[1], centred=False)
+    records = [encode(x, standard, each) for x, standard, each in zip(whole, standards, bits, strict=True)]
+    there = torch.arange(max(widths)) < torch.tensor(widths)[:, None]
+    (keys, key_step), (values, value_step) = ((x[:, there], step[:, there]) for x, step in records)
+    if masked:
+        seen = torch.tensor([True, True, False]).expand(2, 2, 3)
+        valid = torch.arange(max(widths)) < torch.tensor([[[min(widths[0], 3)], [widths[1]]], [[widths[0]], [0]]])
+    coding = Coding(bits, key_step, value_step, *standards)
+    tiers = Tiers(*recent, seen, keys, values, valid, layout, coding)
+    q, gone = normal(2, 4, 1, 8), (normal(2, 2, 30, 8), normal(2, 2, 30, 16))
+    expansion = Summaries.empty(*gone).update(*gone, QueryWindow.from_queries(q, 2)).expansion()
+    for of in (None, expansion):
+        exact, weights = ArrayBackend().decode(q, tiers, of, scale=0.3, weights=True)
+        out, none = decode_tiers(q, tiers, of, scale=0.3, weights=False)
+        scored, attention = decode_tiers(q, tiers, of, scale=0.3, weights=True)
+        assert none is None
+        torch.testing.assert_close(out, exact, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(scored, exact, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(attention, weights, rtol=2e-5, atol=2e-6)
+
+
 def test_a_gradient_that_there_is_not_is_refused():
     x = make(Decode(d=8, capacity=5))
     with pytest.raises(RuntimeError, match="no gradient"):
@@ -138,11 +176,14 @@ def test_the_operator_tells_pytorch_the_truth():
     for case in (
         Decode(d=8, capacity=5, estimate="summaries x 2", scored=True),
         Decode(d=8, capacity=5, packed=True, recent=3, recent_masked=True),
+        Decode(d=8, dv=16, capacity=5, packed=True, recent=3, bits=(4, 3), estimate="order 0", scored=True),
     ):
         x = make(case)
         parts = (None,) * 10 if x.expansion is None else x.expansion
         where, recent = (x.positions, x.counts, x.starts), (None,) * 3 if x.recent is None else x.recent
-        torch.library.opcheck(decode_operator, (x.q, x.k, x.v, *where, 5, *recent, case.scale, case.scored, *parts))
+        torch.library.opcheck(
+            decode_operator, (x.q, x.k, x.v, *where, 5, *recent, case.scale, case.scored, *parts, *parts_of(x.coding))
+        )
 
 
 def test_compiled_code_contains_it_without_a_break():
@@ -183,6 +224,33 @@ def test_arguments_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             decode(x.q, x.k, x.v, x.expansion._replace(**change), scale=0.1)
+
+
+def test_records_that_the_operator_does_not_read_are_refused():
+    case = Decode(d=16, dv=8, capacity=5, packed=True, bits=(4, 3))
+    x = make(case)
+    assert x.coding is not None
+    assert reads_codes(x.coding, torch.float32)
+    wide = x.coding._replace(key_standard=x.coding.key_standard.map(lambda y: y.new_ones(2, 2, 136)))
+    assert [reads_codes(wide, dtype) for dtype in (torch.float32, torch.float16)] == [False, True]
+    keys, values = x.coding.key_standard, x.coding.value_standard
+    none: dict[str, Any] = {}
+    wrong: list[tuple[str, tuple[Any, ...], dict[str, Any], dict[str, Any]]] = [
+        ("at most 8", (x.q, x.k, x.v), {"bits": (16, 4)}, none),
+        ("around zero", (x.q, x.k, x.v), {"value_standard": values._replace(mean=values.deviation)}, none),
+        ("multiples of 8", (x.q, x.k, x.v), {"value_standard": values.map(lambda y: y[..., :4])}, none),
+        ("k is torch.uint8 of shape", (x.q, x.k[:, 1:], x.v), {}, none),
+        ("v is torch.float32", (x.q, x.k, x.v.float()), {}, none),
+        ("q is torch.float64", (x.q.double(), x.k, x.v), {}, none),
+        ("key_step is torch.float32", (x.q, x.k, x.v), {"key_step": x.coding.key_step.float()}, none),
+        ("mean of key_standard", (x.q, x.k, x.v), {"key_standard": keys._replace(mean=keys.deviation[0])}, none),
+        ("positions must not", (x.q, x.k, x.v), {}, {"positions": torch.zeros(len(x.k), dtype=torch.int32)}),
+        ("starts must be", (x.q, x.k[None, None], x.v[None, None]), {}, {"starts": None, "capacity": None}),
+    ]
+    for message, arguments, change, keywords in wrong:
+        settings: dict[str, Any] = {"counts": x.counts, "starts": x.starts, "capacity": 5} | keywords
+        with pytest.raises(ValueError, match=message):
+            decode(*arguments, scale=0.1, coding=x.coding._replace(**change), **settings)
 
 
 def test_the_oracle_of_expansions_is_that_of_moments():

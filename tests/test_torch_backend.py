@@ -152,6 +152,38 @@ def test_cuda_tensors_go_to_the_operator(monkeypatch: pytest.MonkeyPatch):
             assert (without[0].device.type, without[0].shape, without[1]) == ("cuda", (2, 6, 1, 8), None)
 
 
+@pytest.mark.parametrize(("bits", "read"), [((4, 4), True), ((5, 3), True), ((16, 16), False)], ids=str)
+def test_records_on_cuda_go_to_the_operator_where_it_reads_them(
+    bits: tuple[int, int], read: bool, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    layout = Layout(1, 20, (12, 12), bits)
+    calls: list[str] = []
+    with FakeTensorMode():
+
+        def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        def slots(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return empty(2, 2, dtype=torch.int64), empty(2, 2, dtype=torch.int32)
+
+        monkeypatch.setattr(torch_backend, "packed_slots", slots)
+        decode = torch_backend.decode
+        monkeypatch.setattr(torch_backend, "decode", lambda *a, **k: calls.append("fused") or decode(*a, **k))
+        monkeypatch.setattr(ArrayBackend, "decode", lambda *_, **__: calls.append("plain") or (None, None))
+        steps = [empty(2, 24, dtype=torch.float16) for _ in range(2)]
+        standards = few.Standard(empty(2, 2, 8), empty(2, 2, 8)), few.Standard(None, empty(2, 2, 8))
+        records = [empty(2, 24, few.row_bytes(8, each), dtype=torch.uint8) for each in bits]
+        recent = [empty(2, 2, 20, 8) for _ in range(2)]
+        tiers = Tiers(*recent, None, *records, None, layout, few.Coding(bits, *steps, *standards))
+        with torch.no_grad():
+            out, weights = BACKEND.decode(empty(2, 6, 1, 8), tiers, None, scale=0.3, weights=True)
+    assert calls == ["fused" if read else "plain"]
+    if read:
+        assert weights is not None
+        assert (out.shape, weights.shape) == ((2, 6, 1, 8), (2, 2, 3, 1, 32))
+
+
 def test_without_triton_it_says_so_once_and_decodes_plainly(monkeypatch: pytest.MonkeyPatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))

@@ -12,12 +12,15 @@ import torch
 
 from momentkv.backends.layout import Recent
 from momentkv.backends.plain import decode_plain
+from momentkv.codes import Coding, Standard, row_bytes
 from momentkv.statistics.expansion import Expansion
 
-__all__ = ["decode", "decode_operator"]
+__all__ = ["decode", "decode_operator", "reads_codes"]
 
 Tensor = torch.Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Arguments of the operator that are of the expansion; behind them those of a coding.
+EXPANSION = len(Expansion._fields)
 
 
 def decode_on_cuda(
@@ -43,16 +46,26 @@ def decode_on_cuda(
     variance: torch.Tensor | None,
     strength: torch.Tensor | None,
     cap: torch.Tensor | None,
+    key_step: torch.Tensor | None = None,
+    value_step: torch.Tensor | None = None,
+    channel_mean: torch.Tensor | None = None,
+    channel_deviation: torch.Tensor | None = None,
+    value_deviation: torch.Tensor | None = None,
+    key_bits: int = 0,
+    value_bits: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`decode` with the expansion in parts; without logits, an empty tensor in their place."""
+    """`decode` with expansion and coding in parts; without logits, an empty tensor in their place."""
     from momentkv.backends.triton.decode import decode_triton
 
     expansion = assemble(
         log_weight, key_mean, value_mean, anchor, slope, slope_left, slope_right, variance, strength, cap
     )
+    coding = coding_of(key_step, value_step, channel_mean, channel_deviation, value_deviation, key_bits, value_bits)
     with torch.cuda.device(q.device):
         recent = together(recent_keys, recent_values, recent_valid)
-        out, lse, logits = decode_triton(q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored)
+        out, lse, logits = decode_triton(
+            q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored, coding=coding
+        )
     return out, lse, lse.new_empty(0) if logits is None else logits
 
 
@@ -69,11 +82,22 @@ def decode_on_cpu(
     recent_valid: Tensor | None,
     scale: float,
     scored: bool,
-    *parts: Tensor | None,
+    *parts: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     recent = together(recent_keys, recent_values, recent_valid)
     out, lse, logits = decode_plain(
-        q, k, v, positions, counts, starts, capacity, recent, assemble(*parts), scale, scored
+        q,
+        k,
+        v,
+        positions,
+        counts,
+        starts,
+        capacity,
+        recent,
+        assemble(*parts[:EXPANSION]),
+        scale,
+        scored,
+        coding_of(*parts[EXPANSION:]),
     )
     return out, lse, lse.new_empty(0) if logits is None else logits
 
@@ -91,14 +115,16 @@ def decode_shapes(
     recent_valid: Tensor | None,
     scale: float,
     scored: bool,
-    *parts: Tensor | None,
+    *parts: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, q_heads, q_len, _ = q.shape
     kv_heads = k.shape[1] if starts is None else starts.shape[-1]
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
     slots = capacity + (0 if recent_keys is None else recent_keys.shape[-2])
     logits = lse.new_empty((batch, kv_heads, q_heads // kv_heads, q_len, slots) if scored else (0,))
-    return q.new_empty((batch, q_heads, q_len, v.shape[-1])), lse, logits
+    coding = coding_of(*parts[EXPANSION:])
+    dv = v.shape[-1] if coding is None else coding.value_standard.deviation.shape[-1]
+    return q.new_empty((batch, q_heads, q_len, dv)), lse, logits
 
 
 # `torch.library.custom_op` would compare the memory of all arguments and results in every call, which took a multiple
@@ -119,6 +145,41 @@ def assemble(*parts: Any) -> Expansion | None:
     return None if parts[0] is None else Expansion(*parts)
 
 
+def coding_of(
+    key_step: Tensor | None = None,
+    value_step: Tensor | None = None,
+    mean: Tensor | None = None,
+    deviation: Tensor | None = None,
+    spread: Tensor | None = None,
+    key_bits: int = 0,
+    value_bits: int = 0,
+) -> Coding | None:
+    """The coding that an operator was given in parts, or None; the dispatcher leaves out what is as by default."""
+    if key_step is None:
+        return None
+    return Coding((key_bits, value_bits), key_step, value_step, Standard(mean, deviation), Standard(None, spread))
+
+
+def parts_of(coding: Coding | None) -> tuple[Any, ...]:
+    """The inverse of `coding_of`."""
+    if coding is None:
+        return ()
+    of_keys, of_values = coding.key_standard, coding.value_standard
+    return (coding.key_step, coding.value_step, *of_keys, of_values.deviation, *coding.bits)
+
+
+def reads_codes(coding: Coding, dtype: torch.dtype) -> bool:
+    """Whether the operator reads such records for queries of a dtype.
+
+    They have at most 8 bits, values around zero, and whole bytes of every plane; in float32 at most 128 channels, for
+    more would not fit into registers.
+    """
+    channels = (coding.key_standard.deviation.shape[-1], coding.value_standard.deviation.shape[-1])
+    fitting = max(channels) <= 128 or dtype != torch.float32
+    whole = all(n % 8 == 0 for n in channels)
+    return max(coding.bits) <= 8 and coding.value_standard.mean is None and whole and fitting
+
+
 def together(keys: Tensor | None, values: Tensor | None, valid: Tensor | None) -> Recent | None:
     """The recent tokens that an operator was given in parts, or None."""
     return None if keys is None else Recent(keys, values, valid)
@@ -137,6 +198,7 @@ def decode(
     capacity: int | None = None,
     recent: Recent | None = None,
     scored: bool = False,
+    coding: Coding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""Attention of a few queries over retained tokens and the estimate of the evicted ones, in one operator.
 
@@ -146,6 +208,7 @@ def decode(
         Every query sees every token.
     k, v : tensor, shape (batch, kv_head, capacity, d) and (batch, kv_head, capacity, dv), or (n, d) and (n, dv)
         In the dtype of ``q``. The second form is packed: tokens of all heads one after the other, see ``starts``.
+        With a ``coding``, records: uint8 (n, bytes), always packed.
     expansion : Expansion, optional
         Of the evicted tokens (``moments.expansion()``).
     scale : float
@@ -163,6 +226,9 @@ def decode(
         or None for all, in the dtype of ``q``; never packed.
     scored : bool
         Whether to return logits.
+    coding : Coding, optional
+        How records are read: float16 steps (n,), standards (batch, kv_head, d) and (batch, kv_head, dv), that of values
+        around zero; at most 8 bits, and channels in multiples of 8, in float32 at most 128 (`reads_codes`).
 
     Returns
     -------
@@ -194,12 +260,15 @@ def decode(
             f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}; both must be (batch, kv_head, capacity, ...), or "
             "(n, ...) with starts"
         )
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+    dv = v.shape[-1] if coding is None else coding.value_standard.deviation.shape[-1]
+    if coding is not None:
+        check_codes(q, k, v, coding, starts, positions)
+    elif not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
             f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; they must be of one dtype, float32, bfloat16 or "
             "float16"
         )
-    if k.shape[-1] != q.shape[-1]:
+    if coding is None and k.shape[-1] != q.shape[-1]:
         raise ValueError(f"q has head dimension {q.shape[-1]} but k has {k.shape[-1]}; they must be equal")
     if starts is not None and (counts is None or capacity is None):
         raise ValueError("starts is given, so that counts and capacity must be, too: tokens are packed")
@@ -221,22 +290,53 @@ def decode(
         if x is not None and (tuple(x.shape) != shape or x.dtype != dtype):
             raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}; it must be {dtype} of shape {shape}")
     if recent is not None:
-        recent = checked_recent(recent, lead, q, v.shape[-1])
+        recent = checked_recent(recent, lead, q, dv)
     if expansion is not None:
-        check_expansion(expansion, lead, q.shape[-1], v.shape[-1])
+        check_expansion(expansion, lead, q.shape[-1], dv)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     positions, counts, starts = (
         x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (positions, counts, starts)
     )
-    given = (q, k, v, *(recent or ()), *(expansion or ()))
+    coded = parts_of(coding)
+    given = (q, k, v, *(recent or ()), *(expansion or ()), *coded[:5])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
         raise RuntimeError("momentkv::decode has no gradient, but an input requires one; call it under torch.no_grad()")
     parts: tuple[Any, ...] = (None,) * len(Expansion._fields) if expansion is None else tuple(expansion)
     newest = (None, None, None) if recent is None else tuple(recent)
     out, lse, logits = decode_operator(
-        q, k, v, positions, counts, starts, capacity, *newest, float(scale), scored, *parts
+        q, k, v, positions, counts, starts, capacity, *newest, float(scale), scored, *parts, *coded
     )
     return out, lse, logits if scored else None
+
+
+def check_codes(
+    q: Tensor, k: Tensor, v: Tensor, coding: Coding, starts: Tensor | None, positions: Tensor | None
+) -> None:
+    """Raise unless these are packed records that a kernel can read."""
+    if starts is None or positions is not None:
+        raise ValueError(
+            "coding is given, so that starts must be, and positions must not: records are packed, and counted"
+        )
+    if not reads_codes(coding, q.dtype):
+        raise ValueError(
+            f"coding has {coding.bits} bits; it must have at most 8, values around zero and channels in multiples of "
+            "8, in float32 at most 128: use momentkv.codes.attend_codes"
+        )
+    lead, n, d = tuple(starts.shape), k.shape[0], q.shape[-1]
+    dv, (mean, deviation) = coding.value_standard.deviation.shape[-1], coding.key_standard
+    for name, x, shape, dtypes in (
+        ("q", q, tuple(q.shape), DTYPES),
+        ("k", k, (n, row_bytes(d, coding.bits[0])), (torch.uint8,)),
+        ("v", v, (n, row_bytes(dv, coding.bits[1])), (torch.uint8,)),
+        ("key_step", coding.key_step, (n,), (torch.float16,)),
+        ("value_step", coding.value_step, (n,), (torch.float16,)),
+        ("mean of key_standard", mean, (*lead, d), DTYPES),
+        ("deviation of key_standard", deviation, (*lead, d), DTYPES),
+        ("deviation of value_standard", coding.value_standard.deviation, (*lead, dv), DTYPES),
+    ):
+        if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes):
+            wanted = " or ".join(map(str, dtypes))
+            raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}; it must be {wanted} of shape {shape}")
 
 
 def checked_recent(recent: Recent, lead: tuple[int, ...], q: Tensor, dv: int) -> Recent:

@@ -9,6 +9,8 @@ import torch
 
 from momentkv.attention import AttentionState
 from momentkv.backends.layout import Recent
+from momentkv.backends.records import attend_logits, logits_of
+from momentkv.codes import Coded, Coding
 from momentkv.statistics.expansion import Expansion
 
 __all__ = [
@@ -215,9 +217,13 @@ def decode_plain(
     expansion: Expansion | None,
     scale: float,
     scored: bool,
+    coding: Coding | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What `momentkv.backends.triton.decode.decode_triton` does, in plain PyTorch."""
-    state, logits = attend_slots(q, k, v, positions, counts, starts, capacity, scale=scale, scored=scored)
+    if coding is not None and counts is not None and starts is not None:
+        state, logits = attend_coded(q, k, v, coding, counts, starts, capacity, scale=scale, scored=scored)
+    else:
+        state, logits = attend_slots(q, k, v, positions, counts, starts, capacity, scale=scale, scored=scored)
     if recent is not None:
         places = None if recent.valid is None else recent.valid.to(torch.int32) - 1
         n = recent.keys.shape[-2]
@@ -270,3 +276,27 @@ def attend_slots(
         state = AttentionState(out.reshape(*q.shape[:3], v.shape[-1]), lse.reshape(q.shape[:3]))
         logits = logits.reshape(batch, kv_heads, q.shape[1] // kv_heads, q.shape[2], n)
     return state, logits if scored else None
+
+
+def attend_coded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    coding: Coding,
+    counts: torch.Tensor,
+    starts: torch.Tensor,
+    capacity: int,
+    *,
+    scale: float,
+    scored: bool,
+) -> tuple[AttentionState, torch.Tensor | None]:
+    """`attend_slots` of packed records."""
+    used = torch.arange(capacity, device=q.device) < counts[..., None]
+    keys, values, _ = unpack(k, v, starts, capacity)
+    both = unpack(coding.key_step[:, None], coding.value_step[:, None], starts, capacity)[:2]
+    # Slots that hold no token may hold anything.
+    key_step, value_step = (torch.where(used, step[..., 0], 0.0) for step in both)
+    coded = Coded(coding.bits, keys, values, key_step, value_step, coding.key_standard, coding.value_standard)
+    logits = logits_of(q, coded, scale=scale, mask=used[..., None, None, :])
+    state, weights = attend_logits(logits, q, coded)
+    return state, logits.reshape(weights.shape) if scored else None

@@ -10,7 +10,7 @@ from momentkv.attention import AttentionState
 from momentkv.backends.layout import Layout, Tiers
 from momentkv.codes import PLANES, Coded, Coding, centre, unpack
 
-__all__ = ["attend_packed", "attend_records", "unpack_words"]
+__all__ = ["attend_logits", "attend_packed", "attend_records", "logits_of", "unpack_words"]
 
 # Words of so many bytes, the widest first.
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -51,34 +51,55 @@ def attend_records(
     q: torch.Tensor, coded: Coded, *, scale: float, mask: torch.Tensor | None = None
 ) -> tuple[AttentionState, torch.Tensor]:
     """`momentkv.codes.attend_codes` in few dispatches."""
-    (mean, deviation), (middle, spread), (of_key, of_value) = coded.key_standard, coded.value_standard, coded.bits
+    return attend_logits(logits_of(q, coded, scale=scale, mask=mask), q, coded)
+
+
+def logits_of(q: torch.Tensor, coded: Coded, *, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits (..., kv_head, group * q_len, n) of all tokens; ``-inf`` where the mask is False."""
+    (mean, deviation), of_key = coded.key_standard, coded.bits[0]
     dtype = torch.float64 if torch.float64 in (q.dtype, deviation.dtype) else torch.float32
     *batch, kv_heads, n, _ = coded.keys.shape
-    heads, q_len, d, dv = q.shape[:-1], q.shape[-2], deviation.shape[-1], spread.shape[-1]
+    q_len, d = q.shape[-2], deviation.shape[-1]
     folded = q.to(dtype).reshape(*batch, kv_heads, -1, d) * scale
     tilted = folded * deviation.to(dtype)[..., None, :]
     zero = centre(of_key) * tilted.sum(-1, keepdim=True)
-    blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-    products = [torch.matmul(tilted, numbers(coded.keys, block, of_key, d, dtype).mT) for block in blocks]
+    products = [torch.matmul(tilted, numbers(coded.keys, block, of_key, d, dtype).mT) for block in blocks_of(n)]
     logits = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)) - zero
     logits = logits * coded.key_step.to(dtype)[..., None, :]
     if mean is not None:
         logits = logits + torch.matmul(folded, mean.to(dtype)[..., None])
     if mask is not None:
         shape = logits.shape
-        logits = logits.reshape(*batch, kv_heads, -1, q_len, n).masked_fill(~mask, -torch.inf).reshape(shape)
+        logits = (
+            logits.reshape(*batch, kv_heads, q.shape[-3] // kv_heads, q_len, n)
+            .masked_fill(~mask, -torch.inf)
+            .reshape(shape)
+        )
+    return logits
+
+
+def blocks_of(n: int) -> list[slice]:
+    """Tokens whose codes are unpacked at once."""
+    return [slice(start, min(start + BLOCK, n)) for start in range(0, max(n, 1), BLOCK)]
+
+
+def attend_logits(logits: torch.Tensor, q: torch.Tensor, coded: Coded) -> tuple[AttentionState, torch.Tensor]:
+    """Attention state and weights of the logits that `logits_of` gave of the same."""
+    (middle, spread), of_value, n, dtype = coded.value_standard, coded.bits[1], logits.shape[-1], logits.dtype
+    heads, dv = q.shape[:-1], spread.shape[-1]
     lse = torch.logsumexp(logits, dim=-1, keepdim=True)
     # A query that sees nothing has lse = -inf; shifting by 0 instead leaves all its weights at zero.
-    weights = torch.exp(logits - (lse if mask is None else lse.nan_to_num(neginf=0.0)))
+    weights = torch.exp(logits - lse.nan_to_num(neginf=0.0))
     part = weights * coded.value_step.to(dtype)[..., None, :]
     out = part.sum(-1, keepdim=True) * -centre(of_value)
-    for block in blocks:
+    for block in blocks_of(n):
         out = out + torch.matmul(part[..., block], numbers(coded.values, block, of_value, dv, dtype))
     out = out * spread.to(dtype)[..., None, :]
     if middle is not None:
         out = out + weights.sum(-1, keepdim=True) * middle.to(dtype)[..., None, :]
     state = AttentionState(out.reshape(*heads, dv), lse.reshape(heads))
-    return state, weights.reshape(*batch, kv_heads, -1, q_len, n)
+    group = q.shape[-3] // logits.shape[-3]
+    return state, weights.reshape(*logits.shape[:-2], group, q.shape[-2], n)
 
 
 def attend_packed(

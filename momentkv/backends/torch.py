@@ -16,7 +16,7 @@ from momentkv._array import Array
 from momentkv.attention import AttentionState
 from momentkv.backends.base import ArrayBackend, causal_mask
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.backends.operators import DTYPES, decode
+from momentkv.backends.operators import DTYPES, decode, reads_codes
 from momentkv.backends.plain import (
     Prepared,
     estimate_expansion,
@@ -116,7 +116,8 @@ class TorchBackend(ArrayBackend):
     ) -> tuple[Array, Array | None]:
         if isinstance(expansion, Prepared):
             return decode_prepared(self, q, tiers, expansion, scale=scale, weights=weights)
-        if tiers.coding is None and fuses(q, tiers.recent_keys, tiers.recent_values):
+        readable = tiers.coding is None or reads_codes(tiers.coding, q.dtype)
+        if readable and fuses(q, tiers.recent_keys, tiers.recent_values):
             return decode_tiers(q, tiers, expansion, scale=scale, weights=weights)
         return super().decode(q, tiers, expansion, scale=scale, weights=weights)
 
@@ -297,6 +298,9 @@ def decode_tiers(
         starts, counts = packed_slots(layout, batch, q.device)
         if tiers.valid is not None:
             counts = tiers.valid.sum(-1, dtype=torch.int32)
+        coding = tiers.coding
+        if coding is not None:
+            coding = coding._replace(key_step=coding.key_step.reshape(-1), value_step=coding.value_step.reshape(-1))
         out, _, logits = decode(
             q,
             tiers.keys.reshape(batch * slots, -1),
@@ -308,6 +312,7 @@ def decode_tiers(
             capacity=layout.width,
             recent=tiers.recent,
             scored=weights,
+            coding=coding,
         )
     # A query that sees nothing has logits of -inf alone; all its weights are zero.
     return out, None if logits is None else torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)

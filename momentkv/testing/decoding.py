@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from momentkv.backends.layout import Recent
+from momentkv.codes import Coding
+from momentkv.codes import decode as decoded
 from momentkv.statistics.expansion import Expansion
 from momentkv.testing import oracle
+from momentkv.testing.coded import magnitudes, records_of
 from momentkv.testing.rounding import FUNCTION, StateError, attention_error, merge_error
 
 __all__ = ["Decode", "Inputs", "decode_cases", "evaluate", "expected", "f64", "logits_error", "make"]
@@ -42,6 +45,7 @@ class Decode:
     recent_masked: bool = False
     size: float = 1.0
     scale: float = 0.1
+    bits: tuple[int, int] | None = None  # records: packed, with slots between heads that hold none if also counted
 
     def __str__(self) -> str:
         shown = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -91,9 +95,43 @@ def decode_cases(single: torch.dtype, half: torch.dtype) -> list[Decode]:
         Decode(d=16, dtype=single, recent=5, capacity=0, recent_masked=True, scored=True),
         Decode(d=64, dtype=half, recent=70, packed=True, kv_heads=3, splits=2),
         Decode(d=40, dv=24, dtype=single, recent=20, counted=True, group=3, scored=True, estimate="summaries x 2"),
+        *coded_cases(single, half),
         # Logits of many hundreds.
         Decode(d=64, dtype=single, size=30.0, scale=1.0, estimate="order 0", splits=2),
     ]
+
+
+def coded_cases(single: torch.dtype, half: torch.dtype) -> list[Decode]:
+    """Records of all numbers of bits, in words of one, two and four bytes; beside recent tokens and estimates."""
+    every = [
+        Decode(d=d, dv=dv, dtype=dtype, bits=bits, packed=True, kv_heads=3, splits=splits)
+        for (d, dv, bits), dtype, splits in (
+            ((64, 64, (4, 4)), half, 2),
+            ((128, 128, (8, 8)), half, 1),
+            ((128, 64, (5, 3)), half, 3),
+            ((256, 256, (4, 8)), half, 2),
+            ((80, 112, (3, 2)), single, 1),
+            ((96, 80, (6, 5)), single, 2),
+            ((16, 8, (2, 6)), single, 2),
+            ((8, 16, (3, 4)), single, 1),
+        )
+    ]
+    whole = Decode(d=16, bits=(4, 4), packed=True, dtype=single, kv_heads=3, recent=9)
+    cases = [
+        *every,
+        dataclasses.replace(whole, counted=True, estimate="order 1", scored=True),
+        dataclasses.replace(whole, counted=True, bits=(5, 3), estimate="summaries x 12", splits=2, scored=True),
+        dataclasses.replace(whole, bits=(8, 3), recent=70, recent_masked=True, estimate="order 1", scored=True),
+        dataclasses.replace(whole, bits=(8, 8), estimate="summaries x 2", group=7, dtype=half, d=64, recent=70),
+        dataclasses.replace(whole, bits=(3, 3), estimate="order 2", group=17, q_len=2, kv_heads=1, dtype=half, d=64),
+        dataclasses.replace(whole, capacity=0, scored=True),
+        dataclasses.replace(whole, capacity=1, estimate="order 0", splits=2),
+        dataclasses.replace(whole, d=64, size=30.0, scale=1.0, bits=(8, 8)),
+        # Queries times deviations that float16 cannot hold, and such as it has few digits for.
+        dataclasses.replace(whole, d=64, size=200.0, scale=0.2, dtype=half, recent=0),
+        dataclasses.replace(whole, d=64, size=0.01, scale=1.0, dtype=half, recent=0),
+    ]
+    return [case for case in cases if case.dtype != torch.float32 or max(case.d, case.dv) <= 128]
 
 
 @dataclasses.dataclass
@@ -109,6 +147,7 @@ class Inputs:
     expansion: Expansion | None
     recent: Recent | None
     valid: NDArray[Any]  # (batch, kv_head, capacity + recent): the slots that hold tokens
+    coding: Coding | None = None
 
 
 def make(case: Decode, device: str = "cpu") -> Inputs:
@@ -133,12 +172,22 @@ def make(case: Decode, device: str = "cpu") -> Inputs:
     if case.masked:
         valid &= rng.random(valid.shape) < 0.5
         positions = torch.from_numpy(np.where(valid, np.arange(case.capacity), -1).astype(np.int32))
-    hidden = torch.from_numpy(~valid)[..., None]
-    k, v = k.masked_fill(hidden, math.nan), v.masked_fill(hidden, math.nan)
-    if case.packed:
+    hidden, coding = torch.from_numpy(~valid)[..., None], None
+    if case.bits is None:
+        k, v = k.masked_fill(hidden, math.nan), v.masked_fill(hidden, math.nan)
+    else:
+        k, v, coding = records_of(k, v, ~hidden[..., 0], rng, case.bits)
+    if case.packed and case.counted:
+        assert coding is not None
+        starts = torch.arange(valid[..., 0].size).reshape(lead) * case.capacity
+        k, v = k.flatten(0, 2), v.flatten(0, 2)
+        coding = coding._replace(key_step=coding.key_step.flatten(), value_step=coding.value_step.flatten())
+    elif case.packed:
         assert counts is not None
         used = torch.arange(case.capacity) < counts[..., None]
         k, v = k[used], v[used]
+        if coding is not None:
+            coding = coding._replace(key_step=coding.key_step[used], value_step=coding.value_step[used])
         positions = None if positions is None else positions[used]
         flat = counts.flatten().long()
         starts = (flat.cumsum(0) - flat).reshape(lead)
@@ -151,7 +200,7 @@ def make(case: Decode, device: str = "cpu") -> Inputs:
         newest = [normal(*lead, case.recent + 3, n).masked_fill(hidden, math.nan)[..., :-3, :] for n in (d, dv)]
         recent = Recent(newest[0], newest[1], torch.from_numpy(there) if case.recent_masked else None)
         valid = np.concatenate([valid, there], axis=-1)
-    made = Inputs(q, k, v, positions, counts, starts, expansion_of(case, rng, d, dv), recent, valid)
+    made = Inputs(q, k, v, positions, counts, starts, expansion_of(case, rng, d, dv), recent, valid, coding)
     return made if device == "cpu" else moved(made, device)
 
 
@@ -168,7 +217,11 @@ def moved(inputs: Inputs, device: str) -> Inputs:
     recent = inputs.recent
     if recent is not None:
         recent = Recent(*(None if x is None else x.to(device) for x in recent))
-    return dataclasses.replace(inputs, **there, expansion=expansion, recent=recent)
+    coding = inputs.coding
+    if coding is not None:
+        (key_step, value_step), standards = (x.to(device) for x in coding[1:3]), coding[3:]
+        coding = Coding(coding.bits, key_step, value_step, *(each.map(lambda x: x.to(device)) for each in standards))
+    return dataclasses.replace(inputs, **there, expansion=expansion, recent=recent, coding=coding)
 
 
 def expansion_of(case: Decode, rng: np.random.Generator, d: int, dv: int) -> Expansion | None:
@@ -226,18 +279,30 @@ def f64(x: torch.Tensor) -> NDArray[Any]:
 
 def dense(case: Decode, inputs: Inputs) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Queries, keys and values with a slot for every token, zero where there is none."""
-    k, v = f64(inputs.k), f64(inputs.v)
-    if case.packed:
-        assert inputs.counts is not None
-        used = np.arange(case.capacity) < inputs.counts.cpu().numpy()[..., None]
-        whole = [np.zeros((*used.shape, x.shape[-1])) for x in (k, v)]
-        for full, x in zip(whole, (k, v), strict=True):
-            full[used] = x
-        k, v = whole
+    k, v = (as_rectangle(case, inputs, x) for x in (inputs.k, inputs.v))
+    if inputs.coding is not None:
+        steps = (as_rectangle(case, inputs, x) for x in inputs.coding[1:3])
+        k, v = (
+            decoded(codes.astype(np.uint8), step, standard.map(f64), bits)
+            for codes, step, standard, bits in zip((k, v), steps, inputs.coding[3:], inputs.coding.bits, strict=True)
+        )
     if inputs.recent is not None:
         k, v = (np.concatenate([x, f64(y)], axis=-2) for x, y in zip((k, v), inputs.recent[:2], strict=True))
     hidden = ~inputs.valid[..., None]
     return f64(inputs.q), np.where(hidden, 0.0, k), np.where(hidden, 0.0, v)
+
+
+def as_rectangle(case: Decode, inputs: Inputs, x: torch.Tensor) -> NDArray[Any]:
+    """Packed numbers or vectors with a slot for every token, zero where there is none; others as they are."""
+    if not case.packed:
+        return f64(x)
+    assert inputs.counts is not None
+    assert inputs.starts is not None
+    places = np.arange(case.capacity)
+    whole = np.zeros((*inputs.counts.shape, case.capacity, *x.shape[1:]))
+    used = places < inputs.counts.cpu().numpy()[..., None]
+    whole[used] = f64(x)[(inputs.starts.cpu().numpy()[..., None] + places)[used]]
+    return whole
 
 
 def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], StateError]:
@@ -246,8 +311,15 @@ def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], 
     mask = inputs.valid[..., None, None, :]
     logits = oracle.logits(q, k, case.scale, mask)
     state = oracle.attend(q, k, v, case.scale, mask)
-    error = attention_error(q, k, v, state.lse, 2.0**-24, case.scale)
+    unit = 0.0 if case.dtype == torch.float32 else UNIT_OF[case.dtype]
+    error = attention_error(*magnitudes(q, k, inputs.coding, unit), v, state.lse, 2.0**-24, case.scale)
     size = np.linalg.norm(v, axis=-1).max(initial=0.0)
+    if inputs.coding is not None:
+        nothing = StateError(np.zeros_like(error.out), np.zeros_like(error.lse))
+        error = merge_error(error, nothing, size, np.nan_to_num(np.abs(state.lse), posinf=0), 2.0**-24)
+        if case.dtype == torch.float16:  # weights times steps may have no digit left
+            most = 2.0 ** inputs.coding.bits[1] * f64(inputs.coding.value_standard.deviation).max()
+            error = error._replace(out=error.out + 2.0**-25 * case.capacity * most)
     if inputs.expansion is not None:
         evicted, of_evicted, reach = evaluate(q, inputs.expansion, case)
         size = max(size, reach)
@@ -262,9 +334,10 @@ def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], 
 
 def logits_error(case: Decode, inputs: Inputs) -> float:
     """What rounding may change of a logit."""
-    keys = [inputs.k] if inputs.recent is None else [inputs.k, inputs.recent.keys]
-    largest = max(float(np.nanmax(np.abs(f64(x)), initial=0.0)) for x in keys)
-    return 2.0**-24 * (case.d + 4) * case.scale * case.d * largest * float(np.abs(f64(inputs.q)).max(initial=0.0))
+    q, k, _ = dense(case, inputs)
+    q, k = magnitudes(q, k, inputs.coding, 0.0 if case.dtype == torch.float32 else UNIT_OF[case.dtype])
+    products = np.einsum("...hid,...hjd->...hij", q, oracle.to_query_heads(k, q.shape[-3], -3))
+    return float(2.0**-24 * (case.d + 4) * case.scale * products.max(initial=0.0))
 
 
 def evaluate(q: NDArray[Any], expansion: Expansion, case: Decode) -> tuple[oracle.State, StateError, float]:

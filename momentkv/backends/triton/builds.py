@@ -61,6 +61,7 @@ DTYPES = {
     torch.float16: "fp16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int16: "i16",
     torch.uint8: "u8",
 }
 # Registers are handed out to a warp in pieces of so many, and a block takes so many bytes of shared memory besides.
@@ -101,6 +102,10 @@ class Build(NamedTuple):
         if known["D"] != known["DV"]:
             words.append(f"dv {known['DV']}")
         words.append(f"tile {known['BLOCK_M']} x {known['BLOCK_N']}")
+        if known["CODED"]:
+            words.append(
+                f"codes of {known['KEY_HIGH'] + known['KEY_LOW']}/{known['VALUE_HIGH'] + known['VALUE_LOW']} bits"
+            )
         if known["SUMMARIES"]:
             words.append(f"summaries {known['SUMMARIES']}")
         if known["RANK"]:

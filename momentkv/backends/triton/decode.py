@@ -9,11 +9,13 @@ import triton
 
 from momentkv.backends.layout import Recent
 from momentkv.backends.triton.decode_kernel import combine_kernel, decode_kernel
+from momentkv.codes import PLANES, Coding
 from momentkv.statistics.expansion import Expansion
 
 __all__ = [
     "DecodeBlocks",
     "Launch",
+    "code_flags",
     "decode_blocks",
     "decode_launches",
     "decode_triton",
@@ -26,6 +28,8 @@ __all__ = [
 # faster anywhere (H200, head dimension 128).
 WAVES = 1
 SPLITS = 64  # at most; the combine kernel holds the outputs of all splits of a query
+# Whole numbers of so many bytes.
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 # What the kernel calls the parts of an expansion.
 POINTERS = {
     "anchor": "ANCHOR",
@@ -62,7 +66,7 @@ class DecodeBlocks(NamedTuple):
     num_stages: int
 
 
-def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int) -> DecodeBlocks:
+def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int, *, coded: bool) -> DecodeBlocks:
     """Sizes for that many queries of each KV head; a tile of `tl.dot` has at least 16 in each direction."""
     wide = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     largest = max(wide)
@@ -78,8 +82,8 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
         BLOCK_C=16 if single or largest > 128 else 32,
         num_warps=8 if queries == 32 or largest > (64 if single else 128) else 4,
         # One tile in flight is enough, and faster by a tenth, where blocks read at once. It is not where they evaluate
-        # summaries first (H200, head dimension 128).
-        num_stages=2 if single or summaries < 2 else 3,
+        # summaries first (H200, head dimension 128). Tiles of records are small, so that two are in flight.
+        num_stages=3 if coded or not (single or summaries < 2) else 2,
     )
 
 
@@ -115,6 +119,26 @@ def estimate_flags(expansion: Expansion | None) -> dict[str, Any]:
         "DIAGONAL_VARIANCE": spread == 1,
         "ANCHORED": expansion.anchor is not None,
     }
+
+
+def code_flags(coding: Coding | None, d: int, dv: int) -> dict[str, Any]:
+    """Compile-time arguments that say how records are read."""
+    flags: dict[str, Any] = {"CODED": coding is not None}
+    for part, bits, size in zip(("KEY", "VALUE"), (0, 0) if coding is None else coding.bits, (d, dv), strict=True):
+        high, low = (*PLANES[bits], 0)[:2] if bits else (0, 0)
+        flags |= {f"{part}_HIGH": high, f"{part}_LOW": low, f"{part}_W": word_bytes(bits, size) if bits else 0}
+    return flags
+
+
+def word_bytes(bits: int, size: int) -> int:
+    """Bytes of the words that planes of so many channels are read in: each plane is made of whole ones."""
+    narrowest = size * PLANES[bits][-1] // 8
+    return next(width for width in (4, 2, 1) if narrowest % width == 0)
+
+
+def as_words(records: torch.Tensor, coding: Coding | None, width: int) -> torch.Tensor:
+    """Records as words; vectors as they are."""
+    return records if coding is None else records.contiguous().view(WORDS[width])
 
 
 class Launch(NamedTuple):
@@ -154,6 +178,7 @@ def decode_triton(
     scale: float,
     scored: bool,
     splits: int | None = None,
+    coding: Coding | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the kernel; arguments as those of `momentkv.backends.operators.decode`, checked there.
 
@@ -161,7 +186,7 @@ def decode_triton(
     """
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     out, lse, logits, launches = decode_launches(
-        q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored, processors, splits
+        q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored, processors, splits, coding
     )
     for launch in launches:
         launch()
@@ -182,18 +207,19 @@ def decode_launches(
     scored: bool,
     processors: int,
     splits: int | None = None,
+    coding: Coding | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[Launch]]:
     """What `decode_triton` returns, still empty, and the launches that fill it on a device of so many processors.
 
     No tensor is read, so that tensors without data tell what a real call would launch.
     """
     batch, q_heads, q_len, d = q.shape
-    dv = v.shape[-1]
+    dv = v.shape[-1] if coding is None else coding.value_standard.deviation.shape[-1]
     kv_heads = k.shape[1] if starts is None else starts.shape[-1]
     rows, heads = q_heads // kv_heads * q_len, batch * kv_heads
     newest = 0 if recent is None else recent.keys.shape[-2]
-    flags = estimate_flags(expansion)
-    blocks = decode_blocks(rows, d, dv, q.dtype, flags["SUMMARIES"])
+    flags, flags_of_codes = estimate_flags(expansion), code_flags(coding, d, dv)
+    blocks = decode_blocks(rows, d, dv, q.dtype, flags["SUMMARIES"], coded=coding is not None)
     tiles = triton.cdiv(rows, blocks.BLOCK_M)
     q = q.contiguous()
     if splits is None:
@@ -227,11 +253,16 @@ def decode_launches(
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     arguments = {
         "Q": q,
-        "K": k,
-        "V": v,
+        "K": as_words(k, coding, flags_of_codes["KEY_W"]),
+        "V": as_words(v, coding, flags_of_codes["VALUE_W"]),
         "POSITIONS": positions,
         "COUNTS": counts,
         "STARTS": starts,
+        "KEY_STEP": None if coding is None else coding.key_step,
+        "VALUE_STEP": None if coding is None else coding.value_step,
+        "MEAN": None if coding is None else coding.key_standard.mean,
+        "DEVIATION": None if coding is None else coding.key_standard.deviation,
+        "SPREAD": None if coding is None else coding.value_standard.deviation,
         "RECENT_K": None if recent is None else recent.keys,
         "RECENT_V": None if recent is None else recent.values,
         "RECENT_VALID": None if recent is None or recent.valid is None else recent.valid.contiguous().view(torch.uint8),
@@ -260,6 +291,9 @@ def decode_launches(
         "SCORED": scored,
         "RECENT": recent is not None,
         "RECENT_MASKED": recent is not None and recent.valid is not None,
+        # Recent tokens are few; waiting for a tile of them costs less than the shared memory of another.
+        "RECENT_STAGES": None if coding is None else 1,
+        **flags_of_codes,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # the latter means nothing to halves
         # Of halves, three products of tensor cores for one, where registers allow: full float32 took a fifth of the
         # kernel's time (H200).

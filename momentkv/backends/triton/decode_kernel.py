@@ -10,7 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from momentkv.backends.triton.codes_kernel import attend_codes
 from momentkv.backends.triton.estimate_kernel import initial_state
+from momentkv.backends.triton.online_kernel import joined, online
 
 __all__ = ["combine_kernel", "decode_kernel"]
 
@@ -42,13 +44,7 @@ def attend_tile(
     k = tl.load(keys + at[:, None] * stride_kn + dd[None, :], mask=valid[:, None] & (dd < D)[None, :], other=0.0)
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     logits = tl.where(valid[None, :], logits, float("-inf"))
-    powers = logits * 1.4426950408889634
-    new = tl.maximum(top, tl.max(powers, 1))
-    # Where nothing was seen yet, -inf - -inf would be NaN.
-    shift = tl.where(new == float("-inf"), 0.0, new)
-    fade = tl.exp2(top - shift)
-    weights = tl.exp2(powers - shift[:, None])
-    total = total * fade + tl.sum(weights, 1)
+    new, fade, weights, total = online(logits, top, total)
     v = tl.load(values + at[:, None] * stride_vn + vv[None, :], mask=valid[:, None] & (vv < DV)[None, :], other=0.0)
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return logits, new, total, acc
@@ -63,6 +59,11 @@ def decode_kernel(
     POSITIONS,
     COUNTS,
     STARTS,
+    KEY_STEP,
+    VALUE_STEP,
+    MEAN,
+    DEVIATION,
+    SPREAD,
     RECENT_K,
     RECENT_V,
     RECENT_VALID,
@@ -125,6 +126,14 @@ def decode_kernel(
     SCORED: tl.constexpr,
     RECENT: tl.constexpr,
     RECENT_MASKED: tl.constexpr,
+    RECENT_STAGES: tl.constexpr,
+    CODED: tl.constexpr,
+    KEY_HIGH: tl.constexpr,
+    KEY_LOW: tl.constexpr,
+    VALUE_HIGH: tl.constexpr,
+    VALUE_LOW: tl.constexpr,
+    KEY_W: tl.constexpr,
+    VALUE_W: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -206,26 +215,81 @@ def decode_kernel(
     share = tl.cdiv(tl.cdiv(slots, splits - OWN_SPLIT), BLOCK_N) * BLOCK_N
     begin = tl.minimum(share * split, slots)
     end = tl.minimum(begin + share, slots)
-    for start in range(begin, end, BLOCK_N):
-        nn = start + tl.arange(0, BLOCK_N)
-        valid = nn < tl.minimum(count, end)
-        if MASKED:
-            valid = valid & (tl.load(POSITIONS + place + nn, mask=valid, other=-1) >= 0)
-        logits, top, total, acc = attend_tile(
-            q, keys, values, nn, valid, stride_kn, stride_vn, scale, top, total, acc, D, DV, BLOCK_D, BLOCK_V, PRECISION
+    if CODED:
+        seen, seen_total, codes = attend_codes(
+            Q,
+            K,
+            V,
+            KEY_STEP,
+            VALUE_STEP,
+            MEAN,
+            DEVIATION,
+            SPREAD,
+            LOGITS,
+            head,
+            first,
+            begin,
+            count,
+            end,
+            rr,
+            rm,
+            rows,
+            capacity + recent,
+            scale,
+            tl.minimum(splits, 1),
+            D,
+            DV,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_V,
+            KEY_HIGH,
+            KEY_LOW,
+            VALUE_HIGH,
+            VALUE_LOW,
+            KEY_W,
+            VALUE_W,
+            SCORED,
+            PRECISION,
         )
-        if SCORED:
-            tl.store(
-                LOGITS + (head * rows + rr[:, None]) * (capacity + recent) + nn[None, :],
-                logits,
-                mask=rm[:, None] & (nn < end)[None, :],
+        top, total, acc = joined(top, total, acc, seen, seen_total, codes)
+    else:
+        for start in range(begin, end, BLOCK_N):
+            nn = start + tl.arange(0, BLOCK_N)
+            valid = nn < tl.minimum(count, end)
+            if MASKED:
+                valid = valid & (tl.load(POSITIONS + place + nn, mask=valid, other=-1) >= 0)
+            logits, top, total, acc = attend_tile(
+                q,
+                keys,
+                values,
+                nn,
+                valid,
+                stride_kn,
+                stride_vn,
+                scale,
+                top,
+                total,
+                acc,
+                D,
+                DV,
+                BLOCK_D,
+                BLOCK_V,
+                PRECISION,
             )
+            if SCORED:
+                tl.store(
+                    LOGITS + (head * rows + rr[:, None]) * (capacity + recent) + nn[None, :],
+                    logits,
+                    mask=rm[:, None] & (nn < end)[None, :],
+                )
     if RECENT:
         row = head // kv_heads
         own = head % kv_heads
         keys = RECENT_K + row * stride_rkb + own * stride_rkh
         values = RECENT_V + row * stride_rvb + own * stride_rvh
-        for start in range(0, tl.where(split == splits - 1, recent, 0), BLOCK_N):
+        newest = tl.where(split == splits - 1, recent, 0)
+        for start in tl.range(0, newest, BLOCK_N, num_stages=RECENT_STAGES):
             nn = start + tl.arange(0, BLOCK_N)
             there = nn < recent
             valid = there

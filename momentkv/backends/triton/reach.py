@@ -14,10 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.backends.operators import DTYPES, assemble, decode, decode_operator, together
+from momentkv.backends.operators import DTYPES, EXPANSION, assemble, coding_of, decode, decode_operator, together
 from momentkv.backends.torch import decode_tiers
 from momentkv.backends.triton.builds import Build, build_of
 from momentkv.backends.triton.decode import Launch, decode_launches
+from momentkv.codes import BITS, SPLIT, Coding, Standard, row_bytes
 from momentkv.statistics.corrections import CORRECTIONS, AnchoredSummaries
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
@@ -27,9 +28,20 @@ __all__ = ["DIMENSIONS", "expansions", "launches_of", "reachable"]
 
 DIMENSIONS = (64, 96, 128, 256)
 KV_HEADS = 2
+# Bits of keys and of values: as they are split, and equal ones.
+PAIRS = [pair for pair in dict.fromkeys([*SPLIT.values(), *zip(BITS, BITS, strict=True)]) if max(pair) <= 8]
 # Query heads of a KV head: those that fit in one tile of 16, and more.
 GROUPS = (4, 24)
 PROCESSORS = 132
+
+
+def coded_as(correction: str, *, plain: bool) -> list[tuple[int, int]]:
+    """Bits of records to try: all without a correction, the usual ones with the default's, whatever else is asked."""
+    if correction == "none":
+        return PAIRS if plain else PAIRS[:1]
+    if correction == "summaries":
+        return [SPLIT[4], SPLIT[8]]
+    return [SPLIT[4]] if plain else []
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,14 +83,21 @@ def without_data(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def tiers_of(dtype: torch.dtype, d: int, batch: int, layout: Layout, *, masked: bool) -> Tiers:
     """Stored tokens, without data."""
     recent, slots = (batch, layout.heads, layout.recent), (batch, sum(layout.widths))
+    coding, key, value = None, (d, dtype), (d, dtype)
+    if layout.bits is not None:
+        key_step, value_step = (without_data(*slots, dtype=torch.float16) for _ in range(2))
+        mean, deviation, spread = (without_data(batch, layout.heads, d, dtype=dtype) for _ in range(3))
+        coding = Coding(layout.bits, key_step, value_step, Standard(mean, deviation), Standard(None, spread))
+        key, value = ((row_bytes(d, bits), torch.uint8) for bits in layout.bits)
     return Tiers(
         recent_keys=without_data(*recent, d, dtype=dtype),
         recent_values=without_data(*recent, d, dtype=dtype),
         recent_valid=without_data(*recent, dtype=torch.bool) if masked else None,
-        keys=without_data(*slots, d, dtype=dtype),
-        values=without_data(*slots, d, dtype=dtype),
+        keys=without_data(*slots, key[0], dtype=key[1]),
+        values=without_data(*slots, value[0], dtype=value[1]),
         valid=without_data(batch, layout.heads, layout.width, dtype=torch.bool) if masked else None,
         layout=layout,
+        coding=coding,
     )
 
 
@@ -113,8 +132,9 @@ def launched(arguments: tuple[Any, ...], processors: int) -> list[Launch]:
     """The launches of one call of the operator."""
     q, k, v, positions, counts, starts, capacity, *rest = arguments
     recent, (scale, scored, *parts) = together(*rest[:3]), rest[3:]
+    expansion, coding = assemble(*parts[:EXPANSION]), coding_of(*parts[EXPANSION:])
     return decode_launches(
-        q, k, v, positions, counts, starts, capacity, recent, assemble(*parts), scale, scored, processors
+        q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored, processors, coding=coding
     )[-1]
 
 
@@ -130,6 +150,12 @@ def reachable(dtypes: tuple[torch.dtype, ...] = DTYPES, dimensions: tuple[int, .
                 tiers = tiers_of(dtype, d, batch, Layout(1, 65, (width,) * KV_HEADS), masked=masked)
                 if name != "order-2":
                     found += launches_of(tiers, expansion, group, scored=scored)
+                    for bits in coded_as(name, plain=not (masked or scored)) if width else ():
+                        if dtype == torch.float32 and d > 128:  # read by plain operators
+                            continue
+                        layout = Layout(1, 65, (width,) * KV_HEADS, bits)
+                        tiers = tiers_of(dtype, d, batch, layout, masked=masked)
+                        found += launches_of(tiers, expansion, group, scored=scored)
                     continue
                 q = without_data(batch, KV_HEADS * group, 1, d, dtype=dtype)
                 with Calls() as calls:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from triton.errors import TritonError
 
 from momentkv.backends.triton.decode import decode_triton
+from momentkv.codes import SPLIT
 from momentkv.testing.decoding import Decode, decode_cases, expected, f64, logits_error, make
 from momentkv.testing.gpu.parts import Row, Skip
 
@@ -49,7 +50,8 @@ def tried(case: Decode) -> Row:
 def rehearsed(dtype: torch.dtype) -> list[Decode]:
     """A few of the small cases."""
     small = [case for case in decode_cases(dtype, dtype) if case.d <= 40 and case.capacity > 1]
-    return small[:FEW]
+    plain, coded = ([case for case in small if (case.bits is None) == without] for without in (True, False))
+    return plain[: FEW - 2] + coded[:2]
 
 
 def all_cases(dtype: torch.dtype) -> list[Decode]:
@@ -57,6 +59,14 @@ def all_cases(dtype: torch.dtype) -> list[Decode]:
     kinds = ("none", "order 0", "order 1", "order 2", "summaries x 1", "summaries x 12", "summaries x 40")
     cases = decode_cases(dtype, dtype)
     cases += [Decode(d=d, dtype=dtype, estimate=kind, splits=0) for d in (64, 80, 96, 128, 192, 256) for kind in kinds]
+    few = Decode(dtype=dtype, packed=True, kv_heads=3, recent=40, splits=0, capacity=150)
+    cases += [
+        dataclasses.replace(few, d=d, bits=SPLIT[bits], estimate=kind)
+        for d in (64, 96, 128, 256)
+        for bits in (3, 4, 8)
+        for kind in ("none", "summaries x 12")[: 2 if d == 128 else 1]
+        if d <= 128 or dtype != torch.float32
+    ]
     for d, kind, scored in ((128, "summaries x 12", False), (128, "order 1", True), (64, "none", True)):
         large = Decode(d=d, dtype=dtype, estimate=kind, scored=scored, splits=0, group=4, kv_heads=8, capacity=1500)
         cases += [
@@ -67,6 +77,9 @@ def all_cases(dtype: torch.dtype) -> list[Decode]:
             dataclasses.replace(large, packed=True, recent=65),
             dataclasses.replace(large, packed=True, recent=65, recent_masked=True, batch=64, capacity=600),
             dataclasses.replace(large, packed=True, masked=True, group=24),
+            *(dataclasses.replace(large, packed=True, counted=True, recent=65, bits=SPLIT[bits]) for bits in (3, 4, 8)),
+            dataclasses.replace(large, packed=True, recent=65, bits=SPLIT[4], batch=64, capacity=600),
+            dataclasses.replace(large, packed=True, bits=SPLIT[8], group=24),
         ]
     return list(dict.fromkeys(cases))
 
@@ -87,6 +100,7 @@ def error_of(case: Decode, device: str) -> Row:
         case.scale,
         case.scored,
         case.splits or None,
+        x.coding,
     )
     exact, exact_logits, allowed = expected(case, x)
     shares = [share(f64(out), exact.out, allowed.out), share(f64(lse), exact.lse, allowed.lse)]

@@ -43,12 +43,12 @@ class Part(NamedTuple):
 PARTS = {
     part.name: part
     for part in (
-        Part("kernels, bfloat16", 60, "kernels:errors", ("bfloat16",)),
+        Part("kernels, bfloat16", 90, "kernels:errors", ("bfloat16",)),
         Part("steps as graphs", 60, "steps:graphs"),
         Part("flushes as graphs", 30, "steps:flushes"),
         Part("one layer", 110, "layers:times"),
         Part("a model of 8B", 90, "stack:times"),
-        Part("kernels, float32", 60, "kernels:errors", ("float32",)),
+        Part("kernels, float32", 80, "kernels:errors", ("float32",)),
         Part("kernels, float16", 60, "kernels:errors", ("float16",)),
         Part("memory of a prefill", 30, "memory:peaks"),
         Part("compute-sanitizer", 60, "sanitizer:complaints"),
