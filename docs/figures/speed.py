@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from momentkv.backends.triton.builds import GPUS
+from momentkv.codes import record_bytes
+from momentkv.testing.gpu.few_bits import CODES
 from momentkv.testing.gpu.predict import COPY, LATENCY, LAUNCH
 
 DOCS = Path(__file__).parents[1]
@@ -124,7 +126,14 @@ def answers(times: Times, copy: float | None, *, predicted: bool) -> dict[str, l
         "full": [None if full is None or small is None else full / small],
         "flush": [None if flush is None or step is None else flush / (32 * step)],
         "sdpa": [relative],
+        "codes": [share_of_codes(times, name, copy) for name in CODES],
     }
+
+
+def share_of_codes(times: Times, name: str, copy: float | None) -> float | None:
+    """Bandwidth over the bytes of records, of that of a copy."""
+    here, bits = times.of(64, 2048, name), CODES[name]
+    return None if here is None or copy is None else 64 * 8 * 2048 * record_bytes(128, 128, bits) / here / copy
 
 
 TARGETS = [
@@ -139,6 +148,13 @@ TARGETS = [
     ("summaries", "summaries over no moments, B = 512, batch 64", "at most {:.3f}", [1.05], "1.02"),
     ("full", "SDPA over all of 32k over summaries at B = 512, batch 16", "at least {:.0f}", [35], "57 by bytes"),
     ("flush", "a flush of 32 over 32 decode steps, B = 512, batch 16", "at most {:.0%}", [0.05], "2.3 %"),
+    (
+        "codes",
+        "codes of 4 and of 8 bits: share of the copy bandwidth over their bytes, B = 2048, batch 64",
+        "at least {:.0%}",
+        [0.8, 0.8],
+        "91 %, 95 %",
+    ),
     ("sdpa", "no moments over SDPA at the same B = 512, batch 64", "at most {:.2f}", [1.0], "1.0"),
 ]
 
@@ -149,7 +165,7 @@ def targets(predicted: dict[str, Any], measured: dict[str, Any]) -> str:
     for name, gpu in GPUS.items():
         times = Times([row for row in predicted["predictions"] if row["gpu"] == name], lambda row: row["seconds"])
         columns.append(answers(times, COPY * gpu.bandwidth, predicted=True))
-    layer = rows_of(measured, "one layer")
+    layer = rows_of(measured, "one layer") + rows_of(measured, "tokens in few bits")
     copies = [row["bytes"] / row["seconds"]["median"] for row in layer if row["name"] == "copy"]
     times = Times(layer, lambda row: row["seconds"]["median"])
     columns.append(answers(times, copies[0] if copies else None, predicted=False))
@@ -182,14 +198,15 @@ def figures(form: str, values: list[float | None], missing: str = NONE) -> str:
 
 def verdict(key: str, values: list[float | None], goals: list[float]) -> str:
     """What to say of figures that miss their target."""
-    least = key in ("copy", "full")
+    least = key in ("copy", "full", "codes")
     missed = any(x is not None and (x < goal if least else x > goal) for x, goal in zip(values, goals, strict=True))
     return " (missed)" if missed else ""
 
 
 def launches(predicted: dict[str, Any], measured: dict[str, Any]) -> str:
     """A line for each shape and kind."""
-    times = Times(rows_of(measured, "one layer"), lambda row: row["seconds"]["median"])
+    rows_of_a_layer = rows_of(measured, "one layer") + rows_of(measured, "tokens in few bits")
+    times = Times(rows_of_a_layer, lambda row: row["seconds"]["median"])
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in predicted["predictions"]:
         groups.setdefault((*row["shape"].values(), row["name"]), []).append(row)
@@ -219,7 +236,7 @@ def launches(predicted: dict[str, Any], measured: dict[str, Any]) -> str:
         f"Assumed, not measured: {LAUNCH * 1e6:.0f} us a launch, {LATENCY * 1e6:.1f} us from a request to its "
         f"answer, and {COPY:.0%} of the bandwidth on paper ("
         + ", ".join(f"{name} {gpu.bandwidth / 1e12:.2f} TB/s" for name, gpu in GPUS.items())
-        + ") for a copy."
+        + ") for a copy; 4 instructions a cycle of 1.98 GHz."
     )
     return "\n".join(lines) + "\n\n" + assumed.replace("%", " %") + "\n"
 

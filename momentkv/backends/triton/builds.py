@@ -45,11 +45,24 @@ TARGETS = {
 
 
 class Gpu(NamedTuple):
-    """What a data sheet says: compute capability, multiprocessors, bytes a second that its memory gives at most."""
+    """What a data sheet says.
+
+    Attributes
+    ----------
+    target : int
+        Compute capability.
+    processors : int
+        Multiprocessors.
+    bandwidth : float
+        Bytes a second that its memory gives at most.
+    clock : float
+        Cycles a second: 67 TFLOP/s of float32 are two a cycle of 132 times 128 units.
+    """
 
     target: int
     processors: int
     bandwidth: float
+    clock: float = 1.98e9
 
 
 GPUS = {"H100": Gpu(90, 132, 3.35e12), "H200": Gpu(90, 132, 4.8e12)}
@@ -133,12 +146,15 @@ class Usage(NamedTuple):
     looped : int
         Instructions in loops that access what was spilled. Outside of loops a few bytes cost nothing that matters: the
         assembler spills them on purpose, to hold one block more.
+    loop : int
+        Instructions of the longest loop.
     """
 
     registers: int
     stack: int
     shared: int
     looped: int = 0
+    loop: int = 0
 
     def fits(self, target: int) -> bool:
         """Whether no loop accesses spilled registers, and a block has room."""
@@ -200,7 +216,8 @@ def usage_of(cubin: bytes, shared: int) -> Usage:
         if found is None:
             raise RuntimeError(f"cuobjdump reported no resource usage: {report!r}")
         stack = int(found[2]) + int(found[3])
-        return Usage(int(found[1]), stack, shared, accesses_in_loops(disassembled("-sass", path)) if stack else 0)
+        assembly = disassembled("-sass", path)
+        return Usage(int(found[1]), stack, shared, accesses_in_loops(assembly), longest_loop(assembly))
 
 
 def disassembled(option: str, path: Path) -> str:
@@ -217,15 +234,37 @@ def accesses_in_loops(assembly: str) -> int:
     >>> accesses_in_loops(chr(10).join(lines))
     1
     """
-    places, loops = [], []
-    for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", assembly):
-        here = int(at, 16)
-        if re.search(r"\b(LDL|STL)\b", text):
-            places.append(here)
-        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < here:
-            loops.append((int(jump[1], 16), here))
-    return sum(any(first <= place <= last for first, last in loops) for place in places)
+    return sum(
+        any(first <= at <= last for first, last in loops_of(assembly))
+        for at, text in instructions_of(assembly)
+        if re.search(r"\b(LDL|STL)\b", text)
+    )
+
+
+def longest_loop(assembly: str) -> int:
+    """Instructions of the loop that has most, and none within.
+
+    Examples
+    --------
+    >>> lines = ["/*0000*/ FADD R1, R2 ;", "/*0010*/ FMUL R3, R1 ;", "/*0020*/ @P0 BRA 0x10 ;"]
+    >>> longest_loop(chr(10).join(lines))
+    2
+    """
+    loops = loops_of(assembly)
+    inner = [one for one in loops if not any(one != other and one[0] <= other[0] <= one[1] for other in loops)]
+    places = [at for at, _ in instructions_of(assembly)]
+    return max((sum(first <= at <= last for at in places) for first, last in inner), default=0)
+
+
+def instructions_of(assembly: str) -> list[tuple[int, str]]:
+    """Place and text of each."""
+    return [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", assembly)]
+
+
+def loops_of(assembly: str) -> list[tuple[int, int]]:
+    """First and last place of what a jump backwards repeats."""
+    jumps = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in instructions_of(assembly)]
+    return [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
 
 
 def occupancy(usage: Usage, warps: int, target: int) -> int:

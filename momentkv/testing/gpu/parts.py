@@ -54,9 +54,9 @@ PARTS = {
         Part("compute-sanitizer", 60, "sanitizer:complaints"),
         Part("a model of transformers", 90, "whole:times"),
         Part("modes of a cache", 90, "modes:compared"),
-        Part("tokens in few bits", 10, "few_bits:times"),
+        Part("tokens in few bits", 40, "few_bits:times"),
         Part("compiled kernels", 300, "predict:compiled", rehearsed=True, interpreted=False),
-        Part("bytes of kernels", 120, "predict:counted", rehearsed=True),
+        Part("bytes of kernels", 240, "predict:counted", rehearsed=True),
         Part("operators of a step", 60, "operators:counts", rehearsed=True),
     )
 }

@@ -8,6 +8,7 @@ prediction is what a good kernel should reach, not a measurement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from momentkv.backends.triton.decode import Launch
 from momentkv.backends.triton.reach import Calls, expansions, launched, spread_out, without_data
 from momentkv.backends.triton.traffic import counting
 from momentkv.evaluation.layer_times import Shape
+from momentkv.testing.gpu.few_bits import CODES, records
 from momentkv.testing.gpu.layers import SHAPES
 from momentkv.testing.gpu.parts import Row
 
@@ -26,9 +28,12 @@ __all__ = ["KINDS", "Prediction", "compiled", "counted", "predictions"]
 
 # Names as in `momentkv.evaluation.layer_times.of_layer`, of corrections as in `reach.expansions`.
 KINDS = {"retained only": "none", "moments of order 1": "order-1", "12 summaries": "summaries"}
+KINDS |= dict.fromkeys(CODES, "none")
 # Assumed, not measured: seconds of a launch, seconds from a request to its answer, share of the bandwidth on paper that
 # a copy reaches.
 LAUNCH, LATENCY, COPY = 3e-6, 0.8e-6, 0.9
+# Instructions of warps that a multiprocessor issues in a cycle.
+ISSUED = 4
 
 
 class Prediction(NamedTuple):
@@ -61,10 +66,13 @@ def calls_of(shape: Shape, kind: str, dtype: torch.dtype, *, heads: int | None =
     """What the operator launches for a shape, or for the same with other heads: tensors without data."""
     batch, kv_heads = (shape.batch, shape.kv_heads) if heads is None else (1, heads)
     q = without_data(batch, kv_heads * shape.group, 1, shape.d, dtype=dtype)
-    k = without_data(batch, kv_heads, shape.budget, shape.d, dtype=dtype)
+    k = v = without_data(batch, kv_heads, shape.budget, shape.d, dtype=dtype)
+    how: dict[str, Any] = {}
+    if kind in CODES:
+        k, v, how = records(shape._replace(batch=batch, kv_heads=kv_heads), CODES[kind], dtype, "meta")
     expansion = spread_out(expansions(shape.d)[KINDS[kind]], batch, kv_heads)
     with Calls() as calls:
-        decode(q, k, k, expansion, scale=shape.d**-0.5)
+        decode(q, k, v, expansion, scale=shape.d**-0.5, **how)
     return launched(calls.arguments[0], GPUS["H100"].processors)
 
 
@@ -93,6 +101,7 @@ def compiled(rehearse: bool) -> Iterator[Row]:
                         "blocks": occupancy(usage, warps, target),
                         "programs": int(torch.tensor(launch.grid).prod()),
                         "asked": asked(launch),
+                        "issued": usage.loop * warps / launch.constants.get("BLOCK_N", math.inf),
                     }
 
 
@@ -101,8 +110,12 @@ def asked(launch: Launch) -> int:
     sizes = launch.constants
     if "BLOCK_N" not in sizes:
         return int(4 * sizes["DV"])
-    width = launch.arguments["K"].element_size()
-    return int((launch.options["num_stages"] - 1) * sizes["BLOCK_N"] * (sizes["D"] + sizes["DV"]) * width / 2)
+    width = 8 * launch.arguments["K"].element_size()
+    bits = sizes["D"] * width + sizes["DV"] * width
+    if sizes["CODED"]:
+        bits = sizes["D"] * (sizes["KEY_HIGH"] + sizes["KEY_LOW"])
+        bits += sizes["DV"] * (sizes["VALUE_HIGH"] + sizes["VALUE_LOW"])
+    return int((launch.options["num_stages"] - 1) * sizes["BLOCK_N"] * bits / 8 / 2)
 
 
 def counted(rehearse: bool) -> Iterator[Row]:
@@ -125,13 +138,17 @@ def bytes_moved(shape: Shape, kind: str, splits: int) -> int:
     from momentkv.backends.triton.decode import decode_triton
 
     q = torch.zeros(1, shape.group, 1, shape.d, dtype=torch.float16)
-    k = torch.zeros(1, 1, shape.budget, shape.d, dtype=torch.float16)
+    k = v = torch.zeros(1, 1, shape.budget, shape.d, dtype=torch.float16)
+    counts = starts = coding = None
+    if kind in CODES:
+        k, v, how = records(shape._replace(batch=1, kv_heads=1), CODES[kind], torch.float16, "cpu")
+        counts, starts, coding = how["counts"], how["starts"], how["coding"]
     expansion = expansions(shape.d)[KINDS[kind]]
     if expansion is not None:
         expansion = type(expansion)(*(None if x is None else x[:, :1] for x in expansion))
         splits -= splits > 1  # one more is added for the estimate
     with counting() as traffic:
-        decode_triton(q, k, k, None, None, None, shape.budget, None, expansion, 1.0, False, splits)
+        decode_triton(q, k, v, None, counts, starts, shape.budget, None, expansion, 1.0, False, splits, coding)
     return traffic.loaded + traffic.stored
 
 
@@ -151,7 +168,8 @@ def predictions(parts: list[dict[str, Any]]) -> list[Prediction]:
                 continue
             shape = Shape(**each["shape"])
             total = shape.batch * shape.kv_heads * (each["a_head"] + shape.budget * each["a_token"])
-            seconds = seconds_of(total, launches[0], limits) + LAUNCH * len(launches)
+            tokens = shape.batch * shape.kv_heads * shape.budget
+            seconds = seconds_of(total, launches[0], limits, tokens) + LAUNCH * len(launches)
             made.append(
                 Prediction(
                     gpu,
@@ -167,8 +185,8 @@ def predictions(parts: list[dict[str, Any]]) -> list[Prediction]:
     return made
 
 
-def seconds_of(nbytes: float, launch: Row, gpu: Gpu) -> float:
-    """Of so many bytes, read by the blocks of a launch in waves.
+def seconds_of(nbytes: float, launch: Row, gpu: Gpu, tokens: int = 0) -> float:
+    """Of so many bytes and tokens, read by the blocks of a launch in waves.
 
     Examples
     --------
@@ -184,5 +202,7 @@ def seconds_of(nbytes: float, launch: Row, gpu: Gpu) -> float:
     for number, programs in ((waves, room), (1, rest)):
         if programs:
             bandwidth = min(COPY * gpu.bandwidth, programs * launch["asked"] / LATENCY)
-            seconds += number * programs * a_program / bandwidth
+            a_processor = -(-programs // gpu.processors) * tokens / launch["programs"]
+            issuing = a_processor * launch.get("issued", 0.0) / (ISSUED * gpu.clock)
+            seconds += number * max(programs * a_program / bandwidth, issuing)
     return seconds
