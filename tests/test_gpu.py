@@ -25,6 +25,7 @@ from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build
 from momentkv.backends.triton.reach import Calls, launched, reachable
 from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.cache.joining import flush_together
+from momentkv.codes import pair_of_bits
 from momentkv.policies import POLICIES, novelty
 from momentkv.statistics import clustering
 from momentkv.testing.gpu import kernels, modes, run, steps
@@ -220,6 +221,24 @@ def test_what_a_cache_launches_is_among_what_is_enumerated(static: bool):
             found |= {build_of(launch) for launch in launched(arguments, 132)}
     assert found <= known
     assert len(found) >= 4
+
+
+@pytest.mark.parametrize("budget", [40, [30, 50]], ids=["equal", "ragged"])
+@pytest.mark.parametrize("bits", [4, 8, (3, 6)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [MODEL_DEFAULTS, {"policy": "h2o", "correction": "moments"}], ids=["default", "observed"]
+)
+def test_a_cache_of_codes_decodes_by_the_operator_as_by_plain_operators(settings: Any, bits: Any, budget: Any):
+    """Weights that a policy observes, too: else other tokens would stay, and outputs differ by more."""
+    caches = [LayerCache(budget, window=8, block=4, bits=bits, backend=each, **settings) for each in (Fused(), None)]
+    rng = torch.Generator().manual_seed(0)
+    for n in (90, *[1] * 10):
+        q, k, v = (torch.randn(2, heads, n, 64, generator=rng) for heads in (8, 2, 2))
+        with Calls() as calls:
+            out = caches[0].step(q, k, v)
+        torch.testing.assert_close(out, caches[1].step(q, k, v), rtol=2e-5, atol=2e-5)
+        # Behind the parts of the expansion, bits are what the operator is given last.
+        assert n > 1 or calls.arguments[-1][-2:] == pair_of_bits(bits)
 
 
 def stepped(budget: int | list[int], *, static: bool, batch: int = 2, **settings: Any) -> tuple[Log, LayerCache]:
