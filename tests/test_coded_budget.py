@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from transformers import DynamicCache
 import momentkv.hf
 from momentkv import LayerCache
 from momentkv.cache.allocation import budget_grid, minimise_error, refine, share_budget
-from momentkv.cache.coded_budget import CODES, EVICTION_COUNTS, CodedBudget, chosen_code
+from momentkv.cache.coded_budget import CODES, EVICTION_COUNTS, CodedBudget, bought, chosen_code
 from momentkv.cache.curves import error_curves, measured_errors
 from momentkv.codes import Standard, decode, encode, pair_of_bits, record_bytes
 
-SINKS, WINDOW, AVERAGE, COUNT, D = 1, 4, 40, 200, 8
+SINKS, WINDOW, EXACT, AVERAGE, COUNT, D = 1, 4, 2, 40, 200, 8
 FIXED = SINKS + WINDOW
+AS_IS = SINKS + EXACT  # of them, those that stay exact beside few bits
 TOKEN = 2 * D * 8  # float64
 
 
@@ -30,7 +32,8 @@ def waiting(seed: int, **options) -> tuple[LayerCache, tuple[np.ndarray, np.ndar
     batch, budget = options.pop("batch", 1), options.pop("budget", AVERAGE)
     q, k, v = (rng.standard_normal((batch, heads, COUNT, D)) for heads in (4, 2, 2))
     k = k * np.exp(rng.standard_normal((2, 1, D))) + 3 * rng.standard_normal((2, 1, D))
-    settings = {"sinks": SINKS, "window": WINDOW, "block": 1, "keep_queries": True, "policy": "snapkv"}
+    settings = {"sinks": SINKS, "window": WINDOW, "exact_window": EXACT, "block": 1, "keep_queries": True}
+    settings["policy"] = "snapkv"
     cache = LayerCache(budget, **(settings | options))
     cache.append(k, v)
     cache.attend(q)
@@ -51,8 +54,8 @@ def test_all_records_take_at_most_the_bytes_of_the_average_at_full_precision(see
     shared = evicting(caches, by_head=by_head, beside=beside)
     (code,) = {cache.config.bits for cache in caches}
     assert code in CODES
-    spent = sum((record_bytes(D, D, code) + beside) * (b - FIXED) for cache in caches for b in cache.budgets)
-    room = 4 * (AVERAGE - FIXED) * (TOKEN + beside)
+    spent = sum((record_bytes(D, D, code) + beside) * (b - AS_IS) for cache in caches for b in cache.budgets)
+    room = 4 * (AVERAGE - AS_IS) * (TOKEN + beside)
     assert spent <= room
     assert shared.average == AVERAGE
     for cache in caches:
@@ -68,15 +71,15 @@ def test_the_code_has_the_least_of_the_errors_that_it_names(average: int):
     caches = [waiting(layer)[0] for layer in range(3)]
     importances = [cache.importance() for cache in caches]
     code, tokens = chosen_code(caches, importances, average)
-    room = (average - FIXED) * TOKEN
-    usual = FIXED + room // record_bytes(D, D, pair_of_bits(4))
+    room = (average - AS_IS) * TOKEN
+    usual = AS_IS + room // record_bytes(D, D, pair_of_bits(4))
     grid = budget_grid(usual, FIXED + 1)
     curves = [x for c, i in zip(caches, importances, strict=True) for x in error_curves(c, grid, i)]
     fine = refine(grid, curves[0])[0]
     refined = [refine(grid, curve)[1] for curve in curves]
     found = {}
     for each in CODES:
-        most = max(fine[0], FIXED + room // record_bytes(D, D, each))
+        most = max(fine[0], AS_IS + room // record_bytes(D, D, each))
         shares = share_budget(refined, fine, most * len(curves))
         evicted = sum(
             np.exp(np.interp(np.log(b), np.log(fine), np.log(y))) for b, y in zip(shares, refined, strict=True)
@@ -88,7 +91,7 @@ def test_the_code_has_the_least_of_the_errors_that_it_names(average: int):
         more = [x - y[place] for x, y in zip([x for own in rounded for x in own], curves, strict=True)]
         found[each] = EVICTION_COUNTS * evicted + sum(max(0.0, x) for x in more)
     assert code == min(found, key=found.__getitem__)
-    assert tokens == FIXED + room // record_bytes(D, D, code)
+    assert tokens == AS_IS + room // record_bytes(D, D, code)
     assert len({round(x, 6) for x in found.values()}) == len(CODES)
 
 
@@ -142,11 +145,12 @@ def test_an_error_is_that_of_attention_to_records_of_the_best_tokens(bits: tuple
         for x, standard, number in zip((k, v), standards, bits, strict=True)
     ]
     always = np.arange(COUNT) < SINKS
+    exact = always | (np.arange(COUNT) >= COUNT - EXACT)
     always |= np.arange(COUNT) >= COUNT - WINDOW
     newest = np.arange(COUNT - 32, COUNT)
     outs = {}
     for name, (keys, values) in {"exact": (k, v), "read": rounded}.items():
-        keys, values = (np.where(always[:, None], x, y) for x, y in zip((k, v), (keys, values), strict=True))
+        keys, values = (np.where(exact[:, None], x, y) for x, y in zip((k, v), (keys, values), strict=True))
         for budget in [COUNT, *grid] if name == "read" else [COUNT]:
             for head in range(4):
                 rank = np.argsort(-np.where(always, np.inf, importance[0, head // 2]), kind="stable")
@@ -193,13 +197,35 @@ def test_an_eviction_that_fails_leaves_bits_as_they_were(monkeypatch: pytest.Mon
     assert all(cache.state.layout.bits is None for cache in caches)
 
 
+@pytest.mark.parametrize("d", [1, 2, 4, 16])
+@pytest.mark.parametrize("exact_window", [0, 2, 4])
+def test_records_of_short_vectors_still_leave_a_token_beside_sinks_and_window(d: int, exact_window: int):
+    """They take more bytes than the vectors of 16 bits that the budget was for."""
+    rng = np.random.default_rng(d)
+    q, k, v = (rng.standard_normal((1, heads, COUNT, d)).astype(np.float16) for heads in (4, 2, 2))
+    settings = {"sinks": SINKS, "window": WINDOW, "exact_window": exact_window, "block": 1, "keep_queries": True}
+    cache = LayerCache(FIXED + 1, policy="snapkv", **settings)
+    cache.append(k, v)
+    cache.attend(q)
+    assert all(bought(cache, FIXED + 1, 4)(code) >= FIXED + 1 for code in CODES)
+    evicting([cache], beside=4)
+    assert all(budget >= FIXED + 1 for budget in cache.budgets)
+    for head in range(2):
+        held = cache.positions[0, head][cache.positions[0, head] >= 0].tolist()
+        assert len(held) == cache.budgets[head]
+        assert held[0] == 0
+        assert held[-WINDOW:] == list(range(COUNT - WINDOW, COUNT))
+
+
 @pytest.mark.parametrize("policy", ["balanced", "snapkv", "momentkv"])
+@pytest.mark.parametrize(("bits", "exact_window"), [("auto", 8), ("auto", 2), (4, 2), ((3, 5), 0)])
 @pytest.mark.parametrize("first", [60, 420])
 @torch.inference_mode()
-def test_a_total_in_bytes_is_never_exceeded_and_nearly_spent(policy: str, first: int):
+def test_a_total_in_bytes_is_never_exceeded_and_nearly_spent(policy: str, bits: Any, exact_window: int, first: int):
     model = tiny("llama")
     ids = prompt(2, 500)
-    cache = momentkv.hf.MomentCache(model, "100KiB", bits="auto", policy=policy, window=8, block=8)
+    settings = {"policy": policy, "window": 8, "exact_window": exact_window, "block": 8}
+    cache = momentkv.hf.MomentCache(model, "100KiB", bits=bits, **settings)
     model(ids[:, :first], past_key_values=cache)
     spent = [cache.nbytes]
     for t in range(first, 500):
@@ -248,6 +274,7 @@ def test_a_file_holds_each_layers_bits(tmp_path: Path):
     bits = [core.config.bits for core in cache.moment_layers.values()]
     assert [core.config.bits for core in loaded.moment_layers.values()] == bits
     assert first.config.bits == bits[0]
+    assert {core.config.exact_window for core in loaded.moment_layers.values()} == {3}
     for t in range(280, 300):
         one, other = (model(ids[:, t : t + 1], past_key_values=c).logits for c in (cache, loaded))
         assert torch.equal(one, other)

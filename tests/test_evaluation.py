@@ -182,17 +182,25 @@ def test_decoding_is_step_by_step_with_eviction_going_on():
     assert once.kl != found.kl
 
 
+@pytest.mark.parametrize("block", [0, -1])
+def test_a_block_of_no_token_is_refused_by_name(block: int):
+    setting = Setting("balanced", 20, 1, "summaries", "heads")
+    with pytest.raises(ValueError, match=f"block is {block}"):
+        next(measure(tiny("llama"), prompt(1, CONTEXT + 24), CONTEXT, [setting], block=block, **SMALL))
+
+
+@pytest.mark.parametrize("exact_window", [2, 8])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("method", ["snapkv/none", "default"])
 @torch.inference_mode()
-def test_few_bits_are_compared_at_equal_bytes(bits: int, itemsize: int, method: str):
+def test_few_bits_are_compared_at_equal_bytes(bits: int, itemsize: int, method: str, exact_window: int):
     """Codes, steps, exact tokens, standards and statistics: at most those of the budget, and not one token less."""
     model, budget = tiny("llama"), 90
     named = setting_of(f"{method}@{bits}")
-    chosen = (named.order, named.kind, named.sharing, named.bits)
-    (setting,) = settings_grid(model, [named.policy], [budget], [chosen], window=8, itemsize=itemsize)
-    cache = empty_cache(model, setting, window=8)
+    chosen, always = (named.order, named.kind, named.sharing, named.bits), {"window": 8, "exact_window": exact_window}
+    (setting,) = settings_grid(model, [named.policy], [budget], [chosen], itemsize=itemsize, **always)
+    cache = empty_cache(model, setting, **always)
     model(prompt(1, 15 * CONTEXT), past_key_values=cache)
     cores = cache.moment_layers.values()
     assert all(sum(core.config.bits) == 2 * bits and core.has_evicted for core in cores)
@@ -209,7 +217,7 @@ def test_few_bits_are_compared_at_equal_bytes(bits: int, itemsize: int, method: 
     state = moment_tokens(model, setting, itemsize=itemsize) - 1.5
     counted = counted / heads - pair + state * pair
     assert budget * pair - 2 * pair < counted <= budget * pair
-    assert bytes_as_tokens(model, setting, itemsize=itemsize, window=8) == budget
+    assert bytes_as_tokens(model, setting, itemsize=itemsize, **always) == budget
 
 
 @pytest.mark.parametrize("method", ["default@2", "default@", "snapkv@4", "snapkv/none@four", "@4"])

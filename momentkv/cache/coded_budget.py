@@ -71,11 +71,13 @@ class CodedBudget(SharedBudget):
 
 def bought(cache: LayerCache, average: int, beside: int) -> Callable[[tuple[int, int]], int]:
     """From a code to the tokens of it that a KV head gets for the bytes of an average at full precision."""
-    state = cache.stored_state
+    config, state = cache.config, cache.stored_state
     k, v = state.recent_keys, state.recent_values
-    exact, d, dv = dataclasses.replace(cache.config, bits=USUAL).exact, k.shape[-1], v.shape[-1]
+    exact, d, dv = config.exact_with(USUAL), k.shape[-1], v.shape[-1]
     room = (average - exact) * (d * k.dtype.itemsize + dv * v.dtype.itemsize + beside)
-    return lambda code: exact + max(1, room // (record_bytes(d, dv, code) + beside))
+    # Records of very short vectors take more than the vectors; sinks, window and a token are retained all the same.
+    least = config.protected + 1
+    return lambda code: max(least, exact + room // (record_bytes(d, dv, code) + beside))
 
 
 def chosen_code(

@@ -96,7 +96,11 @@ class CacheConfig:
     @property
     def exact(self) -> int:
         """Those of them that stay as they came, see `exact_tokens`."""
-        return exact_tokens(self.bits, sinks=self.sinks, window=self.window, exact_window=self.exact_window)
+        return self.exact_with(self.bits)
+
+    def exact_with(self, bits: Any) -> int:
+        """The same where retained tokens have so many bits; None for those that they come with."""
+        return exact_tokens(bits, sinks=self.sinks, window=self.window, exact_window=self.exact_window)
 
     @property
     def observes(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -143,10 +142,9 @@ def rounded_tokens(
     keys, values, positions = ranked(view, slots)
     standards = Standard.of(view.keys, real), Standard.of(view.values, real, centred=False)
     scaled = [standard.standardise(x) for standard, x in zip(standards, (keys, values), strict=True)]
+    kept = protected(view.positions, sinks=config.sinks, window=config.exact_with(codes) - config.sinks)
+    exact = xp.take_along_axis(kept, slots, axis=-1)[..., None]
     for bits in codes:
-        newest = dataclasses.replace(config, bits=bits).exact - config.sinks
-        kept = protected(view.positions, sinks=config.sinks, window=newest)
-        exact = xp.take_along_axis(kept, slots, axis=-1)[..., None]
         read = (
             xp.where(exact, x, xp.astype(standard.restore(coarse(z, number)), x.dtype))
             for x, z, standard, number in zip((keys, values), scaled, standards, bits, strict=True)

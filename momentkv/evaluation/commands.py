@@ -49,7 +49,7 @@ def fidelity(options: argparse.Namespace) -> int:
         "following": options.following,
         "skip": options.skip,
         "texts": [Path(text).name for text in texts],
-        "compressed": AS_DECODED.format(options.decode) if options.decode else ONCE,
+        "compressed": ONCE if options.decode is None else AS_DECODED.format(options.decode),
         "sinks": 1,
         **always_of(options),
         "head_error": f"at every {ERRORS_EVERY}-th following token",

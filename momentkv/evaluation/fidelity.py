@@ -107,6 +107,8 @@ def measure(
     nbytes : int
         Bytes of the compressed cache after the context.
     """
+    if block is not None and block < 1:
+        raise ValueError(f"block is {block}; evict at least one token at a time, or leave it out to evict none")
     settings = list(settings)
     ids = ids.to(model.device)
     captured = CaptureCache(model, wanted_queries(setting.policy for setting in settings))
