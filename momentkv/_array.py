@@ -16,7 +16,6 @@ With grouped queries ``q_head = kv_head * group``, and query head ``h`` reads KV
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import cache
 from typing import Any
@@ -35,10 +34,8 @@ __all__ = [
     "concrete",
     "device",
     "inverse",
+    "is_torch_array",
     "nbytes",
-    "real_rows",
-    "take_rows",
-    "take_rows_of",
 ]
 
 # Arrays of any library: the array API has no common base class to name here.
@@ -108,7 +105,8 @@ def inverse(matrix: Array) -> Array:
     # Then PyTorch is imported; nothing here imports it.
     if matrix.device.type == "cuda":
         return inverse_by_factor(matrix)
-    return sys.modules["torch"].linalg.inv_ex(matrix, check_errors=False).inverse
+    torch = sys.modules["torch"]
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix, check_errors=False).L)
 
 
 def inverse_by_factor(matrix: Array) -> Array:
@@ -293,59 +291,3 @@ def check_broadcast(name: str, x: Array, shape: tuple[int, ...]) -> None:
     trailing = shape[len(shape) - x.ndim :] if x.ndim <= len(shape) else None
     if trailing is None or any(mine not in (1, whole) for mine, whole in zip(x.shape, trailing, strict=True)):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, which does not broadcast to {tuple(shape)}")
-
-
-def take_rows(x: Array, index: Array) -> Array:
-    """Rows of the last but one axis, by an index for each of the leading axes: (..., n, d) by (..., m) is (..., m, d).
-
-    As ``take_along_axis`` of a broadcast index, without an index for every number.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> take_rows(np.asarray([[[1.0], [2.0]], [[3.0], [4.0]]]), np.asarray([[1], [0]])).tolist()
-    [[[2.0]], [[3.0]]]
-    """
-    return take_rows_of(index, x)[0]
-
-
-def take_rows_of(index: Array, *arrays: Array) -> tuple[Array, ...]:
-    """`take_rows` of several arrays (..., n, d) by one index; the last axes may differ.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> keys, values = np.asarray([[[1.0], [2.0]]]), np.asarray([[[3.0, 4.0], [5.0, 6.0]]])
-    >>> [x.tolist() for x in take_rows_of(np.asarray([[1]]), keys, values)]
-    [[[[2.0]]], [[[5.0, 6.0]]]]
-    """
-    xp = array_namespace(index, *arrays)
-    *lead, n, _ = arrays[0].shape
-    count, m = math.prod(lead), index.shape[-1]
-    if count > 1:
-        first = xp.arange(0, count * n, n or 1, dtype=index.dtype, device=device(index))
-        index = index + xp.reshape(first, (*lead, 1))
-    flat = xp.reshape(index, (-1,))
-    return tuple(
-        xp.reshape(xp.take(xp.reshape(x, (count * n, x.shape[-1])), flat, axis=0), (*lead, m, x.shape[-1]))
-        for x in arrays
-    )
-
-
-def real_rows(x: Array, real: Array) -> Array:
-    """Rows (..., n, d) where ``real``, broadcastable to (..., n), is true; zero elsewhere, whatever lies there.
-
-    The same as ``where`` with a mask for every number, in a fraction of the time, because whole rows are moved.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> real_rows(np.asarray([[1.0, 2.0], [np.nan, 3.0]]), np.asarray([True, False])).tolist()
-    [[1.0, 2.0], [0.0, 0.0]]
-    """
-    xp = array_namespace(x, real)
-    *lead, n, d = x.shape
-    zero = xp.zeros((*lead, 1, d), dtype=x.dtype, device=device(x))
-    slots = xp.arange(n, device=device(x))
-    index = xp.where(real, slots, xp.full_like(slots, n))
-    return take_rows(xp.concat([x, zero], axis=-2), xp.broadcast_to(index, (*lead, n)))

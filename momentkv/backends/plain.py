@@ -20,7 +20,6 @@ __all__ = [
     "flash",
     "flash_fits",
     "join",
-    "join_all",
     "joined_output",
     "prepare",
 ]
@@ -108,8 +107,6 @@ class Prepared(NamedTuple):
     half : tensor, shape (..., d, 1) or (..., d, d), or None
         Variance times half the strength.
     cap : tensor, shape (..., 1, 1), or None
-    empty : bool
-        Whether any head stands for no token.
     """
 
     against: torch.Tensor
@@ -119,30 +116,37 @@ class Prepared(NamedTuple):
     slope: torch.Tensor | None
     half: torch.Tensor | None
     cap: torch.Tensor | None
-    empty: bool
 
-    def estimate(self, q: torch.Tensor, *, scale: float) -> AttentionState:
-        """The state for queries (batch, kv_head * group, q_len, d), as `estimate_expansion` gives it."""
+    def join(
+        self, q: torch.Tensor, states: Sequence[AttentionState], *, scale: float, empty: bool = False
+    ) -> torch.Tensor:
+        """Output for queries (batch, kv_head * group, q_len, d) over other sets of tokens and those of the expansion.
+
+        One softmax shares the attention among the groups and the other sets. Give ``empty`` if a query may see no token
+        in any of the other sets.
+        """
         batch, kv_heads, _, d = self.against.shape
         m, x = self.log_weight.shape[-1], q.reshape(batch, kv_heads, -1, d)
         x = x * scale if self.less_anchor is None else torch.add(self.less_anchor, x, alpha=scale)
         products = torch.matmul(x, self.against.mT)
         logits = products[..., :m] + self.log_weight
-        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-        shares = torch.exp(logits - (lse.nan_to_num(neginf=0.0) if self.empty else lse))
-        if products.shape[-1] > m:
-            shares = torch.cat([shares, products[..., m:]], dim=-1)
-        out = torch.matmul(shares, self.into)
-        if self.slope is not None:
-            out = out + torch.matmul(x, self.slope)
         if self.half is not None and self.cap is not None:
             full = self.half.shape[-1] > 1
             gain = (torch.matmul(x, self.half) * x).sum(-1, keepdim=True) if full else torch.matmul(x * x, self.half)
-            lse = lse + torch.minimum(gain, self.cap)
-        if self.empty:
-            out = out.masked_fill(lse == -torch.inf, 0.0)
-        heads = q.shape[:-1]
-        return AttentionState(out.reshape(*heads, out.shape[-1]), lse.reshape(heads))
+            logits = logits + torch.minimum(gain, self.cap)
+        lead = logits.shape[:-1]
+        shares = torch.softmax(torch.cat([logits, *(state.lse.reshape(*lead, 1) for state in states)], dim=-1), dim=-1)
+        if empty:
+            shares = shares.nan_to_num(nan=0.0)
+        own, *others = torch.split(shares, [m, *(1 for _ in states)], dim=-1)
+        if products.shape[-1] > m:
+            own = torch.cat([own, products[..., m:] * own.sum(-1, keepdim=True)], dim=-1)
+        out = torch.matmul(own, self.into)
+        if self.slope is not None:
+            out = out + torch.matmul(x, self.slope) * own[..., :m].sum(-1, keepdim=True)
+        for state, share in zip(states, others, strict=True):
+            out = torch.addcmul(out, state.out.reshape(out.shape), share)
+        return out.reshape(*q.shape[:-1], out.shape[-1])
 
 
 def prepare(expansion: Expansion) -> Prepared:
@@ -164,20 +168,7 @@ def prepare(expansion: Expansion) -> Prepared:
         slope=expansion.slope,
         half=half,
         cap=cap,
-        empty=bool((expansion.log_weight == -torch.inf).all(-1).any()),
     )
-
-
-def join_all(states: Sequence[AttentionState], *, empty: bool) -> torch.Tensor:
-    """Output of the union of several sets, each without a token for some queries only if ``empty``."""
-    shares = torch.softmax(torch.stack([state.lse for state in states]), dim=0)
-    if empty:
-        shares = shares.nan_to_num(nan=0.0)
-    first, *rest = shares[..., None].unbind(0)
-    out = states[0].out * first
-    for state, share in zip(states[1:], rest, strict=True):
-        out = torch.addcmul(out, state.out, share)
-    return out
 
 
 def join(retained: AttentionState, evicted: AttentionState) -> AttentionState:

@@ -23,7 +23,6 @@ from momentkv.backends.plain import (
     flash,
     flash_fits,
     join,
-    join_all,
     joined_output,
     prepare,
 )
@@ -251,12 +250,11 @@ def decode_prepared(
         if tiers.layout.width:
             states.insert(0, attend_most(backend, q, tiers, scale=scale))
     dtype = expansion.into.dtype
-    evicted = expansion.estimate(q.to(dtype), scale=scale)
     if states[0].out.dtype != dtype:
         states = [AttentionState(state.out.to(dtype), state.lse.to(dtype)) for state in states]
     # Where all recent slots hold a token, every query sees one.
     empty = tiers.recent_valid is not None or tiers.recent_keys.shape[-2] == 0
-    return join_all([*states, evicted], empty=empty), attention
+    return expansion.join(q.to(dtype), states, scale=scale, empty=empty), attention
 
 
 def attend_both(q: torch.Tensor, tiers: Tiers, *, scale: float) -> tuple[AttentionState, torch.Tensor]:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from momentkv._array import Array, array_namespace, take_rows
+from momentkv._array import Array, array_namespace
+from momentkv._rows import take_rows
 from momentkv.attention import AttentionState, merge
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.layer import LayerCache

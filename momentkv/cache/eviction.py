@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from momentkv._array import Array, accumulation_dtype, array_namespace, device, take_rows_of
+from momentkv._array import Array, accumulation_dtype, array_namespace, device
+from momentkv._rows import take_rows_of
 from momentkv.attention import group_queries
 from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout
@@ -97,7 +97,9 @@ def importance_of(
         of_heads = group_queries(newest, view.keys.shape[-3])
         of_heads = xp.reshape(of_heads, (*of_heads.shape[:-2], -1, *newest.shape[-2:]))
         queries = scale * xp.astype(of_heads, accumulation_dtype(xp, newest.dtype), copy=False)
-    tokens = Tokens(view.keys, view.values, view.positions, attention, known, scale, summary[0], summary[1], queries)
+    tokens = Tokens(
+        view.keys, view.values, view.positions, attention, known, scale, summary[0], summary[1], queries, view.both
+    )
     importance = config.policy.importance(tokens)
     name = config.policy.name or type(config.policy).__name__
     shape = getattr(importance, "shape", None)
@@ -247,7 +249,7 @@ def evicted_state(
         if attention is not None and not config.policy.accumulates:
             attention = xp.where((limits < counts)[..., None], xp.zeros_like(attention), attention)
         if state.ticks is not None and totals is None:
-            state = dataclasses.replace(state, ticks=state.ticks - xp.astype(full, state.ticks.dtype) * config.block)
+            state = state.changed(ticks=state.ticks - xp.astype(full, state.ticks.dtype) * config.block)
     if totals is not None:
         budgets = [totals.most[head] if head in refused else budgets[head] for head in range(heads)]
         totals = totals.after(budgets, config.block)
@@ -257,7 +259,7 @@ def evicted_state(
     view = view._replace(attention=attention)
     packed = settle(config, state, view, positions >= 0, budgets, totals, renew=renew)
     changed: dict[str, Any] = {"evicted": evicted, "evidence": evidence, "has_evicted": state.has_evicted or went}
-    return dataclasses.replace(packed, **changed, recent_queries=None if went else state.recent_queries), refused
+    return packed.changed(**changed, recent_queries=None if went else state.recent_queries), refused
 
 
 def settle(
@@ -299,8 +301,8 @@ def settle(
     packed = repack(view, kept, state, layout, filled=filled, room=room, renew=renew)
     if config.static and totals is not None:
         clock = xp.zeros(packed.counts.shape[:-1], dtype=xp.int32, device=where) + state.seen
-        packed = dataclasses.replace(packed, clock=clock, ticks=packed.counts + packed.recent_count, has_evicted=True)
-    return dataclasses.replace(packed, padded=padded)
+        packed = packed.changed(clock=clock, ticks=packed.counts + packed.recent_count, has_evicted=True)
+    return packed.changed(padded=padded)
 
 
 def without_newest(
@@ -313,7 +315,7 @@ def without_newest(
         xp = array_namespace(view.attention)
         view = view._replace(attention=xp.where(kept, view.attention, xp.zeros_like(view.attention)))
     counted = Totals.of_kept(kept)
-    return settle(config, dataclasses.replace(state, seen=seen - tokens), view, kept, budgets, counted)
+    return settle(config, state.changed(seen=seen - tokens), view, kept, budgets, counted)
 
 
 def refused_heads(

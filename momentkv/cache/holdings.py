@@ -241,7 +241,7 @@ class Holdings:
             copy, state = get_backend(self.state.recent_keys).copy, self.state
             recent = {name: copy(getattr(state, name)) for name in RECENT if getattr(state, name) is not None}
             # Static steps write into every array.
-            held["state"] = dataclasses.replace(state, **recent) if state.clock is None else state.map(copy)
+            held["state"] = state.changed(**recent) if state.clock is None else state.map(copy)
         return held
 
     def restore(self, snapshot: dict[str, Any]) -> None:

@@ -183,7 +183,7 @@ def joined_state(states: Sequence[LayerState]) -> LayerState:
             parts = [images(getattr(state, name)) for state in states]
             whole = iter([xp.concat(list(each), axis=lead) for each in zip(*parts, strict=True)])
             changed[name] = getattr(first, name).map(lambda _, whole=whole: next(whole))
-    return dataclasses.replace(first, **changed, layout=joined_layout([state.layout for state in states]))
+    return first.changed(**changed, layout=joined_layout([state.layout for state in states]))
 
 
 def joined_layout(layouts: Sequence[Layout]) -> Layout:
@@ -235,7 +235,7 @@ def parted_state(
             part["filled"] = max(most[end - number : end])
     host: dict[str, Any] = {name: getattr(after, name) for name in ("filled", "padded", "has_evicted")}
     gone: dict[str, Any] = {name: None for name in before.own() if getattr(after, name) is None}
-    return [dataclasses.replace(state, **(host | gone | part)) for state, part in zip(states, parts, strict=True)]
+    return [state.changed(**(host | gone | part)) for state, part in zip(states, parts, strict=True)]
 
 
 def images(statistics: Any) -> list[Any]:

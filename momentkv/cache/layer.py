@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -308,7 +307,7 @@ class LayerCache(Holdings):
         if state is None or self.recording or (self.is_fixed and new is None and importance is None):
             return
         newest, recent = self.newest_queries, state.layout.recent
-        state = dataclasses.replace(state, seen=self.seen)
+        state = state.changed(seen=self.seen)
         if new is not None and importance is None and state.filled + new.length <= recent:
             state, new = place(self.config.backend_of(new.keys), state, new), None
         refused: dict[int, float] = {}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from momentkv._array import Array, array_namespace, take_rows
+from momentkv._array import Array, array_namespace
+from momentkv._rows import take_rows
 from momentkv.backends import ArrayBackend
 from momentkv.backends.base import causal_mask
 from momentkv.cache.config import CacheConfig
@@ -65,7 +64,7 @@ def observed(policy: Policy, state: LayerState, weights: Array) -> LayerState:
     retained = layout.rectangle(state.attention, vectors=False, fill=0.0)
     score = policy.observe(xp.concat([retained, recent[..., :filled]], axis=-1), weights)
     whole = xp.concat([score[..., layout.width :], recent[..., filled:]], axis=-1)
-    return dataclasses.replace(state, attention=layout.pack(score[..., : layout.width]), recent_attention=whole)
+    return state.changed(attention=layout.pack(score[..., : layout.width]), recent_attention=whole)
 
 
 def observed_queries(
@@ -105,7 +104,7 @@ def observed_queries(
     if view is None:
         return state, new._replace(attention=score)
     recent = xp.concat([score[..., layout.width : seen], state.recent_attention[..., filled:]], axis=-1)
-    state = dataclasses.replace(state, attention=layout.pack(score[..., : layout.width]), recent_attention=recent)
+    state = state.changed(attention=layout.pack(score[..., : layout.width]), recent_attention=recent)
     return state, new._replace(attention=score[..., seen:])
 
 

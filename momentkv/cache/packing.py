@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, array_namespace, device, take_rows, take_rows_of
+from momentkv._array import Array, array_namespace, device
+from momentkv._rows import take_rows, take_rows_of
 from momentkv.backends.layout import Layout
 from momentkv.cache.recoding import Pool, pool_of
 from momentkv.cache.state import LayerState, NewTokens, empty_state
@@ -22,12 +24,15 @@ class View(NamedTuple):
     keys, values : array, shape (..., kv_head, n, d) and (..., kv_head, n, dv)
     positions : int32 array, shape (..., kv_head, n)
     attention : array, shape (..., kv_head, n), or None
+    both : array, shape (2, ..., kv_head, n, d), or None
+        Keys and values as one array, zero in slots without a token, where they were gathered so.
     """
 
     keys: Array
     values: Array
     positions: Array
     attention: Any
+    both: Any = None
 
 
 def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
@@ -46,7 +51,8 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
     parts: dict[str, list[Array]] = {
         "positions": [recent_positions[..., :sinks], positions, recent_positions[..., sinks:]]
     }
-    for name, retained in zip(("keys", "values"), state.retained(), strict=True):
+    at_once = not layout.equal and layout.bits is None and can_stack(state.keys, state.values)
+    for name, retained in () if at_once else zip(("keys", "values"), state.retained(), strict=True):
         recent = getattr(state, f"recent_{name}")
         parts[name] = [recent[..., :sinks, :], retained, recent[..., sinks:filled, :]]
     if state.attention is not None and state.recent_attention is not None:
@@ -57,7 +63,46 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
         for name, pieces in parts.items():
             pieces.append(getattr(new, name))
     whole = {name: xp.concat(pieces, axis=-2 if name in ("keys", "values") else -1) for name, pieces in parts.items()}
+    if at_once:
+        both = side_by_side(state, new, whole["positions"] >= 0)
+        return View(both[0, ...], both[1, ...], whole["positions"], whole.get("attention"), both)
     return View(whole["keys"], whole["values"], whole["positions"], whole.get("attention"))
+
+
+def can_stack(keys: Array, values: Array) -> bool:
+    """Whether keys and values fit into one array."""
+    return bool(keys.shape == values.shape and keys.dtype == values.dtype)
+
+
+def side_by_side(state: LayerState, new: NewTokens | None, real: Array) -> Array:
+    """Keys and values (2, ..., kv_head, n, d) of heads that retain different numbers of tokens, zero where not real.
+
+    One gather does what a rectangle of retained tokens, its union with the recent ones and a copy without the empty
+    slots would do in three.
+    """
+    xp, layout, filled = array_namespace(real), state.layout, state.filled
+    sinks = min(layout.sinks, filled)
+    *lead, heads, n = real.shape
+    rows, d = math.prod(lead), state.keys.shape[-1]
+    slots, recent = state.keys.shape[-2], state.recent_keys.shape[-2]
+    row = xp.arange(rows, device=device(real))[:, None, None]
+    head = xp.arange(heads, device=device(real))[:, None]
+    # Rows of keys, then of values: packed ones, recent ones, new ones, and one of zeros.
+    sources, first = [(state.keys, state.values), (state.recent_keys, state.recent_values)], rows * slots
+    retained = xp.reshape(layout.beside(state.keys, "spread_out"), (heads, layout.width)) + row * slots
+    newest = xp.arange(filled, device=device(real)) + (row * heads + head) * recent + first
+    parts = [newest[..., :sinks], retained, newest[..., sinks:]]
+    first = first + rows * heads * recent
+    if new is not None:
+        sources.append((new.keys, new.values))
+        parts.append(xp.arange(new.length, device=device(real)) + (row * heads + head) * new.length + first)
+        first = first + rows * heads * new.length
+    index = xp.reshape(xp.concat(parts, axis=-1), (*lead, heads, n))
+    pieces = [xp.reshape(x, (-1, d)) for of_both in zip(*sources, strict=True) for x in of_both]
+    zero = xp.zeros((1, d), dtype=state.keys.dtype, device=device(real))
+    index = xp.stack([index, index + first])
+    index = xp.where(real, index, xp.full_like(index, 2 * first))
+    return xp.reshape(xp.take(xp.concat([*pieces, zero]), xp.reshape(index, (-1,)), axis=0), (*index.shape, d))
 
 
 def widths_of(totals: Sequence[int], budgets: Sequence[int], exact: int) -> tuple[tuple[int, ...], int]:
@@ -154,8 +199,7 @@ def repack(
         ends = x.shape[-1:] if name in ("keys", "values") else ()
         lead = x.shape[: len(x.shape) - 1 - len(ends)]
         arrays[f"recent_{name}"] = xp.reshape(x, (*lead, heads, layout.recent, *ends))
-    return dataclasses.replace(
-        state,
+    return state.changed(
         **arrays,
         counts=xp.astype(retained, xp.int32),
         recent_count=total - xp.astype(retained, xp.int32),

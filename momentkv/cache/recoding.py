@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from momentkv._array import Array, array_namespace, device, take_rows
+from momentkv._array import Array, array_namespace, device
+from momentkv._rows import take_rows
 from momentkv.backends.layout import Layout
 from momentkv.cache.state import LayerState
 from momentkv.codes import Standard, encode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 from momentkv._array import Array, array_namespace, device
@@ -161,7 +160,7 @@ def take_scores(cache: LayerCache, scores: Array) -> None:
         after = sinks + layout.width
         parts = [scores[..., :sinks], scores[..., after:stored], state.recent_attention[..., filled:]]
         retained = layout.pack(scores[..., sinks:after])
-        cache.state = dataclasses.replace(state, recent_attention=xp.concat(parts, axis=-1), attention=retained)
+        cache.state = state.changed(recent_attention=xp.concat(parts, axis=-1), attention=retained)
     if new is not None:
         scores = xp.astype(scores, new.attention.dtype, copy=False)
         cache.new = new._replace(attention=scores[..., stored:])

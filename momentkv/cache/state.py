@@ -99,6 +99,12 @@ class LayerState:
     padded: bool = False
     has_evicted: bool = False
 
+    def changed(self, **fields: Any) -> LayerState:
+        """The state with other fields: `dataclasses.replace` without a look at all of them in each step."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, **fields)
+        return new
+
     def own(self) -> dict[str, Array]:
         """The arrays of the state itself, by field name."""
         return {name: x for name in ARRAYS if (x := getattr(self, name)) is not None}
@@ -117,7 +123,7 @@ class LayerState:
         for name in STATISTICS:
             kept = getattr(self, name)
             changed[name] = None if kept is None else kept.map(function)
-        return dataclasses.replace(self, **changed)
+        return self.changed(**changed)
 
     def shapes(self) -> dict[str, Any]:
         """What arrays must have in common for one state to be written into another's."""
@@ -136,7 +142,7 @@ class LayerState:
             statistics = getattr(self, name)
             if statistics is not None and statistics.arrays():
                 changed[name] = statistics.map(lambda _: next(given))
-        return dataclasses.replace(self, **changed)
+        return self.changed(**changed)
 
     @property
     def nbytes(self) -> int:
@@ -292,9 +298,7 @@ def place(backend: Any, state: LayerState, new: NewTokens) -> LayerState:
         for name in names:
             x, axis = getattr(state, f"recent_{name}"), -2 if name in ("keys", "values") else -1
             arrays[f"recent_{name}"] = backend.write_at(x, state.filled, getattr(new, name), axis=axis)
-        return dataclasses.replace(
-            state, **arrays, recent_count=state.recent_count + count, filled=state.filled + count
-        )
+        return state.changed(**arrays, recent_count=state.recent_count + count, filled=state.filled + count)
     real = xp.astype(new.positions >= 0, xp.int32)
     if count == 1:
         # A slot that padding is written to is the next token's.
@@ -308,7 +312,7 @@ def place(backend: Any, state: LayerState, new: NewTokens) -> LayerState:
         arrays[f"recent_{name}"] = backend.write(x, index, y, axis=-2 if vectors else -1)
     counts = state.recent_count + xp.astype(added, state.recent_count.dtype, copy=False)
     filled = min(state.filled + count, state.layout.recent)
-    return dataclasses.replace(state, **arrays, recent_count=counts, filled=filled, padded=True)
+    return state.changed(**arrays, recent_count=counts, filled=filled, padded=True)
 
 
 def overwritten(
@@ -331,7 +335,7 @@ def overwritten(
         if in_place and all(getattr(state, name) == value for name, value in host.items()):
             results.append(state)
         else:
-            results.append(dataclasses.replace(state.with_arrays(held), **host))
+            results.append(state.with_arrays(held).changed(**host))
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, check_arrays, check_mask, device
@@ -45,9 +44,9 @@ def decoded(
     backend = config.backend_of(q)
     state = place(backend, state, new)
     if state.clock is not None and state.ticks is not None:
-        state = dataclasses.replace(state, clock=state.clock + 1, ticks=state.ticks + 1)
+        state = state.changed(clock=state.clock + 1, ticks=state.ticks + 1)
     else:
-        state = dataclasses.replace(state, seen=state.seen + 1)
+        state = state.changed(seen=state.seen + 1)
     out, weights = backend.decode(q, state.tiers(), expansion, scale=scale, weights=config.observes)
     if weights is not None:
         state = observed(config.policy, state, of_real_queries(backend.detach(weights), new))
@@ -74,14 +73,14 @@ def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array,
         if state.recent_queries is not None:
             kept = array_namespace(recent).concat([state.recent_queries, recent], axis=-2)
         kept = kept[..., max(kept.shape[-2] - RECENT_QUERIES, 0) :, :]
-        state = dataclasses.replace(state, recent_queries=(config.backend_of(q)).copy(kept))
+        state = state.changed(recent_queries=(config.backend_of(q)).copy(kept))
     if not config.remembers_queries:
         return state
     real = None
     if new.padded or state.padded:
         real = new.positions[..., -recent.shape[-2] :] >= 0
     mean, square = remember(recent, real, state.layout.heads, scale, state.query_mean, state.query_square)
-    return dataclasses.replace(state, query_mean=mean, query_square=square)
+    return state.changed(query_mean=mean, query_square=square)
 
 
 def started(config: CacheConfig, k: Array, v: Array, budget: int | tuple[int, ...]) -> tuple[LayerState, list[int]]:

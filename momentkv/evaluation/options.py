@@ -131,6 +131,7 @@ def add_measurements(kinds: Any) -> None:
     speed.add_argument("--context", type=int, default=8000, help="tokens in the cache before decoding")
     speed.add_argument("--budget", type=int, default=512, help="tokens per KV head")
     speed.add_argument("--steps", type=int, default=96, help="tokens decoded with each cache")
+    speed.add_argument("--chunk", type=int, default=512, help="tokens of the context read at once")
     speed.add_argument("--threads", type=int, default=1, help="of the processor, for one step")
     speed.add_argument("--output", default="results/speed.json", help="results")
     speed.set_defaults(run=command("momentkv.evaluation.speed", "speed"))

@@ -33,11 +33,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "in 4 bits": {"bits": 4},
 }
 TEXT = "specialnames"
-CHUNK = 512
 
 
 def speed(options: argparse.Namespace) -> int:
     """Time decoding step by step in turns, measure memory in a process for each cache; print and write the result."""
+    for name in ("context", "steps", "chunk", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; use at least 1")
     console = Console()
     torch.set_num_threads(options.threads)
     with progress_bar(console) as progress:
@@ -46,7 +48,7 @@ def speed(options: argparse.Namespace) -> int:
         for kind in KINDS:
             progress.update(task, description=f"peak memory, {kind}")
             # A fresh process each, so that no cache finds memory that another one has left.
-            peaks[kind] = in_a_process(peak_memory, kind, options.model, options.context, options.budget)
+            peaks[kind] = in_a_process(peak_memory, kind, options.model, options.context, options.budget, options.chunk)
             progress.advance(task)
         model, ids = prepare(options.model, options.context)
         caches, prefills = {}, {}
@@ -54,7 +56,7 @@ def speed(options: argparse.Namespace) -> int:
             progress.update(task, description=f"prefill, {kind}")
             caches[kind] = build_cache(kind, model, options.budget)
             start = time.perf_counter()
-            prefill(model, ids, caches[kind])
+            prefill(model, ids, caches[kind], options.chunk)
             prefills[kind] = time.perf_counter() - start
             progress.advance(task)
         progress.update(task, description="decoding in turns")
@@ -97,7 +99,7 @@ def speed(options: argparse.Namespace) -> int:
             "budget": options.budget,
             "steps": options.steps,
             "threads": options.threads,
-            "prefill_chunk": CHUNK,
+            "prefill_chunk": options.chunk,
             "timing": "decode steps of the caches in turns; mean, and medians of those that evict and of the others",
             "memory": "peak resident memory above the loaded model, prefill and 8 decode steps, a process each",
         },
@@ -139,10 +141,10 @@ def build_cache(kind: str, model: Any, budget: int) -> Any:
 
 
 @torch.inference_mode()
-def prefill(model: Any, ids: torch.Tensor, cache: Any) -> None:
-    """Read the context in chunks."""
-    for chunk in torch.split(ids, CHUNK, dim=1):
-        model(chunk, past_key_values=cache, logits_to_keep=1)
+def prefill(model: Any, ids: torch.Tensor, cache: Any, chunk: int) -> None:
+    """Read the context, so many tokens at once."""
+    for piece in torch.split(ids, chunk, dim=1):
+        model(piece, past_key_values=cache, logits_to_keep=1)
 
 
 @torch.inference_mode()
@@ -160,7 +162,7 @@ def cache_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def peak_memory(kind: str, name: str | None, context: int, budget: int) -> int:
+def peak_memory(kind: str, name: str | None, context: int, budget: int, chunk: int) -> int:
     """Peak resident memory above that of the loaded model, in bytes, sampled every 2 ms (run in a fresh process)."""
     torch.set_num_threads(1)
     model, ids = prepare(name, context)
@@ -176,7 +178,7 @@ def peak_memory(kind: str, name: str | None, context: int, budget: int) -> int:
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
     cache = build_cache(kind, model, budget)
-    prefill(model, ids, cache)
+    prefill(model, ids, cache, chunk)
     for step in range(8):
         decode(model, ids[:, step : step + 1], cache)
     done.set()

@@ -7,7 +7,8 @@ import dataclasses
 from functools import cached_property
 from typing import ClassVar
 
-from momentkv._array import Array, accumulate, array_namespace, real_rows
+from momentkv._array import Array, accumulate, array_namespace
+from momentkv._rows import real_rows, stacked_rows
 from momentkv.statistics.moments import Moments
 
 __all__ = ["Policy", "Tokens"]
@@ -35,6 +36,8 @@ class Tokens:
     queries : array, shape (..., kv_head, group, m, d), or None
         Times ``scale``, the queries of the last ``m`` slots, where they are at hand: after a prefill, for a policy that
         `Policy.needs_queries`. Those of padding mean nothing.
+    both : array, shape (2, ..., kv_head, n, d), or None
+        Keys and values as one array, zero in slots without a token, where they are at hand so.
     """
 
     keys: Array
@@ -46,6 +49,7 @@ class Tokens:
     query_mean: Array | None = None
     query_variance: Array | None = None
     queries: Array | None = None
+    both: Array | None = None
 
     @cached_property
     def vectors(self) -> tuple[Array, Array]:
@@ -63,7 +67,9 @@ class Tokens:
         xp = array_namespace(self.keys, self.values)
         if self.keys.shape != self.values.shape:
             return None
-        return real_rows(xp.stack(accumulate(xp, self.keys, self.values)), self.positions >= 0)
+        if self.both is not None:
+            return accumulate(xp, self.both)[0]
+        return stacked_rows(accumulate(xp, self.keys, self.values), self.positions >= 0)
 
     @property
     def score(self) -> Array:

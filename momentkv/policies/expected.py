@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
+from momentkv._rows import plus_product, row_products
 from momentkv.policies.base import Policy, Tokens
 from momentkv.statistics.grouping import finite_max
 from momentkv.statistics.weights import positive
@@ -50,7 +51,7 @@ class ExpectedAttention(Policy):
             logit = by_head(xp, tokens.queries, keys, tokens.positions >= 0)
         elif tokens.query_mean is not None and tokens.query_variance is not None:
             mean, variance = accumulate(xp, tokens.query_mean, tokens.query_variance)
-            logit = xp.sum(keys * (mean[..., None, :] + (variance / 2)[..., None, :] * keys), axis=-1)
+            logit = row_products(plus_product(mean[..., None, :], (variance / 2)[..., None, :], keys), keys)
         else:
             raise ValueError(
                 "query_mean or query_variance of the tokens is None, and so are its queries, but expected attention is "

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from momentkv._array import Array, array_namespace, device, inverse, real_rows
+from momentkv._array import Array, array_namespace, device, inverse
+from momentkv._rows import inverse_permutation, plus_product, real_rows, row_products
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
 from momentkv.statistics.weights import positive
@@ -66,7 +67,7 @@ def from_mean(x: Array, real: Array) -> Array:
     xp = array_namespace(x)
     weight = xp.astype(real, x.dtype)[..., None]
     number = positive(xp, xp.sum(weight, axis=-2, keepdims=True))
-    return weight * (x - xp.sum(x, axis=-2, keepdims=True) / number)
+    return plus_product(x, -weight, xp.sum(x, axis=-2, keepdims=True) / number)
 
 
 def mahalanobis(off: Array, real: Array) -> Array:
@@ -94,7 +95,7 @@ def mahalanobis(off: Array, real: Array) -> Array:
     # A matrix that is not finite may stop the inversion of all. No entry of a covariance is above its diagonal's.
     finite = xp.isfinite(mean)[..., None]
     whitened = off @ inverted(xp.where(finite[..., None], covariance, identity))
-    distance = xp.sum(whitened * off, axis=-1)
+    distance = row_products(whitened, off)
     return xp.where(finite, distance, xp.full_like(distance, math.nan))
 
 
@@ -130,4 +131,4 @@ def ranks(x: Array, real: Array) -> Array:
     """1 for the largest of the real slots, 2 for the next; empty slots come last."""
     xp = array_namespace(x)
     order = xp.argsort(xp.where(real, x, -xp.inf), axis=-1, descending=True, stable=True)
-    return xp.astype(xp.argsort(order, axis=-1, stable=True) + 1, x.dtype)
+    return xp.astype(inverse_permutation(order) + 1, x.dtype)

@@ -164,7 +164,6 @@ def as_rows(x: Array, lead: int, turned: bool) -> Array:
 
 def from_rows(rows: Array, shape: tuple[int, ...], turned: bool) -> Array:
     """The inverse of `as_rows`."""
-    xp = array_namespace(rows)
     if len(shape) == 1:
         return rows[..., 0, :]
-    return xp.matrix_transpose(rows) if turned else rows
+    return rows.mT if turned else rows

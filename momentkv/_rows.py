@@ -1,0 +1,132 @@
+"""Tokens as rows of a matrix: taken, hidden, multiplied, put in order, with as little new memory as may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from momentkv._array import Array, array_namespace, device, is_torch_array
+
+__all__ = [
+    "inverse_permutation",
+    "plus_product",
+    "real_rows",
+    "row_products",
+    "stacked_rows",
+    "take_rows",
+    "take_rows_of",
+]
+
+
+def take_rows(x: Array, index: Array) -> Array:
+    """Rows of the last but one axis, by an index for each of the leading axes: (..., n, d) by (..., m) is (..., m, d).
+
+    As ``take_along_axis`` of a broadcast index, without an index for every number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> take_rows(np.asarray([[[1.0], [2.0]], [[3.0], [4.0]]]), np.asarray([[1], [0]])).tolist()
+    [[[2.0]], [[3.0]]]
+    """
+    return take_rows_of(index, x)[0]
+
+
+def take_rows_of(index: Array, *arrays: Array) -> tuple[Array, ...]:
+    """`take_rows` of several arrays (..., n, d) by one index; the last axes may differ.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys, values = np.asarray([[[1.0], [2.0]]]), np.asarray([[[3.0, 4.0], [5.0, 6.0]]])
+    >>> [x.tolist() for x in take_rows_of(np.asarray([[1]]), keys, values)]
+    [[[[2.0]]], [[[5.0, 6.0]]]]
+    """
+    xp = array_namespace(index, *arrays)
+    *lead, n, _ = arrays[0].shape
+    count, m = math.prod(lead), index.shape[-1]
+    if count > 1:
+        first = xp.arange(0, count * n, n or 1, dtype=index.dtype, device=device(index))
+        index = index + xp.reshape(first, (*lead, 1))
+    flat = xp.reshape(index, (-1,))
+    return tuple(
+        xp.reshape(xp.take(xp.reshape(x, (count * n, x.shape[-1])), flat, axis=0), (*lead, m, x.shape[-1]))
+        for x in arrays
+    )
+
+
+def real_rows(x: Array, real: Array) -> Array:
+    """Rows (..., n, d) where ``real``, broadcastable to (..., n), is true; zero elsewhere, whatever lies there.
+
+    The same as ``where`` with a mask for every number, in a fraction of the time, because whole rows are moved.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> real_rows(np.asarray([[1.0, 2.0], [np.nan, 3.0]]), np.asarray([True, False])).tolist()
+    [[1.0, 2.0], [0.0, 0.0]]
+    """
+    return stacked_rows((x,), real)[0, ...]
+
+
+def stacked_rows(arrays: Sequence[Array], real: Array) -> Array:
+    """`real_rows` of arrays of one shape and dtype, side by side: (number, ..., n, d).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.asarray([[1.0], [np.nan]])
+    >>> stacked_rows((x, 2 * x), np.asarray([True, False])).tolist()
+    [[[1.0], [0.0]], [[2.0], [0.0]]]
+    """
+    xp = array_namespace(real, *arrays)
+    *lead, n, d = arrays[0].shape
+    count = math.prod(lead) * n
+    zero = xp.zeros((1, d), dtype=arrays[0].dtype, device=device(real))
+    rows = xp.concat([*(xp.reshape(x, (count, d)) for x in arrays), zero])
+    index = xp.reshape(xp.arange(len(arrays) * count, device=device(real)), (len(arrays), *lead, n))
+    index = xp.reshape(xp.where(real, index, xp.full_like(index, len(arrays) * count)), (-1,))
+    return xp.reshape(xp.take(rows, index, axis=0), (len(arrays), *lead, n, d))
+
+
+def row_products(own: Array, x: Array) -> Array:
+    """Inner products of rows, ``sum(own * x, axis=-1)``; ``own`` is the caller's alone and may be overwritten.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> row_products(np.asarray([[1.0, 2.0]]), np.asarray([[3.0, 4.0]])).tolist()
+    [11.0]
+    """
+    xp = array_namespace(own, x)
+    # New memory of this size costs a CPU more than the product: the system hands it out page by page.
+    products = own.mul_(x) if is_torch_array(own) else own * x
+    return xp.sum(products, axis=-1)
+
+
+def plus_product(x: Array, factor: Array, y: Array) -> Array:
+    """``x + factor * y``, by PyTorch without memory for the product.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plus_product(np.asarray([3.0, 4.0]), np.asarray([1.0, 0.0]), np.asarray([1.0])).tolist()
+    [4.0, 4.0]
+    """
+    return x.addcmul(factor, y) if is_torch_array(x) else x + factor * y
+
+
+def inverse_permutation(order: Array) -> Array:
+    """The place of each number in ``order`` (..., n), whose rows are permutations of 0 ... n - 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> inverse_permutation(np.asarray([2, 0, 1])).tolist()
+    [1, 2, 0]
+    """
+    xp = array_namespace(order)
+    if is_torch_array(order):
+        places = xp.broadcast_to(xp.arange(order.shape[-1], device=order.device), order.shape)
+        return xp.empty_like(order).scatter_(-1, order, places)
+    return xp.argsort(order, axis=-1, stable=True)
