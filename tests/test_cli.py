@@ -297,6 +297,12 @@ def test_speed_measures_every_cache(saved: str, tmp_path: Path, monkeypatch: pyt
     assert all(0 < row["seconds_of_a_flush"] <= row["seconds_per_step"]["max"] for row in rows[1:])
 
 
+@pytest.mark.parametrize("option", ["context", "steps", "chunk", "threads"])
+def test_speed_refuses_to_read_or_decode_nothing(saved: str, option: str, capsys: pytest.CaptureFixture[str]):
+    err = failure(capsys, "evaluate", "speed", "--model", saved, f"--{option}", "0")
+    assert f"{option} is 0; use at least 1" in err
+
+
 @pytest.mark.parametrize("command", [["demo"], ["evaluate", "gap"], ["evaluate", "fidelity"]])
 def test_bad_input_is_one_line_on_stderr(
     command: list[str], saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
