@@ -303,6 +303,24 @@ def test_speed_refuses_to_read_or_decode_nothing(saved: str, option: str, capsys
     assert f"{option} is 0; use at least 1" in err
 
 
+def test_methods_in_segments_stand_apart(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "fidelity.json"
+    command = ["evaluate", "fidelity", "--model", saved, *SOURCE, "--text", "types", "--budgets", "80"]
+    command += ["--methods", "twice", "snapkv/none", "--output", str(path)]
+    assert main([*command, "--segment", "90", "--decode", "8"]) == 0
+    content = read_json(path)
+    assert [row["method"] for row in content["rows"]] == ["twice, segments of 90", "snapkv/none, segments of 90"]
+    said = "after each 90 tokens of the context, and 8 tokens at a time while the following ones are teacher-forced"
+    assert content["protocol"]["compressed"] == f"{said} one by one"
+    assert main([*command, "--segment", "90", "--fresh"]) == 0
+    said = "after each 90 tokens of the context; the following tokens teacher-forced, no further eviction"
+    assert read_json(path)["protocol"]["compressed"] == said
+    # Not mixed with what was read in one piece.
+    assert "another protocol" in failure(capsys, *command)
+    for kind in ("fidelity", "needles"):
+        assert "segment is 0" in failure(capsys, "evaluate", kind, "--model", saved, "--segment", "0")
+
+
 @pytest.mark.parametrize("command", [["demo"], ["evaluate", "gap"], ["evaluate", "fidelity"]])
 def test_bad_input_is_one_line_on_stderr(
     command: list[str], saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

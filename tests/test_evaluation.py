@@ -174,6 +174,34 @@ def test_decoding_is_step_by_step_with_eviction_going_on():
     assert once.kl != found.kl
 
 
+def encoded(text: str, **options: object) -> SimpleNamespace:
+    """A tokenizer without a chat template."""
+    return SimpleNamespace(input_ids=[ord(letter) % 50 for letter in text])
+
+
+@pytest.mark.parametrize("method", ["twice", "second-reading", "balanced"])
+def test_segments_are_read_and_compressed_one_after_the_other(method: str):
+    model, ids = tiny("llama"), prompt(1, CONTEXT + 17)
+    setting = Setting(method, 20, 1, "summaries", "heads" if method != "second-reading" else "kvzip")
+    found = {}
+    for segment in (None, CONTEXT, 25):
+        ((_, found[segment], nbytes),) = measure(
+            model, ids, CONTEXT, [setting], segment=segment, tokenizer=encoded, **SMALL
+        )
+    # One segment is the whole context, to rounding.
+    assert found[CONTEXT].kl == pytest.approx(found[None].kl, rel=1e-3)
+    cache = empty_cache(model, setting, rollback=17, **SMALL)
+    for start in range(0, CONTEXT, 20):  # three segments of at most 25
+        read(model, ids[:, start : start + 20], cache, twice=method != "balanced", tokenizer=encoded)
+    assert nbytes == cache.nbytes
+    with torch.no_grad():
+        logits = model(ids[:, CONTEXT:-1], past_key_values=cache).logits[0]
+        full = model(ids[:, :-1]).logits[0, CONTEXT:]
+    expected = compare(full, logits, ids[0, CONTEXT + 1 :])
+    assert found[25].kl == pytest.approx(expected.kl, rel=1e-3)
+    assert found[25].kl != pytest.approx(found[None].kl, rel=1e-2)
+
+
 @pytest.mark.parametrize("block", [0, -1])
 def test_a_block_of_no_token_is_refused_by_name(block: int):
     setting = Setting("balanced", 20, 1, "summaries", "heads")

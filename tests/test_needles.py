@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ from momentkv.evaluation.report_plots import plot_found
 from momentkv.evaluation.retrieval import Reader, measure_haystack, recall
 from momentkv.evaluation.settings import CHOICES, Setting, empty_cache
 from momentkv.evaluation.terminal import needles_table
+from momentkv.hf import read
 from momentkv.policies import H2O, Policy
 
 TEMPLATE = (
@@ -268,6 +270,32 @@ def test_measurement_is_a_prefill_and_one_pass_over_what_was_not_compressed(
         assert (result.values, result.tokens) == (best.values, best.tokens)
         found[cell and cell[0], which] = result.nll
     assert len({round(x, 4) for x in found.values()}) == 6  # full, unseen and seen differ, and so do questions
+
+
+def test_needles_are_asked_of_what_was_read_in_segments(model: Any, several: Haystack, tokenizer: Any):
+    setting = Setting("twice", 60, 1, "summaries", "heads")
+    found = {}
+    for segment in (None, 1000, 250):
+        asked = measure_haystack(
+            model, several, [("unseen", setting), ("seen", setting)], tokenizer=tokenizer, segment=segment
+        )
+        found[segment] = [x.recall.nll for x in asked]
+    # One segment is all of it, to rounding.
+    assert found[1000] == pytest.approx(found[None], rel=1e-3)
+    full, unseen, seen = (slice(start, start + 2) for start in (0, 2, 4))
+    assert found[250][full] == found[None][full]
+    for when in (unseen, seen):
+        assert found[250][when] != pytest.approx(found[None][when], rel=1e-3)
+    ids = torch.tensor([[*several.context, *several.questions[0].tokens[:-1]]])
+    cache = read(model, ids, empty_cache(model, setting), tokenizer=tokenizer, segment=250)
+    answers = []
+    for answer in several.questions[0].answers:
+        rest = torch.tensor([[several.questions[0].tokens[-1], *answer.tokens[:-1]]])
+        with torch.no_grad():
+            logits = model(rest, past_key_values=copy.deepcopy(cache)).logits[0]
+        answers.append(recall(logits, answer))
+    best = max(answers, key=lambda x: (x.values, -x.nll))
+    assert found[250][4] == pytest.approx(best.nll, rel=1e-3)
 
 
 def test_generation_is_scored_against_the_values(model: Any, haystack: Haystack, tokenizer: Any):

@@ -13,13 +13,13 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from momentkv.cache.config import wanted_queries
 from momentkv.cache.rereading import take_scores
-from momentkv.hf import MomentCache
+from momentkv.hf import MomentCache, read
 from momentkv.hf.attention import link, stock_attention
 from momentkv.hf.building import layer_kinds
 from momentkv.hf.reading import CHUNK, Piece, Reading
 from momentkv.hf.repeating import REQUEST, request_of
 
-__all__ = ["Attended", "CaptureCache", "capture_again", "replay"]
+__all__ = ["Attended", "CaptureCache", "capture_again", "read_in_segments", "replay"]
 
 
 class Attended(NamedTuple):
@@ -171,3 +171,26 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
             take_scores(core, captured.scores[index])
         cache.layers[index].evict()
     return cache
+
+
+def read_in_segments(model: Any, ids: torch.Tensor, cache: MomentCache, segment: int, tokenizer: Any) -> MomentCache:
+    """Let a model read a context into an empty cache, so many tokens at a time, each compressed before the next.
+
+    Later tokens see what was left of earlier ones, so that nothing captured serves. A policy that looks at a second
+    reading gets one of each segment.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    ids : int tensor, shape (1, n)
+        The context.
+    cache : MomentCache
+    segment : int
+        Tokens.
+    tokenizer : PreTrainedTokenizer
+        Reads the request of a second reading.
+    """
+    (policy,) = {core.config.policy for core in cache.moment_layers.values()}
+    return read(
+        model, ids, cache, twice=policy.rereads, tokenizer=tokenizer, segment=segment, chunk=CHUNK, progress=False
+    )

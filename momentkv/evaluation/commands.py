@@ -23,6 +23,7 @@ ERRORS_EVERY = 8
 # How a context is compressed.
 ONCE = "once, after one-shot prefill; the following tokens teacher-forced, no further eviction"
 AS_DECODED = "after one-shot prefill, and {} tokens at a time while the following ones are teacher-forced one by one"
+ONE_SHOT, IN_SEGMENTS = "after one-shot prefill", "after each {} tokens of the context"
 
 
 def fidelity(options: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def fidelity(options: argparse.Namespace) -> int:
         "following": options.following,
         "skip": options.skip,
         "texts": [Path(text).name for text in texts],
-        "compressed": ONCE if options.decode is None else AS_DECODED.format(options.decode),
+        "compressed": in_segments(ONCE if options.decode is None else AS_DECODED.format(options.decode), options),
         "sinks": 1,
         **always_of(options),
         "head_error": f"at every {ERRORS_EVERY}-th following token",
@@ -80,13 +81,14 @@ def fidelity(options: argparse.Namespace) -> int:
                 **always_of(options),
                 errors_every=ERRORS_EVERY,
                 block=options.decode,
+                segment=options.segment,
                 tokenizer=tokenizer,
             )
             for setting, result, nbytes in compressed:
                 rows.append(
                     {
                         "text": short,
-                        "method": setting.method,
+                        "method": called(setting.method, options.segment),
                         "policy": setting.policy_name,
                         "correction": setting.correction,
                         "budget": setting.budget,
@@ -107,6 +109,18 @@ def fidelity(options: argparse.Namespace) -> int:
     plot = save_figure(plot_kl(lines, bits=options.bytes, title=title), path.with_suffix(".png"))
     console.print(f"results: {path}   plot: {plot}", soft_wrap=True)
     return 0
+
+
+def called(method: str, segment: int | None) -> str:
+    """What results call a method, so that those in segments of a text stand apart from those in one piece."""
+    return method if segment is None else f"{method}, segments of {segment}"
+
+
+def in_segments(said: str, options: argparse.Namespace) -> str:
+    """What a protocol says of when the context is compressed, where that happens as it is read."""
+    if options.segment is None:
+        return said
+    return said.replace("once, ", "").replace(ONE_SHOT, IN_SEGMENTS.format(options.segment))
 
 
 def always_of(options: argparse.Namespace) -> dict[str, int]:
@@ -140,12 +154,14 @@ def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
 
 
 def check_methods(options: argparse.Namespace) -> None:
-    """Refuse unknown names of policies and corrections before a model is loaded.
+    """Refuse unknown names of policies and corrections, and segments of no token, before a model is loaded.
 
     Raises
     ------
     ValueError
     """
+    if options.segment is not None and options.segment < 1:
+        raise ValueError(f"segment is {options.segment}; read at least one token at a time")
     for name in options.corrections:
         if name not in CHOICES:
             raise ValueError(f"corrections has {name!r}; use some of {', '.join(CHOICES)}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from momentkv.cache.config import EXACT_WINDOW, wanted_queries
-from momentkv.evaluation.capture import CaptureCache, capture_again, replay
+from momentkv.evaluation.capture import CaptureCache, capture_again, read_in_segments, replay
 from momentkv.evaluation.errors import head_errors
 from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.policies import get_policy
@@ -76,6 +76,7 @@ def measure(
     exact_window: int = EXACT_WINDOW,
     errors_every: int = 0,
     block: int | None = None,
+    segment: int | None = None,
     tokenizer: Any = None,
 ) -> Iterator[tuple[Setting, Fidelity, int]]:
     """Compress a context in many ways and compare the next-token distributions over the tokens that follow.
@@ -97,6 +98,9 @@ def measure(
         Measure the error of every head at each ``errors_every``-th following token; 0 for none.
     block : int, optional
         Decode, and evict so many tokens at a time.
+    segment : int, optional
+        Read the context so many tokens at a time, each compressed before the next; by default in one piece. Every
+        setting then has a reading of its own.
     tokenizer : PreTrainedTokenizer, optional
         For policies that look at a second reading: it reads what the model is asked.
 
@@ -124,7 +128,7 @@ def measure(
     for index, layer in captured.capture_layers.items():
         layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
         layer.queries = queries[index]
-    if any(get_policy(setting.policy).rereads for setting in settings):
+    if segment is None and any(get_policy(setting.policy).rereads for setting in settings):
         capture_again(model, captured, ids[:, :context], tokenizer)
     for setting in settings:
         empty = empty_cache(
@@ -136,7 +140,10 @@ def measure(
             block=block or 1,
             rollback=following.shape[1],
         )
-        cache = replay(captured, empty)
+        if segment is None:
+            cache = replay(captured, empty)
+        else:
+            cache = read_in_segments(model, ids[:, :context], empty, segment, tokenizer)
         nbytes = cache.nbytes
         percentiles = {}
         if errors_every:

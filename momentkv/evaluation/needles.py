@@ -12,7 +12,7 @@ from rich.console import Console
 
 from momentkv import __version__
 from momentkv.cache.config import EXACT_WINDOW
-from momentkv.evaluation.commands import check_methods, finished, grid_of, save
+from momentkv.evaluation.commands import called, check_methods, finished, grid_of, in_segments, save
 from momentkv.evaluation.haystack import KEYS, TASKS, Haystack, make_haystack
 from momentkv.evaluation.report import progress_bar, save_figure, show, write_json
 from momentkv.evaluation.retrieval import Cell, measure_haystack
@@ -56,7 +56,9 @@ def needles(options: argparse.Namespace) -> int:
         "haystack": prose,
         "seed": options.seed,
         "generate": options.generate,
-        "unseen": "the context is compressed once, after one-shot prefill; question and answer in one pass after it",
+        "unseen": in_segments(
+            "the context is compressed once, after one-shot prefill; question and answer in one pass after it", options
+        ),
         "seen": "the question is compressed, too; the answer in one pass after it",
         "sinks": 1,
         "window": 32,
@@ -82,7 +84,7 @@ def needles(options: argparse.Namespace) -> int:
                 cell
                 for cell in cells
                 if not all(
-                    key_of(columns | {"index": index} | labels(model, cell, options.bytes)) in done
+                    key_of(columns | {"index": index} | labels(model, cell, options)) in done
                     for index in range(len(haystack.questions))
                 )
             ]
@@ -90,10 +92,13 @@ def needles(options: argparse.Namespace) -> int:
             if not left:
                 continue
             last = len(haystack.questions) - 1
-            for asked in measure_haystack(model, haystack, left, tokenizer=tokenizer, generate=options.generate):
+            measured = measure_haystack(
+                model, haystack, left, tokenizer=tokenizer, generate=options.generate, segment=options.segment
+            )
+            for asked in measured:
                 question = haystack.questions[asked.which]
                 row = columns | {"task": question.task, "index": asked.which, "depth": round(question.depth, 4)}
-                row |= labels(model, asked.cell, options.bytes)
+                row |= labels(model, asked.cell, options)
                 if key_of(row) not in done:
                     done.add(key_of(row))
                     rows.append(row | {"nbytes": asked.nbytes} | dataclasses.asdict(asked.recall))
@@ -156,7 +161,7 @@ def exported(planned: Planned) -> dict[str, Any]:
     }
 
 
-def labels(model: Any, cell: Cell | None, bits: int) -> dict[str, Any]:
+def labels(model: Any, cell: Cell | None, options: argparse.Namespace) -> dict[str, Any]:
     """What a row says of the cache that was asked."""
     if cell is None:
         full = "full cache"
@@ -171,11 +176,11 @@ def labels(model: Any, cell: Cell | None, bits: int) -> dict[str, Any]:
     question, setting = cell
     return {
         "question": question,
-        "method": setting.method,
+        "method": called(setting.method, options.segment),
         "policy": setting.policy_name,
         "correction": setting.correction,
         "budget": setting.budget,
-        "bytes_as_tokens": bytes_as_tokens(model, setting, itemsize=bits // 8),
+        "bytes_as_tokens": bytes_as_tokens(model, setting, itemsize=options.bytes // 8),
     }
 
 

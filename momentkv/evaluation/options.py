@@ -47,6 +47,7 @@ def add_measurements(kinds: Any) -> None:
     add_budgets(fidelity, [64, 128, 256, 512, 1024])
     add_policies(fidelity, ONCE, ["none", "order-1", "summaries"])
     add_window(fidelity)
+    add_segment(fidelity)
     fidelity.add_argument(
         "--decode",
         type=int,
@@ -93,6 +94,7 @@ def add_measurements(kinds: Any) -> None:
     add_budgets(needles, [256, 512])
     add_policies(needles, ["snapkv", "balanced"], ["none", "summaries"])
     needles.set_defaults(window=32, exact_window=EXACT_WINDOW)
+    add_segment(needles)
     needles.add_argument("--generate", action="store_true", help="generate the answer, too; slower")
     needles.add_argument("--write-haystacks", metavar="FILE", help="write haystacks as token ids, and measure nothing")
     add_results(needles, "results/needles.json")
@@ -237,6 +239,17 @@ def add_window(parser: argparse.ArgumentParser) -> None:
         default=EXACT_WINDOW,
         metavar="N",
         help="so many newest ones of them stay exact where retained tokens have few bits",
+    )
+
+
+def add_segment(parser: argparse.ArgumentParser) -> None:
+    """The option of a context that is compressed as it is read."""
+    parser.add_argument(
+        "--segment",
+        type=int,
+        metavar="N",
+        help="read the context N tokens at a time, a second time too where the policy looks at that, and compress each "
+        "before the next (default: in one piece)",
     )
 
 

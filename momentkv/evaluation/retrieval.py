@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from momentkv.cache.config import wanted_queries
-from momentkv.evaluation.capture import CaptureCache, capture_again, replay
+from momentkv.evaluation.capture import CaptureCache, capture_again, read_in_segments, replay
 from momentkv.evaluation.haystack import Answer, Haystack, Question
 from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.hf import MomentCache
@@ -108,6 +108,10 @@ class Reader:
         """Shape (1, tokens)."""
         return torch.tensor([tokens], device=self.model.device)
 
+    def compressed(self, after: Question | None) -> torch.Tensor:
+        """Ids of what is compressed: the context, and a question that was seen, all but its last token."""
+        return self.ids(self.haystack.context if after is None else [*self.haystack.context, *after.tokens[:-1]])
+
     def rewind(self) -> CaptureCache:
         """The full cache as it was after the context."""
         for layer, (keys, values, queries) in zip(self.layers, self.read, strict=True):
@@ -130,8 +134,7 @@ class Reader:
         """Give the tokens that `rewind` or `rewind_to` brought back the scores of a second reading, once for each."""
         which = None if after is None else tuple(after.tokens)
         if which not in self.scores:
-            read = self.haystack.context if after is None else [*self.haystack.context, *after.tokens[:-1]]
-            capture_again(self.model, self.captured, self.ids(read), tokenizer)
+            capture_again(self.model, self.captured, self.compressed(after), tokenizer)
             self.scores[which] = self.captured.scores
         self.captured.scores = self.scores[which]
 
@@ -175,6 +178,7 @@ def measure_haystack(
     window: int = 32,
     tokenizer: Any = None,
     generate: bool = False,
+    segment: int | None = None,
 ) -> Iterator[Asked]:
     """Ask the full cache and each compressed cache all questions about a haystack.
 
@@ -194,6 +198,8 @@ def measure_haystack(
         For generated answers, and for policies that look at a second reading: it reads what the model is asked.
     generate : bool
         Whether the model generates the answers, too.
+    segment : int, optional
+        Read what is compressed so many tokens at a time, each compressed before the next; by default in one piece.
 
     Yields
     ------
@@ -217,10 +223,15 @@ def measure_haystack(
         once = None
         for index, question in enumerate(haystack.questions):
             if when == "seen" or once is None:
-                captured = reader.rewind() if when == "unseen" else reader.rewind_to(question)
-                if get_policy(setting.policy).rereads:
-                    reader.read_again(tokenizer, question if when == "seen" else None)
-                once = replay(captured, empty_cache(model, setting, sinks=sinks, window=window, rollback=longest))
+                after = None if when == "unseen" else question
+                empty = empty_cache(model, setting, sinks=sinks, window=window, rollback=longest)
+                if segment is None:
+                    captured = reader.rewind() if after is None else reader.rewind_to(after)
+                    if get_policy(setting.policy).rereads:
+                        reader.read_again(tokenizer, after)
+                    once = replay(captured, empty)
+                else:
+                    once = read_in_segments(model, reader.compressed(after), empty, segment, tokenizer)
                 nbytes = once.nbytes
             fed = question.tokens if when == "unseen" else question.tokens[-1:]
             result = reader.ask(partial(evicting_no_more, once), question, fed)
