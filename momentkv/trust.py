@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from momentkv._array import Array, array_namespace
 from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, group_queries, ungroup_queries
-from momentkv.bounds import output_error, read
+from momentkv.bounds import output_error, output_from_codes, read
 from momentkv.bounds.certificate import grouped, share_interval
 from momentkv.bounds.rounding import attention_error, state_error, unit
 from momentkv.bounds.theorems import Interval
 from momentkv.statistics.moments import Moments
 
-__all__ = ["Trust", "estimated_error", "trust"]
+__all__ = ["Losses", "Trust", "estimated_error", "trust"]
 
 # So few tokens cannot look like Gaussian logits of more than this variance: the largest logit limits the mass first.
 MOST_GAIN = 4.0
@@ -37,6 +37,27 @@ class Trust(NamedTuple):
 
     certified: Array
     estimated: Array
+
+
+class Losses(NamedTuple):
+    """What codes may have lost of a layer's tokens, evicted ones included; see `momentkv.cache.losses`.
+
+    Attributes
+    ----------
+    key, value : array, shape (..., kv_head, d) and (..., kv_head, dv)
+        No token is farther from the one that came, in any channel.
+    key_step, value_step : array, shape (..., kv_head, n)
+        Of the tokens at hand; 0 for those that are as they came.
+    key_deviation, value_deviation : array, shape (..., kv_head, d) and (..., kv_head, dv)
+        What these steps are multiples of.
+    """
+
+    key: Array
+    value: Array
+    key_step: Array
+    value_step: Array
+    key_deviation: Array
+    value_deviation: Array
 
 
 def norm(x: ArrayObject) -> Array:
@@ -124,7 +145,7 @@ def trust(cache: Any, q: ArrayObject) -> Trust:
     view = cache.view()
     return trust_of(
         cache.config, q, view.keys, view.values, view.positions, state.evicted, state.evidence,
-        scale=cache.attention_scale,
+        scale=cache.attention_scale, losses=cache.losses(view.positions),
     )  # fmt: skip
 
 
@@ -138,12 +159,16 @@ def trust_of(
     evidence: Moments,
     *,
     scale: float,
+    losses: Losses | None = None,
 ) -> Trust:
-    """Trust in retained tokens (those of positions >= 0) with a correction, given evidence of all evicted ones."""
+    """Trust in retained tokens (those of positions >= 0) with a correction, given evidence of all evicted ones.
+
+    ``losses`` are those of tokens in few bits, by which the cache and its evidence may differ from what came.
+    """
     xp = array_namespace(q, k)
     backend = config.backend_of(q)
     present = positions >= 0
-    state, _ = backend.attend(q, k, v, scale=scale, mask=present[..., None, None, :])
+    state, weights = backend.attend(q, k, v, scale=scale, mask=present[..., None, None, :])
     out = state.out
     expansion = config.correction.expansion(evicted)
     if expansion is not None:
@@ -161,16 +186,55 @@ def trust_of(
     size = largest(v)
     of_out, of_lse = attention_error(length, largest(k), size, lse, n=k.shape[-2], d=k.shape[-1], u=u)
     # The output is at most as far from any other as twice the longest value, evicted ones included.
-    reach = size + state_error(evidence.extent).value_size[..., None] if evidence.extent is not None else size
+    gone = xp.zeros_like(size) if evidence.extent is None else state_error(evidence.extent).value_size[..., None]
+    reach = size + gone
     rounding = of_out + 2 * reach * xp.tanh(of_lse / 4)
+    if losses is not None:
+        rounding = rounding + lost_by_codes(losses, abs(scale) * queries, xp.maximum(size, gone), u)
     bound = bound + ungroup_queries(rounding[..., None], q.shape[-3], q.shape[-2])[..., 0]
     factor = config.correction.calibration
     estimate = estimated_error(state, q, evidence, scale=scale, calibration=factor)
+    if losses is not None:
+        of_codes = estimated_loss(losses, weights, scale * queries, v, state.out)
+        estimate = xp.sqrt(estimate**2 + ungroup_queries(of_codes[..., None], q.shape[-3], q.shape[-2])[..., 0] ** 2)
     total = norm(xp.astype(out, evidence.weight.dtype))
-    safe = xp.where(total > 0, total, xp.ones_like(total))
+    safe = xp.where(total == 0, xp.ones_like(total), total)
     infinite = xp.full_like(total, float("inf"))
 
     def relative(x: ArrayObject) -> Array:
-        return xp.where(total > 0, x / safe, xp.where(x > 0, infinite, xp.zeros_like(x)))
+        return xp.where(total == 0, xp.where(x > 0, infinite, xp.zeros_like(x)), x / safe)
 
     return Trust(relative(bound), relative(estimate))
+
+
+def lost_by_codes(losses: Losses, queries: Array, radius: Array, u: float) -> Array:
+    """Theorems B12 and B13 by what each channel may have lost, for scaled queries (..., kv_head, m, d)."""
+    xp = array_namespace(queries)
+    up = 1 + (queries.shape[-1] + losses.value.shape[-1] + 64) * u
+    clipped = (xp.any(xp.isinf(losses.key), axis=-1) | xp.any(xp.isinf(losses.value), axis=-1))[..., None]
+    key, value = (xp.where(xp.isinf(x), xp.zeros_like(x), x) for x in (losses.key, losses.value))
+    logit = xp.matmul(xp.abs(queries), key[..., None])[..., 0]
+    lost = up * output_from_codes(up * logit, radius, norm(value)[..., None])
+    return xp.where(clipped, xp.full_like(lost, float("inf")), lost)
+
+
+def estimated_loss(losses: Losses, weights: Array, queries: Array, values: Array, out: Array) -> Array:
+    r"""Estimate of what codes of tokens at hand do to the output, as if they erred independently and evenly.
+
+    $$ \tfrac1{12} \sum_t p_t^2 \left( \delta_t^2\, \lVert s\, q \odot \sigma \rVert^2 \lVert v_t - o \rVert^2
+       + \delta_t'^2\, \lVert \sigma' \rVert^2 \right) $$
+
+    is its square. Shapes: weights (..., kv_head, group, q_len, n), scaled queries (..., kv_head, group * q_len, d).
+    """
+    xp = array_namespace(queries)
+    heads, dtype = queries.shape[-3], queries.dtype
+    p = xp.reshape(xp.astype(weights, dtype), (*queries.shape[:-1], weights.shape[-1])) ** 2
+    values, out = xp.astype(values, dtype), group_queries(xp.astype(out, dtype), heads)
+    turned = xp.sum((queries * losses.key_deviation[..., None, :]) ** 2, axis=-1)
+    key = p * losses.key_step[..., None, :] ** 2
+    squares = xp.sum(values**2, axis=-1)[..., None, :] + xp.sum(out**2, axis=-1)[..., None]
+    apart = squares - 2 * xp.matmul(out, xp.matrix_transpose(values))
+    of_keys = turned * xp.sum(key * xp.maximum(apart, xp.zeros_like(apart)), axis=-1)
+    spread = xp.sum(losses.value_deviation**2, axis=-1)[..., None]
+    of_values = spread * xp.matmul(p, losses.value_step[..., None] ** 2)[..., 0]
+    return xp.sqrt((of_keys + of_values) / 12)

@@ -303,7 +303,6 @@ def test_after_a_second_reading_all_layers_have_the_same_bits():
         ({"sharing": "kvzip"}, "sharing='kvzip'"),
         ({"budget": [64, 64]}, "sharing='uniform'"),
         ({"static": True}, "static=True"),
-        ({"certify": 1}, "certify=1"),
         ({"bits": "automatic"}, "bits is 'automatic'"),
     ],
 )

@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ada-kv": {"sharing": "ada-kv", "policy": "snapkv"},
     "queries without correction": {"order": None, "policy": "expected-attention"},
     "certified": {"certify": 1},
+    "certified, few bits": {"certify": 1, "bits": 16},
 }
 
 

@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "few bits, bytes": {"bits": 3, "budget": "30KiB"},
     "chosen bits": {"bits": "auto", "budget": "36KiB"},
     "certified": {"certify": 2},
+    "certified, few bits": {"certify": 2, "bits": 4},
     "certified, order 0": {"certify": 0, "sharing": "uniform", "correction": "moments"},
 }
 
@@ -327,12 +328,12 @@ def test_recorded_passes_are_not_saved(tmp_path: Path):
     assert MomentCache.load(tmp_path / "cache", model).get_seq_length() == 40
 
 
-@pytest.mark.parametrize("sharing", ["heads", "uniform"])
-def test_certified_caches_keep_evidence_bounds_and_what_they_refused(tmp_path: Path, sharing: str):
+@pytest.mark.parametrize(("sharing", "bits"), [("heads", None), ("uniform", None), ("heads", 8)])
+def test_certified_caches_keep_evidence_bounds_and_what_they_refused(tmp_path: Path, sharing: str, bits: int | None):
     """Bounds of the loaded cache are those of the saved one, bit for bit, and so is what it goes on to refuse."""
     model, path = tiny("llama"), tmp_path / "cache"
     with pytest.warns(UserWarning, match="an eviction was refused"):
-        cache = read(model, certify=1, tolerance=1e-6, sharing=sharing)
+        cache = read(model, certify=1, tolerance=1e-6, sharing=sharing, bits=bits)
     cache.save(path)
     loaded = MomentCache.load(path, model)
     q = torch.randn((2, 4, 3, 16), generator=torch.Generator().manual_seed(0))
@@ -344,6 +345,19 @@ def test_certified_caches_keep_evidence_bounds_and_what_they_refused(tmp_path: P
         assert a.arrays().keys() == b.arrays().keys()
         assert all(torch.equal(x, b.arrays()[name]) for name, x in a.arrays().items())
     assert any(core.refused for core in loaded.moment_layers.values())
+
+
+def test_codes_whose_losses_are_missing_are_refused_where_they_must_be_certified(tmp_path: Path):
+    path = tmp_path / "cache"
+    read(tiny("llama"), certify=1, bits=4).save(path)
+
+    def forget(record: Any, tensors: Any) -> None:
+        for name in [name for name in tensors if name.endswith("key_loss")]:
+            del tensors[name]
+
+    path.write_bytes(rewritten(path.read_bytes(), forget, sign=True))
+    with pytest.raises(CacheFileError, match="what codes have lost is missing"):
+        MomentCache.load(path, tiny("llama"))
 
 
 def test_evidence_of_another_order_is_refused(tmp_path: Path):

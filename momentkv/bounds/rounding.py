@@ -8,12 +8,13 @@ Counts are rounded up, which covers the terms of second order in ``u``. Derivati
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, accumulation_dtype, array_namespace
+from momentkv.codes import MOST, Standard
 from momentkv.statistics.extent import Extent
 
-__all__ = ["StateError", "attention_error", "state_error", "unit"]
+__all__ = ["StateError", "attention_error", "code_error", "state_error", "unit"]
 
 FUNCTION = 8
 
@@ -117,3 +118,38 @@ def attention_error(
     size = xp.where(xp.isfinite(lse), xp.abs(lse), xp.zeros_like(lse))
     of_lse = logit + u * (n + 3 * FUNCTION + FUNCTION * math.log(max(n, 1)) + size)
     return 2 * value_size * (xp.tanh(logit) + u * (2 * n + 20)), of_lse
+
+
+def code_error(step: Array, standard: Standard, bits: int, *, stored: Any) -> Array:
+    r"""Bound of $|\hat x_c - x_c|$ for a token that was coded with this step and read back; 0 where the step is 0.
+
+    $$ \sigma_c \frac\delta2 (1 + 2^{b + 3} u) + (u' + 4 u)(|m_c| + 2^{b-1} \delta \sigma_c) $$
+
+    and what underflows, with $u$ of the dtype that codes are made in and $u'$ of the one that tokens are kept in.
+
+    Parameters
+    ----------
+    step : array, shape (...)
+    standard : Standard
+        Of shape (..., d).
+    bits : int
+    stored : dtype
+        Of tokens as they came and as they are read back.
+
+    Returns
+    -------
+    array, shape (..., d)
+        Infinite where the step is the largest there is: such a token may have been clipped.
+    """
+    xp = array_namespace(step)
+    dtype = accumulation_dtype(xp, standard.deviation.dtype)
+    wide, step = standard.map(lambda x: xp.astype(x, dtype)), xp.astype(step, dtype)[..., None]
+    u, of_stored = (float(xp.finfo(kind).eps) / 2 for kind in (dtype, stored))
+    clipped, step = step >= MOST, xp.where(step >= MOST, xp.zeros_like(step), step)
+    size = 2.0 ** (bits - 1) * step * wide.deviation
+    if wide.mean is not None:
+        size = size + xp.abs(wide.mean)
+    error = step / 2 * wide.deviation * (1 + 2.0 ** (bits + 3) * u) + (of_stored + 4 * u) * size
+    error = error + (float(xp.finfo(dtype).smallest_normal) + of_stored * float(xp.finfo(stored).smallest_normal))
+    error = xp.where(step == 0, xp.zeros_like(error), error)
+    return xp.where(clipped, xp.full_like(error, math.inf), error)

@@ -109,6 +109,8 @@ class TotalBytes(BudgetRule):
             state += 2 * k.shape[-1] * sum_bytes(k, v)
         if config.bits is not None or whole:
             state += pair + k.shape[-1] * k.dtype.itemsize  # mean and deviation of keys, deviation of values
+            if config.certify is not None:
+                state += 2 * (k.shape[-1] + v.shape[-1]) * sum_bytes(k, v)  # what codes have lost
         return self.retained(
             heads=layers * batch * kv_heads,
             token=record + beside,

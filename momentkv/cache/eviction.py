@@ -11,6 +11,7 @@ from momentkv.attention import group_queries
 from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
+from momentkv.cache.losses import EVICTED, choose_lost, losses_of, with_lost
 from momentkv.cache.packing import View, repack, view_of, widths_of
 from momentkv.cache.queries import query_window
 from momentkv.cache.state import LayerState, NewTokens
@@ -239,10 +240,14 @@ def evicted_state(
             evicted = config.correction.calibrate(evicted, judges, view.keys, scale=scale, mask=gone & first[..., None])
         if evidence is not None:
             k, v, mask = gathered(view, gone, most)
-            evidence = evidence.update(k, v, mask=mask)
-            refused = refused_heads(config, state, view, positions, evicted, evidence, scale)
+            evidence, before = evidence.update(k, v, mask=mask), state
+            if config.bits is not None:
+                state = state.changed(**with_lost(state, EVICTED, gone))
+            judged = state.changed(evicted=evicted, evidence=evidence)
+            refused = refused_heads(config, judged, view, positions, budgets, totals, scale)
             if refused:
                 stays = xp.asarray([head in refused for head in range(heads)], device=device(view.keys))
+                state = choose_lost(stays, before, state)
                 evicted, evidence = choose(stays, state.evicted, evicted), choose(stays, state.evidence, evidence)
                 positions = xp.where(stays[:, None], view.positions, positions)
                 limits = xp.where(stays, counts, limits)
@@ -319,13 +324,34 @@ def without_newest(
 
 
 def refused_heads(
-    config: CacheConfig, state: LayerState, view: View, positions: Array, evicted: Any, evidence: Any, scale: float
+    config: CacheConfig,
+    state: LayerState,
+    view: View,
+    positions: Array,
+    budgets: Sequence[int],
+    totals: Totals | None,
+    scale: float,
 ) -> dict[int, float]:
-    """KV heads in which a recent query's certified error would be above the tolerance, and that error."""
-    if config.tolerance is None or state.recent_queries is None:
+    """KV heads in which a recent query's certified error would be above the tolerance, and that error.
+
+    The state has the statistics and the evidence that it would have, and the view's tokens of positions >= 0.
+    """
+    queries = state.recent_queries
+    if config.tolerance is None or queries is None:
         return {}
-    xp = array_namespace(view.keys)
-    report = trust_of(config, state.recent_queries, view.keys, view.values, positions, evicted, evidence, scale=scale)
+    xp, losses, evidence = array_namespace(view.keys), None, state.evidence
+    if evidence is None:
+        raise ValueError("evidence is None, without which nothing is certified")
+    if config.bits is not None and totals is not None:
+        # What is judged are the tokens as they would be read.
+        left, first = totals.after(budgets, config.block), not state.has_evicted
+        state = settle(config, state, view, positions >= 0, budgets, left, renew=first)
+        view = view_of(state)
+        positions, losses = view.positions, losses_of(state, view.positions)
+    report = trust_of(
+        config, queries, view.keys, view.values, positions, state.evicted, evidence,
+        scale=scale, losses=losses,
+    )  # fmt: skip
     heads = view.keys.shape[-3]
     # Of a row with NaN nothing can be certified, nor saved by keeping more; it does not hold up the others.
     certified = xp.where(xp.isnan(report.certified), xp.zeros_like(report.certified), report.certified)

@@ -10,11 +10,13 @@ from typing import Any
 from momentkv._array import Array, array_namespace, device, nbytes
 from momentkv.backends import get_backend
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
+from momentkv.cache.losses import losses_of
 from momentkv.cache.packing import View, view_of
 from momentkv.cache.queries import query_window
 from momentkv.cache.state import LayerState, NewTokens
 from momentkv.statistics.moments import Moments
 from momentkv.statistics.summaries import QueryWindow
+from momentkv.trust import Losses
 
 __all__ = ["NUMBERED", "Holdings"]
 
@@ -134,6 +136,10 @@ class Holdings:
     def evidence(self) -> Moments | None:
         """Exact moments of all evicted tokens, where the cache was made with ``certify``."""
         return None if self.state is None else self.state.evidence
+
+    def losses(self, positions: Array) -> Losses | None:
+        """What codes may have lost of the tokens of `view`, for `momentkv.trust`; None where there never were any."""
+        return losses_of(self.stored_state, positions)
 
     @property
     def query_window(self) -> QueryWindow | None:

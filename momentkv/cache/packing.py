@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from momentkv._array import Array, array_namespace, device
 from momentkv._rows import take_rows, take_rows_of
 from momentkv.backends.layout import Layout
+from momentkv.cache.losses import STORED, with_lost
 from momentkv.cache.recoding import Pool, pool_of
 from momentkv.cache.state import LayerState, NewTokens, empty_state
 
@@ -186,9 +187,13 @@ def repack(
         places = xp.asarray(layout.packed, device=where) if state.clock is None else layout.beside(own, "packed")
         own, real = (xp.take(y, places, axis=-1) for y in (own, real))
     arrays = take(own, real, vectors=layout.bits is None)
-    if layout.bits is not None and layout.width:
+    if layout.bits is not None:
         number = xp.cumulative_sum(xp.astype(kept, xp.int32), axis=-1) - 1
         stays = kept & (number >= sinks) & (number < sinks + retained[..., None])
+        if state.evidence is not None:
+            # Those that will be read from other records than now, or from none.
+            arrays |= with_lost(state, STORED, kept if renew else kept & ~stays)
+    if layout.bits is not None and layout.width:
         stay = filled if room is None else sinks
         pool = pool_of(view.keys, view.values, view.positions >= 0, stays, state, layout, stay=stay, renew=renew)
         arrays |= recorded(pool, own)

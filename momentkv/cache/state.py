@@ -44,6 +44,9 @@ class LayerState:
         Of these codes.
     key_mean, key_deviation, value_deviation : array, shape (..., kv_head, d) or (..., kv_head, dv), or None
         What tokens are coded by, once there are any: see `momentkv.codes`.
+    key_loss, value_loss : array, shape (..., kv_head, 2, d) or (..., kv_head, 2, dv), or None
+        Beside evidence and codes: the most that a channel of any evicted token has lost, and of any stored one before
+        it was coded as it is now; see `momentkv.cache.losses`.
     positions : int32 array, shape (..., slots)
         -1 for a slot that holds no token.
     attention : array, shape (..., slots), or None
@@ -86,6 +89,8 @@ class LayerState:
     key_mean: Any = None
     key_deviation: Any = None
     value_deviation: Any = None
+    key_loss: Any = None
+    value_loss: Any = None
     recent_attention: Any = None
     attention: Any = None
     evidence: Moments | None = None
@@ -208,8 +213,8 @@ class LayerState:
 # Array fields, in the order of the class: what is saved, moved and counted.
 ARRAYS = (
     "recent_keys", "recent_values", "recent_positions", "recent_count", "keys", "values", "positions", "counts",
-    "key_step", "value_step", "key_mean", "key_deviation", "value_deviation", "recent_attention",
-    "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
+    "key_step", "value_step", "key_mean", "key_deviation", "value_deviation", "key_loss", "value_loss",
+    "recent_attention", "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
 )  # fmt: skip
 
 # Those that have an axis of packed slots, of all heads, where others have one of heads: behind that of rows.

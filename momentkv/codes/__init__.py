@@ -13,12 +13,13 @@ from momentkv.codes.packing import (
     row_bytes,
     unpack,
 )
-from momentkv.codes.records import Coded, Coding, centre, coarse, decode, encode, record_bytes, step_dtype
+from momentkv.codes.records import MOST, Coded, Coding, centre, coarse, decode, encode, record_bytes, step_dtype
 from momentkv.codes.standard import Standard
 
 __all__ = [
     "AUTO",
     "BITS",
+    "MOST",
     "PLANES",
     "SPLIT",
     "Coded",

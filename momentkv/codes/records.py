@@ -16,7 +16,7 @@ from momentkv._array import Array, accumulation_dtype, array_namespace
 from momentkv.codes.packing import pack, row_bytes, unpack
 from momentkv.codes.standard import Standard
 
-__all__ = ["Coded", "Coding", "centre", "coarse", "decode", "encode", "record_bytes", "step_dtype"]
+__all__ = ["MOST", "Coded", "Coding", "centre", "coarse", "decode", "encode", "record_bytes", "step_dtype"]
 
 # Steps of 16 bits: the smallest that has full precision, and the largest.
 LEAST, MOST = 2.0**-14, 65504.0

@@ -95,12 +95,8 @@ class Plan:
                     f"bits is {AUTO!r} with sharing={sharing!r}, which does not measure errors; use sharing of "
                     f"{', '.join(MEASURED)}, or give a number of bits"
                 )
-            for name, value in (("certify", settings["certify"]), ("static", static or None)):
-                if value is not None:
-                    raise ValueError(
-                        f"bits is {bits!r} with {name}={value}, which does not know what they lose; leave one of them "
-                        "out"
-                    )
+            if static:
+                raise ValueError(f"bits is {bits!r} with static=True, which does not read them; leave one of them out")
             self.settings["bits"] = None  # until tokens no longer fit as they come
 
     def layers(self, rollback: int) -> list[Any]:

@@ -36,6 +36,7 @@ NUMBERS = ("seen", "filled", "padded", "has_evicted")
 # Arrays that a state of the same settings may have or not, and their axes.
 OPTIONAL = {"clock": 1, "ticks": 2, "query_mean": 3, "query_square": 3, "recent_queries": 4}
 OPTIONAL |= dict.fromkeys(("key_mean", "key_deviation", "value_deviation"), 3)
+OPTIONAL |= dict.fromkeys(("key_loss", "value_loss"), 4)
 
 
 def save(cache: Any, path: str | os.PathLike[str]) -> None:
@@ -202,6 +203,8 @@ def check_state(core: LayerCache, state: LayerState) -> None:
         x = getattr(state, name)
         if x is not None and (x.ndim != axes or x.shape[0] != k.shape[0]):
             raise ValueError(f"{name} has shape {tuple(x.shape)}")
+    if config.certify is not None and state.key_mean is not None and None in (state.key_loss, state.value_loss):
+        raise ValueError("what codes have lost is missing, without which nothing is certified")
     if len([whole_number(x) for x in core.budgets or []]) != layout.heads:
         raise ValueError(f"budgets are {core.budgets} of {layout.heads} KV heads")
     if not 0 <= whole_number(state.filled) <= layout.recent:

@@ -139,9 +139,9 @@ class Extent:
         """
         xp = array_namespace(self.key_radius, other.key_radius)
         mine, both = self.occupied, self.occupied & other.occupied
-        same = xp.all(self.key_anchor == other.key_anchor, axis=-1) & xp.all(
-            self.value_anchor == other.value_anchor, axis=-1
-        )
+        # An anchor that is not a number is that of tokens that are none; they combine to what is none.
+        same = ~xp.any(differ(self.key_anchor, other.key_anchor), axis=-1)
+        same = same & ~xp.any(differ(self.value_anchor, other.value_anchor), axis=-1)
         if concrete(same, both) and not bool(xp.all(same | ~both)):
             raise ValueError(
                 "cannot merge extents with other anchors; measure both from the same ones, with "
@@ -231,3 +231,8 @@ def check_orthogonal(matrix: Array, consequence: str) -> None:
     error = float(xp.max(xp.abs(xp.matmul(xp.matrix_transpose(matrix), matrix) - eye)))
     if not error <= 16 * d * xp.finfo(matrix.dtype).eps:
         raise ValueError(f"rotation is off orthogonal by {error:g}, {consequence}")
+
+
+def differ(a: Array, b: Array) -> Array:
+    """Where two arrays hold different numbers; nowhere where one of them is not a number."""
+    return (a < b) | (a > b)
