@@ -14,6 +14,7 @@ from momentkv.cache.losses import losses_of
 from momentkv.cache.packing import View, view_of
 from momentkv.cache.queries import query_window
 from momentkv.cache.state import LayerState, NewTokens
+from momentkv.codes import misfit
 from momentkv.statistics.moments import Moments
 from momentkv.statistics.summaries import QueryWindow
 from momentkv.trust import Losses
@@ -140,6 +141,19 @@ class Holdings:
     def losses(self, positions: Array) -> Losses | None:
         """What codes may have lost of the tokens of `view`, for `momentkv.trust`; None where there never were any."""
         return losses_of(self.stored_state, positions)
+
+    def misfit(self) -> tuple[Array, Array] | None:
+        """How well means and deviations still fit the retained tokens' keys, and values: `momentkv.codes.misfit`.
+
+        Shape (batch..., kv_head) each, 1 for as well as new ones would; None where no token is in few bits.
+        """
+        state = self.stored_state
+        coding, layout = state.coding(), state.layout
+        if coding is None or layout.width == 0:
+            return None
+        real = layout.rectangle(state.positions, vectors=False, fill=-1) >= 0
+        keys, values = state.retained()
+        return misfit(keys, coding.key_standard, real), misfit(values, coding.value_standard, real)
 
     @property
     def query_window(self) -> QueryWindow | None:

@@ -1,6 +1,7 @@
 """Tokens in few bits: standardised, coded one by one, and attended to without being decoded."""
 
 from momentkv.codes.attention import attend_codes
+from momentkv.codes.fit import misfit
 from momentkv.codes.packing import (
     AUTO,
     BITS,
@@ -32,6 +33,7 @@ __all__ = [
     "coarse",
     "decode",
     "encode",
+    "misfit",
     "pack",
     "pair_of_bits",
     "record_bytes",
