@@ -28,7 +28,7 @@ from momentkv.cache.joining import flush_together
 from momentkv.codes import pair_of_bits
 from momentkv.policies import POLICIES, novelty
 from momentkv.statistics import clustering
-from momentkv.testing.gpu import kernels, modes, run, steps
+from momentkv.testing.gpu import checks, kernels, modes, run, steps
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
 from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.parts import PARTS, Part
@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 REHEARSED = ["kernels, bfloat16", "kernels, float32", "steps as graphs", "flushes as graphs"]
 REHEARSED += ["one layer", "a model of 8B"]
 REHEARSED += ["memory of a prefill", "compute-sanitizer", "modes of a cache", "tokens in few bits"]
+REHEARSED += ["operators PyTorch checks"]
 
 
 def test_a_rehearsal_runs_the_parts_and_says_what_it_skips(
@@ -65,6 +66,8 @@ def test_a_rehearsal_runs_the_parts_and_says_what_it_skips(
     assert [(row["layers"], row["name"]) for row in parts["flushes as graphs"]["rows"]] == [
         (layers, way) for layers in (1, 2) for way in ("captured", "launched")
     ]
+    operators = [row["operator"] for row in parts["operators PyTorch checks"]["rows"]]
+    assert operators == ["decode"] * 3 + ["step", "flush"] * 4
     names = [row["name"] for row in parts["tokens in few bits"]["rows"]]
     assert names == ["copy", "codes of 4 bits", "codes of 8 bits"]
     assert "a rehearsal, no timing" in capsys.readouterr().out
@@ -115,6 +118,22 @@ def test_a_kernel_that_errs_is_called_wrong(monkeypatch: pytest.MonkeyPatch, off
     assert len(rows) == kernels.FEW
     assert [row["right"] for row in rows] == [off == 0.0] * kernels.FEW
     assert all(row["share"] > 1.0 for row in rows) == (off != 0.0)
+
+
+def test_an_operator_that_lies_is_called_wrong():
+    def lying(x: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        return x.clone()
+
+    operator = torch.library.custom_op("momentkv_tests::lying", lying, mutates_args=())
+    row = checks.outcome("lying", "one number", operator, (torch.zeros(1),))
+    assert not row["right"]
+    assert "is not defined as mutable but was mutated" in row["why"]
+    part = {"name": "operators PyTorch checks", "state": "done", "why": "", "rows": [row]}
+    assert run.wrong(part)
+    page = page_of(measured() | {"parts": [part]})
+    assert "0 of 1 calls are as the operators say" in page
+    assert "wrong: lying, one number: test_schema" in page
 
 
 @pytest.mark.parametrize("off", [0.0, 0.1, math.nan])

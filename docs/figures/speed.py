@@ -297,6 +297,9 @@ def found(measured: dict[str, Any]) -> str:
         sizes = [row["peak"] for row in rows_of(measured, "memory of a prefill") if row["context"] == context]
         shown = f"{sizes[0] / 2**20:.0f} MiB" if sizes else NONE
         lines.append(f"| peak memory of a layer's prefill of {context} tokens, beyond its inputs | {shown} |")
+    told = rows_of(measured, "operators PyTorch checks")
+    right = sum(bool(row["right"]) for row in told)
+    lines.append(f"| operators that pass PyTorch's check, calls | {f'{right} of {len(told)}' if told else NONE} |")
     complaints = rows_of(measured, "compute-sanitizer")
     said = ", ".join(f"{row['tool']}: {row['found']}" for row in complaints)
     lines.append(f"| what compute-sanitizer found | {said or NONE} |")

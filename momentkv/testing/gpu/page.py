@@ -56,6 +56,13 @@ def of_kernels(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def of_checks(rows: list[dict[str, Any]]) -> list[str]:
+    """How many operators do what they say, and what is wrong with the others."""
+    right = sum(row["right"] for row in rows)
+    wrong = [f"  wrong: {row['operator']}, {row['case']}: {row['why']}" for row in rows if not row["right"]]
+    return [f"  {right} of {len(rows)} calls are as the operators say", *wrong] if rows else []
+
+
 def of_graphs(rows: list[dict[str, Any]]) -> list[str]:
     """Differences and times, a line for each kind of cache."""
     kinds: dict[str, list[str]] = {}
@@ -122,6 +129,7 @@ SUMMARIES = {
     "kernels": of_kernels,
     "steps as graphs": of_graphs,
     "flushes as graphs": of_flushes,
+    "operators PyTorch checks": of_checks,
     "compiled kernels": of_compiled,
     "bytes of kernels": of_bytes,
 }

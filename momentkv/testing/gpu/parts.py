@@ -55,6 +55,7 @@ PARTS = {
         Part("a model of transformers", 90, "whole:times"),
         Part("modes of a cache", 90, "modes:compared"),
         Part("tokens in few bits", 40, "few_bits:times"),
+        Part("operators PyTorch checks", 40, "checks:checked"),
         Part("compiled kernels", 300, "predict:compiled", rehearsed=True, interpreted=False),
         Part("bytes of kernels", 240, "predict:counted", rehearsed=True),
         Part("operators of a step", 60, "operators:counts", rehearsed=True),
