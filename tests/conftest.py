@@ -18,6 +18,9 @@ settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=T
 PROFILE = os.environ.get("MOMENTKV_HYPOTHESIS", "ci")
 settings.load_profile(PROFILE)
 
+# Sizes of kernels that were measured on this machine's GPU are its user's, not the tests'.
+os.environ["MOMENTKV_TUNED"] = ""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Workers side by side (pytest -n 2) share the cores; each of them and whatever it starts computes on one.

@@ -28,7 +28,7 @@ from momentkv.cache.joining import flush_together
 from momentkv.codes import pair_of_bits
 from momentkv.policies import POLICIES, novelty
 from momentkv.statistics import clustering
-from momentkv.testing.gpu import checks, kernels, modes, run, steps
+from momentkv.testing.gpu import checks, kernels, modes, run, steps, tuning
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
 from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.parts import PARTS, Part
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 REHEARSED = ["kernels, bfloat16", "kernels, float32", "steps as graphs", "flushes as graphs"]
 REHEARSED += ["one layer", "a model of 8B"]
 REHEARSED += ["memory of a prefill", "compute-sanitizer", "modes of a cache", "tokens in few bits"]
-REHEARSED += ["operators PyTorch checks"]
+REHEARSED += ["tuning", "operators PyTorch checks"]
 
 
 def test_a_rehearsal_runs_the_parts_and_says_what_it_skips(
@@ -106,7 +106,7 @@ def test_it_needs_neither_transformers_nor_rich():
 @pytest.mark.parametrize("off", [0.0, 1e-2, math.nan])
 def test_a_kernel_that_errs_is_called_wrong(monkeypatch: pytest.MonkeyPatch, off: float):
     def decode(*arguments: Any) -> Any:
-        *inputs, _, coding = arguments
+        *inputs, _, coding, _ = arguments
         out, lse, logits = decode_plain(*inputs, coding)
         out.view(-1)[1] += off
         return out, lse, logits
@@ -368,11 +368,15 @@ def measured() -> dict[str, Any]:
             seconds = {"median": 2 * row["seconds"]}
             layer.append({"name": row["name"], "shape": row["shape"], "bytes": row["bytes"], "seconds": seconds})
     kernels = [{"case": "d=3", "right": True, "share": 0.5, "relative": 1.5e-3}]
+    family, builtin = tuning.Kind(torch.bfloat16, 64, "none", False).builtin
+    kind = {"family": family._asdict(), "choice": builtin._asdict(), "chosen": True}
+    tuned = [kind | {"share": 1.0}, kind | {"share": 0.82}]
     return {
         "about": predicted["about"] | {"rehearsal": False, "device": {"name": "NVIDIA H100 of a test"}},
         "parts": [
             {"name": "one layer", "state": "done", "why": "", "seconds": 1.0, "rows": layer},
             {"name": "kernels, bfloat16", "state": "done", "why": "", "seconds": 1.0, "rows": kernels},
+            {"name": "tuning", "state": "done", "why": "", "seconds": 1.0, "rows": tuned},
         ],
     }
 
@@ -410,6 +414,7 @@ def test_a_measured_result_goes_beside_the_predictions(tmp_path: Path):
     assert "measured, NVIDIA H100 of a test, us" in text
     assert "at most 8e-3 | | | | 1.5e-03 |" in text
     assert "1 of 1" in text
+    assert "better sizes than the built-in ones | 1 of 2; least time, of the built-in's: 82 % |" in text
     # Twice as slow in every row: the same ratios as predicted.
     [order] = [line.split(" | ") for line in text.splitlines() if line.startswith("| order 1 over no moments")]
     assert order[-1].removesuffix(" |") == order[3]

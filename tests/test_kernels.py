@@ -16,7 +16,7 @@ from momentkv.backends.triton import report as kernels_report
 from momentkv.backends.triton.builds import TARGETS, Build, Usage, compile_build
 from momentkv.backends.triton.decode import SPLITS, number_of_splits
 from momentkv.backends.triton.reach import reachable
-from momentkv.backends.triton.report import few
+from momentkv.backends.triton.report import few, sampled
 
 
 def test_kernels_agree_with_the_oracle_in_the_interpreter():
@@ -60,6 +60,22 @@ def test_a_build_that_takes_too_much_fails_the_report(
     assert "FAILS" in capsys.readouterr().out
     monkeypatch.setattr(kernels_report, "compile_build", lambda build, target: Usage(64, 0, 1024))
     assert kernels_report.main(["--targets", "90"]) == 0
+
+
+def test_a_sample_is_always_the_same_and_part_of_every_larger_one(
+    builds: list[Build], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert [sampled(builds, n) for n in (3, 5)] == [sampled(builds, len(builds))[:n] for n in (3, 5)]
+    assert set(sampled(builds, 10**6)) == set(builds)
+    assert sampled(builds, 10**6) != builds
+    with pytest.raises(ValueError, match="sample is 0"):
+        sampled(builds, 0)
+    monkeypatch.setattr(kernels_report, "reachable", lambda: builds)
+    monkeypatch.setattr(kernels_report, "compile_build", lambda build, target: Usage(64, 0, 1024))
+    assert kernels_report.main(["--targets", "90", "--sample", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert f"3 of {len(builds)} specialisations" in printed
+    assert all(build.name in printed for build in sampled(builds, 3))
 
 
 def test_nothing_is_compiled_in_the_interpreter(builds: list[Build], monkeypatch: pytest.MonkeyPatch):

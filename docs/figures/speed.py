@@ -297,6 +297,11 @@ def found(measured: dict[str, Any]) -> str:
         sizes = [row["peak"] for row in rows_of(measured, "memory of a prefill") if row["context"] == context]
         shown = f"{sizes[0] / 2**20:.0f} MiB" if sizes else NONE
         lines.append(f"| peak memory of a layer's prefill of {context} tokens, beyond its inputs | {shown} |")
+    taken = [row for row in rows_of(measured, "tuning") if row.get("chosen")]
+    faster = [row["share"] for row in taken if row["share"] < 1]
+    shown = f"{len(faster)} of {len(taken)}" + (f"; least time, of the built-in's: {min(faster):.0%}" if faster else "")
+    shown = shown.replace("%", " %") if taken else NONE
+    lines.append(f"| kinds of launches for which tuning found better sizes than the built-in ones | {shown} |")
     told = rows_of(measured, "operators PyTorch checks")
     right = sum(bool(row["right"]) for row in told)
     lines.append(f"| operators that pass PyTorch's check, calls | {f'{right} of {len(told)}' if told else NONE} |")

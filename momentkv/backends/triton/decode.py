@@ -9,23 +9,25 @@ import triton
 
 from momentkv.backends.layout import Recent
 from momentkv.backends.triton.decode_kernel import combine_kernel, decode_kernel
+from momentkv.backends.triton.tuned import Choice, Choices, Family, chosen
 from momentkv.codes import PLANES, Coding
 from momentkv.statistics.expansion import Expansion
 
 __all__ = [
     "DecodeBlocks",
     "Launch",
+    "builtin_choice",
     "code_flags",
     "decode_blocks",
     "decode_launches",
     "decode_triton",
     "estimate_flags",
+    "family_of",
     "number_of_splits",
 ]
 
 # Least number of blocks of the sequence for each multiprocessor. Two or three were slower by a tenth at batch 16, and
-# hardly
-# faster anywhere (H200, head dimension 128).
+# hardly faster anywhere (H200, head dimension 128).
 WAVES = 1
 SPLITS = 64  # at most; the combine kernel holds the outputs of all splits of a query
 # Whole numbers of so many bytes.
@@ -87,12 +89,24 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
     )
 
 
-def number_of_splits(programs: int, capacity: int, block_n: int, processors: int) -> int:
+def family_of(blocks: DecodeBlocks, dtype: torch.dtype, summaries: int, *, coded: bool) -> Family:
+    """Those launches that a device's choice is for."""
+    estimate = "none" if summaries == 0 else "moments" if summaries == 1 else "summaries"
+    name = str(dtype).removeprefix("torch.")
+    return Family(name, blocks.BLOCK_M, blocks.BLOCK_D, blocks.BLOCK_V, estimate, coded)
+
+
+def builtin_choice(blocks: DecodeBlocks) -> Choice:
+    """What is chosen where nothing was measured on the device."""
+    return Choice(blocks.BLOCK_N, blocks.num_warps, blocks.num_stages, WAVES)
+
+
+def number_of_splits(programs: int, capacity: int, block_n: int, processors: int, waves: int = WAVES) -> int:
     """Parts of the sequence: enough to occupy the device, none smaller than a tile.
 
     Depends on shapes only, never on counts: those are known to the device alone, and a captured graph is fixed.
     """
-    wanted = triton.cdiv(WAVES * processors, max(programs, 1))
+    wanted = triton.cdiv(waves * processors, max(programs, 1))
     return max(1, min(wanted, triton.cdiv(capacity, block_n), SPLITS))
 
 
@@ -179,15 +193,17 @@ def decode_triton(
     scored: bool,
     splits: int | None = None,
     coding: Coding | None = None,
+    choices: Choices | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Run the kernel; arguments as those of `momentkv.backends.operators.decode`, checked there.
 
-    ``splits`` overrules the number of parts of the sequence.
+    ``splits`` overrules the number of parts of the sequence, ``choices`` those that were measured on the device.
     """
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    out, lse, logits, launches = decode_launches(
-        q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored, processors, splits, coding
-    )
+    if choices is None:
+        choices = chosen(q.device) if q.is_cuda else {}
+    given = (q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored)
+    out, lse, logits, launches = decode_launches(*given, processors, splits, coding, choices)
     for launch in launches:
         launch()
     return out, lse, logits
@@ -208,10 +224,12 @@ def decode_launches(
     processors: int,
     splits: int | None = None,
     coding: Coding | None = None,
+    choices: Choices | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[Launch]]:
     """What `decode_triton` returns, still empty, and the launches that fill it on a device of so many processors.
 
-    No tensor is read, so that tensors without data tell what a real call would launch.
+    No tensor is read, so that tensors without data tell what a real call would launch. Launches that ``choices`` do not
+    name are as built in.
     """
     batch, q_heads, q_len, d = q.shape
     dv = v.shape[-1] if coding is None else coding.value_standard.deviation.shape[-1]
@@ -220,10 +238,15 @@ def decode_launches(
     newest = 0 if recent is None else recent.keys.shape[-2]
     flags, flags_of_codes = estimate_flags(expansion), code_flags(coding, d, dv)
     blocks = decode_blocks(rows, d, dv, q.dtype, flags["SUMMARIES"], coded=coding is not None)
+    choice = builtin_choice(blocks)
+    if choices:
+        family = family_of(blocks, q.dtype, flags["SUMMARIES"], coded=coding is not None)
+        choice = choices.get(family, choice)
+    blocks = blocks._replace(BLOCK_N=choice.tokens, num_warps=choice.num_warps, num_stages=choice.num_stages)
     tiles = triton.cdiv(rows, blocks.BLOCK_M)
     q = q.contiguous()
     if splits is None:
-        splits = number_of_splits(heads * tiles, capacity, blocks.BLOCK_N, processors)
+        splits = number_of_splits(heads * tiles, capacity, blocks.BLOCK_N, processors, choice.waves)
     # With few heads the estimate or recent tokens would make one split the slowest; they get one for themselves.
     own = (expansion is not None or recent is not None) and splits > 1
     splits += own

@@ -18,6 +18,7 @@ from momentkv.backends.operators import DTYPES, EXPANSION, assemble, coding_of, 
 from momentkv.backends.torch import decode_tiers
 from momentkv.backends.triton.builds import Build, build_of
 from momentkv.backends.triton.decode import Launch, decode_launches
+from momentkv.backends.triton.tuned import Choices
 from momentkv.codes import BITS, SPLIT, Coding, Standard, row_bytes
 from momentkv.statistics.corrections import CORRECTIONS, AnchoredSummaries
 from momentkv.statistics.expansion import Expansion
@@ -117,25 +118,30 @@ def spread_out(expansion: Expansion | None, batch: int, heads: int) -> Expansion
 
 
 def launches_of(
-    tiers: Tiers, expansion: Expansion | None, group: int, *, scored: bool, processors: int = PROCESSORS
+    tiers: Tiers,
+    expansion: Expansion | None,
+    group: int,
+    *,
+    scored: bool,
+    processors: int = PROCESSORS,
+    choices: Choices | None = None,
 ) -> Iterator[Launch]:
-    """What a decoding step over these tokens launches on a device of so many processors."""
+    """What a decoding step over these tokens launches on a device of so many processors, where so much is chosen."""
     batch, heads, _, d = tiers.recent_keys.shape
     q = without_data(batch, heads * group, 1, d, dtype=tiers.recent_keys.dtype)
     with Calls() as calls:
         decode_tiers(q, tiers, spread_out(expansion, batch, heads), scale=d**-0.5, weights=scored)
     for arguments in calls.arguments:
-        yield from launched(arguments, processors)
+        yield from launched(arguments, processors, choices)
 
 
-def launched(arguments: tuple[Any, ...], processors: int) -> list[Launch]:
+def launched(arguments: tuple[Any, ...], processors: int, choices: Choices | None = None) -> list[Launch]:
     """The launches of one call of the operator."""
     q, k, v, positions, counts, starts, capacity, *rest = arguments
     recent, (scale, scored, *parts) = together(*rest[:3]), rest[3:]
     expansion, coding = assemble(*parts[:EXPANSION]), coding_of(*parts[EXPANSION:])
-    return decode_launches(
-        q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored, processors, coding=coding
-    )[-1]
+    given = (q, k, v, positions, counts, starts, capacity, recent, expansion, scale, scored)
+    return decode_launches(*given, processors, None, coding, choices)[-1]
 
 
 def reachable(dtypes: tuple[torch.dtype, ...] = DTYPES, dimensions: tuple[int, ...] = DIMENSIONS) -> Iterator[Build]:

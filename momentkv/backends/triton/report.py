@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import random
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +18,7 @@ import triton
 from momentkv.backends.triton.builds import TARGETS, Build, Usage, compile_build, occupancy
 from momentkv.backends.triton.reach import reachable
 
-__all__ = ["compiled", "few", "main"]
+__all__ = ["compiled", "few", "main", "sampled"]
 
 
 def few(builds: Sequence[Build]) -> list[Build]:
@@ -34,6 +35,15 @@ def few(builds: Sequence[Build]) -> list[Build]:
         if known["FULL_VARIANCE"] or (known["RANK"] and known["SCORED"] and known["MASKED"] | known["PACKED"]):
             chosen.append(build)
     return chosen
+
+
+def sampled(builds: Sequence[Build], number: int) -> list[Build]:
+    """So many of them, drawn at random; a larger number draws the same and more."""
+    if number < 1:
+        raise ValueError(f"sample is {number}; it must be at least 1")
+    drawn = list(builds)
+    random.Random(0).shuffle(drawn)
+    return drawn[:number]
 
 
 def compiled(
@@ -70,12 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m momentkv.backends.triton.report", description=__doc__)
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--few", action="store_true", help="leave out what differs little")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N, drawn at random, always the same")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     options = parser.parse_args(arguments)
-    builds = list(reachable())
-    builds = few(builds) if options.few else builds
+    every = list(reachable())
+    builds = few(every) if options.few else every
+    if options.sample is not None:
+        builds = sampled(builds, options.sample)
     failed = 0
-    print(f"Triton {triton.__version__}, {len(builds)} specialisations; blocks: a multiprocessor holds so many at once")
+    print(
+        f"Triton {triton.__version__}, {len(builds)} of {len(every)} specialisations; "
+        "blocks: a multiprocessor holds so many at once"
+    )
     for build, target, usage in compiled(builds, options.targets, workers=options.workers):
         failed += not usage.fits(target)
         print(line(build, target, usage), flush=True)

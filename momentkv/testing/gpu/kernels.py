@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from triton.errors import TritonError
 
 from momentkv.backends.triton.decode import decode_triton
+from momentkv.backends.triton.tuned import Choices
 from momentkv.codes import SPLIT
 from momentkv.testing.decoding import Decode, decode_cases, expected, f64, logits_error, make
 from momentkv.testing.gpu.parts import Row, Skip
@@ -84,8 +85,8 @@ def all_cases(dtype: torch.dtype) -> list[Decode]:
     return list(dict.fromkeys(cases))
 
 
-def error_of(case: Decode, device: str) -> Row:
-    """Run a case."""
+def error_of(case: Decode, device: str, *, choices: Choices | None = None) -> Row:
+    """Run a case, with the sizes that are chosen, by default those of this device."""
     x = make(case, device)
     out, lse, logits = decode_triton(
         x.q,
@@ -101,6 +102,7 @@ def error_of(case: Decode, device: str) -> Row:
         case.scored,
         case.splits or None,
         x.coding,
+        choices,
     )
     exact, exact_logits, allowed = expected(case, x)
     shares = [share(f64(out), exact.out, allowed.out), share(f64(lse), exact.lse, allowed.lse)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["page_of"]
+__all__ = ["choice_line", "page_of"]
 
 
 def page_of(content: dict[str, Any]) -> str:
@@ -17,7 +17,8 @@ def page_of(content: dict[str, Any]) -> str:
     """
     about = content["about"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "cuda", "numpy") if about[name])
-    lines = ["", f"{about['device']['name']}; {versions}; {about['date']}"]
+    tuned = f"; tuned sizes of {about['tuned']} kinds of launches" if about.get("tuned") else ""
+    lines = ["", f"{about['device']['name']}; {versions}; {about['date']}{tuned}"]
     for part in content["parts"]:
         lines += ["", f"{part['name']}: {part['state']}" + (f" ({last(part['why'])})" if part["why"] else "")]
         lines += SUMMARIES.get(part["name"].partition(",")[0], one_by_one)(part["rows"])
@@ -61,6 +62,21 @@ def of_checks(rows: list[dict[str, Any]]) -> list[str]:
     right = sum(row["right"] for row in rows)
     wrong = [f"  wrong: {row['operator']}, {row['case']}: {row['why']}" for row in rows if not row["right"]]
     return [f"  {right} of {len(rows)} calls are as the operators say", *wrong] if rows else []
+
+
+def of_tuning(rows: list[dict[str, Any]]) -> list[str]:
+    """What was chosen of each kind, and which candidates err."""
+    return [choice_line(row) for row in rows if row.get("chosen") or row.get("right") is False]
+
+
+def choice_line(row: dict[str, Any]) -> str:
+    """A candidate, or a choice, on a line."""
+    family, choice = row["family"], row["choice"]
+    name = f"  {family['dtype']}, d {family['d']}, estimate {family['estimate']}{', coded' if family['coded'] else ''}"
+    sizes = ", ".join(f"{name.removeprefix('num_')} {size}" for name, size in choice.items())
+    if row.get("chosen"):
+        return f"{name}: {sizes}: {row['share']:.0%} of the time of the built-in sizes"
+    return f"{name}: {sizes}: " + ("right" if row["right"] else "WRONG" if row["fits"] else "no room")
 
 
 def of_graphs(rows: list[dict[str, Any]]) -> list[str]:
@@ -130,6 +146,7 @@ SUMMARIES = {
     "steps as graphs": of_graphs,
     "flushes as graphs": of_flushes,
     "operators PyTorch checks": of_checks,
+    "tuning": of_tuning,
     "compiled kernels": of_compiled,
     "bytes of kernels": of_bytes,
 }

@@ -55,6 +55,7 @@ PARTS = {
         Part("a model of transformers", 90, "whole:times"),
         Part("modes of a cache", 90, "modes:compared"),
         Part("tokens in few bits", 40, "few_bits:times"),
+        Part("tuning", 90, "tuning:times", (("bfloat16",), (128,), 30.0)),
         Part("operators PyTorch checks", 40, "checks:checked"),
         Part("compiled kernels", 300, "predict:compiled", rehearsed=True, interpreted=False),
         Part("bytes of kernels", 240, "predict:counted", rehearsed=True),

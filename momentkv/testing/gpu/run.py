@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import momentkv
+from momentkv.backends.triton.tuned import chosen
 from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.parts import PARTS, Part
 from momentkv.testing.gpu.predict import predictions
@@ -121,7 +122,9 @@ def run_part(part: Part, *, seconds: float, rehearse: bool) -> dict[str, Any]:
 def about(*, rehearse: bool) -> dict[str, Any]:
     """Device and versions."""
     device: dict[str, Any] = {"name": "CPU, Triton's interpreter: a rehearsal, no timing"}
+    tuned = 0
     if not rehearse:
+        tuned = len(chosen(torch.device("cuda", 0)))
         found = torch.cuda.get_device_properties(0)
         device = {
             "name": found.name,
@@ -132,6 +135,7 @@ def about(*, rehearse: bool) -> dict[str, Any]:
     return {
         "rehearsal": rehearse,
         "device": device,
+        "tuned": tuned,  # kinds of launches whose sizes come from a file
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "momentkv": momentkv.__version__,
         "python": platform.python_version(),
