@@ -12,10 +12,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
+from momentkv.backends.layout import Layout
 from momentkv.backends.triton import report as kernels_report
 from momentkv.backends.triton.builds import TARGETS, Build, Usage, compile_build
 from momentkv.backends.triton.decode import SPLITS, number_of_splits
-from momentkv.backends.triton.reach import reachable
+from momentkv.backends.triton.reach import expansions, launches_of, reachable, tiers_of
 from momentkv.backends.triton.report import few, sampled
 
 
@@ -90,3 +91,12 @@ def test_splits_fill_the_device_and_are_no_smaller_than_a_tile():
             splits = number_of_splits(programs, capacity, 64, 132)
             assert 1 <= splits <= min(SPLITS, max(1, -(-capacity // 64)))
             assert splits * programs >= 132 or splits in (-(-capacity // 64), SPLITS, 1)
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_a_merge_holds_no_more_splits_than_fit_into_registers(d: int):
+    """With that of recent tokens and the estimate: 128 spilled at head dimension 256."""
+    tiers = tiers_of(torch.float16, d, 1, Layout(1, 65, (2**15, 2**15)), masked=False)
+    for expansion in (None, expansions(d)["summaries"]):
+        _, merge = launches_of(tiers, expansion, 4, scored=False)
+        assert merge.arguments["splits"] == merge.constants["BLOCK_S"] == SPLITS

@@ -245,10 +245,12 @@ def decode_launches(
     blocks = blocks._replace(BLOCK_N=choice.tokens, num_warps=choice.num_warps, num_stages=choice.num_stages)
     tiles = triton.cdiv(rows, blocks.BLOCK_M)
     q = q.contiguous()
+    # With few heads the estimate or recent tokens would make one split the slowest; they get one for themselves.
+    apart = expansion is not None or recent is not None
     if splits is None:
         splits = number_of_splits(heads * tiles, capacity, blocks.BLOCK_N, processors, choice.waves)
-    # With few heads the estimate or recent tokens would make one split the slowest; they get one for themselves.
-    own = (expansion is not None or recent is not None) and splits > 1
+        splits = min(splits, SPLITS - apart)
+    own = apart and splits > 1
     splits += own
     out = q.new_empty((batch, q_heads, q_len, dv))
     lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
