@@ -94,12 +94,26 @@ def test_the_table_of_fidelity_is_that_of_the_data():
         assert f"| {x.bytes} | {named[x.method.removeprefix('momentkv/')]} | {x.kept} | {x.kl:.3f} |" in text
 
 
+def test_the_page_tells_which_ranking_wins_where():
+    data = read("rankings.json")
+    text = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    errors = [np.asarray([model["errors"][name] for name in data["rankings"][:3]]) for model in data["models"]]
+    one, other = (np.bincount(each.argmin(0).ravel(), minlength=3) for each in errors)
+    names = ("expected attention in {} and {} heads", "observed attention in {} and {}", "novelty in {} and {}")
+    said = ", ".join(name.format(*pair) for name, pair in zip(names, zip(one, other, strict=True), strict=True))
+    assert text.count(said) == 2  # the picture in light, and in dark
+    (expected, observed, _), (of_other, seen, _) = (each.mean((1, 2)) for each in errors)
+    assert f"{observed:.3f} on SmolLM2 and {seen:.3f} on Qwen, where expected attention has {expected:.3f}" in text
+    assert f"and {of_other:.3f}" in text
+    assert f"it would be {errors[0].min(0).mean():.3f} and {errors[1].min(0).mean():.3f}" in text
+
+
 def test_pictures_are_drawn_from_the_data(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(ROOT / "docs" / "figures" / "pictures.py"), "--output", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     drawn = sorted(path.name for path in tmp_path.iterdir())
-    assert len(drawn) == 12
+    assert len(drawn) == 14
     for name in drawn:
         new, committed = ((folder / name).read_text() for folder in (tmp_path, ROOT / "docs" / "assets"))
         # Shapes, and places to a tenth of a point, whatever the machine; the text depends on the fonts of matplotlib.

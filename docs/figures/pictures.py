@@ -6,7 +6,8 @@ Run: python docs/figures/pictures.py [--output docs/assets]
 - gap.json by momentkv evaluate gap --text compound --budget 128 --policy momentkv --output docs/data/gap.json;
 - fidelity.json by momentkv evaluate fidelity --bytes 32 --text compound formatstrings specialnames types --policies
   momentkv --corrections none order-1 summaries summaries-layers --output docs/data/fidelity.json;
-- held-out-smollm2.json and held-out-qwen.json by the commands in docs/evaluation.md#held-out.
+- held-out-smollm2.json and held-out-qwen.json by the commands in docs/evaluation.md#held-out;
+- rankings.json by docs/figures/rankings.py.
 
 Each picture is drawn twice, for light and for dark pages.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.patches
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -63,6 +65,7 @@ def main() -> None:
         "kl-bytes": draw_kl,
         "held-out": draw_held_out,
         "memory": draw_memory,
+        "rankings": draw_rankings,
     }
     for name, draw in pictures.items():
         for theme in THEMES:
@@ -222,6 +225,38 @@ def draw_held_out(theme: Theme) -> Figure:
     panels[0].set_ylabel("KL to the full cache, nats")
     figure.supxlabel("bytes, as 16-bit tokens for each KV head", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def draw_rankings(theme: Theme) -> Figure:
+    """The ranking with the least error of every KV head, stronger where the next one is further behind."""
+    data = read("rankings.json")
+    colours = {
+        "expected-attention": (theme.summaries, "expected attention"),
+        "snapkv": (theme.evicted, "observed attention (SnapKV)"),
+        "novelty": (theme.order_1, "novelty"),
+    }
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    for axis, model in zip(figure.subplots(len(data["models"]), 1), data["models"], strict=True):
+        errors = np.asarray([model["errors"][name] for name in colours])
+        best, second = np.sort(errors, axis=0)[:2]
+        # A tenth ahead is as strong as it gets.
+        lead = np.clip((second / best - 1) / 0.1, 0.15, 1)
+        winners = np.asarray([mpl.colors.to_rgb(colour) for colour, _ in colours.values()])[errors.argmin(0)]
+        axis.imshow(np.concatenate([winners, lead[..., None]], axis=-1).swapaxes(0, 1), aspect="auto")
+        counts = np.bincount(errors.argmin(0).ravel(), minlength=len(colours))
+        axis.set_title("{}: {}, {} and {} heads".format(model["name"], *counts))
+        axis.set_yticks(range(errors.shape[2]))
+        axis.set_ylabel("KV head")
+        axis.spines[:].set_visible(False)
+    axis.set_xlabel("layer")
+    figure.legend(
+        handles=[mpl.patches.Patch(color=colour, label=label) for colour, label in colours.values()],
+        loc="outside upper center",
+        ncols=3,
+        fontsize="small",
+        columnspacing=1,
+    )
     return figure
 
 

@@ -76,8 +76,8 @@ def by_head(xp: Any, queries: Array, keys: Array, real: Array) -> Array:
     total = None
     # A head at a time: all at once would hold the keys once for each.
     for head in range(group):
-        spread = xp.sum(xp.matmul(keys, covariance[..., head, :, :]) * keys, axis=-1)
-        logit = xp.matmul(keys, mean[..., head, :, None])[..., 0] + spread / 2
+        spread = row_products(xp.matmul(keys, covariance[..., head, :, :]), keys)
+        logit = xp.matmul(mean[..., head, None, :], xp.matrix_transpose(keys))[..., 0, :] + spread / 2
         logit = xp.where(real, logit, -xp.inf * xp.ones_like(logit))
         top = finite_max(logit)
         logit = logit - top - xp.log(positive(xp, xp.sum(xp.exp(logit - top), axis=-1, keepdims=True)))

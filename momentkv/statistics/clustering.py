@@ -59,7 +59,8 @@ def cluster(x: Array, weight: Array, groups: int) -> Array:
         if table is not None:
             return xp.take(table, row, axis=0)
         centre = xp.take(rows, row, axis=0)
-        far = square - 2 * (x @ centre[:, :, None])[:, :, 0] + xp.sum(centre * centre, axis=-1, keepdims=True)
+        # A row times many columns takes PyTorch an eighth of the time of many rows times a column.
+        far = square - 2 * (centre[:, None, :] @ x.mT)[:, 0, :] + xp.sum(centre * centre, axis=-1, keepdims=True)
         return weight * xp.where(far > 0, far, 0.0)
 
     picked = [first + xp.argmax(weight, axis=-1)]
@@ -77,8 +78,12 @@ def cluster(x: Array, weight: Array, groups: int) -> Array:
     for step in range(LLOYD_STEPS):
         # |x|^2 is the same for all groups and left out.
         length = xp.sum(centre * centre, axis=-1) + never
-        distance = length[:, None, :] - twice @ centre.mT
-        member = xp.astype(xp.argmin(distance, axis=-1, keepdims=True) == slots, x.dtype)
+        distance = length[:, :, None] - centre @ twice.mT
+        # The first of the nearest, and some group for a point that is not finite: as argmin, which takes ten times as
+        # long over an axis that is not the last.
+        nearest_of = distance == xp.min(distance, axis=-2, keepdims=True)
+        chosen = xp.min(xp.where(nearest_of, slots[:, None], groups - 1), axis=-2)
+        member = xp.astype(chosen[:, :, None] == slots, x.dtype)
         if step < LLOYD_STEPS - 1:
             part, mean = centres(member, weight, x)
             centre = xp.where((part > 0)[:, :, None], mean, centre)
