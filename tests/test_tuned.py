@@ -144,6 +144,12 @@ def test_files_are_where_the_variable_or_the_cache_of_the_user_says(monkeypatch:
         monkeypatch.setenv("HOME", "/home/someone")
         assert str(path_of(ABOUT)).startswith("/home/someone/.cache/momentkv/tuned/")
 
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert path_of(ABOUT) is None
+
 
 def test_what_is_chosen_is_faster_by_a_margin_and_slower_nowhere():
     for times, expected in (

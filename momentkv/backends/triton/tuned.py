@@ -126,14 +126,19 @@ def fingerprint() -> str:
 
 
 def path_of(about: Mapping[str, Any]) -> Path | None:
-    """The file of a kind of GPU, in ``$MOMENTKV_TUNED`` or the user's cache; None where that variable is empty."""
+    """The file of a kind of GPU, in ``$MOMENTKV_TUNED`` or the user's cache; None where that is empty, or there is no home."""
     folder = os.environ.get(VARIABLE)
     if folder == "":
         return None
     if folder is None:
-        home = os.environ.get("XDG_CACHE_HOME", "")
+        cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
         # The XDG Base Directory Specification: a relative path is to be ignored.
-        folder = str((Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "momentkv" / "tuned")
+        if not cache_home.is_absolute():
+            try:
+                cache_home = Path.home() / ".cache"
+            except RuntimeError:  # a user of a container who has no home decodes all the same
+                return None
+        folder = str(cache_home / "momentkv" / "tuned")
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{about['device']} {about['capability']}")
     return Path(folder) / f"decode-{name}.json"
 
