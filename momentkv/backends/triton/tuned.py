@@ -126,7 +126,7 @@ def fingerprint() -> str:
 
 
 def path_of(about: Mapping[str, Any]) -> Path | None:
-    """The file of a kind of GPU, in ``$MOMENTKV_TUNED`` or the user's cache; None where that is empty, or there is no home."""
+    """The file of a kind of GPU, in ``$MOMENTKV_TUNED`` or the user's cache; None for "" or no home."""
     folder = os.environ.get(VARIABLE)
     if folder == "":
         return None
