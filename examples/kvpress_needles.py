@@ -24,7 +24,7 @@ from typing import Any
 
 from kvpress_peers import Compressed, load, make_press, prefill, run_inside, teacher_force, versions
 
-PRESSES = ("SnapKV", "ExpectedAttention", "KeyDiff", "AdaKV(SnapKV)")
+PRESSES = ("SnapKV", "ExpectedAttention", "KeyDiff", "AdaKV(SnapKV)", "KVzip")
 
 
 def main() -> int:
@@ -115,6 +115,7 @@ def evaluate(options: argparse.Namespace) -> int:
                         "budget": budget,
                         "bytes_as_tokens": budget,
                         "nbytes": state.nbytes()[0] if state else None,
+                        "cpu_seconds": state.cpu_seconds if state else None,
                     }
                     | ask(model, state, cache, question, context)
                     | {"generated": None}

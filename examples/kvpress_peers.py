@@ -13,8 +13,10 @@ more is evicted. Presses have kvpress's defaults and differ from momentkv's poli
 How kvpress is called
     A press works in a hook after each attention layer, which leaves the layer's output as it is. So one prefill serves
     all presses: each one's own `forward_hook` runs on a cache of its own. `--check` compares with `with press(model):`.
-    AdaKV retains B tokens per KV head on average and masks the others at run time, holding all of them in memory; its
-    `nbytes` are those of the retained tokens, `held_nbytes` those of the tensors.
+    KVzip reads the context a second time, and so has a prefill of its own; its scores serve all budgets.
+    AdaKV and KVzip retain B tokens per KV head on average and mask the others at run time, holding all of them in
+    memory; their `nbytes` are those of the retained tokens, `held_nbytes` those of the tensors. `cpu_seconds` are the
+    processor's: of a prefill, and of what the press does beside it; KVzip's have its second reading.
 
 How the following tokens see the cache
     transformers builds its causal mask from lengths and positions, which is no longer right when layers or heads retain
@@ -31,13 +33,17 @@ Same model, same tokens
 from __future__ import annotations
 
 import argparse
+import atexit
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,8 +73,9 @@ PRESSES = (
     "Merging(SnapKV)",
     "AdaKV(SnapKV)",
     "AdaKV(ExpectedAttention)",
+    "KVzip",
 )
-CHECKED = ("SnapKV", "PyramidKV", "AdaKV(SnapKV)")
+CHECKED = ("SnapKV", "PyramidKV", "AdaKV(SnapKV)", "KVzip")
 
 
 def main() -> int:
@@ -133,6 +140,11 @@ def load() -> tuple[Any, Any]:
     source, file = spec.submodule_search_locations[0], f"{MODEL}.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype="float32", attn_implementation="sdpa")
+    # KVzip reads its request with the tokenizer that it finds where the model is said to come from.
+    folder = tempfile.mkdtemp(prefix="kvpress-tokenizer-")
+    atexit.register(shutil.rmtree, folder)
+    tokenizer.save_pretrained(folder)
+    model.config.name_or_path = folder
     return model.eval(), tokenizer
 
 
@@ -155,15 +167,18 @@ class Compressed:
         self.press = press
         self.cache = DynamicCache()
         self.masked: list[Any] = []  # of each layer: None, or kvpress's indices (batch, KV head, token)
+        self.cpu_seconds = 0.0  # without the prefill that all presses share
 
     def take(self, module: Any, inputs: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Compress one layer of the prefill with the press's own hook."""
+        start = time.process_time()
         layer = kwargs["past_key_values"].layers[module.layer_idx]
         self.cache.update(layer.keys, layer.values, module.layer_idx)
         module.masked_key_indices = None
         self.press.forward_hook(module, inputs, {**kwargs, "past_key_values": self.cache}, output)
         self.masked.append(module.masked_key_indices)
         module.masked_key_indices = None
+        self.cpu_seconds += time.process_time() - start
 
     def copy(self) -> Any:
         """A cache to append to."""
@@ -217,21 +232,51 @@ def on_attention(model: Any, register: Callable[[Any], Any]) -> Iterator[None]:
 
 def prefill(model: Any, context: Any, presses: list[Any]) -> tuple[Any, list[Compressed]]:
     """The full cache of a context, token ids (1, context), and what each press makes of it."""
+    from kvpress import KVzipPress
     from transformers import DynamicCache
 
     states = [Compressed(press) for press in presses]
-    for press in presses:
-        press.post_init_from_model(model)
+    again = [state for state in states if isinstance(state.press, KVzipPress)]
+    hooked = [state for state in states if state not in again]
+    for state in hooked:
+        state.press.post_init_from_model(model)
 
     def compress(module: Any, inputs: Any, kwargs: dict[str, Any], output: Any) -> None:
         module.rotary_emb = model.model.rotary_emb  # as kvpress does before it calls a press
-        for state in states:
+        for state in hooked:
             state.take(module, inputs, kwargs, output)
 
     cache = DynamicCache()
+    start = time.process_time()
     with on_attention(model, lambda module: module.register_forward_hook(compress, with_kwargs=True)):
         model(context, past_key_values=cache, logits_to_keep=1)
+    seconds = time.process_time() - start - sum(state.cpu_seconds for state in hooked)
+    for state in hooked:
+        state.cpu_seconds += seconds
+    if again:
+        read_again(model, context, again)
     return cache, states
+
+
+def read_again(model: Any, context: Any, states: list[Compressed]) -> None:
+    """Let KVzip read a context twice, once for all, and compress it to the ratio of each state."""
+    press, start = copy.copy(states[0].press), time.process_time()
+    compress = press.compress_post
+
+    def compress_to_each(model: Any) -> None:
+        for state in states:
+            press.compression_ratio = state.press.compression_ratio
+            compress(model)
+            for layer in model.model.layers:
+                state.masked.append(layer.self_attn.masked_key_indices)
+                layer.self_attn.masked_key_indices = None
+
+    press.compress_post = compress_to_each
+    cache = states[0].cache
+    with press(model):
+        model(context, past_key_values=cache, logits_to_keep=1)
+    for state in states:
+        state.cache, state.cpu_seconds = cache, time.process_time() - start
 
 
 def teacher_force(model: Any, state: Compressed, following: Any, context: int) -> Any:
@@ -352,6 +397,7 @@ def evaluate(options: argparse.Namespace) -> int:
                     "retained": kept,
                     "nbytes": nbytes,
                     "held_nbytes": held,
+                    "cpu_seconds": state.cpu_seconds,
                     **result,
                 }
             )
