@@ -7,7 +7,7 @@ import pytest
 
 from momentkv import LayerCache, Moments, Tokens
 from momentkv.policies import Attention, Balanced, ExpectedAttention, Novelty
-from momentkv.policies.novelty import mahalanobis
+from momentkv.policies.novelty import RIDGE, from_mean, mahalanobis
 
 N, D = 40, 6
 
@@ -119,3 +119,24 @@ def test_an_outlier_that_nothing_attends_to_is_kept():
 def test_wrong_parameters_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         Balanced(**options)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("kind", ["a line", "a plane", "three tokens", "two points", "falling"])
+@pytest.mark.parametrize("d", [8, 64, 256])
+def test_distances_are_right_where_tokens_lie_in_few_directions(library: str, kind: str, d: int):
+    """As in float64, but for the rounding of a covariance against its ridge. An explicit inverse gave some below 0."""
+    rng, n = np.random.default_rng(0), 1500
+    made = {
+        "a line": lambda: rng.normal(size=(n, 1)) @ rng.normal(size=(1, d)),
+        "a plane": lambda: rng.normal(size=(n, 2)) @ rng.normal(size=(2, d)),
+        "three tokens": lambda: rng.normal(size=(n, d)) * (np.arange(n) < 3)[:, None],
+        "two points": lambda: (rng.random((n, 1)) > 0.5) * rng.normal(size=(1, d)),
+        "falling": lambda: rng.normal(size=(n, d)) * np.logspace(0, -6, d),
+    }
+    real = np.ones((1, n), dtype=bool)
+    x = from_mean(made[kind]()[None].astype(np.float32), real)
+    arrays = (x, real) if library == "numpy" else tuple(map(pytest.importorskip("torch").asarray, (x, real)))
+    got, exact = np.asarray(mahalanobis(*arrays)), mahalanobis(x.astype(np.float64), real)
+    assert (got >= 0).all()
+    assert np.abs(got - exact).max() <= 8 * 2.0**-24 * d / RIDGE * exact.max()

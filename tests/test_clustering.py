@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from libraries import Library
 
-from momentkv._array import inverse_by_factor, leading_by_squaring, orthonormal_by_gram
+from momentkv._array import inverse_factor, leading_by_squaring, orthonormal_by_gram
 from momentkv.statistics import clustering
 from momentkv.statistics.clustering import SUBSPACE_STEPS, cluster, low_rank
 from momentkv.testing.rounding import assert_same, assert_within, unit
@@ -250,13 +250,16 @@ def test_leading_directions_by_squaring_hold_as_much_as_those_of_a_decomposition
     assert_within(own, np.eye(number), 1e-6)
 
 
-@given(seed=st.integers(0, 2**32 - 1), half=st.sampled_from([1, 8, 32]))
-def test_inverses_by_factors_are_inverses(seed: int, half: int):
-    """What stands in for LU on a GPU; by the ridge, condition numbers are at most a thousand times the dimension."""
-    torch = pytest.importorskip("torch")
-    off = np.random.default_rng(seed).standard_normal((2, 5 * half, half)) * np.logspace(0, -3, half)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@given(seed=st.integers(0, 2**32 - 1), d=st.sampled_from([1, 2, 7, 32]))
+def test_factors_of_inverses_are_factors_of_inverses(library: str, seed: int, d: int):
+    """By the ridge, condition numbers are at most a thousand times the dimension."""
+    off = np.random.default_rng(seed).standard_normal((2, 5 * d, d)) * np.logspace(0, -3, d)
     matrix = np.swapaxes(off, -1, -2) @ off
-    matrix += 1e-3 * (np.trace(matrix, axis1=-2, axis2=-1) / half)[:, None, None] * np.eye(half)
-    made = inverse_by_factor(torch.asarray(matrix)).numpy()
+    matrix += 1e-3 * (np.trace(matrix, axis1=-2, axis2=-1) / d)[:, None, None] * np.eye(d)
+    given_one = matrix if library == "numpy" else pytest.importorskip("torch").asarray(matrix)
+    factor = np.asarray(inverse_factor(given_one))
+    np.testing.assert_array_equal(factor, np.tril(factor))
     condition = float(np.linalg.cond(matrix).max())
-    assert_within(made @ matrix, np.broadcast_to(np.eye(half), made.shape), 10 * half * 2.0**-52 * condition)
+    made = np.swapaxes(factor, -1, -2) @ factor
+    assert_within(made @ matrix, np.broadcast_to(np.eye(d), made.shape), 10 * d * 2.0**-52 * condition)

@@ -19,14 +19,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 from momentkv import LayerCache
-from momentkv._array import inverse_by_factor, leading_by_squaring, orthonormal_by_gram
+from momentkv._array import leading_by_squaring, orthonormal_by_gram
 from momentkv.backends.plain import decode_plain
 from momentkv.backends.triton.builds import GPUS, Usage, build_of, compile_build, occupancy
 from momentkv.backends.triton.reach import Calls, launched, reachable
 from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.cache.joining import flush_together
 from momentkv.codes import pair_of_bits
-from momentkv.policies import POLICIES, novelty
+from momentkv.policies import POLICIES
 from momentkv.statistics import clustering
 from momentkv.testing.gpu import checks, kernels, modes, run, steps, tuning
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
@@ -312,7 +312,6 @@ def test_a_flush_uploads_nothing_and_asks_no_routine_whether_it_succeeded(
     """Either waits for the device, and no CUDA graph can hold it; tensors without data do not show the latter."""
     monkeypatch.setattr(clustering, "orthonormal", orthonormal_by_gram)
     monkeypatch.setattr(clustering, "leading", leading_by_squaring)
-    monkeypatch.setattr(novelty, "inverse", inverse_by_factor)
     if POLICIES[settings["policy"]].couples_heads and not isinstance(budget, int):
         pytest.skip("heads that are ranked together have one budget")
     caches = [LayerCache(budget, static=True, window=8, **settings) for _ in range(layers)]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from momentkv._array import Array, array_namespace, device, inverse
+from momentkv._array import Array, array_namespace, device, inverse_factor
 from momentkv._rows import inverse_permutation, plus_product, real_rows, row_products
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
@@ -94,37 +94,9 @@ def mahalanobis(off: Array, real: Array) -> Array:
     covariance = covariance + ridge[..., None, None] * identity
     # A matrix that is not finite may stop the inversion of all. No entry of a covariance is above its diagonal's.
     finite = xp.isfinite(mean)[..., None]
-    whitened = off @ inverted(xp.where(finite[..., None], covariance, identity))
-    distance = row_products(whitened, off)
+    whitened = off @ inverse_factor(xp.where(finite[..., None], covariance, identity)).mT
+    distance = row_products(whitened, whitened)
     return xp.where(finite, distance, xp.full_like(distance, math.nan))
-
-
-def inverted(matrix: Array) -> Array:
-    r"""Inverse of symmetric positive definite matrices (..., d, d), by two inversions of half the size.
-
-    $$ \begin{pmatrix} A & B \\ B^\top & C \end{pmatrix}^{-1} =
-       \begin{pmatrix} A^{-1} + W S^{-1} W^\top & -W S^{-1} \\ -S^{-1} W^\top & S^{-1} \end{pmatrix}, \qquad
-       W = A^{-1} B, \quad S = C - B^\top W $$
-
-    A library's own solves for the identity column by column; most of this are products, in half the time.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> inverted(np.asarray([[2.0, 1.0], [1.0, 2.0]])).round(3).tolist()
-    [[0.667, -0.333], [-0.333, 0.667]]
-    """
-    xp = array_namespace(matrix)
-    half = matrix.shape[-1] // 2
-    if half == 0:
-        return inverse(matrix)
-    first = inverse(matrix[..., :half, :half])
-    corner = matrix[..., :half, half:]
-    across = first @ corner
-    rest = inverse(matrix[..., half:, half:] - corner.mT @ across)
-    between = -(across @ rest)
-    top = xp.concat([first - between @ across.mT, between], axis=-1)
-    return xp.concat([top, xp.concat([between.mT, rest], axis=-1)], axis=-2)
 
 
 def ranks(x: Array, real: Array) -> Array:
