@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
-from momentkv import LayerCache, Moments, Tokens
+from momentkv import LayerCache, Moments, Policy, Tokens
 from momentkv.policies import Attention, Balanced, ExpectedAttention, Novelty
 from momentkv.policies.novelty import RIDGE, from_mean, mahalanobis
 
@@ -140,3 +143,32 @@ def test_distances_are_right_where_tokens_lie_in_few_directions(library: str, ki
     got, exact = np.asarray(mahalanobis(*arrays)), mahalanobis(x.astype(np.float64), real)
     assert (got >= 0).all()
     assert np.abs(got - exact).max() <= 8 * 2.0**-24 * d / RIDGE * exact.max()
+
+
+@dataclasses.dataclass(frozen=True)
+class Watching(Policy):
+    """Evicts in rounds, and is shown nothing in slots that hold no token."""
+
+    name: ClassVar[str] = "watching"
+    rounds: int = 3
+
+    def importance(self, tokens: Tokens) -> np.ndarray:
+        empty = tokens.positions < 0
+        SHOWN.append(int(empty.sum()))
+        for x in tokens.vectors:
+            assert (x[empty] == 0).all()
+        return tokens.positions.astype(np.float64)
+
+
+SHOWN: list[int] = []
+
+
+def test_what_earlier_rounds_have_evicted_is_hidden_from_later_ones():
+    """Also of heads that retain different numbers of tokens, whose keys and values are gathered once."""
+    SHOWN.clear()
+    cache = LayerCache([20, 40], policy=Watching(), window=4, block=4)
+    rng = np.random.default_rng(0)
+    for length in (100, 60):
+        cache.step(*(rng.normal(size=(1, heads, length, 8)) for heads in (4, 2, 2)))
+    assert len(SHOWN) == 6
+    assert SHOWN[3] < SHOWN[4] < SHOWN[5]

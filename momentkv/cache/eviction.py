@@ -221,7 +221,8 @@ def evicted_state(
         window = query_window(state)
         for done in range(1, rounds + 1):
             if importance is None or done > 1:
-                left = view._replace(positions=positions)
+                # Later rounds have emptied slots, whose vectors are no longer hidden.
+                left = view if done == 1 else view._replace(positions=positions, both=None)
                 known = config.correction.known(evicted)
                 # Queries belong to the last slots, and later rounds have emptied some of these.
                 queries = newest if done == 1 else None
