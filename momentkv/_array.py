@@ -103,8 +103,8 @@ def inverse_factor(matrix: Array) -> Array:
     Examples
     --------
     >>> import numpy as np
-    >>> inverse_factor(np.asarray([[4.0, 0.0], [0.0, 16.0]])).tolist()
-    [[0.5, 0.0], [0.0, 0.25]]
+    >>> inverse_factor(np.asarray([[4.0, 2.0], [2.0, 2.0]])).tolist()
+    [[0.5, 0.0], [-0.5, 1.0]]
     """
     xp, half = array_namespace(matrix), matrix.shape[-1] // 2
     if is_torch_array(matrix):
