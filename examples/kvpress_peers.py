@@ -84,12 +84,20 @@ def main() -> int:
     )
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512], help="tokens per KV head")
     parser.add_argument("--presses", nargs="+", default=list(PRESSES), choices=PRESSES, metavar="PRESS")
-    parser.add_argument("--texts", nargs="+", default=list(TEXTS), help="topics of Python's language reference")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        default=list(TEXTS),
+        help="files, or topics of Python's language reference; + joins several",
+    )
     parser.add_argument("--output", type=Path, default=Path("results/kvpress.json"))
     parser.add_argument("--environment", type=Path, default=Path(".venv-kvpress"), help="made if missing")
     parser.add_argument("--check", action="store_true", help="check this script against kvpress's own ways, and stop")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # set when it runs itself
     options = parser.parse_args()
+    for text in options.texts:
+        if not Path(text).is_file() and not set(text.split("+")) <= set(topics):
+            parser.error(f"--texts has {text!r}, which is neither a file nor topics of Python's language reference")
     for budget in options.budgets:
         if not 0 < budget < CONTEXT:
             parser.error(f"budget is {budget}; it must be between 1 and {CONTEXT - 1}")
@@ -148,11 +156,18 @@ def load() -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def said(text: str) -> str:
+    """What a file says, or topics one after the other."""
+    if Path(text).is_file():
+        return Path(text).read_text(encoding="utf-8")
+    return "\n\n".join(topics[name] for name in text.split("+"))
+
+
 def encode(tokenizer: Any, text: str) -> Any:
     """The first tokens of a topic, shape (1, context + following + 1)."""
     count = CONTEXT + FOLLOWING + 1
     options = {"return_tensors": "pt", "add_special_tokens": False, "verbose": False}
-    ids = tokenizer(str(topics[text])[: 10 * count], **options).input_ids[:, :count]
+    ids = tokenizer(said(text)[: 10 * count], **options).input_ids[:, :count]
     if ids.shape[1] < count:
         raise ValueError(f"text {text!r} has {ids.shape[1]} tokens, but {count} are needed; name a longer topic")
     return ids
@@ -353,12 +368,16 @@ def evaluate(options: argparse.Namespace) -> int:
     torch.set_grad_enabled(False)
     model, tokenizer = load()
     rows: list[dict[str, Any]] = []
+    given = [Path(x).name if Path(x).is_file() else x for x in sys.argv[1:] if x != "--inside"]
     content: dict[str, Any] = {
+        "command": " ".join(["python examples/kvpress_peers.py", *given]),
         "protocol": {
             "model": MODEL,
+            # A press has no statistics: tokens that it retains are the bytes of as many tokens of any width.
+            "bytes": 16,
             "context": CONTEXT,
             "following": FOLLOWING,
-            "texts": options.texts,
+            "texts": [Path(text).name for text in options.texts],
             "compressed": "once, after one-shot prefill; the following tokens teacher-forced, no further eviction",
             "budget": "tokens per KV head: compression_ratio = 1 - budget / context",
             "presses": {name: repr(make_press(name, 0.0)) for name in options.presses},
@@ -378,7 +397,7 @@ def evaluate(options: argparse.Namespace) -> int:
         )
         full, nll = reference(model, cache, ids)
         digest = hashlib.sha256(json.dumps(ids[0].tolist()).encode()).hexdigest()
-        content["texts"][text] = {"nll": nll, "ids_sha256": digest}
+        content["texts"][Path(text).name] = {"nll": nll, "ids_sha256": digest}
         print(f"{text}: full cache NLL {nll:.6f}, {time.monotonic() - start:.0f} s", flush=True)
         for (name, budget), state in zip(settings, states, strict=True):
             counts = state.retained()
@@ -389,7 +408,7 @@ def evaluate(options: argparse.Namespace) -> int:
             nbytes, held = state.nbytes()
             rows.append(
                 {
-                    "text": text,
+                    "text": Path(text).name,
                     "policy": f"kvpress {name}",
                     "correction": "none",
                     "budget": budget,

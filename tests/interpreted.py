@@ -11,13 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from momentkv import LayerCache
+from momentkv.backends.operators import EXPANSION, assemble, coding_of, together
 from momentkv.backends.triton import decode
-from momentkv.backends.triton.decode import decode_triton
+from momentkv.backends.triton.codes_kernel import in_word, kept, levels_of
+from momentkv.backends.triton.decode import WORDS, code_flags, decode_triton
+from momentkv.backends.triton.reach import Calls
 from momentkv.backends.triton.tuned import Choice, candidates
+from momentkv.cache.config import MODEL_DEFAULTS
+from momentkv.codes import BITS, Coding, Standard, centre, pack
+from momentkv.testing.coded import FRONT
 from momentkv.testing.decoding import Decode, decode_cases, expected, f64, logits_error, make
 from momentkv.testing.gpu import tuning
 from momentkv.testing.gpu.kernels import error_of
+from momentkv.testing.gpu.operators import Fused
 from momentkv.testing.gpu.tuning import Kind, cases_of, kinds
 from momentkv.testing.rounding import assert_within
 
@@ -61,6 +71,48 @@ def test_decode_kernel_agrees_with_the_oracle(case: Decode):
     if case.scored:
         assert logits is not None
         assert_within(f64(logits).reshape(exact_logits.shape), exact_logits, logits_error(case, x))
+
+
+@triton.jit
+def unpacking_kernel(
+    records,
+    out,
+    tokens,
+    one,
+    dtype: tl.constexpr,
+    d: tl.constexpr,
+    high: tl.constexpr,
+    low: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Levels of tokens, in float32, each where the kernel of codes takes its channel to be."""
+    least: tl.constexpr = low if low > 0 else high
+    word: tl.constexpr = 8 // least * width
+    nn, xx = tl.arange(0, 16), tl.arange(0, block)
+    levels = levels_of(records, nn, nn < tokens, one, dtype, d, high, low, width, block)
+    channel = xx % word // width * (d * least // 8) + xx // word * width + in_word(xx % width, width)
+    there = (nn < tokens)[:, None] & (xx // word * width < d * least // 8)[None, :]
+    tl.store(out + nn[:, None] * d + channel[None, :], levels.to(tl.float32), mask=there)
+
+
+@pytest.mark.parametrize("d", [8, 16, 64, 80, 96, 112, 128])
+@pytest.mark.parametrize("bits", [bits for bits in BITS if bits <= 8])
+@pytest.mark.parametrize("dtype", [tl.float16, tl.bfloat16, tl.float32], ids=str)
+def test_levels_are_codes_less_their_centre_and_what_is_kept(d: int, bits: int, dtype: tl.dtype):
+    """To the last bit, also in bfloat16, of which nothing else can be run here; of any one number where it is 1."""
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (13, d))
+    codes[0], codes[1] = 0, 2**bits - 1
+    nothing = Standard(None, torch.ones(d))
+    flags = code_flags(Coding((bits, bits), *(torch.ones(13),) * 2, nothing, nothing), d, d)
+    high, low, width = (flags[f"KEY_{name}"] for name in ("HIGH", "LOW", "W"))
+    records = pack(torch.from_numpy(codes), bits).view(WORDS[width])
+    levels = torch.full((13, d), torch.nan)
+    unpacking_kernel[(1,)](records, levels, 13, 1, dtype, d, high, low, width, triton.next_power_of_2(d))
+    left = kept(high, low, width, dtype)
+    assert levels.tolist() == (codes - centre(bits) + left).tolist()
+    assert 2 * left <= FRONT * 2**bits
+    assert (left > 0) == (width == 4 and dtype != tl.float32 and (bits, dtype) != (8, tl.bfloat16))
 
 
 # Of a few kinds of launches, sizes that differ in what an interpreter knows: tokens of a tile, parts of the sequence.
@@ -117,3 +169,23 @@ def test_float32_errs_by_less_than_the_target(case: Decode):
     exact, _, _ = expected(case, x)
     assert np.linalg.norm(f64(out) - exact.out) <= 2e-6 * np.linalg.norm(exact.out)
     assert np.abs(f64(lse) - exact.lse).max() <= 1e-5
+
+
+@pytest.mark.parametrize("budget", [20, [14, 30]], ids=["equal", "ragged"])
+def test_the_kernel_reads_the_codes_of_a_static_step(budget: int | list[int]):
+    """What a step gives the operator, which is plain PyTorch here, given to the kernel."""
+    settings: dict[str, Any] = MODEL_DEFAULTS | {"bits": 4, "window": 8, "block": 4}
+    cache = LayerCache(budget, static=True, backend=Fused(), **settings)
+    rng = torch.Generator().manual_seed(0)
+    for n in (40, *[1] * 6):
+        q, k, v = (torch.randn(2, heads, n, 16, generator=rng) for heads in (4, 2, 2))
+        with Calls() as calls:
+            out = cache.step(q, k, v)
+    *given, recent_keys, recent_values, recent_valid, scale, scored = calls.arguments[-1][:12]
+    parts = calls.arguments[-1][12:]
+    recent, expansion = together(recent_keys, recent_values, recent_valid), assemble(*parts[:EXPANSION])
+    coding = coding_of(*parts[EXPANSION:])
+    assert coding is not None
+    assert expansion is not None
+    found, _, _ = decode_triton(*given, recent, expansion, scale, scored, coding=coding)
+    torch.testing.assert_close(found, out, rtol=2e-5, atol=2e-5)

@@ -260,16 +260,38 @@ def test_gap_writes_means_by_layer_and_head(
     assert is_image(path.with_suffix(".png"))
 
 
-@pytest.mark.parametrize("correction", ["none", "order-0", "summaries"])
-def test_evaluate_trust_finds_no_error_above_its_certificate(saved: str, tmp_path: Path, correction: str):
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(["--correction", correction] for correction in ("none", "order-0", "summaries")),
+        *(["--method", method] for method in ("default", "default@4", "snapkv/none@3", "default@auto")),
+    ],
+    ids="-".join,
+)
+def test_evaluate_trust_finds_no_error_above_its_certificate(saved: str, tmp_path: Path, method: list[str]):
     path = tmp_path / "trust.json"
-    options = ["--budget", "40", "--correction", correction, "--output", str(path)]
+    options = ["--budget", "40", *method, "--output", str(path)]
     assert main(["evaluate", "trust", "--model", saved, *SOURCE, *options]) == 0
     content = read_json(path)
     assert content["points"] > 0
     assert content["violations"] == 0
     assert -1 <= content["rank correlation, estimate"] <= 1
     assert is_image(path.with_suffix(".png"))
+
+
+def test_evaluate_trust_refuses_methods_that_look_at_a_second_reading(saved: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["evaluate", "trust", "--model", saved, *SOURCE, "--method", "twice@4"]) == 1
+    assert "method is 'twice@4', which looks at a second reading" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_evaluate_trust_certifies_what_codes_lose_where_nothing_is_evicted(saved: str, tmp_path: Path):
+    path = tmp_path / "trust.json"
+    options = ["--budget", "300", "--method", "snapkv/none@3", "--output", str(path)]
+    assert main(["evaluate", "trust", "--model", saved, *SOURCE, *options]) == 0
+    content = read_json(path)
+    assert content["violations"] == 0
+    assert content["median error"] > 1e-3
+    assert content["median error"] / 4 < content["median estimated"] < 4 * content["median error"]
 
 
 def test_speed_measures_every_cache(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

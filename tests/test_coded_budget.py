@@ -302,7 +302,6 @@ def test_after_a_second_reading_all_layers_have_the_same_bits():
         ({"sharing": "uniform"}, "sharing='uniform', which does not measure errors"),
         ({"sharing": "kvzip"}, "sharing='kvzip'"),
         ({"budget": [64, 64]}, "sharing='uniform'"),
-        ({"static": True}, "static=True"),
         ({"bits": "automatic"}, "bits is 'automatic'"),
     ],
 )

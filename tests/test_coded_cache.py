@@ -93,15 +93,32 @@ def test_tokens_that_stay_retained_keep_their_codes_bit_for_bit(budget: Any, pad
     valid = valid_of(padded, k.shape[-2])
     cache, before, stayed = LayerCache(budget, bits=4, **SETTINGS), {}, 0
     for part in parts(LENGTHS[lengths]):
-        renewed = not cache.has_evicted
+        early = np.full((ROWS, KV_HEADS), not cache.has_evicted)
+        if cache.state is not None and cache.state.early is not None:
+            early = cache.state.early
         cache.step(q[..., part, :], k[..., part, :], v[..., part, :], valid=valid[:, None, part])
         now = records(cache)
-        if not renewed:
-            both = now.keys() & before.keys()
-            assert all(now[one] == before[one] for one in both)
-            stayed += len(both)
+        both = [(row, head, place) for row, head, place in now.keys() & before.keys() if not early[row, head]]
+        assert all(now[one] == before[one] for one in both)
+        stayed += len(both)
         before = now
     assert stayed
+
+
+@pytest.mark.parametrize("shorter", [1, 3, 7, 10, 12])
+@pytest.mark.parametrize(("static", "budget"), [(False, 12), (True, 12), (True, (8, 15))])
+def test_a_row_is_coded_as_it_would_be_alone(budget: Any, shorter: int, static: bool):
+    """Beside one that evicts long before it: by what its own tokens are like, when its own recent ones run full."""
+    q, k, v = tokens(70)
+    caches = [LayerCache(budget, bits=3, static=static, **SETTINGS) for _ in range(2)]
+    first, valid = 20, np.ones((2, 1, 20), dtype=bool)
+    valid[1, :, : first - shorter] = False
+    caches[0].step(q[..., :first, :], k[..., :first, :], v[..., :first, :], valid=valid)
+    caches[1].step(*(x[1:, :, first - shorter : first] for x in (q, k, v)))
+    for place in range(first, 70):
+        both = caches[0].step(*(x[:, :, place : place + 1] for x in (q, k, v)))
+        alone = caches[1].step(*(x[1:, :, place : place + 1] for x in (q, k, v)))
+        np.testing.assert_allclose(both[1:], alone, rtol=0, atol=1e-9 * np.abs(v).max())
 
 
 @pytest.mark.parametrize(("exact_window", "exact"), [(0, 0), (1, 1), (2, 2), (3, 3), (8, 3)])
@@ -251,8 +268,3 @@ def test_not_a_number_stays_in_its_row_and_head():
 def test_other_bits_are_refused_by_name(bits: Any):
     with pytest.raises(ValueError, match=r"bits is .*; use 3, 4, 5, 6, 8 or 16"):
         LayerCache(64, bits=bits)
-
-
-def test_static_steps_which_do_not_read_codes_are_refused_with_them():
-    with pytest.raises(ValueError, match="bits is 4 with static=True"):
-        LayerCache(64, bits=4, static=True)

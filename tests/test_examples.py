@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -76,6 +77,16 @@ def test_tradeoff_tries_every_correction(run_here):
     assert all(name in out for name in ("plain eviction", "one, compact", "12, rank 2", "24, rank 4"))
 
 
+@pytest.mark.model
+def test_shares_read_again_stand_beside_one_reading(run_here):
+    small = ("--context", "300", "--following", "16", "--texts", "types", "--needles", "300", "--depths", "0.5")
+    out = run_here("share_read_again.py", *small, "--shares", "0.5")
+    once, half = re.findall(r"(once|twice, 50%).*?([\d.]+) +│ +([\d.]+) +│ +([01]\.\d+) +│$", out, re.MULTILINE)
+    assert once[0] == "once"
+    assert half[0] == "twice, 50%"
+    assert once[1] == "1.00"
+
+
 # Of kvpress_peers.py only what needs no environment is run: it installs kvpress and an older transformers from a
 # package index, and measures for many minutes.
 def test_kvpress_peers_shows_its_help():
@@ -87,3 +98,23 @@ def test_kvpress_peers_refuses_a_budget_that_compresses_nothing_or_all(budget):
     with pytest.raises(subprocess.CalledProcessError) as error:
         run("kvpress_peers.py", "--budgets", budget)
     assert f"budget is {budget}" in error.value.stderr
+
+
+@pytest.mark.parametrize("backend", [None, "hqq"])
+def test_quantized_peers_measures_each_layout_beside_our_own(tmp_path, backend):
+    if backend is not None:
+        pytest.importorskip(backend)
+    output = tmp_path / "peers.json"
+    small = ["--texts", "import", "--context", "300", "--following", "8", "--budgets", "128", "--methods", "default@4"]
+    small += [] if backend is None else ["--backends", backend]
+    run("quantized_peers.py", "--model", save_with_bytes(tmp_path / "model"), *small, "--output", str(output))
+    rows = json.loads(output.read_text())["import"]
+    names = {name.rpartition(", ")[0] for name in rows}
+    layouts = {f"{name}, {bits} bits" for bits in (2, 4) for name in ("default in KIVI's layout", "KIVI")}
+    assert {name.removesuffix(", all tokens") for name in names} >= layouts | {"default@4"}
+    assert any(name.startswith("QuantizedCache") for name in names) == (backend is not None)
+    kl = {name.rpartition(", ")[0]: row["kl"] for name, row in rows.items()}
+    assert kl["KIVI, 4 bits, all tokens"] < kl["KIVI, 2 bits, all tokens"]
+    # 160 of 300 tokens in codes of 2 bits, a scale and an offset for each 32 numbers of them, and 140 as they came.
+    (size,) = [row["tokens"] for name, row in rows.items() if name.startswith("KIVI, 2 bits")]
+    assert size == 140 + 160 * (2 * 16 * 2 / 8 + 4 * 16 / 32 + 4) / (4 * 16)

@@ -171,7 +171,8 @@ def test_a_mode_that_raises_costs_itself_alone(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(modes, "nearest", nearest)
     rows = {row["mode"]: row for row in modes.compared(True)}
-    coded = {name for name, mode in modes.MODES.items() if mode.get("bits")}
+    # Without a device nothing is captured.
+    coded = {name for name, mode in modes.MODES.items() if mode.get("bits") and "graphs" not in mode}
     assert coded == {name for name, row in rows.items() if not row["right"]}
     assert rows["4 bits"]["why"] == "ValueError: no bits here"
 
@@ -247,13 +248,19 @@ def test_what_a_cache_launches_is_among_what_is_enumerated(static: bool):
 
 
 @pytest.mark.parametrize("budget", [40, [30, 50]], ids=["equal", "ragged"])
-@pytest.mark.parametrize("bits", [4, 8, (3, 6)], ids=str)
+@pytest.mark.parametrize(("bits", "static"), [(4, False), (8, False), ((3, 6), False), (4, True), (8, True)], ids=str)
 @pytest.mark.parametrize(
     "settings", [MODEL_DEFAULTS, {"policy": "h2o", "correction": "moments"}], ids=["default", "observed"]
 )
-def test_a_cache_of_codes_decodes_by_the_operator_as_by_plain_operators(settings: Any, bits: Any, budget: Any):
+def test_a_cache_of_codes_decodes_by_the_operator_as_by_plain_operators(
+    settings: Any, bits: Any, static: bool, budget: Any
+):
     """Weights that a policy observes, too: else other tokens would stay, and outputs differ by more."""
-    caches = [LayerCache(budget, window=8, block=4, bits=bits, backend=each, **settings) for each in (Fused(), None)]
+    settings = settings | {"window": 8, "block": 4, "bits": bits}
+    caches = [
+        LayerCache(budget, backend=Fused(), static=static, **settings),
+        LayerCache(budget, **settings),
+    ]
     rng = torch.Generator().manual_seed(0)
     for n in (90, *[1] * 10):
         q, k, v = (torch.randn(2, heads, n, 64, generator=rng) for heads in (8, 2, 2))
@@ -290,11 +297,12 @@ def test_a_step_of_the_default_reads_in_place_and_never_asks_the_device(static: 
         assert other[0].launched == log.launched
 
 
+@pytest.mark.parametrize("bits", [None, 4], ids=["vectors", "codes"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("policy", ["balanced", "momentkv", "h2o", "snapkv"])
-def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool):
+def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool, bits: int | None):
     """A constant made of the host's numbers is an upload, which waits, and which a CUDA graph cannot hold."""
-    log, _ = stepped([90, 600], static=static, policy=policy, correction="moments")
+    log, _ = stepped([90, 600], static=static, policy=policy, correction="moments", bits=bits)
     assert log.launched["decode"] == 1
     assert not log.launched["lift_fresh"]
 
@@ -303,8 +311,12 @@ def test_a_step_uploads_nothing_whatever_heads_retain(policy: str, static: bool)
 @pytest.mark.parametrize("budget", [40, [30, 50]], ids=["equal", "ragged"])
 @pytest.mark.parametrize(
     "settings",
-    [MODEL_DEFAULTS, *({"policy": name, "correction": "summaries"} for name in sorted(POLICIES))],
-    ids=["default", *sorted(POLICIES)],
+    [
+        MODEL_DEFAULTS,
+        MODEL_DEFAULTS | {"bits": 4},
+        *({"policy": name, "correction": "summaries"} for name in sorted(POLICIES)),
+    ],
+    ids=["default", "codes", *sorted(POLICIES)],
 )
 def test_a_flush_uploads_nothing_and_asks_no_routine_whether_it_succeeded(
     settings: dict[str, Any], budget: Any, layers: int, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "default": MODEL_DEFAULTS,
     "observed": {"policy": "h2o", "correction": "moments"},
     "plain": {"policy": "snapkv", "order": None},
+    "codes": MODEL_DEFAULTS | {"bits": 4, "exact_window": 2},
 }
 
 

@@ -27,6 +27,7 @@ from momentkv.statistics.moments import Moments
 
 SMALL: dict[str, Any] = {"sinks": 1, "window": 6, "block": 4}
 PAPER: dict[str, Any] = SMALL | {"policy": "momentkv", "correction": "moments", "sharing": "uniform"}
+CODED: dict[str, Any] = {"bits": 4, "exact_window": 2}
 # Averages over neighbouring positions are equal for neighbours that have no others, up to the order of a sum: which of
 # two such tokens goes is then decided by rounding. Without the average, no tie is left.
 NO_TIES = {"snapkv": SnapKV(kernel=1), "criticalkv": CriticalKV(kernel=1)}
@@ -90,6 +91,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("a correction of one's own", {"correction": Counting(), "policy": "momentkv"}),
     ("tokens one by one", {"block": 1}),
     ("share", {"budget": 0.5}),
+    ("few bits", CODED),
+    ("few bits, moments", PAPER | CODED),
+    ("few bits, observed", CODED | {"policy": "h2o", "bits": (5, 4)}),
+    ("few bits, plain", CODED | {"order": None, "bits": 3, "exact_window": 0}),
+    ("few bits, share", CODED | {"budget": 0.5, "bits": 8}),
+    ("few bits, as measured", CODED | {"bits": "auto"}),
 ]
 
 
@@ -129,17 +136,72 @@ def test_static_equals_dynamic(name: str):
             assert (one >= 0).sum() < a.budgets[row % len(a.budgets)] + a.config.block
 
 
+@pytest.mark.parametrize("length", [3, 5, 9, 13, 14, 17, 18, 60])
+def test_tokens_are_coded_when_and_as_they_are_without_static(length: int):
+    """Those of prompts that fit, too: when recent slots run full, and anew when a head first evicts."""
+    model = tiny("llama", dtype="float64")
+    caches = pair(model, **CODED)
+    ids = prompt(2, length, seed=length)
+    for new in (1, 2, 12):
+        results = [generate(model, cache, ids, new=new) for cache in caches]
+        assert_same(*results)
+        ids = results[0][0]
+        for a, b in zip(*(cache.moment_layers.values() for cache in caches), strict=True):
+            shown = [zip(core.keys.flatten(0, 1), core.positions.flatten(0, 1), strict=True) for core in (a, b)]
+            for (x, of_x), (y, of_y) in zip(*shown, strict=True):
+                torch.testing.assert_close(x[of_x >= 0], y[of_y >= 0], rtol=0, atol=1e-12)
+
+
+def test_where_a_prompt_fits_and_bits_are_to_be_chosen_its_tokens_have_four_at_once():
+    """Nothing goes, so nothing can be measured; and arrays that stay cannot wait for tokens that do not fit."""
+    model = tiny("llama", dtype="float64")
+    caches = [MomentCache(model, static=True, **SMALL, **CODED | {"budget": 14, "bits": bits}) for bits in ("auto", 4)]
+    ids = prompt(2, 30)
+    generate(model, caches[0], ids[:, :12], new=1)
+    core = caches[0].moment_layers[0]
+    assert core.config.bits == (5, 3)
+    assert core.budget > 14
+    for each in caches[1].moment_layers.values():
+        each.budget = core.budget
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=caches[1])
+        for place in range(12, ids.shape[1]):
+            a, b = (model(ids[:, place : place + 1], past_key_values=cache).logits for cache in caches)
+            assert torch.equal(a, b)
+    assert all(torch.equal(x, y) for x, y in zip(*map(tensors, caches), strict=True))
+
+
+def test_a_first_eviction_while_decoding_codes_tokens_anew():
+    """Else they would be coded by what the first few were like."""
+    model = tiny("llama")
+    cache = pair(model, **CODED)[1]
+    early, means = [], []
+    with torch.no_grad():
+        model(prompt(2, 12), past_key_values=cache)
+        for seed in range(STEPS):
+            model(prompt(2, 1, seed=seed), past_key_values=cache)
+            state = cache.moment_layers[0].stored_state
+            early.append(bool(state.early.all()))
+            means.append(state.key_mean.clone())
+    last = early.index(False)
+    assert all(early[:last])
+    assert not any(early[last:])
+    assert not torch.equal(means[last - 1], means[last])
+    assert all(torch.equal(x, means[last]) for x in means[last:])
+
+
 @pytest.mark.parametrize("family", FULL)
 def test_static_equals_dynamic_in_every_family(family: str):
     model = tiny(family, dtype="float64")
     assert_same(*(generate(model, cache, *rows(), new=STEPS) for cache in pair(model)))
 
 
+@pytest.mark.parametrize("coded", [{}, CODED], ids=["vectors", "codes"])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in REFUSED_MODES])
-def test_static_equals_dynamic_in_every_mode(mode: str):
+def test_static_equals_dynamic_in_every_mode(mode: str, coded: dict[str, Any]):
     halves = mode in ("bfloat16", "float16")
     model = tiny("llama", dtype="float32" if halves else "float64")
-    settings = PAPER if halves else {}
+    settings = PAPER | coded if halves else coded
     results = [MODES[mode](model, lambda _, cache=cache: cache) for cache in pair(model, **settings)]
     assert_same(*results, tolerance=2**-5 if halves else TOLERANCE)
 
@@ -178,7 +240,7 @@ def test_generate_compiles_two_graphs_without_a_break(settings: dict[str, Any], 
     assert dynamo["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("settings", [{}, PAPER | {"policy": "h2o"}, {"sharing": "layers"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, PAPER | {"policy": "h2o"}, {"sharing": "layers"}, CODED], ids=str)
 def test_prompts_of_all_lengths_and_all_caches_share_two_graphs(settings: dict[str, Any], dynamo: Any):
     """Heads retain other numbers of tokens after each, and every cache has a number of its own."""
     model = build(FAMILIES["llama"]())
@@ -199,19 +261,23 @@ def test_prompts_of_all_lengths_and_all_caches_share_two_graphs(settings: dict[s
     assert len(widths) > 2 or settings.get("sharing") == "uniform"
 
 
-def test_a_compiled_forward_is_the_same_without_positions_or_mask(dynamo: Any):
+@pytest.mark.parametrize("length", [40, 10])
+def test_a_compiled_forward_is_the_same_without_positions_or_mask_and_so_is_a_pass_after_it(length: int, dynamo: Any):
     model = build(FAMILIES["llama"](), dtype="float64")
     dynamic, static = pair(model)
     step = torch.compile(model.forward, backend="eager", fullgraph=True)
     with torch.no_grad():
         for cache in (dynamic, static):
-            model(prompt(2, 40), past_key_values=cache)
+            model(prompt(2, length), past_key_values=cache)
         for seed in range(STEPS):
             ids = prompt(2, 1, seed=seed)
             expected, logits = model(ids, past_key_values=dynamic).logits, step(ids, past_key_values=static).logits
             assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
-    assert dynamo["stats"]["unique_graphs"] == 2
-    assert int(static.get_seq_length()) == dynamic.get_seq_length() == 40 + STEPS
+        assert dynamo["stats"]["unique_graphs"] == 2
+        assert int(static.get_seq_length()) == dynamic.get_seq_length() == length + STEPS
+        # Of several tokens, after evictions that the host has not seen.
+        a, b = (model(prompt(2, 5), past_key_values=cache).logits for cache in (dynamic, static))
+        assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
 
 
 def tensors(cache: MomentCache) -> list[torch.Tensor]:
@@ -219,7 +285,10 @@ def tensors(cache: MomentCache) -> list[torch.Tensor]:
     return [x for core in cache.static.cores for x in core.stored_state.arrays().values()]
 
 
-@pytest.mark.parametrize("settings", [{"sharing": "uniform"}, PAPER], ids=["summaries", "paper"])
+UNIFORM = {"sharing": "uniform"}
+
+
+@pytest.mark.parametrize("settings", [UNIFORM, PAPER, UNIFORM | CODED], ids=["summaries", "paper", "codes"])
 def test_steps_and_flushes_stay_at_their_addresses(settings: dict[str, Any]):
     model = tiny("llama")
     cache = pair(model, **settings)[1]
@@ -267,8 +336,15 @@ def test_step_and_flush_never_ask_the_device(name: str):
 
 @pytest.mark.parametrize(
     ("settings", "captured"),
-    [({}, False), ({}, True), (PAPER, True), (PAPER | {"policy": "h2o"}, True), (PAPER | {"order": None}, True)],
-    ids=["default", "default, with its flush", "paper", "observed", "plain"],
+    [
+        ({}, False),
+        ({}, True),
+        (PAPER, True),
+        (PAPER | {"policy": "h2o"}, True),
+        (PAPER | {"order": None}, True),
+        (CODED, True),
+    ],
+    ids=["default", "default, with its flush", "paper", "observed", "plain", "codes"],
 )
 def test_recorded_steps_equal_the_model(settings: dict[str, Any], captured: bool):
     model = tiny("llama")
@@ -292,7 +368,7 @@ def test_recorded_steps_equal_the_model(settings: dict[str, Any], captured: bool
         assert torch.equal((a.positions >= 0).sum(-1), (b.positions >= 0).sum(-1))
 
 
-@pytest.mark.parametrize("settings", [{}, PAPER], ids=["default", "paper"])
+@pytest.mark.parametrize("settings", [{}, PAPER, CODED], ids=["default", "paper", "codes"])
 def test_steps_recorded_before_anything_was_evicted_are_corrected_after(settings: dict[str, Any]):
     model = tiny("llama")
     dynamic, static = pair(model, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from models import COMPRESSED, FAMILIES, build, left_padded, prompt, tiny
 
 from momentkv.hf import MomentCache, read
 from momentkv.hf.layer import MomentLayer
+from momentkv.hf.stretches import begins_of, most_novel
 
 REQUEST = [5, 7, 11]
 
@@ -83,6 +85,74 @@ def test_parts_are_said_again_from_the_whole_text():
         weights = torch.cat([one[index][0, :, 60:, :60] for one in attentions], dim=1)
         expected = weights.amax(1).unflatten(0, (core.keys.shape[1], -1)).amax(1)
         torch.testing.assert_close(core.attention[0], expected, rtol=0, atol=2e-4)
+
+
+def test_of_a_share_only_the_most_novel_stretches_are_said_again():
+    """Against eager attention over text, request and those stretches, each with the tokens before it."""
+    ids = prompt(1, 300)
+    cache = read_tiny("llama", ids, made("llama", 400), twice=0.4)
+    # Five stretches, of which two are said; novelty by its own formula, in double precision.
+    places = torch.zeros(300, dtype=torch.float64)
+    for core in cache.moment_layers.values():
+        both = torch.ones(())
+        for x in (core.keys[0].double(), core.values[0].double()):
+            off = x - x.mean(1, keepdim=True)
+            covariance = off.mT @ off / 300
+            ridge = 1e-3 * covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(x.shape[-1])
+            both = both * (off * torch.linalg.solve(covariance + ridge, off.mT).mT).sum(-1)
+        places += both.argsort(1).argsort(1).double().mean(0)
+    begins = [0, 56, 120, 184, 228]
+    best = sorted(sorted(begins, key=lambda begin: -float(places[begin : begin + 72].mean()))[:2])
+    said = torch.cat([torch.tensor([REQUEST]), *(ids[:, begin : begin + 72] for begin in best)], 1)
+    with torch.no_grad():
+        attentions = tiny("llama", "eager")(torch.cat([ids, said], 1), output_attentions=True).attentions
+    for index, core in cache.moment_layers.items():
+        weights = attentions[index][0, :, 300:, :300]
+        expected = weights.amax(1).unflatten(0, (core.keys.shape[1], -1)).amax(1)
+        torch.testing.assert_close(core.attention[0], expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_share_of_one_is_all_and_of_zero_none(family: str):
+    ids = prompt(1, 200)
+    for share, flag in ((1.0, True), (0.0, False)):
+        one, other = (contents(read_tiny(family, ids, made(family), twice=x, chunk=80)) for x in (share, flag))
+        for mine, own in zip(one, other, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(mine, own, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("chunk", [40, 150, 500])
+def test_each_row_has_a_share_of_its_own_said_again(family: str, chunk: int):
+    rows = [prompt(1, 300, seed) for seed in (0, 1)]
+    batch = read_tiny(family, torch.cat(rows), made(family, 400), twice=0.4, chunk=chunk)
+    for row, ids in enumerate(rows):
+        alone = read_tiny(family, ids, made(family, 400), twice=0.4, chunk=chunk)
+        for mine, core in zip(batch.moment_layers.values(), alone.moment_layers.values(), strict=True):
+            torch.testing.assert_close(mine.attention[row], core.attention[0], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_padding_is_not_said_again(family: str):
+    """A row that fits in one stretch is said whole, whatever lies beside it."""
+    rows = [prompt(1, 60, 0), prompt(1, 300, 1)]
+    ids, mask = left_padded(rows)
+    batch = read_tiny(family, ids, made(family, 400), attention_mask=mask, twice=0.3)
+    alone = read_tiny(family, rows[0], made(family, 400), twice=0.3)
+    for mine, core in zip(batch.moment_layers.values(), alone.moment_layers.values(), strict=True):
+        real = mine.positions[0, 0] >= 0
+        assert int(real.sum()) == 60
+        torch.testing.assert_close(mine.attention[0][:, real], core.attention[0], rtol=0, atol=2e-4)
+
+
+def test_stretches_cover_a_text_and_as_many_as_a_share_are_chosen():
+    for n, stretch in itertools.product((1, 40, 64, 71, 72, 73, 200, 1000), (1, 10, 64)):
+        begins, size = begins_of(n, stretch)
+        covered = {place for begin in begins for place in range(begin, begin + size)}
+        assert covered == set(range(n))
+        chosen = most_novel(torch.rand(3, n), 0.5, stretch)
+        assert chosen.shape == (3, max(1, round(0.5 * len(begins))), size)
+        assert (chosen[:, 1:, 0] > chosen[:, :-1, 0]).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -230,6 +300,10 @@ def test_what_cannot_be_read_is_refused_by_name():
         (ids[0], {}, r"inputs is \(50,\); give text, or token ids"),
         (ids[:, :0], {}, "inputs has no tokens"),
         (ids, {"chunk": 0}, "chunk is 0"),
+        (ids, {"twice": 1.5}, "twice is 1.5; use True, False, or a share of the text from 0 to 1"),
+        (ids, {"twice": -0.1}, "twice is -0.1"),
+        (ids, {"twice": float("nan")}, "twice is nan"),
+        (ids, {"twice": "half"}, "twice is 'half'"),
         (ids, {"segment": 0}, "segment is 0"),
         (ids, {"attention_mask": torch.ones(1, 49)}, r"attention_mask has shape \(1, 49\)"),
     ):

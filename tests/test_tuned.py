@@ -222,14 +222,15 @@ def test_a_candidate_that_raises_costs_itself_alone(monkeypatch: pytest.MonkeyPa
 
 def test_a_kind_is_compiled_with_all_that_takes_room(monkeypatch: pytest.MonkeyPatch):
     for kind, parts in (
-        (KIND, [", masked, scored, parted", "counted, packed, scored, parted"]),
+        (KIND, [", masked, scored", "counted, packed, scored"]),
         (KIND._replace(estimate="moments"), ["full slope", "full variance"]),
         (KIND._replace(estimate="summaries", coded=True), ["summaries 12", "8/8 bits", "5/3 bits"]),
     ):
         choice = kind.builtin[1]._replace(tokens=32, num_warps=8)
         builds = builds_of(kind, choice)
         assert all(any(part in build.name for build in builds) for part in parts)
-        assert all("tile 16 x 32" in build.name and dict(build.options)["num_warps"] == 8 for build in builds)
+        tile = f"tile {8 if kind.coded else 16} x 32"
+        assert all(tile in build.name and dict(build.options)["num_warps"] == 8 for build in builds)
     monkeypatch.setattr(tuning, "compile_build", lambda build, target: Usage(255, 0, 2**20))
     assert not fits(KIND, BUILTIN, 90)
     monkeypatch.setattr(tuning, "compile_build", lambda build, target: Usage(64, 0, 2**10))

@@ -196,7 +196,7 @@ def draw_kl(theme: Theme) -> Figure:
     return figure
 
 
-KL_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+KL_TICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def draw_held_out(theme: Theme) -> Figure:
@@ -211,17 +211,18 @@ def draw_held_out(theme: Theme) -> Figure:
             ("momentkv/order-1", "MomentKV (the paper)", theme.order_1, "s-"),
             ("default", "momentkv", theme.evicted, "D-"),
             ("default@auto", "momentkv, bits='auto'", theme.summaries, "o-"),
+            ("twice@auto", "the same, read twice", theme.summaries, "o:"),
         ):
             own = lines[lines["method"] == method]
             budgets = list(own["bytes"])
             axis.plot(budgets, own["kl"], style, color=colour, ms=4, label=label)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks(budgets, [f"{budget}" for budget in budgets])
+        axis.set_xticks(budgets, [f"{budget}" for budget in budgets], fontsize="small")
         axis.set_yticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
         axis.yaxis.set_minor_formatter("")
         axis.set_title(title)
-        axis.set_ylim(0.0007, 0.22)
+        axis.set_ylim(0.0001, 0.6)
     panels[0].set_ylabel("KL to the full cache, nats")
     figure.supxlabel("bytes, as 16-bit tokens for each KV head", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)

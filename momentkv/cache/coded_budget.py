@@ -46,11 +46,17 @@ class CodedBudget(SharedBudget):
         self.chooses_bits, self.beside = chooses_bits, 0
 
     def prepare(self, cache: LayerCache) -> None:
-        """Choose the bits of a cache whose first tokens go while decoding."""
-        if self.chooses_bits and cache.newest_queries is None and cache.config.bits is None and cache.is_due:
-            # There are no queries to measure with.
+        """Choose the bits of a cache whose first tokens go while decoding, or whose steps are static from now on."""
+        if self.chooses_bits and cache.config.bits is None and (cache.is_due or cache.config.static):
+            # There are no queries to measure with, or no errors.
             cache.code(USUAL)
             cache.budget = bought(cache, self.average, self.beside)(USUAL)
+
+    def _evict(self, waiting: list[LayerCache], ranked: list[Array]) -> None:
+        if not any(each.is_due for each in waiting):
+            for each in waiting:
+                self.prepare(each)
+        super()._evict(waiting, ranked)
 
     def tokens(self, waiting: Sequence[LayerCache], importances: Sequence[Array]) -> int:
         """Tokens that each KV head may retain on average, in the bits that are chosen for them now."""

@@ -192,8 +192,6 @@ def make_config(
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale is {scale!r}; use a finite factor on q . k, or None for 1 / sqrt(d)")
     coded = None if bits is None else pair_of_bits(bits)
-    if coded is not None and static:
-        raise ValueError(f"bits is {bits!r} with static=True, which does not read them; leave one of them out")
     return CacheConfig(
         policy=get_policy(policy),
         correction=get_correction(correction, order=order, bits=statistics_bits),

@@ -14,6 +14,7 @@ from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.losses import EVICTED, choose_lost, losses_of, with_lost
 from momentkv.cache.packing import View, repack, view_of, widths_of
 from momentkv.cache.queries import query_window
+from momentkv.cache.recoding import renewal
 from momentkv.cache.state import LayerState, NewTokens
 from momentkv.policies import Tokens
 from momentkv.policies.select import kept
@@ -213,7 +214,11 @@ def evicted_state(
         most = max((totals.most[head] - budgets[head] for head in due), default=0)
         full = counts >= budget + config.block
     evicted, evidence, attention = state.evicted, state.evidence, view.attention
-    positions, refused = view.positions, dict[int, float]()
+    positions, refused, cut = view.positions, dict[int, float](), xp.zeros_like(full)
+    alike, fills = totals is not None and totals.even, None
+    if config.bits is not None and (config.static or not alike):
+        # Where rows or heads differ, each passes tokens on when its own recent ones run full, as it would alone.
+        fills = (counts if totals is not None else state.ticks) - state.counts >= config.recent
     if due:
         limits = xp.where(full, xp.minimum(counts, 0 * counts + budget), counts)
         rounds = config.policy.rounds if config.corrects and most > config.block else 1
@@ -245,27 +250,28 @@ def evicted_state(
             if config.bits is not None:
                 state = state.changed(**with_lost(state, EVICTED, gone))
             judged = state.changed(evicted=evicted, evidence=evidence)
-            refused = refused_heads(config, judged, view, positions, budgets, totals, scale)
+            renew = renewal(config, state, limits < counts, alike=alike, goes=True)[0]
+            refused = refused_heads(config, judged, view, positions, budgets, totals, scale, renew, fills)
             if refused:
                 stays = xp.asarray([head in refused for head in range(heads)], device=device(view.keys))
                 state = choose_lost(stays, before, state)
                 evicted, evidence = choose(stays, state.evicted, evicted), choose(stays, state.evidence, evidence)
                 positions = xp.where(stays[:, None], view.positions, positions)
                 limits = xp.where(stays, counts, limits)
+        cut = limits < counts
         if attention is not None and not config.policy.accumulates:
-            attention = xp.where((limits < counts)[..., None], xp.zeros_like(attention), attention)
+            attention = xp.where(cut[..., None], xp.zeros_like(attention), attention)
         if state.ticks is not None and totals is None:
             state = state.changed(ticks=state.ticks - xp.astype(full, state.ticks.dtype) * config.block)
     if totals is not None:
         budgets = [totals.most[head] if head in refused else budgets[head] for head in range(heads)]
         totals = totals.after(budgets, config.block)
     went = any(head not in refused for head in due)
-    # When a layer first evicts, it has seen what its tokens are like.
-    renew = went and not state.has_evicted
+    renew, early = renewal(config, state, cut, alike=alike, goes=went)
     view = view._replace(attention=attention)
-    packed = settle(config, state, view, positions >= 0, budgets, totals, renew=renew)
+    packed = settle(config, state, view, positions >= 0, budgets, totals, renew=renew, fills=fills)
     changed: dict[str, Any] = {"evicted": evicted, "evidence": evidence, "has_evicted": state.has_evicted or went}
-    return packed.changed(**changed, recent_queries=None if went else state.recent_queries), refused
+    return packed.changed(**changed, early=early, recent_queries=None if went else state.recent_queries), refused
 
 
 def settle(
@@ -276,11 +282,13 @@ def settle(
     budgets: Sequence[int],
     totals: Totals | None,
     *,
-    renew: bool = False,
+    renew: bool | Array = False,
+    fills: Array | None = None,
 ) -> LayerState:
     """The kept tokens of a view in their tiers, in as little memory as they need or, where steps are static, in all.
 
-    ``totals`` are those of the kept tokens; None where the host may not ask. With ``renew`` they are all coded anew.
+    ``totals`` are those of the kept tokens; None where the host may not ask. With ``renew`` they are coded anew, see
+    `repack`. Where rows differ, those and heads that are False in ``fills`` retain what they do, and no more.
     """
     xp, beside = array_namespace(view.keys), config.exact
     where, padded = device(view.keys), True
@@ -300,6 +308,7 @@ def settle(
             state.layout, tuple(max(0, budget - beside) for budget in budgets), view.keys
         )
         room = xp.minimum(xp.maximum(held - beside, xp.zeros_like(held)), xp.zeros_like(held) + free)
+        room = room if fills is None else xp.where(fills, room, xp.minimum(room, state.counts))
         if not config.static:
             filled = int(xp.max(held - room))
     layout = Layout(config.sinks, config.recent, widths, config.bits)
@@ -332,10 +341,13 @@ def refused_heads(
     budgets: Sequence[int],
     totals: Totals | None,
     scale: float,
+    renew: bool | Array,
+    fills: Array | None,
 ) -> dict[int, float]:
     """KV heads in which a recent query's certified error would be above the tolerance, and that error.
 
-    The state has the statistics and the evidence that it would have, and the view's tokens of positions >= 0.
+    The state has the statistics and the evidence that it would have, and the view's tokens of positions >= 0; its
+    records are made anew, and rows pass tokens on, as in `settle`.
     """
     queries = state.recent_queries
     if config.tolerance is None or queries is None:
@@ -345,8 +357,8 @@ def refused_heads(
         raise ValueError("evidence is None, without which nothing is certified")
     if config.bits is not None and totals is not None:
         # What is judged are the tokens as they would be read.
-        left, first = totals.after(budgets, config.block), not state.has_evicted
-        state = settle(config, state, view, positions >= 0, budgets, left, renew=first)
+        left = totals.after(budgets, config.block)
+        state = settle(config, state, view, positions >= 0, budgets, left, renew=renew, fills=fills)
         view = view_of(state)
         positions, losses = view.positions, losses_of(state, view.positions)
     report = trust_of(

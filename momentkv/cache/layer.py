@@ -14,7 +14,7 @@ from momentkv.cache.config import EXACT_WINDOW, RECENT_QUERIES, CacheConfig, che
 from momentkv.cache.eviction import evicted_state, importance_of, without_newest
 from momentkv.cache.holdings import Holdings
 from momentkv.cache.observing import observed_queries, real_ones_last
-from momentkv.cache.state import LayerState, NewTokens, hidden, joined, place
+from momentkv.cache.state import LayerState, NewTokens, hidden, joined, place, told
 from momentkv.cache.step import arrived, attended, check_like_stored, check_step, decoded, fresh, remembered, started
 from momentkv.cache.threads import alone
 from momentkv.policies import Policy, PolicyName
@@ -235,6 +235,7 @@ class LayerCache(Holdings):
         if self.is_fixed and k.shape[-2] == 1:
             self.new = arrived(self.config, state, k, v)
             return
+        self.state = told(state, self.config.corrects)
         positions = xp.arange(self.seen, self.seen + k.shape[-2], dtype=xp.int32, device=device(k))
         positions = xp.broadcast_to(positions, k.shape[:-1])
         new = fresh(self.config, k, v, positions)

@@ -126,7 +126,7 @@ def repack(
     *,
     filled: int,
     room: Array | None,
-    renew: bool = False,
+    renew: bool | Array = False,
 ) -> LayerState:
     """A state of the tokens of a view that are kept: the first as sinks, the newest recent, the others retained.
 
@@ -141,8 +141,8 @@ def repack(
         Recent slots in use, where every row and head has as many; otherwise the most.
     room : int array, shape (..., kv_head), or None
         Tokens of each row and head to retain at most, where these differ; None where ``layout`` and ``filled`` say it.
-    renew : bool
-        Whether retained tokens are coded anew, by the tokens of the view.
+    renew : bool or bool array, shape (..., kv_head)
+        Whether retained tokens are coded anew, by the tokens of the view: of all heads, or of those where it is True.
     """
     xp = array_namespace(view.keys)
     where = device(view.keys)
@@ -192,7 +192,8 @@ def repack(
         stays = kept & (number >= sinks) & (number < sinks + retained[..., None])
         if state.evidence is not None:
             # Those that will be read from other records than now, or from none.
-            arrays |= with_lost(state, STORED, kept if renew else kept & ~stays)
+            moved = ~stays if isinstance(renew, bool) else ~stays | renew[..., None]
+            arrays |= with_lost(state, STORED, kept if renew is True else kept & moved)
     if layout.bits is not None and layout.width:
         stay = filled if room is None else sinks
         pool = pool_of(view.keys, view.values, view.positions >= 0, stays, state, layout, stay=stay, renew=renew)

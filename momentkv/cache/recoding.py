@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace, device
 from momentkv._rows import take_rows
 from momentkv.backends.layout import Layout
+from momentkv.cache.config import CacheConfig
 from momentkv.cache.state import LayerState
 from momentkv.codes import Standard, encode
 
-__all__ = ["Pool", "pool_of"]
+__all__ = ["Pool", "pool_of", "renewal"]
 
 
 class Pool(NamedTuple):
@@ -43,7 +44,7 @@ def pool_of(
     layout: Layout,
     *,
     stay: int,
-    renew: bool,
+    renew: bool | Array,
 ) -> Pool:
     """Records of the tokens that a layer is to retain.
 
@@ -59,22 +60,24 @@ def pool_of(
         Of the state to come.
     stay : int
         Tokens of each head that are in no record now and will be in none.
-    renew : bool
-        Whether the standard is made anew, and all records with it.
+    renew : bool or bool array, shape (..., kv_head)
+        Whether the standard is made anew, and all records with it: of all heads, or of those where it is True.
     """
     xp = array_namespace(keys)
-    coding = None if renew else state.coding()
+    coding = None if renew is True else state.coding()
     n, first, width = keys.shape[-2], min(state.layout.sinks, state.filled), 0
     if coding is None:
-        # Tokens that are attended to for want of others have values near zero, which must stay so.
-        standards = Standard.of(keys, real), Standard.of(values, real, centred=False)
-        enters = retained
+        standards, enters = standards_of(keys, values, real), retained
     else:
         standards, width = (coding.key_standard, coding.value_standard), state.layout.width
         slot = xp.arange(n, dtype=xp.int32, device=device(keys))
         enters = retained & ((slot < first) | (slot >= first + width))
     # Only tokens that change their tier are coded: at most so many of any head.
     most = max(1, min(layout.width, n - width - stay))
+    if coding is not None and not isinstance(renew, bool):
+        anew, (of_keys, of_values) = renew[..., None], standards_of(keys, values, real)
+        standards = of_keys.where(anew, standards[0]), of_values.where(anew, standards[1])
+        enters, most = enters | (retained & anew), max(1, min(layout.width, n))
     index = xp.argsort(xp.astype(~enters, xp.int8), axis=-1, stable=True)[..., :most]
     records = [
         encode(take_rows(x, index), standard, bits)
@@ -96,3 +99,39 @@ def pool_of(
             for x, y in zip((coding.key_step, coding.value_step), (key_step, value_step), strict=True)
         )
     return Pool(key_codes, value_codes, key_step, value_step, *standards, source)
+
+
+def standards_of(keys: Array, values: Array, real: Array) -> tuple[Standard, Standard]:
+    """What the tokens at hand, those where ``real`` is True, are coded by."""
+    # Tokens that are attended to for want of others have values near zero, which must stay so.
+    return Standard.of(keys, real), Standard.of(values, real, centred=False)
+
+
+def renewal(config: CacheConfig, state: LayerState, cut: Array, *, alike: bool, goes: bool) -> tuple[bool | Array, Any]:
+    """Heads whose records are made anew in an eviction, and `LayerState.early` after it.
+
+    Records are made when a head first retains tokens; then they are made anew when it first evicts: by then it has seen
+    what its tokens are like.
+
+    Parameters
+    ----------
+    config : CacheConfig
+    state : LayerState
+        Before the eviction.
+    cut : bool array, shape (..., kv_head)
+        Heads that evict.
+    alike : bool
+        Whether rows evict together, as the host knows.
+    goes : bool
+        Whether any head evicts, as far as the host knows.
+    """
+    if config.bits is None:
+        return False, None
+    if state.early is None and not config.static and (alike or state.has_evicted):
+        return goes and not state.has_evicted, None
+    xp, first = array_namespace(cut), state.coding() is None
+    early = xp.ones_like(cut) if state.early is None else state.early
+    renew = True if first else early & (cut | (state.counts == 0))
+    # What is coded when a row first evicts is coded by all that the row has seen.
+    early = early & ~(xp.any(cut, axis=-1)[..., None] if first else cut)
+    return renew, early if config.static or bool(xp.any(early)) else None

@@ -21,7 +21,7 @@ from momentkv.backends.layout import Layout, Tiers
 from momentkv.codes import Coding, Standard, decode, row_bytes, step_dtype
 from momentkv.statistics.moments import Moments
 
-__all__ = ["LayerState", "NewTokens", "empty_state", "hidden", "joined", "overwritten", "place"]
+__all__ = ["LayerState", "NewTokens", "empty_state", "hidden", "joined", "overwritten", "place", "told"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,9 @@ class LayerState:
         Of these codes.
     key_mean, key_deviation, value_deviation : array, shape (..., kv_head, d) or (..., kv_head, dv), or None
         What tokens are coded by, once there are any: see `momentkv.codes`.
+    early : bool array, shape (..., kv_head), or None
+        Where rows may differ in when they evict, or steps are static: heads that have evicted nothing since their
+        tokens were first coded, and code them anew when they do. None where that is as ``has_evicted`` says.
     key_loss, value_loss : array, shape (..., kv_head, 2, d) or (..., kv_head, 2, dv), or None
         Beside evidence and codes: the most that a channel of any evicted token has lost, and of any stored one before
         it was coded as it is now; see `momentkv.cache.losses`.
@@ -89,6 +92,7 @@ class LayerState:
     key_mean: Any = None
     key_deviation: Any = None
     value_deviation: Any = None
+    early: Any = None
     key_loss: Any = None
     value_loss: Any = None
     recent_attention: Any = None
@@ -213,7 +217,7 @@ class LayerState:
 # Array fields, in the order of the class: what is saved, moved and counted.
 ARRAYS = (
     "recent_keys", "recent_values", "recent_positions", "recent_count", "keys", "values", "positions", "counts",
-    "key_step", "value_step", "key_mean", "key_deviation", "value_deviation", "key_loss", "value_loss",
+    "key_step", "value_step", "key_mean", "key_deviation", "value_deviation", "early", "key_loss", "value_loss",
     "recent_attention", "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
 )  # fmt: skip
 
@@ -357,6 +361,16 @@ def joined(old: NewTokens, new: NewTokens) -> NewTokens:
         attention,
         old.padded or new.padded,
     )
+
+
+def told(state: LayerState, corrects: bool) -> LayerState:
+    """A state that knows whether it has evicted: the host does not see what compiled or captured steps evict.
+
+    ``corrects`` says whether anything stands for evicted tokens; otherwise nothing depends on it.
+    """
+    if state.clock is None or not corrects:
+        return state
+    return state.changed(has_evicted=bool(array_namespace(state.counts).any(state.evicted.weight > 0)))
 
 
 def hidden(new: NewTokens, valid: Array, count: int, *, ask: bool = True) -> NewTokens:

@@ -61,6 +61,14 @@ class Standard(NamedTuple):
         """The images of mean and deviation."""
         return Standard(None if self.mean is None else function(self.mean), function(self.deviation))
 
+    def where(self, mask: Array, other: Standard) -> Standard:
+        """Mean and deviation from here where a mask (..., 1) is True, and another's elsewhere."""
+        xp = array_namespace(mask)
+        mean = self.mean
+        if mean is not None and other.mean is not None:
+            mean = xp.where(mask, mean, other.mean)
+        return Standard(mean, xp.where(mask, self.deviation, other.deviation))
+
     def standardise(self, x: Array) -> Array:
         """Tokens (..., n, d) in deviations from the mean."""
         xp = array_namespace(x)

@@ -100,6 +100,28 @@ def add_measurements(kinds: Any) -> None:
     add_results(needles, "results/needles.json")
     needles.set_defaults(run=command("momentkv.evaluation.needles", "needles"))
 
+    tasks = kinds.add_parser("tasks", help="tasks of lm_eval that are answered by writing, at equal bytes")
+    add_model(tasks)
+    tasks.add_argument("--tasks", nargs="+", required=True, metavar="T", help="names that lm_eval knows, or yours")
+    tasks.add_argument("--include-path", metavar="FOLDER", help="of tasks of your own")
+    tasks.add_argument("--metadata", metavar="JSON", help="for tasks that take some, as RULER's do")
+    tasks.add_argument("--limit", type=int, metavar="N", help="the first documents of each task (default: all)")
+    tasks.add_argument(
+        "--question-marker",
+        metavar="TEXT",
+        help="what questions begin with, alternatives between |: they are read after compression (default: before)",
+    )
+    tasks.add_argument("--context-field", metavar="NAME", help="instead: the field of a document that is compressed")
+    tasks.add_argument("--chat", action="store_true", help="write prompts in the model's chat template")
+    tasks.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of a prompt and its answer (default: the model's)"
+    )
+    add_budgets(tasks, [256, 512])
+    add_policies(tasks, ["snapkv", "balanced"], ["none", "summaries"])
+    tasks.set_defaults(window=32, exact_window=EXACT_WINDOW, segment=None)
+    add_results(tasks, "results/tasks.json")
+    tasks.set_defaults(run=command("momentkv.evaluation.lm_eval.tasks", "tasks"))
+
     gap = kinds.add_parser("gap", help="evicted mass, direction and error by layer and head (the paper's Figure 2)")
     add_source(gap, context=4096, following=128)
     add_method(gap, budget=128, policy="momentkv", correction="order-1", corrections=CORRECTIONS[1:])
@@ -109,6 +131,11 @@ def add_measurements(kinds: Any) -> None:
     trust = kinds.add_parser("trust", help="certified and estimated error of every head against the true one")
     add_source(trust, context=2048, following=128)
     add_method(trust, budget=256, policy="balanced", correction="summaries", corrections=CORRECTIONS)
+    trust.add_argument(
+        "--method",
+        metavar="M",
+        help="one of --methods of evaluate fidelity, default@4 say; for policy and correction",
+    )
     trust.add_argument("--output", default="results/trust.json", help="data; the plot goes beside it")
     trust.set_defaults(run=command("momentkv.evaluation.trust", "trust"))
 

@@ -187,7 +187,7 @@ def glance(models: list[str], kept: dict[str, pd.DataFrame]) -> list[dict[str, A
 
 def measure_table(wide: pd.DataFrame, best: str, shown: Callable[[float], str]) -> dict[str, Any]:
     """A row for each method, a column for each budget, the best of which stands out."""
-    plain = wide[[x.endswith("/none") and not x.startswith("kvzip") and not is_ours(x) for x in wide.index]]
+    plain = wide[[is_selection(x) for x in wide.index]]
     rows = {"best selection": getattr(plain, best)()} if len(plain) else {}
     rows |= {
         "the paper's" if method == PAPER else code(method): wide.loc[method]
@@ -200,6 +200,18 @@ def measure_table(wide: pd.DataFrame, best: str, shown: Callable[[float], str]) 
         for name, row in rows.items()
     }
     return {"sizes": list(wide.columns), "lines": [[name, *x] for name, x in cells.items()]}
+
+
+def is_selection(method: str) -> bool:
+    """Whether a method reads once, and neither corrects nor rounds: plain eviction, kvpress's presses among it.
+
+    Examples
+    --------
+    >>> [is_selection(x) for x in ("snapkv/none", "kvpress TOVA", "snapkv/none@4", "kvzip/none", "kvpress KVzip")]
+    [True, True, False, False, False]
+    """
+    plain = method.endswith("/none") or method.startswith("kvpress ")
+    return plain and "kvzip" not in method.lower() and not is_ours(method)
 
 
 def percent(x: float) -> str:

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from momentkv.evaluation.lines import BANDS, OURS
 from momentkv.evaluation.report import tokens_in
+from momentkv.evaluation.task_lines import AVERAGE
 
-__all__ = ["GROUNDS", "draw", "methods_of", "plot_depths", "plot_found", "plot_gaps", "plot_kl", "slug"]
+__all__ = ["GROUNDS", "draw", "methods_of", "plot_depths", "plot_found", "plot_gaps", "plot_kl", "plot_tasks", "slug"]
 
 # For pages that are light or dark: plots have no ground of their own.
 GROUNDS = ("light", "dark")
@@ -113,6 +114,22 @@ def plot_kl(lines: pd.DataFrame, *, bits: int | None, title: str | None = None) 
     axis.yaxis.set_minor_formatter("")
     bytes_axis(axis, lines["bytes"], bits)
     axis.set_ylabel("KL(full || compressed), nats")
+    legend(figure, title)
+    return figure
+
+
+def plot_tasks(lines: pd.DataFrame, *, bits: int | None, title: str | None = None) -> Figure:
+    """The average of tasks against bytes, with intervals, and that of the full cache; of each task without one."""
+    shown = lines[lines["task"] == (AVERAGE if AVERAGE in set(lines["task"]) else lines["task"].iloc[0])]
+    figure = Figure(figsize=(6.5, 4.6), layout="constrained")
+    axis = figure.subplots()
+    methods = methods_of(shown)
+    for method in methods:
+        curve(axis, shown[shown["method"] == method].sort_values("bytes"), "value", methods)
+    axis.axhline(shown.loc[shown["bytes"] == 0, "value"].iloc[0], color="gray", linestyle=":", label="full cache")
+    axis.set_ylim(bottom=0)
+    bytes_axis(axis, shown["bytes"], bits)
+    axis.set_ylabel(f"score, {shown['task'].iloc[0]}")
     legend(figure, title)
     return figure
 

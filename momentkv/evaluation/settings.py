@@ -28,6 +28,8 @@ __all__ = [
     "settings_grid",
 ]
 
+# What stands behind a method whose retained tokens are as the model stores them.
+FULL = "full"
 # Query statistics are float32 whatever the cache stores.
 STATISTIC_BYTES = 4
 # Corrections by the names that the command line has for them: (order, kind, sharing of the budget). What "moments" is
@@ -112,7 +114,7 @@ def setting_of(method: str) -> Setting:
         ``"default"``, what `MomentCache` does by default; ``"twice"`` and ``"twice/none"``, after a second reading with
         the default correction and with none; ``"kvzip/none"``; or a policy and a correction as in ``"snapkv/none"``;
         behind it the bits of retained tokens, as in ``"default@4"`` or, of keys and values, ``"default@4/3"``, or
-        ``"default@auto"``, by measured error.
+        ``"default@auto"``, by measured error, or ``"default@full"``, as the model stores them.
 
     Raises
     ------
@@ -125,10 +127,13 @@ def setting_of(method: str) -> Setting:
     ('order 1', True)
     >>> setting_of("default@4").correction
     'summaries, by heads, 4 bits'
+    >>> setting_of("default@full") == setting_of("default")
+    True
     """
     name, _, coded = method.partition("@")
     if coded:
-        return dataclasses.replace(setting_of(name), bits=bits_from_text(coded), method=method)
+        bits = None if coded == FULL else bits_from_text(coded)
+        return dataclasses.replace(setting_of(name), bits=bits, method=method)
     if method in NAMED:
         return NAMED[method]
     policy, _, correction = method.partition("/")

@@ -6,8 +6,9 @@ import pandas as pd
 from rich.table import Table
 
 from momentkv.evaluation.report import empty_table, tokens_in
+from momentkv.evaluation.task_lines import AVERAGE
 
-__all__ = ["fidelity_table", "needles_table"]
+__all__ = ["fidelity_table", "needles_table", "tasks_table"]
 
 
 def fidelity_table(lines: pd.DataFrame, *, title: str, bits: int | None) -> Table:
@@ -66,5 +67,38 @@ def needles_table(lines: pd.DataFrame, *, title: str, bits: int | None) -> Table
         "found: values of which every token is right; n: questions; "
         + ("wrote: by generation; " if wrote else "")
         + "no signal: the full cache finds less than half"
+    )
+    return table
+
+
+def tasks_table(lines: pd.DataFrame, *, title: str, bits: int | None) -> Table:
+    """One line for each budget and method, a column for each task; the best of each budget stands out."""
+    names = list(dict.fromkeys(lines["task"]))
+    weak = set(lines.loc[~lines["signal"], "task"])
+    # A name stands below itself, so that many tasks fit beside each other.
+    heads = [(f"({name})" if name in weak else name).replace("_", "\n") for name in names]
+    table = empty_table(title, ["bytes", "method", *heads, "95 %"])
+    for size, group in lines.groupby("bytes"):
+        if table.row_count:
+            table.add_section()
+        cells = group.pivot(index="method", columns="task", values="value")
+        best = cells[AVERAGE].max() if AVERAGE in cells else None
+        for place, method in enumerate(dict.fromkeys(group["method"])):
+            one = cells.loc[method]
+            about = group[(group["method"] == method) & (group["task"] == AVERAGE)]
+            ends = "" if about.empty else f"{about['low'].iloc[0]:.2f}-{about['high'].iloc[0]:.2f}"
+            table.add_row(
+                "" if place or not size else str(size),
+                method,
+                *(f"{one[name]:.2f}" for name in names),
+                ends,
+                style="bold green" if best is not None and one.get(AVERAGE) == best and size else "",
+            )
+    documents = ", ".join(
+        f"{name} {count}" for name, count in lines.drop_duplicates("task").set_index("task")["n"].items()
+    )
+    table.caption = (
+        f"bytes: of so many {tokens_in(bits)} per KV head, correction included; n: {documents}; 95 %: of the average; "
+        "(in brackets): no signal, the full cache has less than half, and not in the average"
     )
     return table

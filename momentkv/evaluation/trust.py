@@ -11,19 +11,21 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from momentkv.attention import logits, merge, softmax_state
+from momentkv.attention import default_scale, group_queries, logits, softmax_state
 from momentkv.bounds import output_error, read
+from momentkv.bounds.rounding import state_error, unit
 from momentkv.cache.config import wanted_queries
+from momentkv.cache.layer import LayerCache
 from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import retained_mask
 from momentkv.evaluation.report import environment, save_figure, write_json
-from momentkv.evaluation.settings import CHOICES, Setting, empty_cache
+from momentkv.evaluation.settings import CHOICES, Setting, empty_cache, setting_of
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
-from momentkv.trust import estimated_error
+from momentkv.trust import Losses, estimated_error, estimated_loss, lost_by_codes
 
 __all__ = ["TrustPoints", "measure_trust", "plot_trust", "trust"]
 
@@ -108,6 +110,7 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
         length = layer.keys.shape[2]
         tokens = torch.arange(length)
         kept = retained_mask(core.positions, length, context)
+        exact = layer.keys.double(), layer.values.double()
         q = layer.queries[:, :, -(length - context) :: every].double()
         expansion, factor = None, 1.0
         if core.config.corrects:
@@ -115,11 +118,35 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
             factor = core.config.correction.calibration
         columns.append(
             compare(
-                q, layer.keys.double(), layer.values.double(), kept, tokens[context::every], tokens, expansion, factor,
-                layer.scaling,
+                q, *exact, kept, tokens[context::every], tokens, expansion, factor, layer.scaling,
+                as_stored(core, *exact),
             )
         )  # fmt: skip
     return TrustPoints(*(np.stack(x) for x in zip(*columns, strict=True)))
+
+
+def as_stored(core: LayerCache, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Losses] | None:
+    """Keys and values with those that a cache keeps in few bits as it reads them, and what these may have lost.
+
+    None where all tokens are as they came.
+    """
+    positions: Any = core.positions
+    losses = core.losses(positions)
+    if losses is None:
+        return None
+    # Slots without a token write behind the last one, which is cut off.
+    places = torch.where(positions < 0, k.shape[2], positions).long()
+
+    def placed(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        index = places if x.ndim == 3 else places[..., None].expand(own.shape)
+        longer = torch.cat([x, x[:, :, :1]], dim=2).scatter(2, index, own.to(x.dtype))
+        return longer[:, :, : x.shape[2]]
+
+    none = torch.zeros_like(k[..., 0])
+    steps = [placed(none, step) for step in (losses.key_step, losses.value_step)]
+    wide = [x.double() for x in losses]
+    losses = Losses(*wide[:2], *steps, *wide[4:])
+    return placed(k, core.keys), placed(v, core.values), losses
 
 
 def compare(
@@ -132,18 +159,28 @@ def compare(
     expansion: Expansion | None,
     factor: float,
     scale: float | None,
+    stored: tuple[Any, Any, Losses] | None = None,
 ) -> list[np.ndarray[Any, Any]]:
-    """The four columns of `TrustPoints` for some heads of a layer."""
-    products = logits(q, k, scale=scale, mask=tokens[None, :] <= queries[:, None])
-    hidden = torch.full_like(products, -torch.inf)
-    seen = kept[..., None, None, :]
-    retained, _ = softmax_state(torch.where(seen, products, hidden), v)
-    evicted, _ = softmax_state(torch.where(seen, hidden, products), v)
-    exact = merge(retained, evicted).out
+    """The four columns of `TrustPoints` for some heads of a layer; ``stored`` is what `as_stored` gives."""
+    visible = tokens[None, :] <= queries[:, None]
+    products = logits(q, k, scale=scale, mask=visible)
+    exact = softmax_state(products, v)[0].out
+    read_k, read_v = (k, v) if stored is None else stored[:2]
+    retained, weights = softmax_state(logits(q, read_k, scale=scale, mask=visible & kept[..., None, None, :]), read_v)
     out = retained.out if expansion is None else correct(retained, q, expansion, scale=scale).out
     evidence = Moments.from_tokens(k, v, mask=~kept, order=2, extent=True)
     certified = output_error(retained, q, evidence, out, scale=scale)
     estimated = estimated_error(retained, q, evidence, scale=scale, calibration=factor)
+    if stored is not None:
+        size = torch.where(kept, read_v.norm(dim=-1), 0.0).amax(-1, keepdim=True)
+        extent: Any = evidence.extent
+        radius = torch.maximum(size, state_error(extent).value_size[..., None])
+        factor_of_q = default_scale(q.shape[-1]) if scale is None else scale
+        queries = factor_of_q * group_queries(q, k.shape[1])
+        lost = lost_by_codes(stored[2], queries.abs(), radius, unit(k))
+        guess = estimated_loss(stored[2], weights, queries, read_v, retained.out)
+        certified = certified + lost.reshape(certified.shape)
+        estimated = torch.hypot(estimated, guess.reshape(estimated.shape))
     deviation = read(q, evidence, scale=scale).deviation.high.reshape(certified.shape)
     size = exact.norm(dim=-1)
     error = (out - exact).norm(dim=-1)
@@ -172,20 +209,33 @@ def plot_trust(points: TrustPoints, *, title: str) -> Any:
     return figure
 
 
+def setting_asked(options: argparse.Namespace) -> Setting:
+    """The method, or else policy and correction."""
+    if options.method is None:
+        return Setting(options.policy, options.budget, *CHOICES[options.correction])
+    setting = dataclasses.replace(setting_of(options.method), budget=options.budget)
+    if get_policy(setting.policy).rereads:
+        raise ValueError(
+            f"method is {options.method!r}, which looks at a second reading, but texts are read once here; use "
+            "another, default@4 say"
+        )
+    return setting
+
+
 def trust(options: argparse.Namespace) -> int:
     """Measure certificates and estimates; write data and a plot, print a summary."""
+    setting = setting_asked(options)
     console = Console()
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     text = load_text(options.text)[options.skip :]
     ids = tokenize(tokenizer, text, options.context + options.following, name=options.text)
-    setting = Setting(options.policy, options.budget, *CHOICES[options.correction])
     with console.status("measuring errors of every layer and head"):
         points = measure_trust(model, ids, options.context, setting)
     name = options.model or BUILTIN_MODEL
     title = (
         f"{name}, {Path(options.text).name}: {options.context} tokens, {setting.policy_name} keeps {setting.budget}, "
-        f"{options.correction}"
+        f"{setting.correction if options.method else options.correction}"
     )
     summary = points.summary()
     path = write_json(options.output, {"model": name, "title": title, "environment": environment(), **summary})

@@ -64,7 +64,10 @@ class Plan:
         self.least = sinks + window + 1
         asked = parse_budget(budget)
         if static and isinstance(asked, TotalBytes):
-            raise ValueError(f"static=True with a budget of {budget!r}: buffers are sized in tokens; give it in tokens")
+            raise ValueError(
+                f"static=True with a budget of {budget!r}: buffers are sized in tokens; give it in tokens (with "
+                f"bits={AUTO!r}, the bytes of so many are spent on more tokens of fewer bits)"
+            )
         self.rule = asked if isinstance(asked, BudgetRule) else None
         given = self.least if isinstance(asked, BudgetRule) else asked
         budgets = [given] * len(self.kinds) if isinstance(given, int) else given
@@ -95,8 +98,6 @@ class Plan:
                     f"bits is {AUTO!r} with sharing={sharing!r}, which does not measure errors; use sharing of "
                     f"{', '.join(MEASURED)}, or give a number of bits"
                 )
-            if static:
-                raise ValueError(f"bits is {bits!r} with static=True, which does not read them; leave one of them out")
             self.settings["bits"] = None  # until tokens no longer fit as they come
 
     def layers(self, rollback: int) -> list[Any]:

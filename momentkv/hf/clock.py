@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from momentkv.cache.config import CacheConfig
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.state import PACKED
 
@@ -28,19 +30,46 @@ class Beat:
         return self  # never changed once the ring is closed
 
 
-def ring(block: int, flushes: Sequence[int]) -> Beat:
+def ring(block: int, flushes: Sequence[int], first: Sequence[bool] = ()) -> Beat:
     """The beat before the first step of a ring in which the given steps (from 1 to ``block``) flush.
+
+    Before the ring come as many steps as ``first`` has entries, each of which says whether it flushes.
 
     Examples
     --------
     >>> beat = ring(3, [2])
     >>> beat.next.flushes, beat.next.next.flushes, beat.flushes, beat.next.next.next is beat
     (False, True, False, True)
+    >>> beat = ring(1, [], [True]).next
+    >>> beat.flushes, beat.next.flushes, beat.next.next is beat.next
+    (True, False, True)
     """
     beats = [Beat(step in flushes) for step in range(1, block + 1)]
-    for one, other in zip(beats, beats[1:] + beats[:1], strict=True):
+    before = [Beat(False), *map(Beat, first)]
+    line = [*before, *beats, beats[0]] if first else [*beats, beats[0]]
+    for one, other in itertools.pairwise(line):
         one.next = other
-    return beats[-1]
+    return before[0] if first else beats[-1]
+
+
+def flush_steps(config: CacheConfig, ticks: int, retained: int, budget: int) -> list[int]:
+    """Steps from now on after which a head's recent tier is full, up to the first at which it evicts.
+
+    From then on it evicts once in ``block`` steps. It holds ``ticks`` tokens, of which ``retained`` are not recent.
+
+    Examples
+    --------
+    >>> config = LayerCache(14, sinks=1, window=6, block=4).config
+    >>> flush_steps(config, 14, 7, 14), flush_steps(config, 9, 2, 14), flush_steps(config, 5, 0, 14)
+    ([4], [4, 8, 9], [6, 10, 13])
+    """
+    step, steps = 0, list[int]()
+    while ticks < budget + config.block:
+        step += config.recent - (ticks - retained)
+        ticks = retained + config.recent
+        retained = min(ticks - config.exact, budget - config.exact)
+        steps.append(step)
+    return steps
 
 
 class Clock:
@@ -100,12 +129,22 @@ class Clock:
             for core in self.cores:
                 core.fix()
                 open_to_lengths(core)
-        block, steps = self.cores[0].config.block, set[int]()
+        config, heads = self.cores[0].config, set[tuple[int, ...]]()
         for core in self.cores:
             ticks: Any = core.stored_state.ticks
-            waits = torch.tensor(core.budgets, device=ticks.device) + block - ticks
-            steps.update((wait - 1) % block + 1 for wait in waits.flatten().tolist())
-        self.beat = self.before = ring(block, sorted(steps))
+            budgets = torch.tensor(core.budgets, dtype=ticks.dtype, device=ticks.device).expand_as(ticks)
+            held = torch.stack([ticks, core.stored_state.counts, budgets], dim=-1).flatten(0, -2)
+            heads.update(map(tuple, held.tolist()))
+        due = [flush_steps(config, *head) for head in heads]
+        block, steps = config.block, {step for own in due for step in own}
+        rounds = {(own[-1] - 1) % block + 1 for own in due}
+        # A whole number of blocks, so that rounds go on through it.
+        length = block * -(-max(own[-1] for own in due) // block)
+        first = [
+            step in steps or any(step > own[-1] and (step - own[-1]) % block == 0 for own in due)
+            for step in range(1, length + 1)
+        ]
+        self.beat = self.before = ring(block, sorted(rounds), first)
         self.runs, self.open = True, False
 
 

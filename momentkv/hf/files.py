@@ -34,7 +34,7 @@ KINDS = {correction.name: type(correction) for correction in CORRECTIONS.values(
 # What of a layer's state is a number of the host's.
 NUMBERS = ("seen", "filled", "padded", "has_evicted")
 # Arrays that a state of the same settings may have or not, and their axes.
-OPTIONAL = {"clock": 1, "ticks": 2, "query_mean": 3, "query_square": 3, "recent_queries": 4}
+OPTIONAL = {"clock": 1, "ticks": 2, "early": 2, "query_mean": 3, "query_square": 3, "recent_queries": 4}
 OPTIONAL |= dict.fromkeys(("key_mean", "key_deviation", "value_deviation"), 3)
 OPTIONAL |= dict.fromkeys(("key_loss", "value_loss"), 4)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterator, Sequence
+import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +13,12 @@ from tqdm.auto import tqdm
 from momentkv.hf.cache import MomentCache
 from momentkv.hf.layer_reader import LayerReader
 from momentkv.hf.repeating import REQUEST, read_text, request_of
+from momentkv.hf.stretches import LEAD, parts, passes_of
 
 __all__ = ["Piece", "Reading", "read"]
 
 # Seconds before a progress bar shows.
 PATIENCE = 2.0
-# Tokens before a part of the text that are repeated with it, so that it is clear where it begins.
-LEAD = 8
 # Most tokens of one pass.
 CHUNK = 2048
 # Positions that a text must leave free for its parts to be repeated, unless the parts are shorter.
@@ -47,7 +46,7 @@ def read(
     inputs: Any,
     cache: MomentCache,
     *,
-    twice: bool = True,
+    twice: bool | float = True,
     tokenizer: Any = None,
     attention_mask: torch.Tensor | None = None,
     request: str | Sequence[int] = REQUEST,
@@ -70,8 +69,10 @@ def read(
         are padded at the left. After tokens that the cache has read, these are the new ones.
     cache : MomentCache
         To read twice, its policy must be ``"twice"`` or ``"second-reading"``.
-    twice : bool
-        False reads once: the same as a prefill in one pass, but in parts of bounded size.
+    twice : bool or float
+        The share of the text that is read a second time, from 0 to 1: its most novel stretches. True, or 1, reads all
+        of it a second time, at the most cost; False, or 0, reads once: the same as a prefill in one pass, but in parts
+        of bounded size.
     tokenizer : PreTrainedTokenizer, optional
         Reads texts, and the request.
     attention_mask : int tensor, shape (batch, seen + n), optional
@@ -102,17 +103,20 @@ def read(
 
     Notes
     -----
-    The second reading costs as much as reading a second half of a text of twice the length. Without ``segment`` the
-    whole text is stored until the second reading ends.
+    The second reading of a whole text costs as much as reading a second half of a text of twice the length, and that of
+    a share as much less. Stretches of 64 tokens are chosen by how far their keys and values lie from the others'
+    (`momentkv.policies.Novelty`), for each row of a batch and each segment by itself. Without ``segment`` the whole
+    text is stored until the second reading ends.
 
     Source: KVzip (arXiv 2505.23416). Derivation: docs/derivations/second-reading.md.
     """
     ids, mask = ids_of(inputs, tokenizer, attention_mask)
     seen, n = int(cache.get_seq_length()), ids.shape[1]
     check(cache, ids, mask, twice=twice, chunk=chunk, segment=segment)
+    share = float(twice)
     whole = None if mask is None or bool(mask.all()) else mask.to(model.device)
-    asked = request_of(tokenizer, request, first_ids(ids, whole)) if twice else []
-    if twice:
+    asked = request_of(tokenizer, request, first_ids(ids, whole)) if share else []
+    if share:
         chunk = chunk_within(model, seen + n, len(asked) + LEAD, chunk)
     ids = ids.to(model.device)
     pieces = []
@@ -122,13 +126,13 @@ def read(
     try:
         with (
             torch.no_grad(),
-            tqdm(total=n * (1 + twice), unit="token", delay=PATIENCE, leave=False, disable=not progress) as bar,
+            tqdm(total=n + round(share * n), unit="token", delay=PATIENCE, leave=False, disable=not progress) as bar,
         ):
             for piece in pieces:
                 with Reading(model, cache, piece, chunk) as reading:
                     reading.read(bar.update)
-                    if twice:
-                        reading.read_again(asked, bar.update)
+                    if share:
+                        reading.read_again(asked, share, bar.update)
                 reading.evict()
             if cache.static is not None:
                 cache.static.set()
@@ -180,18 +184,20 @@ class Reading:
         for reader in self.readers:
             reader.end_first()
 
-    def read_again(self, request: Sequence[int], done: Any = None) -> None:
-        """Let the model repeat the piece, part by part, from what is stored; only scores are kept."""
+    def read_again(self, request: Sequence[int], share: float = 1.0, done: Any = None) -> None:
+        """Let the model repeat a share of the piece, part by part, from what is stored; only scores are kept."""
         ids, mask, seen = self.piece
         rows, n = ids.shape
         asked = torch.tensor([list(request)] * rows, dtype=ids.dtype, device=ids.device).reshape(rows, -1)
         for reader in self.readers:
             reader.again = True
         held = self.cache.passes.held()
-        for start, stop in parts(n, self.chunk):
-            part, again = ids[:, max(0, start - LEAD) : stop], None
+        passes = list(passes_of([reader.core for reader in self.readers], rows, n, share, self.chunk))
+        for number, index in enumerate(passes):
+            index = index.to(ids.device)
+            part, again = ids.gather(1, index), None
             if mask is not None:
-                real = mask[:, seen + stop - part.shape[1] : seen + stop]
+                real = mask[:, seen:].gather(1, index)
                 # Padding comes last, where it parts no tokens that a sliding window should hold together.
                 order = real.ne(0).long().argsort(dim=1, descending=True, stable=True)
                 part, real = part.gather(1, order), real.gather(1, order)
@@ -200,7 +206,8 @@ class Reading:
             # Layers with a sliding window have stored the pass, and budgets that are shares of the text have grown.
             self.cache.passes.go_back(held)
             if done is not None:
-                done(stop - start)
+                before, after = (round(share * n * count / len(passes)) for count in (number, number + 1))
+                done(after - before)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """One pass of the model."""
@@ -247,7 +254,7 @@ def check(
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     *,
-    twice: bool,
+    twice: bool | float,
     chunk: int,
     segment: int | None,
 ) -> None:
@@ -255,6 +262,8 @@ def check(
     if not cache.passes.moments:
         raise ValueError("no layer of this model is compressed (all have a sliding window): there is nothing to evict")
     seen = int(cache.get_seq_length())
+    if not (isinstance(twice, numbers.Real) and 0 <= twice <= 1):
+        raise ValueError(f"twice is {twice!r}; use True, False, or a share of the text from 0 to 1")
     for name, size in (("chunk", chunk), ("segment", segment)):
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; read at least one token at a time")
@@ -289,23 +298,6 @@ def first_ids(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
     real = row if mask is None else row[mask[0, -ids.shape[1] :].bool()]
     first: list[int] = real.tolist()
     return first
-
-
-def parts(n: int, most: int) -> Iterator[tuple[int, int]]:
-    """About equal parts of at most so many tokens.
-
-    Examples
-    --------
-    >>> list(parts(10, 4))
-    [(0, 4), (4, 7), (7, 10)]
-    """
-    count = math.ceil(n / most)
-    small, larger = divmod(n, count)
-    start = 0
-    for index in range(count):
-        stop = start + small + (index < larger)
-        yield start, stop
-        start = stop
 
 
 def chunk_within(model: Any, length: int, beside: int, chunk: int) -> int:

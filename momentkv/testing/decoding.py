@@ -15,7 +15,7 @@ from momentkv.codes import Coding
 from momentkv.codes import decode as decoded
 from momentkv.statistics.expansion import Expansion
 from momentkv.testing import oracle
-from momentkv.testing.coded import magnitudes, records_of
+from momentkv.testing.coded import magnitudes, records_of, sums_error
 from momentkv.testing.rounding import FUNCTION, StateError, attention_error, merge_error
 
 __all__ = ["Decode", "Inputs", "decode_cases", "evaluate", "expected", "f64", "logits_error", "make"]
@@ -110,6 +110,10 @@ def coded_cases(single: torch.dtype, half: torch.dtype) -> list[Decode]:
             ((128, 128, (8, 8)), half, 1),
             ((128, 64, (5, 3)), half, 3),
             ((256, 256, (4, 8)), half, 2),
+            ((96, 64, (6, 2)), half, 1),
+            ((64, 128, (3, 6)), half, 2),
+            ((32, 80, (2, 5)), half, 1),
+            ((8, 112, (4, 3)), half, 1),
             ((80, 112, (3, 2)), single, 1),
             ((96, 80, (6, 5)), single, 2),
             ((16, 8, (2, 6)), single, 2),
@@ -124,6 +128,7 @@ def coded_cases(single: torch.dtype, half: torch.dtype) -> list[Decode]:
         dataclasses.replace(whole, bits=(8, 3), recent=70, recent_masked=True, estimate="order 1", scored=True),
         dataclasses.replace(whole, bits=(8, 8), estimate="summaries x 2", group=7, dtype=half, d=64, recent=70),
         dataclasses.replace(whole, bits=(3, 3), estimate="order 2", group=17, q_len=2, kv_heads=1, dtype=half, d=64),
+        dataclasses.replace(whole, bits=(6, 2), group=12, kv_heads=1, dtype=half, d=64, scored=True),
         dataclasses.replace(whole, capacity=0, scored=True),
         dataclasses.replace(whole, capacity=1, estimate="order 0", splits=2),
         dataclasses.replace(whole, d=64, size=30.0, scale=1.0, bits=(8, 8)),
@@ -292,6 +297,15 @@ def dense(case: Decode, inputs: Inputs) -> tuple[NDArray[Any], NDArray[Any], NDA
     return f64(inputs.q), np.where(hidden, 0.0, k), np.where(hidden, 0.0, v)
 
 
+def steps(case: Decode, inputs: Inputs) -> list[NDArray[Any]]:
+    """Of keys and of values, with a slot for every token; zero where there is none, and of recent ones."""
+    if inputs.coding is None:
+        return [np.zeros(1)] * 2
+    whole = (as_rectangle(case, inputs, step) for step in inputs.coding[1:3])
+    padded = (np.pad(x, [(0, 0), (0, 0), (0, case.recent)]) for x in whole)
+    return [np.where(inputs.valid, x, 0.0) for x in padded]
+
+
 def as_rectangle(case: Decode, inputs: Inputs, x: torch.Tensor) -> NDArray[Any]:
     """Packed numbers or vectors with a slot for every token, zero where there is none; others as they are."""
     if not case.packed:
@@ -311,12 +325,16 @@ def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], 
     mask = inputs.valid[..., None, None, :]
     logits = oracle.logits(q, k, case.scale, mask)
     state = oracle.attend(q, k, v, case.scale, mask)
-    unit = 0.0 if case.dtype == torch.float32 else UNIT_OF[case.dtype]
-    error = attention_error(*magnitudes(q, k, inputs.coding, unit), v, state.lse, 2.0**-24, case.scale)
+    halves, (of_keys, of_values) = case.dtype != torch.float32, steps(case, inputs)
+    reckoned = magnitudes(q, k, inputs.coding, of_keys, halves=halves)
+    error = attention_error(*reckoned, v, state.lse, 2.0**-24, case.scale)
     size = np.linalg.norm(v, axis=-1).max(initial=0.0)
     if inputs.coding is not None:
         nothing = StateError(np.zeros_like(error.out), np.zeros_like(error.lse))
         error = merge_error(error, nothing, size, np.nan_to_num(np.abs(state.lse), posinf=0), 2.0**-24)
+        if halves:
+            lost = oracle.to_query_heads(sums_error(inputs.coding, of_values, case.capacity), q.shape[1], 1)
+            error = error._replace(out=error.out + lost[..., None, :])
         if case.dtype == torch.float16:  # weights times steps may have no digit left
             most = 2.0 ** inputs.coding.bits[1] * f64(inputs.coding.value_standard.deviation).max()
             error = error._replace(out=error.out + 2.0**-25 * case.capacity * most)
@@ -335,7 +353,7 @@ def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], 
 def logits_error(case: Decode, inputs: Inputs) -> float:
     """What rounding may change of a logit."""
     q, k, _ = dense(case, inputs)
-    q, k = magnitudes(q, k, inputs.coding, 0.0 if case.dtype == torch.float32 else UNIT_OF[case.dtype])
+    q, k = magnitudes(q, k, inputs.coding, steps(case, inputs)[0], halves=case.dtype != torch.float32)
     products = np.einsum("...hid,...hjd->...hij", q, oracle.to_query_heads(k, q.shape[-3], -3))
     return float(2.0**-24 * (case.d + 4) * case.scale * products.max(initial=0.0))
 

@@ -109,7 +109,7 @@ class Build(NamedTuple):
     def name(self) -> str:
         """What tells it from others."""
         known, types = dict(self.constants), dict(self.types)
-        if "PARTED" not in known:
+        if "CODED" not in known:
             return f"combine, {types['OUT'][1:]}, d {known['DV']}, up to {known['BLOCK_S']} splits"
         words = ["decode", types["Q"][1:], f"d {known['D']}"]
         if known["D"] != known["DV"]:
@@ -127,7 +127,7 @@ class Build(NamedTuple):
             if known[flag]:
                 across = " across" if flag == "FULL_SLOPE" and known.get("stride_sd") == 1 else ""
                 words.append(f"{flag.lower().replace('_', ' ')} {types[text][1:]}{across}")
-        shown = ("DIAGONAL_VARIANCE", "ANCHORED", "MASKED", "COUNTED", "PACKED", "SCORED", "PARTED")
+        shown = ("DIAGONAL_VARIANCE", "ANCHORED", "MASKED", "COUNTED", "PACKED", "SCORED")
         words += [flag.lower().replace("_", " ") for flag in shown if known[flag]]
         return ", ".join(words)
 

@@ -69,20 +69,23 @@ class DecodeBlocks(NamedTuple):
 
 
 def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int, *, coded: bool) -> DecodeBlocks:
-    """Sizes for that many queries of each KV head; a tile of `tl.dot` has at least 16 in each direction."""
+    """Sizes for that many queries of each KV head; a tile of `tl.dot` has at least 16 in each direction, or 8."""
     wide = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     largest = max(wide)
     # Full float32 products are not done by tensor cores and hold their factors in registers.
     single = dtype == torch.float32
-    # A group of more than 16 queries reads the cache once with a tile of 32, where registers allow.
-    queries = 32 if rows > 16 and not single and largest <= 128 else 16
+    # A group of more than 16 queries reads the cache once with a tile of 32, where registers allow. Products with codes
+    # have queries for columns, of which eight are enough, unless wide heads have an estimate: that spilled registers.
+    few = coded and rows <= 8 and (largest <= 128 or not summaries)
+    queries = 8 if few else 32 if rows > 16 and not single and largest <= 128 else 16
+    many = queries == 32 or largest > (64 if single else 128)
     return DecodeBlocks(
         BLOCK_M=queries,
         BLOCK_N=(32 if largest <= 64 else 16) if single else (64 if largest <= 128 else 32),
         BLOCK_D=wide[0],
         BLOCK_V=wide[1],
         BLOCK_C=16 if single or largest > 128 else 32,
-        num_warps=8 if queries == 32 or largest > (64 if single else 128) else 4,
+        num_warps=8 if many and (single or not few) else 4,
         # One tile in flight is enough, and faster by a tenth, where blocks read at once. It is not where they evaluate
         # summaries first (H200, head dimension 128). Tiles of records are small, so that two are in flight.
         num_stages=3 if coded or not (single or summaries < 2) else 2,
@@ -259,7 +262,7 @@ def decode_launches(
         logits = torch.empty(
             (batch, kv_heads, q_heads // kv_heads, q_len, capacity + newest), dtype=torch.float32, device=q.device
         )
-    part_out = part_lse = None
+    part_out = part_lse = lse  # not written
     if splits > 1:
         part_out = torch.empty((heads, splits, rows, dv), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((heads, splits, rows), dtype=torch.float32, device=q.device)
@@ -303,13 +306,12 @@ def decode_launches(
         "recent": newest,
         "kv_heads": kv_heads,
         "splits": splits,
+        "own_split": int(own),
         **{f"stride_{name}": stride for name, stride in zip(names, strides, strict=True)},
     }
     constants = {
         "D": d,
         "DV": dv,
-        "PARTED": splits > 1,
-        "OWN_SPLIT": int(own),
         "MASKED": positions is not None,
         "COUNTED": counts is not None,
         "PACKED": packed,
@@ -329,7 +331,7 @@ def decode_launches(
     launches = [Launch(decode_kernel, (heads, splits, tiles), arguments, constants, options)]
     if splits > 1:
         arguments = {"PART_OUT": part_out, "PART_LSE": part_lse, "OUT": out, "LSE": lse, "rows": rows, "splits": splits}
-        constants = {"DV": dv, "BLOCK_V": blocks.BLOCK_V, "BLOCK_S": triton.next_power_of_2(splits)}
+        constants = {"DV": dv, "BLOCK_V": blocks.BLOCK_V, "BLOCK_S": max(16, triton.next_power_of_2(splits))}
         launches.append(Launch(combine_kernel, (heads, rows), arguments, constants, {"num_warps": 4, "num_stages": 1}))
     return out, lse, logits, launches
 

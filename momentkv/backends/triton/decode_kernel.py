@@ -51,7 +51,9 @@ def attend_tile(
 
 
 # Numbers that differ from call to call do not choose a specialisation, of which there would be one for each.
-@triton.jit(do_not_specialize=["rows", "capacity", "recent", "kv_heads", "splits"])
+@triton.jit(
+    do_not_specialize=["rows", "capacity", "recent", "kv_heads", "splits", "own_split", "stride_pb", "stride_ph"]
+)
 def decode_kernel(
     Q,
     K,
@@ -88,6 +90,7 @@ def decode_kernel(
     recent,
     kv_heads,
     splits,
+    own_split,
     stride_kb,
     stride_kh,
     stride_kn,
@@ -111,8 +114,6 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    PARTED: tl.constexpr,
-    OWN_SPLIT: tl.constexpr,
     SUMMARIES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     RANK: tl.constexpr,
@@ -140,10 +141,10 @@ def decode_kernel(
     """Grid: (batch * kv_head, splits, blocks of rows), where a row is a query of the KV head's group.
 
     Q is (head, rows, D); OUT, LSE, LOGITS are (head, rows, ...); PART_OUT, PART_LSE are (head, splits, rows, ...), and
-    written where the sequence is PARTED, that is, splits > 1.
+    written in place of OUT and LSE where splits > 1.
     K and V have strides, or, PACKED, tokens one after the other, those of a head from STARTS on. Of a head's slots
     (``capacity``), only the first COUNTS are in use, and of these the ones whose position is not negative. The sequence
-    is parted in splits - OWN_SPLIT; the estimate starts the last split, and RECENT tokens, which have strides whatever
+    is parted in splits - own_split; the estimate starts the last split, and RECENT tokens, which have strides whatever
     the others have, are its end. LOGITS hold those of the recent tokens behind the others'.
     """
     head = tl.program_id(0).to(tl.int64)
@@ -212,7 +213,7 @@ def decode_kernel(
     slots = count
     if SCORED:
         slots = capacity
-    share = tl.cdiv(tl.cdiv(slots, splits - OWN_SPLIT), BLOCK_N) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(slots, splits - own_split), BLOCK_N) * BLOCK_N
     begin = tl.minimum(share * split, slots)
     end = tl.minimum(begin + share, slots)
     if CODED:
@@ -323,7 +324,8 @@ def decode_kernel(
     safe = tl.where(some, total, 1.0)
     out = acc / safe[:, None]
     lse = tl.where(some, top + tl.log2(safe), float("-inf"))
-    if not PARTED:
+    # Decided when running: else there would be twice as many specialisations.
+    if splits == 1:
         tl.store(
             OUT + (head * rows + rr[:, None]) * DV + vv[None, :],
             out.to(OUT.dtype.element_ty),

@@ -28,7 +28,7 @@ from momentkv.statistics.window import QueryWindow
 __all__ = ["DIMENSIONS", "expansions", "launches_of", "reachable"]
 
 DIMENSIONS = (64, 96, 128, 256)
-KV_HEADS = 2
+BATCH, KV_HEADS = 1, 2
 # Bits of keys and of values: as they are split, and equal ones.
 PAIRS = [pair for pair in dict.fromkeys([*SPLIT.values(), *zip(BITS, BITS, strict=True)]) if max(pair) <= 8]
 # Query heads of a KV head: those that fit in one tile of 16, and more.
@@ -145,27 +145,27 @@ def launched(arguments: tuple[Any, ...], processors: int, choices: Choices | Non
 
 
 def reachable(dtypes: tuple[torch.dtype, ...] = DTYPES, dimensions: tuple[int, ...] = DIMENSIONS) -> Iterator[Build]:
-    """Every specialisation once: corrections, masks, weights, packed or not, one split or several."""
+    """Every specialisation once: corrections, masks, weights, packed or not."""
     seen: set[Build] = set()
     for d in dimensions:
         made = expansions(d)
         for dtype, (name, expansion), group in itertools.product(dtypes, made.items(), GROUPS):
             found: list[Launch] = []
-            # Few heads and many, so that a sequence is parted and is not; none retained, and some.
-            for batch, width, masked, scored in itertools.product((1, 512), (0, 480), (False, True), (False, True)):
-                tiers = tiers_of(dtype, d, batch, Layout(1, 65, (width,) * KV_HEADS), masked=masked)
+            # None retained, and some.
+            for width, masked, scored in itertools.product((0, 480), (False, True), (False, True)):
+                tiers = tiers_of(dtype, d, BATCH, Layout(1, 65, (width,) * KV_HEADS), masked=masked)
                 if name != "order-2":
                     found += launches_of(tiers, expansion, group, scored=scored)
                     for bits in coded_as(name, plain=not (masked or scored)) if width else ():
                         if dtype == torch.float32 and d > 128:  # read by plain operators
                             continue
                         layout = Layout(1, 65, (width,) * KV_HEADS, bits)
-                        tiers = tiers_of(dtype, d, batch, layout, masked=masked)
+                        tiers = tiers_of(dtype, d, BATCH, layout, masked=masked)
                         found += launches_of(tiers, expansion, group, scored=scored)
                     continue
-                q = without_data(batch, KV_HEADS * group, 1, d, dtype=dtype)
+                q = without_data(BATCH, KV_HEADS * group, 1, d, dtype=dtype)
                 with Calls() as calls:
-                    decode(q, tiers.recent_keys, tiers.recent_values, spread_out(expansion, batch, KV_HEADS), scale=1.0)
+                    decode(q, tiers.recent_keys, tiers.recent_values, spread_out(expansion, BATCH, KV_HEADS), scale=1.0)
                 found += launched(calls.arguments[0], PROCESSORS)
             if name == "none":  # every number of splits that the combining kernel tells apart
                 for width in (2**i for i in range(5, 15)):

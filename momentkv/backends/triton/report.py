@@ -26,11 +26,11 @@ def few(builds: Sequence[Build]) -> list[Build]:
     chosen = []
     for build in builds:
         known, types = dict(build.constants), dict(build.types)
-        if "PARTED" not in known:
+        if "CODED" not in known:
             if known["DV"] == 256 and types["OUT"] == "*bf16":
                 chosen.append(build)
             continue
-        if types["Q"] == "*fp16" or known["D"] not in (128, 256) or not known["PARTED"]:
+        if types["Q"] == "*fp16" or known["D"] not in (128, 256):
             continue
         if known["FULL_VARIANCE"] or (known["RANK"] and known["SCORED"] and known["MASKED"] | known["PACKED"]):
             chosen.append(build)

@@ -27,6 +27,8 @@ MODES: dict[str, dict[str, Any]] = {
     "static, padded": {"static": True, "padded": True},
     "CUDA graphs": {"static": True, "graphs": "steps"},
     "CUDA graphs, of flushes too": {"static": True, "graphs": "steps and flushes"},
+    "static, 4 bits": {"static": True, "bits": 4},
+    "CUDA graphs, of flushes too, 4 bits": {"static": True, "graphs": "steps and flushes", "bits": 4},
     "the paper's": {"policy": "momentkv", "correction": "moments"},
     "order 0": {"policy": "snapkv", "correction": "moments", "order": 0},
     "plain": {"policy": "snapkv", "order": None},

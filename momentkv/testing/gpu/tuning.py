@@ -87,7 +87,7 @@ def kinds(dtypes: Iterable[torch.dtype], dimensions: Iterable[int]) -> list[Kind
 
 
 def builds_of(kind: Kind, choice: Choice) -> list[Build]:
-    """The specialisations of a kind that hold most: every mask, logits to write, parted; few bits and many."""
+    """The specialisations of a kind that hold most: every mask, logits to write; few bits and many."""
     choices = {kind.builtin[0]: choice}
     found: dict[Build, None] = {}
     for name in ESTIMATES[kind.estimate]:
