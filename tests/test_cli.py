@@ -284,6 +284,16 @@ def test_evaluate_trust_refuses_methods_that_look_at_a_second_reading(saved: str
     assert "method is 'twice@4', which looks at a second reading" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize("option", [("--policy", "snapkv"), ("--correction", "none")], ids=lambda option: option[0])
+def test_evaluate_trust_refuses_two_ways_to_say_the_method(
+    saved: str, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+):
+    assert main(["evaluate", "trust", "--model", saved, *SOURCE, "--method", "default@4", *option]) == 1
+    message = capsys.readouterr().err.replace("\n", " ")
+    assert "method is 'default@4'" in message
+    assert f"leave out {option[0]}" in message
+
+
 def test_evaluate_trust_certifies_what_codes_lose_where_nothing_is_evicted(saved: str, tmp_path: Path):
     path = tmp_path / "trust.json"
     options = ["--budget", "300", "--method", "snapkv/none@3", "--output", str(path)]

@@ -117,6 +117,29 @@ def test_all_kinds_are_gathered_and_others_named(folder: Path):
     )
 
 
+def test_answers_to_tasks_are_on_the_page(tmp_path: Path):
+    answers = {FULL: (1.0, 1.0, 0.0), OURS: (1.0, 0.0, 0.0), PEER: (0.0, 0.0, 0.0)}
+    rows = [
+        {"task": task, "document": at, "method": method, "budget": None, "metrics": {"score,none": value * right}}
+        | {"bytes_as_tokens": None if method == FULL else 64}
+        for task, right in (("easy", 1), ("hard", 0))
+        for method, values in answers.items()
+        for at, value in enumerate(values)
+    ]
+    write_json(
+        tmp_path / "tasks.json",
+        {"protocol": {"model": "m", "bytes": 16, "momentkv": "0", "question": "unseen: afterwards"}, "rows": rows},
+    )
+    summary = gather(results_in([tmp_path]))
+    (ours,) = [x for x in summary["tasks"] if (x["task"], x["method"]) == ("easy", OURS)]
+    assert (ours["value"], ours["n"], ours["signal"], ours["model"]) == (pytest.approx(1 / 3, abs=1e-5), 3, True, "m")
+    text = page_of(tmp_path).replace(SPACE, " ")
+    assert re.search(r"\| easy \| unseen \| full cache \| 3 \| 0\.67 .*\|\n\|  \|  \| `default` \| 3 \| 0\.33 ", text)
+    assert "| hard | unseen | full cache | 3 | no signal (0.00" in text
+    del summary["tasks"]
+    assert "easy" not in markdown_of(summary, {})
+
+
 @pytest.mark.parametrize(
     ("bits", "said"),
     [

@@ -15,13 +15,15 @@ from momentkv import __version__
 from momentkv.evaluation.lines import Row, depth_lines, fidelity_lines, needle_lines, needles_of, pair_lines
 from momentkv.evaluation.report import bits_of, read_json, tokens_in
 from momentkv.evaluation.split import role_of
+from momentkv.evaluation.task_lines import task_lines
 
 __all__ = ["COUNTED", "SUMMARY", "called", "counted_in", "gather", "results_in"]
 
 # The file that `momentkv evaluate report` writes, and reads again.
 SUMMARY = "summary.json"
-# Commands whose budgets are bytes, and kinds of their results.
-COUNTED = ("needles", "fidelity", "decoding")
+# Kinds of results that are of texts, and all whose budgets are bytes; commands have the same names.
+OF_TEXTS = ("needles", "fidelity", "decoding")
+COUNTED = (*OF_TEXTS, "tasks")
 
 
 def results_in(places: Iterable[str | Path]) -> list[Path]:
@@ -44,13 +46,15 @@ def results_in(places: Iterable[str | Path]) -> list[Path]:
 
 
 def kind_of_result(content: Any) -> str | None:
-    """What a file holds: needles, fidelity, decoding, gap, lm_eval; None for anything else."""
+    """What a file holds: needles, fidelity, decoding, tasks, gap, lm_eval; None for anything else."""
     if not isinstance(content, dict):
         return None
     rows = content.get("rows")
     if isinstance(rows, list) and rows:
         if "values" in rows[0]:
             return "needles"
+        if "metrics" in rows[0]:
+            return "tasks"
         return None if "kl" not in rows[0] else "decoding" if rows[0].get("kl_of_quarters") else "fidelity"
     if "by_layer_and_head" in content:
         return "gap"
@@ -74,9 +78,10 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``needles``, ``depths``, ``pairs``, ``fidelity``, ``decoding``, ``gap``, ``lm_eval`` (lists of rows, each with
-        its model and, but for the last, with the part of the split that its texts belong to), ``texts`` (the role of
-        each), ``sources`` (file, kind, protocol, environment, command), ``left_out``. What was not measured is empty.
+        ``needles``, ``depths``, ``pairs``, ``fidelity``, ``decoding``, ``gap``, ``tasks``, ``lm_eval`` (lists of rows,
+        each with its model and, but for the last two, with the part of the split that its texts belong to), ``texts``
+        (the role of each), ``sources`` (file, kind, protocol, environment, command), ``left_out``. What was not
+        measured is empty.
 
     Raises
     ------
@@ -94,7 +99,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
             found[kind].append((path, content))
     counted_in([(path.name, content["protocol"]) for kind in COUNTED for path, content in found[kind]])
     texts: dict[str, Any] = {}
-    rows = {kind: [row for _, x in found[kind] for row in rows_of(x, texts)] for kind in COUNTED}
+    rows = {kind: [row for _, x in found[kind] for row in rows_of(x, texts)] for kind in OF_TEXTS}
     asked = needles_of(rows["needles"]) if rows["needles"] else None
     frames = {
         "needles": None if asked is None else needle_lines(asked),
@@ -106,6 +111,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         "momentkv": __version__,
         **{name: records(frame) for name, frame in frames.items()},
         "gap": [gap_line(content, texts) for _, content in found["gap"]],
+        "tasks": [line for _, content in found["tasks"] for line in answer_lines(content)],
         "lm_eval": [line for _, content in found["lm_eval"] for line in lm_eval_lines(content)],
         "texts": texts,
         "sources": [
@@ -183,6 +189,13 @@ def gap_line(content: dict[str, Any], texts: dict[str, Any]) -> Row:
     layers = {name: pd.DataFrame(x).mean(axis=1).round(4).tolist() for name, x in content["by_layer_and_head"].items()}
     named = {name: content[name] for name in ("text", "policy", "budget", "correction", "layers", "mean")}
     return {"model": called(content["model"]), "part": part, **named, "by_layer": layers}
+
+
+def answer_lines(content: dict[str, Any]) -> list[Row]:
+    """A line for each task, budget and method that `momentkv evaluate tasks` has asked about."""
+    protocol = content["protocol"]
+    question, _, _ = protocol["question"].partition(":")
+    return records(task_lines(content["rows"]).assign(model=called(protocol["model"]), question=question))
 
 
 def lm_eval_lines(content: dict[str, Any]) -> list[Row]:

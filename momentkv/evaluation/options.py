@@ -130,11 +130,11 @@ def add_measurements(kinds: Any) -> None:
 
     trust = kinds.add_parser("trust", help="certified and estimated error of every head against the true one")
     add_source(trust, context=2048, following=128)
-    add_method(trust, budget=256, policy="balanced", correction="summaries", corrections=CORRECTIONS)
+    add_method(trust, budget=256, policy=None, correction=None, corrections=CORRECTIONS)
     trust.add_argument(
         "--method",
         metavar="M",
-        help="one of --methods of evaluate fidelity, default@4 say; for policy and correction",
+        help="instead of both: one of --methods of evaluate fidelity, default@4 say",
     )
     trust.add_argument("--output", default="results/trust.json", help="data; the plot goes beside it")
     trust.set_defaults(run=command("momentkv.evaluation.trust", "trust"))
@@ -292,7 +292,12 @@ def add_bytes(parser: argparse.ArgumentParser) -> None:
 
 
 def add_method(
-    parser: argparse.ArgumentParser, *, budget: int, policy: str, correction: str, corrections: list[str]
+    parser: argparse.ArgumentParser,
+    *,
+    budget: int,
+    policy: str | None,
+    correction: str | None,
+    corrections: list[str],
 ) -> None:
     """Options that say one way to compress."""
     parser.add_argument("--budget", type=int, default=budget, help="tokens per KV head")

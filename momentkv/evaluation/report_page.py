@@ -104,6 +104,7 @@ def markdown_of(summary: dict[str, Any], pictures: dict[str, dict[str, str]], fo
     """
     frames = {name: pd.DataFrame(summary[name]) for name in ("needles", "pairs", "fidelity", "decoding")}
     kept = {name: x[x["part"] == "reporting"] if len(x) else x for name, x in frames.items()}
+    frames["tasks"] = pd.DataFrame(summary.get("tasks", []))  # which earlier summaries lack
     models = sorted({x["model"] for x in summary["sources"]})
     text = templates().get_template("report.md").render(
         folder=folder,
@@ -225,7 +226,7 @@ def section(model: str, frames: dict[str, pd.DataFrame], gaps: list[Row], pictur
     apart = {
         name: [(said, lines[lines["part"] == part]) for part, said in PARTS.items() if (lines["part"] == part).any()]
         for name, lines in own.items()
-        if len(lines)
+        if len(lines) and name != "tasks"
     }
     return {
         "name": model,
@@ -238,6 +239,7 @@ def section(model: str, frames: dict[str, pd.DataFrame], gaps: list[Row], pictur
             for said, lines in apart.get("needles", ())
             for task, group in lines.groupby("task", sort=False)
         ],
+        "tasks": answer_cells(own["tasks"]),
         "gap": [
             [f"{x['policy']}, {x['correction']}", x["text"], f"{x['budget']}"]
             + [f"{x['mean'][name]:.3f}" for name in ("evicted_mass", "cosine", "plain", "corrected")]
@@ -288,6 +290,27 @@ def task_cells(task: str, lines: pd.DataFrame, said: str) -> dict[str, Any]:
         "sizes": sizes,
         "lines": rows,
     }
+
+
+def answer_cells(lines: pd.DataFrame) -> dict[str, Any] | None:
+    """Answers to tasks: a row for each task, time of the question and method, a column for each budget."""
+    if not len(lines):
+        return None
+    sizes, rows = sorted({x for x in lines["bytes"] if x}), []
+    for (task, question), group in lines.groupby(["task", "question"], sort=False):
+        full = next(group[group["bytes"] == 0].itertuples())
+        note = score(full) if full.signal else f"no{SPACE}signal{SPACE}({score(full)})"
+        rows.append([task, question, "full cache", f"{full.n}", note, *[""] * (len(sizes) - 1)])
+        for method in methods_of(group[group["bytes"] > 0]):
+            cells = {x.bytes: x for x in group[group["method"] == method].itertuples()}
+            found = [score(cells[size]) if size in cells else "" for size in sizes]
+            rows.append(["", "", code(method), f"{max(x.n for x in cells.values())}", *found])
+    return {"sizes": sizes, "lines": rows}
+
+
+def score(x: Any) -> str:
+    """A metric with its interval."""
+    return f"{x.value:.2f}" + interval(x, lambda end: f"{end:.2f}")
 
 
 def number(x: float) -> str:

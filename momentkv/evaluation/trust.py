@@ -20,7 +20,7 @@ from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import retained_mask
 from momentkv.evaluation.report import environment, save_figure, write_json
-from momentkv.evaluation.settings import CHOICES, Setting, empty_cache, setting_of
+from momentkv.evaluation.settings import CHOICES, DEFAULT, Setting, empty_cache, setting_of
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
 from momentkv.statistics.expansion import Expansion
@@ -210,9 +210,14 @@ def plot_trust(points: TrustPoints, *, title: str) -> Any:
 
 
 def setting_asked(options: argparse.Namespace) -> Setting:
-    """The method, or else policy and correction."""
+    """The method, or else policy and correction, by default those of the library."""
     if options.method is None:
-        return Setting(options.policy, options.budget, *CHOICES[options.correction])
+        return Setting(options.policy or DEFAULT.policy, options.budget, *CHOICES[options.correction or "summaries"])
+    for name in ("policy", "correction"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"method is {options.method!r}, which says what the {name} is; leave out --{name}, or --method"
+            )
     setting = dataclasses.replace(setting_of(options.method), budget=options.budget)
     if get_policy(setting.policy).rereads:
         raise ValueError(
@@ -235,7 +240,7 @@ def trust(options: argparse.Namespace) -> int:
     name = options.model or BUILTIN_MODEL
     title = (
         f"{name}, {Path(options.text).name}: {options.context} tokens, {setting.policy_name} keeps {setting.budget}, "
-        f"{setting.correction if options.method else options.correction}"
+        f"{setting.correction}"
     )
     summary = points.summary()
     path = write_json(options.output, {"model": name, "title": title, "environment": environment(), **summary})
