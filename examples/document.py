@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--question", nargs="+", default=QUESTIONS, help="questions to ask")
     parser.add_argument("--budget", type=int, default=256, help="tokens retained per KV head, on average")
     parser.add_argument("--twice", action="store_true", help="read it a second time, to see what questions may need")
+    parser.add_argument("--trial", type=int, default=0, help="tokens at its end to try bits on, 256 say")
     parser.add_argument("--new-tokens", type=int, default=40)
     parser.add_argument("--cache", type=Path, help="where to keep the compressed document; default: a temporary file")
     options = parser.parse_args()
@@ -42,11 +43,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = options.cache or Path(folder) / "document.safetensors"
-        compressed: Any = MomentCache(model, budget=options.budget, policy="twice" if options.twice else "balanced")
+        settings: Any = {"policy": "twice"} if options.twice else {}
+        if options.trial:
+            settings["bits"] = "auto"
+        compressed: Any = MomentCache(model, budget=options.budget, **settings)
         full: Any = DynamicCache(config=model.config)
-        reading = {
-            "moment": seconds(lambda: read(model, document, compressed, twice=options.twice, tokenizer=tokenizer))
-        }
+        how = {"twice": options.twice, "trial": options.trial, "tokenizer": tokenizer}
+        reading = {"moment": seconds(lambda: read(model, document, compressed, **how))}
         reading["full"] = seconds(lambda: read_full(model, full, document))
         saving = seconds(lambda: compressed.save(path))
         loading = seconds(lambda: MomentCache.load(path, model))

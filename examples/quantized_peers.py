@@ -26,6 +26,7 @@ from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import compare
 from momentkv.evaluation.settings import empty_cache, head_dim, moment_tokens, setting_of, settings_grid
 from momentkv.evaluation.sources import load_model, load_text, tokenize
+from momentkv.policies import get_policy
 
 GROUP, RESIDUAL = 32, 128
 SINKS, EXACT = 1, 8
@@ -115,6 +116,9 @@ def measured(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> dict
     """KL of every way to compress the context, with the 16-bit tokens that it costs."""
     context = options.context
     methods = [setting_of(method) for method in options.methods]
+    for one in methods:
+        if one.trial or get_policy(one.policy).rereads:
+            raise ValueError(f"methods has {one.method!r}; here texts are read once, and compressed once")
     captured = CaptureCache(model, wanted_queries([x.policy for x in methods]))
     model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
     queries = {index: layer.queries for index, layer in captured.capture_layers.items()}

@@ -279,9 +279,27 @@ def test_evaluate_trust_finds_no_error_above_its_certificate(saved: str, tmp_pat
     assert is_image(path.with_suffix(".png"))
 
 
-def test_evaluate_trust_refuses_methods_that_look_at_a_second_reading(saved: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["evaluate", "trust", "--model", saved, *SOURCE, "--method", "twice@4"]) == 1
-    assert "method is 'twice@4', which looks at a second reading" in capsys.readouterr().err.replace("\n", " ")
+@pytest.mark.parametrize(
+    ("method", "what"), [("twice@4", "looks at a second reading"), ("default@tried", "tries bits")]
+)
+def test_evaluate_trust_refuses_methods_that_read_more_than_once(
+    method: str, what: str, saved: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["evaluate", "trust", "--model", saved, *SOURCE, "--method", method]) == 1
+    assert f"method is '{method}', which {what}" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_methods_that_were_tried_are_measured(saved: str, tmp_path: Path):
+    path = tmp_path / "fidelity.json"
+    command = ["evaluate", "fidelity", "--model", saved, "--context", "400", "--following", "16", "--text", "typesseq"]
+    methods = ["default@auto", "default@tried", "twice@tried"]
+    sizes = ["--bytes", "32", "--budgets", "80"]
+    assert main([*command, *sizes, "--methods", *methods, "--output", str(path)]) == 0
+    rows = read_json(path)["rows"]
+    assert [(row["method"], row["correction"].split(", ")[-1]) for row in rows] == [
+        ("default@auto", "auto bits"), ("default@tried", "tried bits"), ("twice@tried", "tried bits"),
+    ]  # fmt: skip
+    assert all(row["nbytes"] > 0 and math.isfinite(row["kl"]) for row in rows)
 
 
 @pytest.mark.parametrize("option", [("--policy", "snapkv"), ("--correction", "none")], ids=lambda option: option[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from momentkv.evaluation.settings import (
     CHOICES,
     DEFAULT,
     NAMED,
+    TRIAL,
     Setting,
     bytes_as_tokens,
     empty_cache,
@@ -161,6 +163,9 @@ def test_methods_are_settings_by_name():
     assert setting_of("twice") == setting_of("twice/summaries-heads")
     assert setting_of("twice/none") == setting_of("twice/none-heads")
     assert setting_of("kvzip/none") == setting_of("second-reading/none-kvzip")
+    tried = setting_of("twice@tried")
+    assert tried == dataclasses.replace(setting_of("twice@auto"), trial=TRIAL)
+    assert (tried.method, tried.correction) == ("twice@tried", "summaries, by heads, tried bits")
     for method in ("", "snapkv", "snapkv/", "/none", "snapkv/none/none", "Default"):
         with pytest.raises(
             ValueError, match=f"methods has '{method}'; use default, twice, twice/none, kvzip/none, or POLICY"

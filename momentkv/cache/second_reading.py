@@ -138,7 +138,24 @@ class RereadBudget(CodedBudget):
         policy = caches[0].config.policy
         if not isinstance(policy, Twice):
             raise ValueError(f"policy is {policy.name!r}; budgets after a second reading are for policy='twice'")
-        self.share = policy.share
+        self.policy = policy
+
+    @property
+    def share(self) -> float:
+        """Of the total, for what the second reading looks for; `take_share` changes it."""
+        policy = self.caches[0].config.policy
+        assert isinstance(policy, Twice)
+        return policy.share
+
+    def take_share(self, share: float) -> None:
+        """Use another share than the policy has, until `reset`."""
+        for cache in self.caches:
+            cache.config = dataclasses.replace(cache.config, policy=dataclasses.replace(self.policy, share=share))
+
+    def reset(self) -> None:
+        """Back to the average for all, to tokens as they come, and to the policy's share."""
+        super().reset()
+        self.take_share(self.policy.share)
 
     def importance(self, cache: LayerCache) -> Array:
         """What `Twice` ranks tokens by that the second reading did not choose."""

@@ -19,7 +19,7 @@ from momentkv.hf.building import layer_kinds
 from momentkv.hf.reading import CHUNK, Piece, Reading
 from momentkv.hf.repeating import REQUEST, request_of
 
-__all__ = ["Attended", "CaptureCache", "capture_again", "read_in_segments", "replay"]
+__all__ = ["Attended", "CaptureCache", "capture_again", "read_anew", "replay", "replay_tried"]
 
 
 class Attended(NamedTuple):
@@ -88,8 +88,9 @@ class CaptureCache(Cache):
                 for kind, kwargs in layer_kinds(config)
             ]
         )
-        # Of a second reading, by layer; see `capture_again`.
+        # Of a second reading, by layer; see `capture_again`. Those that a trial may see are of what is before it.
         self.scores: dict[int, torch.Tensor] = {}
+        self.early_scores: dict[int, torch.Tensor] = {}
 
     @property
     def capture_layers(self) -> dict[int, CaptureLayer]:
@@ -110,7 +111,7 @@ class CaptureCache(Cache):
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
 
-def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokenizer: Any) -> None:
+def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokenizer: Any, trial: int = 0) -> None:
     """Let the model repeat a captured context, and add the scores of that second reading to what was captured.
 
     Parameters
@@ -122,15 +123,19 @@ def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokeniz
         The context.
     tokenizer : PreTrainedTokenizer
         Reads the request.
+    trial : int
+        Tokens at the end that are to be held back, see `replay_tried`.
     """
     cache = MomentCache(model, policy="second-reading", correction="none", sharing="uniform")
     for index, core in cache.moment_layers.items():
         layer = captured.capture_layers[index]
         core.scale = layer.scaling
         core.append(layer.keys, layer.values)
-    with Reading(model, cache, Piece(ids, None, 0), CHUNK) as reading:
+    with Reading(model, cache, Piece(ids, None, 0), CHUNK, trial) as reading:
         reading.read_again(request_of(tokenizer, REQUEST, ids[0].tolist()))
     captured.scores = reading.scores
+    if reading.trial is not None:
+        captured.early_scores = dict(zip(captured.scores, reading.trial.scores, strict=True))
 
 
 def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
@@ -173,11 +178,67 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
     return cache
 
 
-def read_in_segments(model: Any, ids: torch.Tensor, cache: MomentCache, segment: int, tokenizer: Any) -> MomentCache:
-    """Let a model read a context into an empty cache, so many tokens at a time, each compressed before the next.
+@torch.no_grad()
+def replay_tried(
+    model: Any, captured: CaptureCache, cache: MomentCache, ids: torch.Tensor, expected: torch.Tensor
+) -> MomentCache:
+    """`replay`, with the trial of `momentkv.hf.read` on the last tokens of the context.
 
-    Later tokens see what was left of earlier ones, so that nothing captured serves. A policy that looks at a second
-    reading gets one of each segment.
+    Parameters
+    ----------
+    model : PreTrainedModel
+    captured : CaptureCache
+        After one forward pass over the context, with as many queries more than the policy wants as are held back.
+    cache : MomentCache
+        Empty.
+    ids : int tensor, shape (1, n)
+        The context.
+    expected : tensor, shape (1, m, vocabulary)
+        Logits of its last ``m`` tokens, which are held back.
+
+    Raises
+    ------
+    ValueError
+        If queries are missing.
+    """
+    n, held_back = ids.shape[1], expected.shape[1]
+    layers = [captured.capture_layers[index] for index in cache.moment_layers]
+    empty = cache.passes.held()
+    with Reading(model, cache, Piece(ids, None, 0), CHUNK, held_back) as reading:
+        trial: Any = reading.trial
+
+        def store(stop: int) -> None:
+            """As many tokens, and the queries of the newest of them."""
+            cache.passes.go_back(empty)
+            for reader, layer in zip(reading.readers, layers, strict=True):
+                kept, last = 0 if layer.queries is None else layer.queries.shape[2], n - stop
+                if layer.queries is None or reader.keep is None or kept < min(n, reader.keep + last):
+                    raise ValueError(f"{kept} queries were captured; capture with keep={(reader.keep or n) + last}")
+                reader.core.scale = layer.scaling
+                reader.core.append(layer.keys[:, :, :stop], layer.values[:, :, :stop])
+                reader.queries = layer.queries[:, :, max(0, kept - last - reader.keep) : kept - last]
+
+        store(n - held_back)
+        trial.begin(lambda: expected)
+        store(n)
+        for reader in reading.readers:
+            reader.end_first()
+        if captured.scores and reading.readers[0].core.config.policy.rereads:
+            trial.scores = [captured.early_scores[index] for index in cache.moment_layers]
+            for index, reader in zip(cache.moment_layers, reading.readers, strict=True):
+                reader.scores = captured.scores[index]
+        trial.choose()
+    reading.evict()
+    return cache
+
+
+def read_anew(
+    model: Any, ids: torch.Tensor, cache: MomentCache, tokenizer: Any, *, segment: int | None = None, trial: int = 0
+) -> MomentCache:
+    """Let a model read a context into an empty cache, where nothing captured serves.
+
+    In segments, later tokens see what was left of earlier ones. A policy that looks at a second reading gets one of
+    each segment.
 
     Parameters
     ----------
@@ -185,12 +246,12 @@ def read_in_segments(model: Any, ids: torch.Tensor, cache: MomentCache, segment:
     ids : int tensor, shape (1, n)
         The context.
     cache : MomentCache
-    segment : int
-        Tokens.
     tokenizer : PreTrainedTokenizer
         Reads the request of a second reading.
+    segment, trial : int
+        As `momentkv.hf.read` takes them.
     """
     (policy,) = {core.config.policy for core in cache.moment_layers.values()}
     return read(
-        model, ids, cache, twice=policy.rereads, tokenizer=tokenizer, segment=segment, chunk=CHUNK, progress=False
+        model, ids, cache, twice=policy.rereads, tokenizer=tokenizer, segment=segment, trial=trial, progress=False
     )

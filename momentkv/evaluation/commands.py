@@ -134,7 +134,7 @@ def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
     if options.methods:
         named = [setting_of(method) for method in options.methods]
         return [
-            dataclasses.replace(setting, method=x.method)
+            dataclasses.replace(setting, method=x.method, trial=x.trial)
             for x in named
             for setting in settings_grid(
                 model,

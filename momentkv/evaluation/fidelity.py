@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from momentkv.cache.config import EXACT_WINDOW, wanted_queries
-from momentkv.evaluation.capture import CaptureCache, capture_again, read_in_segments, replay
+from momentkv.evaluation.capture import CaptureCache, capture_again, read_anew, replay, replay_tried
 from momentkv.evaluation.errors import head_errors
 from momentkv.evaluation.settings import Setting, empty_cache
+from momentkv.hf.trial import Tried
 from momentkv.policies import get_policy
 
 __all__ = ["Fidelity", "compare", "measure"]
@@ -35,6 +36,8 @@ class Fidelity:
         fed from the full cache; None where it was not measured.
     kl_of_quarters : list of float, or None
         KL of each quarter of the positions, where tokens were decoded one by one.
+    tried : list of Tried, or None
+        What a trial tried.
     """
 
     kl: float
@@ -44,6 +47,7 @@ class Fidelity:
     head_error_p90: float | None = None
     head_error_p99: float | None = None
     kl_of_quarters: list[float] | None = None
+    tried: list[Tried] | None = None
 
 
 def compare(full: torch.Tensor, compressed: torch.Tensor, targets: torch.Tensor) -> Fidelity:
@@ -115,8 +119,15 @@ def measure(
         raise ValueError(f"block is {block}; evict at least one token at a time, or leave it out to evict none")
     settings = list(settings)
     ids = ids.to(model.device)
-    captured = CaptureCache(model, wanted_queries(setting.policy for setting in settings))
-    model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
+    trial = max((setting.trial for setting in settings), default=0)
+    if trial and (segment is not None or trial >= context):
+        raise ValueError(
+            f"methods have some that try {trial} tokens of a context of {context} in segments of {segment}; give more "
+            "context, in one piece"
+        )
+    wanted = wanted_queries(setting.policy for setting in settings)
+    captured = CaptureCache(model, None if wanted is None else wanted + trial)
+    expected = model(ids[:, :context], past_key_values=captured, logits_to_keep=max(1, trial)).logits
     if errors_every:
         for layer in captured.capture_layers.values():
             layer.keep = None  # of the following tokens
@@ -129,7 +140,7 @@ def measure(
         layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
         layer.queries = queries[index]
     if segment is None and any(get_policy(setting.policy).rereads for setting in settings):
-        capture_again(model, captured, ids[:, :context], tokenizer)
+        capture_again(model, captured, ids[:, :context], tokenizer, trial)
     for setting in settings:
         empty = empty_cache(
             model,
@@ -140,10 +151,12 @@ def measure(
             block=block or 1,
             rollback=following.shape[1],
         )
-        if segment is None:
+        if setting.trial:
+            cache = replay_tried(model, captured, empty, ids[:, :context], expected)
+        elif segment is None:
             cache = replay(captured, empty)
         else:
-            cache = read_in_segments(model, ids[:, :context], empty, segment, tokenizer)
+            cache = read_anew(model, ids[:, :context], empty, tokenizer, segment=segment)
         nbytes = cache.nbytes
         percentiles = {}
         if errors_every:
@@ -164,5 +177,7 @@ def measure(
             logits = torch.cat(steps)
             parts = zip(*(x.tensor_split(4) for x in (full, logits, targets)), strict=True)
             quarters = [compare(*part).kl for part in parts]
-        result = dataclasses.replace(compare(full, logits, targets), kl_of_quarters=quarters, **percentiles)
+        tried = cache.tried if setting.trial else None
+        result = compare(full, logits, targets)
+        result = dataclasses.replace(result, kl_of_quarters=quarters, tried=tried, **percentiles)
         yield setting, result, nbytes

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from momentkv.cache.config import wanted_queries
-from momentkv.evaluation.capture import CaptureCache, capture_again, read_in_segments, replay
+from momentkv.evaluation.capture import CaptureCache, capture_again, read_anew, replay
 from momentkv.evaluation.haystack import Answer, Haystack, Question
 from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.hf import MomentCache
@@ -225,13 +225,14 @@ def measure_haystack(
             if when == "seen" or once is None:
                 after = None if when == "unseen" else question
                 empty = empty_cache(model, setting, sinks=sinks, window=window, rollback=longest)
-                if segment is None:
+                if segment is None and not setting.trial:
                     captured = reader.rewind() if after is None else reader.rewind_to(after)
                     if get_policy(setting.policy).rereads:
                         reader.read_again(tokenizer, after)
                     once = replay(captured, empty)
                 else:
-                    once = read_in_segments(model, reader.compressed(after), empty, segment, tokenizer)
+                    ids = reader.compressed(after)
+                    once = read_anew(model, ids, empty, tokenizer, segment=segment, trial=setting.trial)
                 nbytes = once.nbytes
             fed = question.tokens if when == "unseen" else question.tokens[-1:]
             result = reader.ask(partial(evicting_no_more, once), question, fed)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from momentkv.cache.accounting import token_equivalents
 from momentkv.cache.config import EXACT_WINDOW, exact_tokens
-from momentkv.codes import bits_as_text, bits_from_text, record_bytes
+from momentkv.codes import AUTO, bits_as_text, bits_from_text, record_bytes
 from momentkv.hf import MomentCache
 from momentkv.hf.checks import SHARING, SHARING_BY_HEADS
 from momentkv.policies import POLICIES, Policy, get_policy
@@ -20,6 +20,7 @@ __all__ = [
     "CHOICES",
     "DEFAULT",
     "NAMED",
+    "TRIAL",
     "Setting",
     "bytes_as_tokens",
     "empty_cache",
@@ -28,8 +29,9 @@ __all__ = [
     "settings_grid",
 ]
 
-# What stands behind a method whose retained tokens are as the model stores them.
-FULL = "full"
+# What stands behind a method whose retained tokens are as the model stores them, and behind one that tries bits, and
+# the share of a second reading, on the last tokens of what it compresses; and how many these are.
+FULL, TRIED, TRIAL = "full", "tried", 256
 # Query statistics are float32 whatever the cache stores.
 STATISTIC_BYTES = 4
 # Corrections by the names that the command line has for them: (order, kind, sharing of the budget). What "moments" is
@@ -63,6 +65,8 @@ class Setting:
         How a command named it. The name does not make settings different.
     size : int or None
         The budget that was asked for, as the bytes of that many tokens, if it was.
+    trial : int
+        Tokens at the end of a context that ways to compress are tried on, see `momentkv.hf.trial`.
     """
 
     policy: str | Policy
@@ -73,6 +77,7 @@ class Setting:
     bits: tuple[int, int] | Literal["auto"] | None = None
     method: str = dataclasses.field(default="", compare=False)
     size: int | None = dataclasses.field(default=None, compare=False)
+    trial: int = 0
 
     @property
     def policy_name(self) -> str:
@@ -88,6 +93,8 @@ class Setting:
         name = name if self.sharing == "uniform" else f"{name}, by {self.sharing}"
         if self.bits is None:
             return name
+        if self.trial:
+            return f"{name}, {TRIED} bits"
         return f"{name}, {self.bits if isinstance(self.bits, str) else bits_as_text(self.bits)} bits"
 
 
@@ -114,7 +121,8 @@ def setting_of(method: str) -> Setting:
         ``"default"``, what `MomentCache` does by default; ``"twice"`` and ``"twice/none"``, after a second reading with
         the default correction and with none; ``"kvzip/none"``; or a policy and a correction as in ``"snapkv/none"``;
         behind it the bits of retained tokens, as in ``"default@4"`` or, of keys and values, ``"default@4/3"``, or
-        ``"default@auto"``, by measured error, or ``"default@full"``, as the model stores them.
+        ``"default@auto"``, by measured error, or ``"default@tried"``, by a trial on the last tokens of a context, or
+        ``"default@full"``, as the model stores them.
 
     Raises
     ------
@@ -132,6 +140,8 @@ def setting_of(method: str) -> Setting:
     """
     name, _, coded = method.partition("@")
     if coded:
+        if coded == TRIED:
+            return dataclasses.replace(setting_of(f"{name}@{AUTO}"), trial=TRIAL, method=method)
         bits = None if coded == FULL else bits_from_text(coded)
         return dataclasses.replace(setting_of(name), bits=bits, method=method)
     if method in NAMED:

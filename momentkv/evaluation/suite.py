@@ -31,6 +31,7 @@ __all__ = ["PLAN", "Measurement", "suite"]
 WAITS, RUNS = "waits", "running"
 # What is recommended, and the best of other kinds.
 METHODS = "default default@auto twice@auto snapkv/none snapkv/none@4 kvzip/none"
+TRIED = "default@tried twice@tried"
 SELECTIONS, PAPER = "expected-attention/none momentkv/none", "momentkv/order-1"
 
 
@@ -82,7 +83,7 @@ PLAN = (
     *(
         Measurement(
             name,
-            f"fidelity --text {' '.join(texts)} --budgets 128 256 512 --methods {METHODS} {SELECTIONS} {PAPER}",
+            f"fidelity --text {' '.join(texts)} --budgets 128 256 512 --methods {METHODS} {TRIED} {SELECTIONS} {PAPER}",
             "fidelity --text typesmapping --context 100 --following 8 --budgets 80 --methods default snapkv/none",
         )
         for name, texts in (("fidelity", REPORT_TEXTS[::2]), ("fidelity-more", REPORT_TEXTS[1::2]))

@@ -219,9 +219,10 @@ def setting_asked(options: argparse.Namespace) -> Setting:
                 f"method is {options.method!r}, which says what the {name} is; leave out --{name}, or --method"
             )
     setting = dataclasses.replace(setting_of(options.method), budget=options.budget)
-    if get_policy(setting.policy).rereads:
+    if get_policy(setting.policy).rereads or setting.trial:
+        what = "tries bits" if setting.trial else "looks at a second reading"
         raise ValueError(
-            f"method is {options.method!r}, which looks at a second reading, but texts are read once here; use "
+            f"method is {options.method!r}, which {what}, but texts are read once here, and compressed once; use "
             "another, default@4 say"
         )
     return setting

@@ -37,6 +37,7 @@ from momentkv.hf.padding import Padding
 from momentkv.hf.passes import PassKeeper
 from momentkv.hf.rollback import check_crop, crop, settle, waiting_tokens
 from momentkv.hf.summary import CacheSummary, summarise
+from momentkv.hf.trial import Tried
 from momentkv.policies import Policy, PolicyName
 from momentkv.statistics.corrections import Correction, CorrectionName
 
@@ -57,9 +58,9 @@ class MomentCache(Cache):
     sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"}, optional
         What shares one budget. ``"uniform"``: nothing, every KV head has the same. Otherwise the budget is an average,
         shared after every prefill by the error that each share would cause: ``"layers"`` among layers, ``"heads"``
-        among all heads of all layers, ``"layer-heads"`` among the heads of each layer.
-        For comparison, ``"ada-kv"``, ``"kvzip"`` and ``"pyramid"`` are the rules of those papers. By default
-        ``"heads"``, ``"layers"`` if `Policy.couples_heads`, and ``"uniform"`` if the budget lists one for each layer.
+        among all heads of all layers, ``"layer-heads"`` among those of each layer. ``"ada-kv"``, ``"kvzip"`` and
+        ``"pyramid"`` are the rules of those papers. By default ``"heads"``, but ``"layers"`` if
+        `Policy.couples_heads`, and ``"uniform"`` if the budget lists one for each layer.
     policy : str or Policy
         What decides which tokens to evict; see `momentkv.policies.POLICIES`.
     order : {1, 0, None}
@@ -94,13 +95,12 @@ class MomentCache(Cache):
 
     Notes
     -----
-    The defaults serve fidelity and later questions alike, and differ from those of `LayerCache`, which are the paper's
-    method. On a whole model the paper's method is ``policy="momentkv", correction="moments", sharing="uniform"``.
+    The defaults differ from those of `LayerCache`, which are the paper's method: on a whole model ``policy="momentkv",
+    correction="moments", sharing="uniform"``. ``tried`` lists what the last trial of `momentkv.hf.read` tried.
 
-    Full-attention layers are compressed. Sliding-window and chunked layers are bounded already and stay exact. Modes of
-    ``generate``, and what raises: docs/transformers.md. Ids are not compared: an edited history needs a new cache.
-    Between passes a cache keeps to a budget in bytes, with as many rows as at first. A prefill takes more, and so do
-    recorded passes.
+    Full-attention layers are compressed; sliding-window and chunked ones, bounded already, stay exact. Modes, and what
+    raises: docs/transformers.md. Ids are not compared: an edited history needs a new cache.
+    Between passes a cache keeps to a budget in bytes, for as many rows as at first; within a prefill it takes more.
     """
 
     def __init__(
@@ -139,9 +139,9 @@ class MomentCache(Cache):
         }  # fmt: skip
         plan = Plan(config, budget, sharing, self.ranks, settings)
         super().__init__(layers=plan.layers(rollback))
-        self.config, self.rollback = config, rollback
+        self.config, self.rollback, self.chooses_bits = config, rollback, plan.chooses_bits
         self.budget, self.sharing, self.rule, self.least = budget, plan.sharing, plan.rule, plan.least
-        self.chooses_bits = plan.chooses_bits
+        self.tried: list[Tried] = []
         self.fingerprint, self.dtype = fingerprint(model), dtype_of(model)
         compressed = self._compressed
         self.shared_budgets: list[CodedBudget] = shared_budgets(compressed, plan)
@@ -301,6 +301,7 @@ class MomentCache(Cache):
         super().reset()
         self.padding.reset()
         self.passes.reset()
+        self.tried = []
         for shared in self.shared_budgets:
             shared.reset()
 
@@ -359,9 +360,8 @@ class MomentCache(Cache):
         return summarise(self, trust)
 
     def __repr__(self) -> str:
-        kinds = f"{len(self.moment_layers)} compressed"
-        if len(self.moment_layers) < len(self.layers):
-            kinds += f", {len(self.layers) - len(self.moment_layers)} sliding"
+        sliding = len(self.layers) - len(self.moment_layers)
+        kinds = f"{len(self.moment_layers)} compressed" + (f", {sliding} sliding" if sliding else "")
         return (
             f"MomentCache({self.config.model_type}, budget={self.budget!r}, sharing={self.sharing!r}, "
             f"layers={kinds}, seen={int(self.get_seq_length())}, MiB={self.nbytes / 2**20:.2f})"

@@ -19,6 +19,8 @@ class LayerReader:
     ----------
     again : bool
         Whether passes are of the second reading, which is not stored.
+    tries : bool
+        Whether passes are of a trial, of which nothing is kept here.
     queries : tensor, shape (batch, q_head, m, d), or None
     scores : tensor, shape (batch, kv_head, n), or None
     stored : tensor, shape (batch, kv_head, n), or None
@@ -27,7 +29,7 @@ class LayerReader:
 
     def __init__(self, core: LayerCache) -> None:
         self.core = core
-        self.again = self.padded = False
+        self.again = self.tries = self.padded = False
         self.queries: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
         self.stored: torch.Tensor | None = None
@@ -35,6 +37,8 @@ class LayerReader:
 
     def read(self, query: torch.Tensor, *, padded: bool) -> None:
         """Keep the newest queries of the first reading, as many as policy and correction need."""
+        if self.tries:
+            return
         self.padded = self.padded or padded
         both = [x for x in (self.queries, query.detach()) if x is not None]
         queries = torch.cat(both, dim=2) if len(both) > 1 else both[0]
@@ -45,10 +49,14 @@ class LayerReader:
         """Show the first reading to the layer's policy and correction."""
         if self.queries is None:
             raise RuntimeError("the layer has attended to nothing yet; let the model read the text first")
-        self.core.recording = False
         self.stored = self.core.attention
-        self.core.observe(self.queries)
+        self.show(self.queries)
         self.queries = None
+
+    def show(self, queries: torch.Tensor) -> None:
+        """Show queries to the layer's policy and correction; the next eviction is theirs."""
+        self.core.recording = False
+        self.core.observe(queries)
 
     def reread(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from momentkv.cache.second_reading import RereadBudget
 from momentkv.hf.cache import MomentCache
 from momentkv.hf.layer_reader import LayerReader
 from momentkv.hf.repeating import REQUEST, read_text, request_of
 from momentkv.hf.stretches import LEAD, parts, passes_of
+from momentkv.hf.trial import Trial
 
 __all__ = ["Piece", "Reading", "read"]
 
@@ -52,6 +54,7 @@ def read(
     request: str | Sequence[int] = REQUEST,
     chunk: int = CHUNK,
     segment: int | None = None,
+    trial: int = 0,
     progress: bool = True,
 ) -> MomentCache:
     """Read a text into a cache, let the model repeat it to see which tokens that needs, and then evict.
@@ -84,6 +87,9 @@ def read(
     segment : int, optional
         Read, repeat and evict that many tokens at a time, so that at most the budget, one segment and its blocks are
         stored. None for the whole text in one piece.
+    trial : int
+        Hold that many tokens at the end of the text back, compress what is before them in several ways, and take the
+        way that changes the model's predictions of them least, see `momentkv.hf.trial`. 0 tries nothing.
     progress : bool
         Show a bar where it takes more than two seconds.
 
@@ -95,7 +101,8 @@ def read(
     Raises
     ------
     ValueError
-        If there is nothing to read, no tokenizer for a text, or a policy that does not look at a second reading.
+        If there is nothing to read, no tokenizer for a text, a policy that does not look at a second reading, or a
+        trial of nothing.
     RuntimeError
         If recorded passes wait for `MomentCache.crop`.
     KeyboardInterrupt
@@ -113,6 +120,8 @@ def read(
     ids, mask = ids_of(inputs, tokenizer, attention_mask)
     seen, n = int(cache.get_seq_length()), ids.shape[1]
     check(cache, ids, mask, twice=twice, chunk=chunk, segment=segment)
+    if trial:
+        check_trial(cache, ids, mask, twice=twice, segment=segment, trial=trial)
     share = float(twice)
     whole = None if mask is None or bool(mask.all()) else mask.to(model.device)
     asked = request_of(tokenizer, request, first_ids(ids, whole)) if share else []
@@ -122,22 +131,25 @@ def read(
     pieces = []
     for start, stop in parts(n, segment or n):
         pieces.append(Piece(ids[:, start:stop], None if whole is None else whole[:, : seen + stop], seen + start))
-    before = cache.passes.held()
+    before, tried = cache.passes.held(), cache.tried
     try:
         with (
             torch.no_grad(),
             tqdm(total=n + round(share * n), unit="token", delay=PATIENCE, leave=False, disable=not progress) as bar,
         ):
             for piece in pieces:
-                with Reading(model, cache, piece, chunk) as reading:
+                with Reading(model, cache, piece, chunk, trial) as reading:
                     reading.read(bar.update)
                     if share:
                         reading.read_again(asked, share, bar.update)
+                    if reading.trial is not None:
+                        reading.trial.choose(bar)
                 reading.evict()
             if cache.static is not None:
                 cache.static.set()
     except BaseException as error:
         cache.passes.go_back(before)
+        cache.tried = tried
         if isinstance(error, KeyboardInterrupt):
             state = f"holds the {seen} tokens that it held" if seen else "is empty"
             raise KeyboardInterrupt(f"reading was interrupted: the cache {state}, and the model is unchanged") from None
@@ -155,15 +167,16 @@ class Reading:
     piece : Piece
     chunk : int
         Most tokens of one pass.
+    trial : int
+        Tokens at the end of the piece that settings are tried on.
     """
 
-    def __init__(self, model: Any, cache: MomentCache, piece: Piece, chunk: int) -> None:
+    def __init__(self, model: Any, cache: MomentCache, piece: Piece, chunk: int, trial: int = 0) -> None:
         self.model, self.cache, self.piece, self.chunk = model, cache, piece, chunk
         self.layers = cache.passes.moments
         self.readers = [LayerReader(layer.core) for layer in self.layers]
-        self.options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            self.options["logits_to_keep"] = 1
+        self.takes_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.trial = Trial(self, trial) if trial else None
 
     def __enter__(self) -> Reading:
         for layer, reader in zip(self.layers, self.readers, strict=True):
@@ -176,13 +189,23 @@ class Reading:
 
     def read(self, done: Any = None) -> None:
         """Read the piece; all of it is stored. ``done`` is called with the tokens of each pass."""
-        for start, stop in parts(self.piece.ids.shape[1], self.chunk):
-            mask = None if self.piece.mask is None else self.piece.mask[:, : self.piece.seen + stop]
-            self.forward(self.piece.ids[:, start:stop], mask)
+        n = self.piece.ids.shape[1]
+        held_back = 0 if self.trial is None else self.trial.tokens
+        for start, stop in parts(n - held_back, self.chunk):
+            self.pass_over(start, stop)
             if done is not None:
                 done(stop - start)
+        if self.trial is not None:
+            self.trial.begin(lambda: self.pass_over(n - held_back, n, logits=True))
+            if done is not None:
+                done(held_back)
         for reader in self.readers:
             reader.end_first()
+
+    def pass_over(self, start: int, stop: int, *, logits: bool = False) -> torch.Tensor:
+        """One pass over tokens of the piece; predictions of the last one, or with ``logits`` of all."""
+        mask = None if self.piece.mask is None else self.piece.mask[:, : self.piece.seen + stop]
+        return self.forward(self.piece.ids[:, start:stop], mask, logits=logits)
 
     def read_again(self, request: Sequence[int], share: float = 1.0, done: Any = None) -> None:
         """Let the model repeat a share of the piece, part by part, from what is stored; only scores are kept."""
@@ -192,8 +215,11 @@ class Reading:
         for reader in self.readers:
             reader.again = True
         held = self.cache.passes.held()
-        passes = list(passes_of([reader.core for reader in self.readers], rows, n, share, self.chunk))
+        cores = [reader.core for reader in self.readers]
+        passes = list(passes_of(cores, rows, n, share, self.chunk, 0 if self.trial is None else self.trial.tokens))
         for number, index in enumerate(passes):
+            if self.trial is not None and number + 1 == len(passes):
+                self.trial.note_scores()
             index = index.to(ids.device)
             part, again = ids.gather(1, index), None
             if mask is not None:
@@ -209,13 +235,16 @@ class Reading:
                 before, after = (round(share * n * count / len(passes)) for count in (number, number + 1))
                 done(after - before)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """One pass of the model."""
-        if mask is None:
-            self.model(ids, **self.options)
-            return
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        self.model(ids, attention_mask=mask, position_ids=positions, **self.options)
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None, *, logits: bool = False) -> torch.Tensor:
+        """One pass of the model; logits of its last token, or of all, (batch, n, vocabulary)."""
+        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        if self.takes_logits:
+            options["logits_to_keep"] = ids.shape[1] if logits else 1
+        if mask is not None:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            options |= {"attention_mask": mask, "position_ids": positions}
+        found: torch.Tensor = self.model(ids, **options).logits
+        return found
 
     @property
     def scores(self) -> dict[int, torch.Tensor]:
@@ -289,6 +318,35 @@ def check(
         raise ValueError(
             f'policy is {policy.name!r}, which does not look at a second reading; make the cache with policy="twice", '
             "or read with twice=False"
+        )
+
+
+def check_trial(
+    cache: MomentCache,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    twice: bool | float,
+    segment: int | None,
+    trial: int,
+) -> None:
+    """Raise unless ways to compress can be tried on a text."""
+    seen, n = int(cache.get_seq_length()), ids.shape[1]
+    if not 0 < trial < n:
+        raise ValueError(f"trial is {trial}, of a text of {n} tokens; hold back some of them, 256 say, or 0")
+    if seen:
+        raise ValueError(f"trial is {trial}, but the cache has read {seen} tokens: how it compresses is settled; use 0")
+    if segment is not None:
+        raise ValueError(f"trial is {trial} and segment is {segment}; try on a text in one piece")
+    if twice not in (0, 1):
+        raise ValueError(f"trial is {trial} and twice is {twice}; read all of the text a second time, or none of it")
+    if mask is not None and not bool(mask[:, -trial:].all()):
+        raise ValueError(f"trial is {trial}, but some of the last {trial} tokens are padding; pad at the left")
+    rereads = bool(twice) and any(isinstance(each, RereadBudget) for each in cache.shared_budgets)
+    if not (rereads or cache.chooses_bits):
+        raise ValueError(
+            f'trial is {trial}, but there is nothing to choose; make the cache with bits="auto", or with '
+            'policy="twice" and budgets by heads'
         )
 
 

@@ -84,7 +84,9 @@ def most_novel(novelty: torch.Tensor, share: float, stretch: int) -> torch.Tenso
     return starts[..., None] + torch.arange(size, device=novelty.device)
 
 
-def passes_of(cores: Sequence[LayerCache], rows: int, n: int, share: float, chunk: int) -> Iterator[torch.Tensor]:
+def passes_of(
+    cores: Sequence[LayerCache], rows: int, n: int, share: float, chunk: int, apart: int = 0
+) -> Iterator[torch.Tensor]:
     """Which of the newest ``n`` tokens each pass of a second reading says, (batch, m): at most a chunk and its lead.
 
     Parameters
@@ -98,10 +100,13 @@ def passes_of(cores: Sequence[LayerCache], rows: int, n: int, share: float, chun
         Of the text, above 0. With 1 all of it, in about equal parts.
     chunk : int
         Most tokens of a pass beside its lead.
+    apart : int
+        So many tokens at the end are said in one pass of their own, the last one. Only where all are said.
     """
     device = cores[0].stored_state.recent_keys.device
     if share == 1:
-        for start, stop in parts(n, chunk):
+        last = [(n - apart, n)] if apart else []
+        for start, stop in [*parts(n - apart, chunk), *last]:
             yield torch.arange(max(0, start - LEAD), stop, device=device).expand(rows, -1)
         return
     chosen = most_novel(novelty_of(cores, n), share, min(STRETCH, chunk))

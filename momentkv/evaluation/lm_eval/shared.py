@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from momentkv.cache.config import wanted_queries
-from momentkv.evaluation.capture import replay
+from momentkv.evaluation.capture import read_anew, replay
 from momentkv.evaluation.haystack import Haystack
 from momentkv.evaluation.lm_eval.model import MomentLM
 from momentkv.evaluation.retrieval import Reader
@@ -121,8 +121,12 @@ class SharedLM(MomentLM):
         if self.setting is None:
             return captured
         if self.compressed is None or self.compressed[:2] != (self.reader, self.setting):
-            if get_policy(self.setting.policy).rereads:
-                self.reader.read_again(self.tokenizer)
             cache = empty_cache(self.model, self.setting, block=32)
-            self.compressed = self.reader, self.setting, replay(captured, cache)
+            if self.setting.trial:
+                read_anew(self.model, self.reader.ids(context), cache, self.tokenizer, trial=self.setting.trial)
+            else:
+                if get_policy(self.setting.policy).rereads:
+                    self.reader.read_again(self.tokenizer)
+                replay(captured, cache)
+            self.compressed = self.reader, self.setting, cache
         return copy.deepcopy(self.compressed[2])
