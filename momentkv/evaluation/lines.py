@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-# What stands against all others: the default, and what it is with chosen bits, read once and twice.
-OURS = ("default", "default@auto", "twice@auto")
+# What stands against all others: the default, what it is with bits chosen by errors or by a trial, and that read twice.
+OURS = ("default", "default@auto", "default@tried", "twice@tried")
 # If the full cache fails more often than not, there is nothing that compression could lose.
 SIGNAL = 0.5
 # Bands of depth that heat maps have.
