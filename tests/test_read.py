@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def made(family: str, budget: Any = 60, **options: Any) -> MomentCache:
 
 def read_tiny(family: str, ids: torch.Tensor, cache: MomentCache, **options: Any) -> MomentCache:
     return read(tiny(family), ids, cache, **({"request": REQUEST, "progress": False} | options))
+
+
+def interrupted(call: int) -> Callable[..., Any]:
+    """`MomentLayer.attend` with Ctrl-C at one of its calls."""
+    calls, attend = itertools.count(1), MomentLayer.attend
+
+    def attending(self: MomentLayer, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return attend(self, *args, **kwargs)
+
+    return attending
 
 
 def contents(cache: MomentCache) -> list[list[torch.Tensor]]:
@@ -264,17 +277,8 @@ def test_ctrl_c_leaves_model_and_cache_as_they_were(family: str, call: int, held
     if held:
         read_tiny(family, prompt(1, held, 1), cache)
     before = contents(cache) if held else None
-    calls, attend = 0, MomentLayer.attend
-
-    def interrupted(self: MomentLayer, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-        return attend(self, *args, **kwargs)
-
     with monkeypatch.context() as patched:
-        patched.setattr(MomentLayer, "attend", interrupted)
+        patched.setattr(MomentLayer, "attend", interrupted(call))
         state = f"the cache holds the {held} tokens" if held else "the cache is empty"
         with pytest.raises(KeyboardInterrupt, match=f"reading was interrupted: {state}"):
             read_tiny(family, ids, cache, chunk=40)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import COMPRESSED, left_padded, prompt, tiny
-from test_read import contents, made, read_tiny
+from test_read import contents, interrupted, made, read_tiny
 
 from momentkv.cache.coded_budget import CODES
 from momentkv.hf import MomentCache
@@ -174,17 +174,9 @@ def test_reset_takes_back_what_was_chosen(tmp_path: Path):
 
 @pytest.mark.parametrize("call", range(13, 40, 5))
 def test_ctrl_c_in_a_trial_leaves_the_cache_empty(call: int, monkeypatch: pytest.MonkeyPatch):
-    cache, calls, attend = auto("llama"), 0, MomentLayer.attend
-
-    def interrupted(self: MomentLayer, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-        return attend(self, *args, **kwargs)
-
+    cache = auto("llama")
     with monkeypatch.context() as patched:
-        patched.setattr(MomentLayer, "attend", interrupted)
+        patched.setattr(MomentLayer, "attend", interrupted(call))
         with pytest.raises(KeyboardInterrupt, match="reading was interrupted: the cache is empty"):
             tried("llama", cache)
     assert cache.get_seq_length() == 0
