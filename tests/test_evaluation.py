@@ -394,5 +394,7 @@ def test_a_trial_needs_queries_and_a_context_that_is_longer(tmp_path: Path):
     with pytest.raises(ValueError, match="8 queries were captured; capture with keep="):
         replay_tried(model, captured, MomentCache(model, 40, bits="auto"), ids, expected)
     grid = [dataclasses.replace(setting_of("default@tried"), budget=40)]
-    with pytest.raises(ValueError, match="methods have some that try 256 tokens of a context of 20"):
+    with pytest.raises(ValueError, match="methods have some that try 256 tokens of a context of 20;"):
         list(measure(model, prompt(1, 30), 20, grid))
+    with pytest.raises(ValueError, match="methods have some that are tried, and segment is 100"):
+        list(measure(model, prompt(1, 330), 300, grid, segment=100))

@@ -298,6 +298,16 @@ def test_needles_are_asked_of_what_was_read_in_segments(model: Any, several: Hay
     assert found[250][4] == pytest.approx(best.nll, rel=1e-3)
 
 
+def test_needles_are_asked_of_what_a_trial_chose(model: Any, several: Haystack, tokenizer: Any):
+    setting = Setting("twice", 60, 1, "summaries", "heads", bits="auto", trial=64)
+    full, *asked = measure_haystack(model, several, [("unseen", setting)], tokenizer=tokenizer)
+    assert full.cell is None
+    ids = torch.tensor([several.context])
+    cache = read(model, ids, empty_cache(model, setting), tokenizer=tokenizer, trial=64)
+    assert cache.tried
+    assert {x.nbytes for x in asked if x.cell is not None} == {cache.nbytes}
+
+
 def test_generation_is_scored_against_the_values(model: Any, haystack: Haystack, tokenizer: Any):
     """A model that is asked for what it would say anyway is right."""
     (question,) = haystack.questions

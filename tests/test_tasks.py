@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import runpy
@@ -20,6 +21,8 @@ from momentkv.evaluation.haystack import prose
 from momentkv.evaluation.lm_eval.model import MomentLM
 from momentkv.evaluation.lm_eval.shared import SharedLM
 from momentkv.evaluation.retrieval import Reader
+from momentkv.evaluation.settings import setting_of
+from momentkv.evaluation.sources import load_model
 from momentkv.evaluation.task_lines import AVERAGE, task_lines
 from momentkv.evaluation.terminal import tasks_table
 
@@ -297,3 +300,18 @@ def test_paragraphs_are_packed_and_scored_as_squad_does(saved: str, tmp_path: Pa
     assert task["scores"](document, [" A blue sky!"]) == {"f1": 1.0, "exact_match": 1.0}
     assert task["scores"](document, ["blue"]) == {"f1": pytest.approx(2 / 3), "exact_match": 0.0}
     assert task["scores"](document, [""]) == {"f1": 0.0, "exact_match": 0.0}
+
+
+def test_tasks_are_asked_of_what_a_trial_chose(saved: str):
+    model, tokenizer = load_model(saved)
+    tried = dataclasses.replace(setting_of("default@tried"), budget=40, trial=32)
+    settings = [tried, dataclasses.replace(tried, trial=0)]
+    lm = SharedLM(model, tokenizer, settings, question_marker=None, context_field="story", max_length=None)
+    context = tokenizer("A room is behind a room, and another one behind that. " * 5).input_ids
+    found = []
+    for setting in settings:
+        lm.setting = setting
+        found.append(lm._cache_after(context))
+    assert len(found[0].tried) >= 2
+    assert found[1].tried == []
+    assert found[0].get_seq_length() == found[1].get_seq_length() == len(context)

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from models import COMPRESSED, left_padded, prompt, tiny
-from test_read import contents, interrupted, made, read_tiny
+from test_read import REQUEST, contents, interrupted, made, read_tiny
 
 from momentkv.cache.coded_budget import CODES
 from momentkv.hf import MomentCache
 from momentkv.hf.layer import MomentLayer
+from momentkv.hf.reading import Reading
+from momentkv.hf.stretches import LEAD
 from momentkv.hf.trial import SHARES, changes_of, climb
 from momentkv.policies import Twice
 
@@ -104,6 +106,22 @@ def test_scores_of_tokens_held_back_have_no_say_in_a_trial():
     assert any(bool((one < both[..., : TEXT - HELD_BACK]).any()) for one, both in zip(trials, last, strict=False))
 
 
+def test_tokens_held_back_are_said_again_within_what_a_pass_may_have():
+    said = []
+    forward = Reading.forward
+
+    def watched(self: Reading, ids: torch.Tensor, mask: Any, **options: Any) -> torch.Tensor:
+        if self.readers[0].again:
+            said.append(ids.shape[1])
+        return forward(self, ids, mask, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Reading, "forward", watched)
+        one = read_tiny("llama", prompt(1, TEXT), auto("llama"), trial=64, chunk=32)
+    assert max(said) <= len(REQUEST) + LEAD + 32
+    assert one.tried
+
+
 @pytest.mark.parametrize(("budget", "chunk"), [(0.1, 32), ("48KiB", 32), (BUDGET, 2048)])
 def test_a_trial_is_of_any_budget(budget: Any, chunk: int):
     cache = read_tiny("llama", prompt(1, TEXT), auto("llama", budget=budget), trial=HELD_BACK, chunk=chunk)
@@ -188,6 +206,8 @@ def test_ctrl_c_in_a_trial_leaves_the_cache_empty(call: int, monkeypatch: pytest
     ("options", "message"),
     [
         ({"trial": -1}, "trial is -1, of a text of 480 tokens; hold back some of them"),
+        ({"trial": 32.5}, "trial is 32.5, of a text of 480 tokens"),
+        ({"trial": "some"}, "trial is 'some', of a text of 480 tokens"),
         ({"trial": TEXT}, "trial is 480, of a text of 480 tokens"),
         ({"trial": 32, "segment": 64}, "trial is 32 and segment is 64; try on a text in one piece"),
         ({"trial": 32, "twice": 0.5}, "trial is 32 and twice is 0.5; read all of the text a second time"),

@@ -212,11 +212,12 @@ def replay_tried(
             cache.passes.go_back(empty)
             for reader, layer in zip(reading.readers, layers, strict=True):
                 kept, last = 0 if layer.queries is None else layer.queries.shape[2], n - stop
-                if layer.queries is None or reader.keep is None or kept < min(n, reader.keep + last):
-                    raise ValueError(f"{kept} queries were captured; capture with keep={(reader.keep or n) + last}")
+                keep = n if reader.keep is None else reader.keep
+                if layer.queries is None or kept < min(n, keep + last):
+                    raise ValueError(f"{kept} queries were captured; capture with keep={keep + last}")
                 reader.core.scale = layer.scaling
                 reader.core.append(layer.keys[:, :, :stop], layer.values[:, :, :stop])
-                reader.queries = layer.queries[:, :, max(0, kept - last - reader.keep) : kept - last]
+                reader.queries = layer.queries[:, :, max(0, kept - last - keep) : kept - last]
 
         store(n - held_back)
         trial.begin(lambda: expected)

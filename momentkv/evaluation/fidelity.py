@@ -120,10 +120,11 @@ def measure(
     settings = list(settings)
     ids = ids.to(model.device)
     trial = max((setting.trial for setting in settings), default=0)
-    if trial and (segment is not None or trial >= context):
+    if trial >= context:
+        raise ValueError(f"methods have some that try {trial} tokens of a context of {context}; give more context")
+    if trial and segment is not None:
         raise ValueError(
-            f"methods have some that try {trial} tokens of a context of {context} in segments of {segment}; give more "
-            "context, in one piece"
+            f"methods have some that are tried, and segment is {segment}; read in one piece, or name others"
         )
     wanted = wanted_queries(setting.policy for setting in settings)
     captured = CaptureCache(model, None if wanted is None else wanted + trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -216,9 +217,11 @@ class Reading:
             reader.again = True
         held = self.cache.passes.held()
         cores = [reader.core for reader in self.readers]
-        passes = list(passes_of(cores, rows, n, share, self.chunk, 0 if self.trial is None else self.trial.tokens))
+        apart = 0 if self.trial is None else self.trial.tokens
+        passes = list(passes_of(cores, rows, n, share, self.chunk, apart))
+        early = len(passes) - math.ceil(apart / self.chunk)
         for number, index in enumerate(passes):
-            if self.trial is not None and number + 1 == len(passes):
+            if self.trial is not None and number == early:
                 self.trial.note_scores()
             index = index.to(ids.device)
             part, again = ids.gather(1, index), None
@@ -332,8 +335,8 @@ def check_trial(
 ) -> None:
     """Raise unless ways to compress can be tried on a text."""
     seen, n = int(cache.get_seq_length()), ids.shape[1]
-    if not 0 < trial < n:
-        raise ValueError(f"trial is {trial}, of a text of {n} tokens; hold back some of them, 256 say, or 0")
+    if not (isinstance(trial, numbers.Integral) and 0 < trial < n):
+        raise ValueError(f"trial is {trial!r}, of a text of {n} tokens; hold back some of them, 256 say, or 0")
     if seen:
         raise ValueError(f"trial is {trial}, but the cache has read {seen} tokens: how it compresses is settled; use 0")
     if segment is not None:

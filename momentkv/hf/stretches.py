@@ -101,11 +101,11 @@ def passes_of(
     chunk : int
         Most tokens of a pass beside its lead.
     apart : int
-        So many tokens at the end are said in one pass of their own, the last one. Only where all are said.
+        So many tokens at the end are said in passes of their own, the last ones. Only where all are said.
     """
     device = cores[0].stored_state.recent_keys.device
     if share == 1:
-        last = [(n - apart, n)] if apart else []
+        last = [(n - apart + start, n - apart + stop) for start, stop in parts(apart, chunk)] if apart else []
         for start, stop in [*parts(n - apart, chunk), *last]:
             yield torch.arange(max(0, start - LEAD), stop, device=device).expand(rows, -1)
         return
