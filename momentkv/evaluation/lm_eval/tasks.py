@@ -9,7 +9,7 @@ import logging
 import numbers
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,7 @@ def made_tasks(options: argparse.Namespace, tokenizer: Any, lm: SharedLM) -> dic
     with tempfile.TemporaryDirectory() as folder:
         # Tasks that make their own data count its tokens, with a tokenizer that they load from a folder.
         tokenizer.save_pretrained(folder)
-        manager = TaskManager(
-            include_path=options.include_path, metadata={"tokenizer": folder, **(options.metadata or {})}
-        )
+        manager = manager_of(options.tasks, options.include_path, {"tokenizer": folder, **(options.metadata or {})})
         for name in options.tasks:
             if name not in manager.all_tasks:
                 raise ValueError(f"tasks has {name!r}, which lm_eval does not know; see lm-eval ls tasks")
@@ -148,6 +146,19 @@ def made_tasks(options: argparse.Namespace, tokenizer: Any, lm: SharedLM) -> dic
                 f"tasks has {name!r}, none of whose metrics is a number for each document; use momentkv lm-eval for it"
             )
     return made
+
+
+def manager_of(names: Sequence[str], own: str | None, metadata: dict[str, Any]) -> TaskManager:
+    """What knows these tasks: those of a folder of one's own, and lm_eval's too unless all are found there.
+
+    lm_eval's are thousands of files, and reading them takes longer than many a task.
+    """
+    if own is not None:
+        manager = TaskManager(include_path=own, include_defaults=False, metadata=metadata)
+        # Groups and tags may name tasks that are elsewhere.
+        if set(names) <= set(manager.all_subtasks):
+            return manager
+    return TaskManager(include_path=own, metadata=metadata)
 
 
 def digest(request: Any) -> str:
