@@ -30,6 +30,8 @@ __all__ = [
 # hardly faster anywhere (H200, head dimension 128).
 WAVES = 1
 SPLITS = 64  # at most; the combine kernel holds the outputs of all splits of a query
+# The estimate goes through so many summaries at a time, so that registers do not depend on how many there are.
+SUMMARIES_AT_ONCE = 16
 # Whole numbers of so many bytes.
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 # What the kernel calls the parts of an expansion.
@@ -74,10 +76,12 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
     largest = max(wide)
     # Full float32 products are not done by tensor cores and hold their factors in registers.
     single = dtype == torch.float32
-    # A group of more than 16 queries reads the cache once with a tile of 32, where registers allow. Products with codes
-    # have queries for columns, of which eight are enough, unless wide heads have an estimate: that spilled registers.
+    # A group of more than 16 queries reads the cache once with a tile of 32, where registers allow: not those of wide
+    # heads, which keep the factors of all queries while they go through many summaries. Products with codes have
+    # queries for columns, of which eight are enough, unless wide heads have an estimate: that spilled registers.
+    widest = 64 if summaries > SUMMARIES_AT_ONCE else 128
     few = coded and rows <= 8 and (largest <= 128 or not summaries)
-    queries = 8 if few else 32 if rows > 16 and not single and largest <= 128 else 16
+    queries = 8 if few else 32 if rows > 16 and not single and largest <= widest else 16
     many = queries == 32 or largest > (64 if single else 128)
     return DecodeBlocks(
         BLOCK_M=queries,
@@ -118,7 +122,7 @@ def estimate_flags(expansion: Expansion | None) -> dict[str, Any]:
     if expansion is None:
         return {
             "SUMMARIES": 0,
-            "BLOCK_S": 16,
+            "BLOCK_S": SUMMARIES_AT_ONCE,
             "RANK": 0,
             "FULL_SLOPE": False,
             "FULL_VARIANCE": False,
@@ -129,7 +133,7 @@ def estimate_flags(expansion: Expansion | None) -> dict[str, Any]:
     spread = 0 if expansion.variance is None else expansion.variance.ndim - expansion.log_weight.ndim + 1
     return {
         "SUMMARIES": summaries,
-        "BLOCK_S": 16,
+        "BLOCK_S": SUMMARIES_AT_ONCE,
         "RANK": 0 if expansion.slope_right is None else expansion.slope_right.shape[-2],
         "FULL_SLOPE": expansion.slope is not None,
         "FULL_VARIANCE": spread == 2,
