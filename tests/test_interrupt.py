@@ -99,7 +99,8 @@ def test_an_interrupted_measurement_is_kept_and_goes_on(
     # So many settings that it is still at work when the first has been written, on any machine.
     source = ["--text", "compound", "--context", "200", "--following", "64"]
     command = ["evaluate", "fidelity", "--model", model, *source]
-    process = start("-c", RUN, *command, "--budgets", *map(str, range(100, 1100)), folder=tmp_path)
+    many = ["--budgets", *map(str, range(100, 1100)), "--policies", "streaming", "h2o", "--corrections", "none"]
+    process = start("-c", RUN, *command, *many, folder=tmp_path)
     results = tmp_path / "results" / "fidelity.json"
     while not results.exists():
         assert process.poll() is None, process.communicate()
