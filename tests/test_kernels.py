@@ -63,6 +63,14 @@ def test_a_build_that_takes_too_much_fails_the_report(
     assert kernels_report.main(["--targets", "90"]) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_processes_compile_what_one_compiles(builds: list[Build]):
+    merges = [build for build in builds if build.name.startswith("combine")][:2]
+    alone = list(kernels_report.compiled(merges, [80, 90]))
+    assert list(kernels_report.compiled(merges, [80, 90], workers=2)) == alone
+    assert [(build, target) for build, target, _ in alone] == [(build, t) for build in merges for t in (80, 90)]
+
+
 def test_a_sample_is_always_the_same_and_part_of_every_larger_one(
     builds: list[Build], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

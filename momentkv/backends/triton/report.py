@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import multiprocessing
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,14 +56,25 @@ def compiled(
         for build, target in tasks:
             yield build, target, compile_build(build, target)
         return
-    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        for (build, target), usage in zip(tasks, pool.map(compile_task, tasks, chunksize=4), strict=True):
+    # A kernel cannot be sent to a process; one that is forked has it already.
+    fork = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(workers, fork, initializer=take, initargs=(tasks,)) as pool:
+        for (build, target), usage in zip(tasks, pool.map(compile_task, range(len(tasks)), chunksize=4), strict=True):
             yield build, target, usage
 
 
-def compile_task(task: tuple[Build, int]) -> Usage:
-    """`compile_build` of a pair."""
-    return compile_build(*task)
+# What a process of `compiled` compiles.
+TAKEN: list[tuple[Build, int]] = []
+
+
+def take(tasks: list[tuple[Build, int]]) -> None:
+    """Let this process know them."""
+    TAKEN[:] = tasks
+
+
+def compile_task(number: int) -> Usage:
+    """`compile_build` of one of those that the process knows."""
+    return compile_build(*TAKEN[number])
 
 
 def line(build: Build, target: int, usage: Usage) -> str:
