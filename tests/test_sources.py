@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,40 @@ from momentkv.evaluation.sources import built_in, load_model, located
 
 
 @pytest.mark.model
-def test_a_gguf_file_is_a_model_by_its_path_and_by_its_folder(tmp_path: Path):
+def test_the_model_that_is_loaded_where_none_is_named_is_a_gguf_file():
     folder, file = built_in()
-    assert located(str(Path(folder) / file)) == (folder, file)  # what is loaded where no model is named
-    (tmp_path / "model.GGUF").symlink_to(Path(folder) / file)
-    assert located(str(tmp_path)) == (str(tmp_path), "model.GGUF")
-    model, tokenizer = real()  # was loaded so; reading such a file takes twenty seconds
+    assert located(str(Path(folder) / file)) == (folder, file)
+    model, tokenizer = real()
     assert model.dtype == torch.float32
     assert model.config._attn_implementation == "momentkv"
     assert tokenizer.decode(tokenizer("What is left?").input_ids) == "What is left?"
+
+
+@pytest.mark.parametrize("named", ["model.GGUF", "."])
+def test_a_gguf_file_is_a_model_by_its_path_and_by_its_folder(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What transformers is asked for: it takes twenty seconds to read a real one."""
+    asked = []
+
+    class Loaded:
+        @classmethod
+        def from_pretrained(cls, *arguments: Any, **options: Any) -> Loaded:
+            asked.append((arguments, options))
+            return cls()
+
+        def to(self, device: str) -> Loaded:
+            return self
+
+        def eval(self) -> Loaded:
+            return self
+
+    for kind in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"momentkv.evaluation.sources.{kind}", Loaded)
+    (tmp_path / "model.GGUF").touch()
+    load_model(str(tmp_path / named))
+    place, file = (str(tmp_path),), {"gguf_file": "model.GGUF"}
+    assert asked == [(place, file), (place, {"dtype": "float32", "attn_implementation": "momentkv", **file})]
 
 
 def test_a_folder_with_a_configuration_is_not_searched_for_gguf_files(tmp_path: Path):

@@ -18,6 +18,7 @@ from test_tables import WIDTHS, assert_whole
 
 from momentkv.cli import main
 from momentkv.evaluation.haystack import prose
+from momentkv.evaluation.lm_eval import tasks
 from momentkv.evaluation.lm_eval.model import MomentLM
 from momentkv.evaluation.lm_eval.shared import SharedLM
 from momentkv.evaluation.retrieval import Reader
@@ -237,6 +238,33 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_read(
     assert main(["evaluate", "tasks", *given]) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "own", "looked_through"),
+    [
+        (["own_rooms"], "folder", [False]),
+        (["own_rooms", "gsm8k"], "folder", [False, True]),
+        (["own_group"], "folder", [False, True]),  # its tasks may be elsewhere
+        (["gsm8k"], None, [True]),
+    ],
+)
+def test_lm_evals_own_tasks_are_read_where_a_name_is_not_of_the_folder(
+    names: list[str], own: str | None, looked_through: list[bool], monkeypatch: pytest.MonkeyPatch
+):
+    made = []
+
+    class Manager:
+        all_subtasks = ("own_rooms",)
+
+        def __init__(self, include_path: str | None, metadata: dict[str, Any], include_defaults: bool = True) -> None:
+            assert (include_path, metadata) == (own, {"tokenizer": "x"})
+            made.append((self, include_defaults))
+
+    monkeypatch.setattr(tasks, "TaskManager", Manager)
+    found = tasks.manager_of(names, own, {"tokenizer": "x"})
+    assert [defaults for _, defaults in made] == looked_through
+    assert found is made[-1][0]
 
 
 def rows_of(**scores: dict[str, list[float]]) -> list[dict[str, Any]]:
