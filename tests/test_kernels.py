@@ -77,7 +77,6 @@ def test_a_build_that_takes_too_much_fails_the_report(
     assert kernels_report.main(["--targets", "90"]) == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_compile_what_one_compiles(builds: list[Build]):
     merges = [build for build in builds if build.name.startswith("combine")][:2]
     alone = list(kernels_report.compiled(merges, [80, 90]))

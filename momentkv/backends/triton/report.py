@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib
 import multiprocessing
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import triton
 
@@ -56,25 +58,18 @@ def compiled(
         for build, target in tasks:
             yield build, target, compile_build(build, target)
         return
-    # A kernel cannot be sent to a process; one that is forked has it already.
-    fork = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(workers, fork, initializer=take, initargs=(tasks,)) as pool:
-        for (build, target), usage in zip(tasks, pool.map(compile_task, range(len(tasks)), chunksize=4), strict=True):
+    # Kernels cannot be sent to a process, their names can. Forked, it might wait for a thread that it has not got.
+    sent = [(build.kernel.__module__, build.kernel.__name__, *build[1:], target) for build, target in tasks]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        for (build, target), usage in zip(tasks, pool.map(compile_sent, sent, chunksize=4), strict=True):
             yield build, target, usage
 
 
-# What a process of `compiled` compiles.
-TAKEN: list[tuple[Build, int]] = []
-
-
-def take(tasks: list[tuple[Build, int]]) -> None:
-    """Let this process know them."""
-    TAKEN[:] = tasks
-
-
-def compile_task(number: int) -> Usage:
-    """`compile_build` of one of those that the process knows."""
-    return compile_build(*TAKEN[number])
+def compile_sent(sent: tuple[Any, ...]) -> Usage:
+    """`compile_build` of a build whose kernel is given by module and name, and a target behind it."""
+    module, kernel, *rest, target = sent
+    return compile_build(Build(getattr(importlib.import_module(module), kernel), *rest), target)
 
 
 def line(build: Build, target: int, usage: Usage) -> str:
