@@ -89,7 +89,7 @@ def evaluate(options: argparse.Namespace) -> int:
             raise SystemExit(f"{options.output} holds results of another protocol; name another file")
         rows = found["rows"]
     done = {(row["layout"], row["value"], row["length"], row["haystack"]) for row in rows}
-    model, _ = load()
+    model, _ = load(None)
     start = time.monotonic()
     for number, haystack in enumerate(content["haystacks"], start=1):
         columns = {name: haystack[name] for name in ("layout", "value", "length", "haystack")}

@@ -1,6 +1,7 @@
 """Peers of momentkv: the presses of kvpress on the same model and texts, with the same definition of fidelity.
 
 Run: python examples/kvpress_peers.py [--budgets 128 256 512] [--presses SnapKV TOVA] [--output results/kvpress.json]
+     [--model FOLDER_OR_FILE.gguf]
 
 kvpress 0.5.5 and momentkv need different versions of transformers, so this script makes an environment of its own
 (`.venv-kvpress`), installs kvpress there and runs itself inside it. momentkv is neither needed nor imported.
@@ -90,6 +91,9 @@ def main() -> int:
         default=list(TEXTS),
         help="files, or topics of Python's language reference; + joins several",
     )
+    parser.add_argument(
+        "--model", type=Path, help="a GGUF file, or a folder with one (default: SmolLM2-135M-Instruct, from a package)"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/kvpress.json"))
     parser.add_argument("--environment", type=Path, default=Path(".venv-kvpress"), help="made if missing")
     parser.add_argument("--check", action="store_true", help="check this script against kvpress's own ways, and stop")
@@ -98,6 +102,8 @@ def main() -> int:
     for text in options.texts:
         if not Path(text).is_file() and not set(text.split("+")) <= set(topics):
             parser.error(f"--texts has {text!r}, which is neither a file nor topics of Python's language reference")
+    if options.model is not None and not gguf_files(options.model):
+        parser.error(f"--model is {options.model}, which is neither a GGUF file nor a folder with one")
     for budget in options.budgets:
         if not 0 < budget < CONTEXT:
             parser.error(f"budget is {budget}; it must be between 1 and {CONTEXT - 1}")
@@ -125,6 +131,11 @@ def environment(folder: Path) -> Path:
     return python
 
 
+def gguf_files(path: Path) -> list[Path]:
+    """The GGUF file of that path, or those in the folder."""
+    return [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
+
+
 # All that follows runs inside that environment.
 
 
@@ -137,17 +148,27 @@ def make_press(name: str, ratio: float) -> Any:
     return getattr(kvpress, f"{wrapper}Press")(press) if wrapper else press
 
 
-def load() -> tuple[Any, Any]:
+def load(model_path: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file: the given one, the first of a folder, or the built-in model's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    spec = importlib.util.find_spec(MODEL_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"{MODEL} comes from {MODEL_REQUIREMENT}; remove the environment to make it again")
-    source, file = spec.submodule_search_locations[0], f"{MODEL}.Q4_1.gguf"
+    if model_path is None:
+        spec = importlib.util.find_spec(MODEL_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(
+                f"{MODEL} comes from {MODEL_REQUIREMENT}; remove the environment to make it again"
+            )
+        source, file = spec.submodule_search_locations[0], f"{MODEL}.Q4_1.gguf"
+    else:
+        found = gguf_files(model_path)[0]
+        source, file = str(found.parent), found.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype="float32", attn_implementation="sdpa")
+    if getattr(model.config, "head_dim", None) is None:
+        # CriticalKV asks for it, and some configurations leave it out.
+        model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
     # KVzip reads its request with the tokenizer that it finds where the model is said to come from.
     folder = tempfile.mkdtemp(prefix="kvpress-tokenizer-")
     atexit.register(shutil.rmtree, folder)
@@ -366,13 +387,13 @@ def evaluate(options: argparse.Namespace) -> int:
     import torch
 
     torch.set_grad_enabled(False)
-    model, tokenizer = load()
+    model, tokenizer = load(options.model)
     rows: list[dict[str, Any]] = []
     given = [Path(x).name if Path(x).is_file() else x for x in sys.argv[1:] if x != "--inside"]
     content: dict[str, Any] = {
         "command": " ".join(["python examples/kvpress_peers.py", *given]),
         "protocol": {
-            "model": MODEL,
+            "model": MODEL if options.model is None else options.model.name,
             # A press has no statistics: tokens that it retains are the bytes of as many tokens of any width.
             "bytes": 16,
             "context": CONTEXT,
@@ -469,7 +490,7 @@ def check(options: argparse.Namespace) -> int:
     from transformers import DynamicCache
 
     torch.set_grad_enabled(False)
-    model, tokenizer = load()
+    model, tokenizer = load(options.model)
     ids = encode(tokenizer, options.texts[0])
     ratio = 1 - options.budgets[0] / CONTEXT
     presses = [make_press("SnapKV", 0.0), *(make_press(name, ratio) for name in CHECKED)]

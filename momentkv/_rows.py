@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from momentkv._array import Array, array_namespace, device, is_torch_array
 
 __all__ = [
+    "column_products",
     "inverse_permutation",
+    "less_product",
     "plus_product",
     "real_rows",
     "row_products",
+    "scaled",
     "stacked_rows",
     "take_rows",
     "take_rows_of",
@@ -98,10 +101,32 @@ def row_products(own: Array, x: Array) -> Array:
     >>> row_products(np.asarray([[1.0, 2.0]]), np.asarray([[3.0, 4.0]])).tolist()
     [11.0]
     """
-    xp = array_namespace(own, x)
+    return array_namespace(own, x).sum(scaled(own, x), axis=-1)
+
+
+def column_products(own: Array, x: Array) -> Array:
+    """Inner products of columns, ``sum(own * x, axis=-2)``; ``own`` as in `row_products`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> column_products(np.asarray([[1.0, 2.0]]), np.asarray([[3.0, 4.0]])).tolist()
+    [3.0, 8.0]
+    """
+    return array_namespace(own, x).sum(scaled(own, x), axis=-2)
+
+
+def scaled(own: Array, x: Array) -> Array:
+    """``own * x``; ``own`` as in `row_products`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> scaled(np.asarray([1.0, 2.0]), np.asarray([3.0, 4.0])).tolist()
+    [3.0, 8.0]
+    """
     # New memory of this size costs a CPU more than the product: the system hands it out page by page.
-    products = own.mul_(x) if is_torch_array(own) else own * x
-    return xp.sum(products, axis=-1)
+    return own.mul_(x) if is_torch_array(own) else own * x
 
 
 def plus_product(x: Array, factor: Array, y: Array) -> Array:
@@ -114,6 +139,21 @@ def plus_product(x: Array, factor: Array, y: Array) -> Array:
     [4.0, 4.0]
     """
     return x.addcmul(factor, y) if is_torch_array(x) else x + factor * y
+
+
+def less_product(x: Array, a: Array, b: Array) -> Array:
+    """``x - a @ b`` of matrices (..., n, m) and (..., m, d), by PyTorch without memory for the product.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> less_product(np.asarray([[3.0, 4.0]]), np.asarray([[2.0]]), np.asarray([[1.0, 1.0]])).tolist()
+    [[1.0, 2.0]]
+    """
+    if not is_torch_array(x):
+        return x - a @ b
+    flat, a, b = (y.reshape(-1, *y.shape[-2:]) for y in (x, a, b))
+    return flat.baddbmm(a, b, alpha=-1).reshape(x.shape)
 
 
 def inverse_permutation(order: Array) -> Array:

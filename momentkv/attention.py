@@ -128,16 +128,36 @@ def softmax_weights(products: ArrayObject) -> tuple[Array, Array]:
     """Attention weights (..., n) of given logits, all zero for a query that sees no token, and their lse (...)."""
     xp = array_namespace(products)
     if products.shape[-1] == 0:
-        return products, xp.full(products.shape[:-1], -math.inf, dtype=products.dtype, device=device(products))
+        return products, log_sum_exp(products)
+    weights, total, top = exponentials(products)
+    safe = xp.where(total == 0, xp.ones_like(total), total)
+    return weights / safe, log_of(total, top)
+
+
+def log_sum_exp(products: ArrayObject) -> Array:
+    """Log of the sum of exponentials over the last axis; ``-inf`` of none, NaN where any is."""
+    xp = array_namespace(products)
+    if products.shape[-1] == 0:
+        return xp.full(products.shape[:-1], -math.inf, dtype=products.dtype, device=device(products))
+    return log_of(*exponentials(products)[1:])
+
+
+def exponentials(products: ArrayObject) -> tuple[Array, Array, Array]:
+    """Exponentials of logits less their largest, the sum of them, and the largest, over the last axis, which stays."""
+    xp = array_namespace(products)
     top = xp.max(products, axis=-1, keepdims=True)
     # A row that is masked everywhere has top = -inf; any finite shift keeps its weights at exp(-inf) = 0. NaN stays: it
     # must not pass for the empty set.
     top = xp.where(top == -math.inf, xp.zeros_like(top), top)
     weights = xp.exp(products - top)
-    total = xp.sum(weights, axis=-1, keepdims=True)
+    return weights, xp.sum(weights, axis=-1, keepdims=True), top
+
+
+def log_of(total: Array, top: Array) -> Array:
+    """Of a sum of `exponentials`, without their axis."""
+    xp = array_namespace(total)
     safe = xp.where(total == 0, xp.ones_like(total), total)
-    lse = xp.where(total == 0, xp.full_like(top, -math.inf), xp.log(safe) + top)
-    return weights / safe, lse[..., 0]
+    return xp.where(total == 0, xp.full_like(top, -math.inf), xp.log(safe) + top)[..., 0]
 
 
 def attend(

@@ -20,11 +20,11 @@ from momentkv.statistics.corrections import AnchoredSummaries
 GRID = [4, 6, 10]
 
 
-def waiting(seed: int = 0, **options) -> LayerCache:
+def waiting(seed: int = 0, window: int = 8, **options) -> LayerCache:
     """A layer after the attention of a prefill of 200 tokens, before its eviction."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((1, heads, 200, 8)) for heads in (4, 2, 2))
-    cache = LayerCache(40, window=8, block=1, keep_queries=True, **options)
+    cache = LayerCache(40, window=window, block=1, keep_queries=True, **options)
     cache.append(k, v)
     cache.attend(q)
     return cache
@@ -77,11 +77,14 @@ def test_grids_rise_and_leave_room_for_sinks_and_window():
 ONE = AnchoredSummaries(summaries=1, rank=0, calibrated=False)
 
 
+@pytest.mark.parametrize("window", [8, 32])
 @pytest.mark.parametrize("options", [{"order": None}, {"order": 1}, {"order": 0, "correction": ONE}])
-def test_curve_is_the_error_that_eviction_then_causes(options: dict):
+def test_curve_is_the_error_that_eviction_then_causes(options: dict, window: int):
+    """Of a window that has all queries that judge, too: what is outside of it, all of them see."""
+    options = options | {"window": window}
     cache = waiting(**options)
     q, k, v = cache.newest_queries, cache.keys, cache.values
-    grid = [20, 60, 200, 300]
+    grid = [20, 60, 200, 300] if window < 20 else [40, 60, 200, 300]
     measured = error_curve(cache, grid)
     causal = np.arange(200) <= np.arange(168, 200)[:, None]
     products = np.einsum("bhgqd,bhnd->bhgqn", q.reshape(1, 2, 2, 32, 8), k) / np.sqrt(8)

@@ -10,6 +10,7 @@ from typing import Any
 from momentkv._array import Array, array_namespace
 from momentkv._rows import take_rows
 from momentkv.attention import AttentionState, merge
+from momentkv.cache.by_heads import folded
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.packing import View
@@ -88,13 +89,18 @@ def measured_errors(
     cuts = [0, *(min(budget, n) for budget in grid), n]
     segments = [ranked(view, order[..., start:stop]) for start, stop in itertools.pairwise(cuts)]
     places = view.positions[..., -q.shape[-2] :, None]  # a query of padding sees nothing
+    # Where no slot is empty and the window has every judge, all else came before them.
+    earlier = not (state.padded or (cache.new is not None and cache.new.padded)) and config.window >= q.shape[-2]
 
-    def attended(k: Array, v: Array, positions: Array) -> AttentionState:
+    def attended(k: Array, v: Array, positions: Array, *, all_seen: bool = False) -> AttentionState:
+        if all_seen:
+            return backend.attend(q, k, v, scale=scale)[0]
         visible = (positions[..., None, :] <= places) & (positions >= 0)[..., None, :]
         return backend.attend(q, k, v, scale=scale, mask=visible[..., None, :, :])[0]
 
-    # states[i] is attention over what the i-th budget retains.
-    states = list(itertools.accumulate((attended(*segment) for segment in segments), merge))
+    # states[i] is attention over what the i-th budget retains; the first has all of the window.
+    parts = (attended(*segment, all_seen=earlier and place > 0) for place, segment in enumerate(segments))
+    states = list(itertools.accumulate(parts, merge))
     evicted, correction = state.evicted, config.correction
     if not state.has_evicted:
         correction = correction.stand_in()
@@ -119,7 +125,7 @@ def measured_errors(
         reversed(grid), reversed(states[:-1]), reversed(segments[1:]), strict=True
     ):
         if budget < n:
-            evicted = correction.fold(evicted, k, v, mask=positions >= 0, window=window)
+            evicted = folded(correction, evicted, k, v, mask=positions >= 0, window=window)
         expansion = correction.expansion(evicted) if state.has_evicted or budget < n else None
         errors.append(error(kept, expansion))
         if budget == at:

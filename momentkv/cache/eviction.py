@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, device
-from momentkv._rows import take_rows_of
 from momentkv.attention import group_queries
 from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout
+from momentkv.cache.by_heads import calibrated, folded, gathered, name_of, ranked
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.losses import EVICTED, choose_lost, losses_of, with_lost
 from momentkv.cache.packing import View, repack, view_of, widths_of
@@ -102,21 +102,13 @@ def importance_of(
     tokens = Tokens(
         view.keys, view.values, view.positions, attention, known, scale, summary[0], summary[1], queries, view.both
     )
-    importance = config.policy.importance(tokens)
-    name = config.policy.name or type(config.policy).__name__
-    shape = getattr(importance, "shape", None)
-    if shape is None or tuple(shape) != tuple(view.positions.shape):
-        given = type(importance).__name__ if shape is None else f"an array of shape {tuple(shape)}"
-        raise ValueError(
-            f"policy {name!r} gave {given} as importance; it must give an array of shape "
-            f"{tuple(view.positions.shape)}, a number for each token"
-        )
+    importance = ranked(config.policy, tokens)
     if ask and xp.isdtype(importance.dtype, "real floating"):
         nameless = xp.isnan(importance) & (view.positions >= 0)
         if bool(xp.any(nameless)) and bool(xp.any(nameless & is_sound(tokens)[..., None])):
             raise ValueError(
-                f"policy {name!r} gave NaN as importance of a token, and all that it was shown is finite; give every "
-                "token a number (-inf to one that may go first)"
+                f"policy {name_of(config.policy)!r} gave NaN as importance of a token, and all that it was shown is "
+                "finite; give every token a number (-inf to one that may go first)"
             )
     return importance
 
@@ -151,16 +143,6 @@ def between(counts: Array, limits: Array, share: float) -> Array:
     start, end = (xp.log(xp.astype(xp.maximum(x, xp.ones_like(x)), xp.float32)) for x in (counts, limits))
     step = xp.astype(xp.floor(xp.exp(start + share * (end - start))), counts.dtype)
     return xp.minimum(counts, xp.maximum(step, limits))
-
-
-def gathered(view: View, gone: Array, most: int) -> tuple[Array, Array, Array]:
-    """Keys and values of the tokens that go, at most ``most`` of any row and head, and which slots hold one."""
-    xp = array_namespace(gone)
-    if 2 * most >= gone.shape[-1]:
-        return view.keys, view.values, gone
-    index = xp.argsort(xp.astype(~gone, xp.int8), axis=-1, stable=True)[..., :most]
-    k, v = take_rows_of(index, view.keys, view.values)
-    return k, v, xp.take_along_axis(gone, index, axis=-1)
 
 
 def evicted_state(
@@ -236,14 +218,15 @@ def evicted_state(
             kept = kept_by_rank(importance, positions, target, config)
             if config.corrects:
                 k, v, mask = gathered(view, (positions >= 0) & ~kept, most)
-                evicted = config.correction.fold(evicted, k, v, mask=mask, window=window)
+                evicted = folded(config.correction, evicted, k, v, mask=mask, window=window)
             positions = xp.where(kept, positions, xp.full_like(positions, -1))
         gone = (view.positions >= 0) & (positions < 0)
         if newest is not None and config.corrects:
             # Rows whose first eviction this is and whose newest queries are all real; others keep what they have.
             first = xp.all(view.positions[..., -RECENT_QUERIES:] >= 0, axis=-1) & (state.evicted.weight == 0)
             judges = newest[..., -RECENT_QUERIES:, :]
-            evicted = config.correction.calibrate(evicted, judges, view.keys, scale=scale, mask=gone & first[..., None])
+            mask = gone & first[..., None]
+            evicted = calibrated(config.correction, evicted, judges, view.keys, scale=scale, mask=mask)
         if evidence is not None:
             k, v, mask = gathered(view, gone, most)
             evidence, before = evidence.update(k, v, mask=mask), state

@@ -14,6 +14,7 @@ from typing import Any
 from momentkv._array import array_namespace, device
 from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout
+from momentkv.cache.by_heads import images
 from momentkv.cache.config import CacheConfig
 from momentkv.cache.eviction import Totals, evicted_state
 from momentkv.cache.layer import LayerCache
@@ -236,15 +237,3 @@ def parted_state(
     host: dict[str, Any] = {name: getattr(after, name) for name in ("filled", "padded", "has_evicted")}
     gone: dict[str, Any] = {name: None for name in before.own() if getattr(after, name) is None}
     return [state.changed(**(host | gone | part)) for state, part in zip(states, parts, strict=True)]
-
-
-def images(statistics: Any) -> list[Any]:
-    """Every array that statistics are made of, in the order in which they map them."""
-    arrays: list[Any] = []
-
-    def noted(x: Any) -> Any:
-        arrays.append(x)
-        return x
-
-    statistics.map(noted)
-    return arrays

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from momentkv._array import Array, check_arrays
-from momentkv.attention import default_scale, group_queries, logits, softmax_state
+from momentkv.attention import default_scale, group_queries, log_sum_exp, logits
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.weights import positive
 
@@ -22,11 +22,11 @@ def fitted_strength(summaries: Summaries, q: Array, k: Array, *, scale: float | 
     anchor = summaries.anchor
     xp = check_arrays(q=q, k=k, summaries=anchor)
     seen = None if mask is None else mask[..., None, None, :]
-    state, _ = softmax_state(logits(q, k, scale=scale, mask=seen), k[..., :1])
+    true = log_sum_exp(logits(q, k, scale=scale, mask=seen))
     flat = dataclasses.replace(summaries, strength=xp.zeros_like(summaries.strength))
     rough = estimate_expansion(q, flat.expansion(), scale=scale).lse
     rough = xp.where(xp.isfinite(rough), rough, xp.full_like(rough, math.nan))  # no tokens: nothing to fit
-    gap = group_queries((state.lse - rough)[..., None], k.shape[-3])[..., 0]
+    gap = group_queries((xp.reshape(true, rough.shape) - rough)[..., None], k.shape[-3])[..., 0]
     off = group_queries(xp.astype(q, anchor.dtype, copy=False), anchor.shape[-2])
     off = off * (default_scale(q.shape[-1]) if scale is None else scale) - anchor[..., None, :]
     half = 0.5 * xp.matmul(off * off, summaries.key_variance[..., None])[..., 0]

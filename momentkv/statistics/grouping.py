@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace
+from momentkv._rows import column_products, less_product, scaled
 from momentkv.statistics.clustering import centres, cluster
 from momentkv.statistics.weights import positive
 
@@ -58,17 +59,21 @@ def part(log_weight: Array, keys: Array, values: Array, deviation: Array, groups
     if groups == 1:
         member = xp.ones_like(keys[..., :1])
     else:
-        features = xp.concat([keys * deviation[..., None, :], standardised(values, share)], axis=-1)
+        features = scaled(
+            xp.concat([keys, values], axis=-1), xp.concat([deviation, unit_of(values, share)], axis=-1)[..., None, :]
+        )
         member = cluster(features, share**GROUPING_POWER, groups)
     weight, key_mean, value_mean = centres(member, share, keys, values)
-    off_keys, off_values = keys - member @ key_mean, values - member @ value_mean
-    weighted = share[..., None] * off_keys
+    off = less_product(keys, member, key_mean)
+    of_both, weighted = None, share[..., None] * off
+    if covariance:
+        of_both = less_product(values, member, value_mean).mT @ weighted
     return Groups(
         xp.where(weight > 0, xp.log(positive(xp, weight)) + total, -math.inf),
         key_mean,
         value_mean,
-        xp.sum(weighted * off_keys, axis=-2),
-        off_values.mT @ weighted if covariance else None,
+        column_products(off, weighted),
+        of_both,
         share,
     )
 
@@ -101,12 +106,11 @@ def total_weights(*log_weights: Array) -> tuple[Array, ...]:
     return tuple(xp.sum(xp.exp(x - top), axis=-1) for x in log_weights)
 
 
-def standardised(values: Array, share: Array) -> Array:
-    """Values from their mean, in units of their mean distance from it; slots without weight are left out."""
+def unit_of(values: Array, share: Array) -> Array:
+    """The factor (..., dv) that makes the mean distance of values with weight from their mean 1."""
     xp = array_namespace(values)
-    some: Any = xp.astype(share > 0, values.dtype)[..., None]
-    number = positive(xp, xp.sum(some, axis=-2, keepdims=True))
-    mean = xp.sum(some * values, axis=-2, keepdims=True) / number
-    off = some * (values - mean)
-    spread = xp.sum(xp.linalg.vector_norm(off, axis=-1, keepdims=True), axis=-2, keepdims=True) / number
-    return off / positive(xp, spread)
+    some: Any = xp.astype(share > 0, values.dtype)
+    number = positive(xp, xp.sum(some, axis=-1, keepdims=True))
+    mean = some[..., None, :] @ values / number[..., None]
+    spread = xp.sum(some * xp.linalg.vector_norm(values - mean, axis=-1), axis=-1, keepdims=True) / number
+    return xp.ones_like(values[..., 0, :]) / positive(xp, spread)
