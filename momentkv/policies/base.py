@@ -97,7 +97,7 @@ class Policy(abc.ABC):
         queries themselves.
     couples_heads : bool
         Whether the importance of a token in one KV head depends on the others. Such a policy cannot give each head a
-        budget of its own.
+        budget of its own. Any other may be shown the heads of several layers at once, or of many tokens a few heads.
     rereads : bool
         Whether it ranks by the scores of a second reading, which come from outside (`momentkv.hf.read`,
         `momentkv.cache.rereading`).

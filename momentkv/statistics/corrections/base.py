@@ -33,7 +33,7 @@ class Correction(abc.ABC):
         from its `arrays` alone.
     couples_heads : bool
         False if nothing done to one KV head depends on others, and every array that a state maps has axes (...,
-        kv_head) first. Layers that evict at one step are then folded together.
+        kv_head) first. Layers that evict at one step are then folded together, and many tokens a few heads at a time.
     """
 
     name: ClassVar[str] = ""
