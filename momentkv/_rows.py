@@ -126,7 +126,8 @@ def scaled(own: Array, x: Array) -> Array:
     [3.0, 8.0]
     """
     # New memory of this size costs a CPU more than the product: the system hands it out page by page.
-    return own.mul_(x) if is_torch_array(own) else own * x
+    in_place = is_torch_array(own) and not (own.requires_grad or x.requires_grad)
+    return own.mul_(x) if in_place else own * x
 
 
 def plus_product(x: Array, factor: Array, y: Array) -> Array:

@@ -302,3 +302,28 @@ def test_a_chunk_attends_to_codes_a_block_of_queries_at_a_time(monkeypatch: pyte
             blocked = state
     torch.testing.assert_close(blocked.out, state.out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(blocked.lse, state.lse, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seen", [1.0, 0.5, 0.0])
+def test_attention_has_the_gradient_of_its_formula(seen: float):
+    """By finite differences, of outputs and weights; also of a query that sees nothing."""
+    q, k, v = (x.requires_grad_() for x in arrays(5, torch.float64, 3))
+    mask = None if seen == 1 else torch.rand(2, 2, 1, 1, 5, generator=torch.Generator().manual_seed(0)) < seen
+
+    def attended(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state, weights = BACKEND.attend(*given, scale=0.5, mask=mask)
+        return (state.out, weights, *([state.lse] if seen else []))
+
+    assert torch.autograd.gradcheck(attended, (q, k, v))
+
+
+def test_summaries_have_the_gradient_of_their_formula():
+    """As long as no token changes its group."""
+    q, k, v = arrays(20, torch.float64, 4)
+    window = QueryWindow.from_queries(q, kv_heads=2)
+
+    def summarised(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state = Summaries.empty(k, v, summaries=3, rank=1).update(k, v, window)
+        return state.key_mean, state.value_mean, state.key_variance, state.log_weight, state.slope
+
+    assert torch.autograd.gradcheck(summarised, (k.requires_grad_(), v.requires_grad_()))

@@ -65,7 +65,7 @@ class TorchBackend(ArrayBackend):
         if mask is not None:
             logits = logits.reshape(*batch, kv_heads, -1, q_len, n).masked_fill(~mask, -torch.inf)
             logits = logits.reshape(*batch, kv_heads, -1, n)
-        top = logits.amax(dim=-1, keepdim=True)
+        top = logits.detach().amax(dim=-1, keepdim=True)
         if mask is not None:
             # A query that sees nothing has a top of -inf; shifting by 0 instead leaves all its weights at zero.
             top = top.nan_to_num(neginf=0.0)
@@ -73,7 +73,7 @@ class TorchBackend(ArrayBackend):
         total = weights.sum(dim=-1, keepdim=True)
         lse = total.log() + top
         safe = total if mask is None else total.where(total > 0, 1.0)
-        # Not in place where a gradient needs the numerators.
+        # A gradient needs the numerators.
         weights = weights / safe if weights.requires_grad else weights.div_(safe)
         out = torch.matmul(weights, v).reshape(*batch, q_heads, q_len, -1)
         return (

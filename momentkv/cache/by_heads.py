@@ -15,7 +15,7 @@ from momentkv.policies import Policy, Tokens
 from momentkv.statistics.corrections import Correction
 from momentkv.statistics.window import QueryWindow
 
-__all__ = ["by_heads", "calibrated", "folded", "gathered", "images", "name_of", "ranked"]
+__all__ = ["by_heads", "calibrated", "folded", "gathered", "images", "importance_by_heads", "name_of"]
 
 
 def gathered(view: View, gone: Array, most: int) -> tuple[Array, Array, Array]:
@@ -60,7 +60,7 @@ def by_heads(correction: Correction, evicted: Any, change: Callable[..., Any], k
     return evicted.map(lambda _: next(whole))
 
 
-def ranked(policy: Policy, tokens: Tokens) -> Array:
+def importance_by_heads(policy: Policy, tokens: Tokens) -> Array:
     """`Policy.importance`, of as many heads at once as `sizes_of` says, where heads do not depend on each other.
 
     Raises
@@ -103,9 +103,8 @@ def name_of(policy: Policy) -> str:
 def sizes_of(k: Array) -> list[int]:
     """Numbers of heads that are worked on at once, given keys (..., kv_head, n, d): see `ArrayBackend.at_once`.
 
-    What an eviction does with many tokens makes arrays as large as their keys. What a CPU does with those of all heads,
-    it does with those of one in half of the time: they stay in its caches, and the system hands out new memory page by
-    page.
+    What an eviction does with many tokens makes arrays as large as their keys. Those of all heads leave a CPU's caches,
+    and the system hands out new memory of that size page by page: see docs/evaluation.md#speed.
     """
     heads, each = k.shape[-3], 2 * 4 * math.prod(k.shape) // max(1, k.shape[-3])
     some = max(1, get_backend(k).at_once(k) // max(1, each))

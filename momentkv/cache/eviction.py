@@ -9,7 +9,7 @@ from momentkv._array import Array, accumulation_dtype, array_namespace, device
 from momentkv.attention import group_queries
 from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout
-from momentkv.cache.by_heads import calibrated, folded, gathered, name_of, ranked
+from momentkv.cache.by_heads import calibrated, folded, gathered, importance_by_heads, name_of
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.losses import EVICTED, choose_lost, losses_of, with_lost
 from momentkv.cache.packing import View, repack, view_of, widths_of
@@ -102,7 +102,7 @@ def importance_of(
     tokens = Tokens(
         view.keys, view.values, view.positions, attention, known, scale, summary[0], summary[1], queries, view.both
     )
-    importance = ranked(config.policy, tokens)
+    importance = importance_by_heads(config.policy, tokens)
     if ask and xp.isdtype(importance.dtype, "real floating"):
         nameless = xp.isnan(importance) & (view.positions >= 0)
         if bool(xp.any(nameless)) and bool(xp.any(nameless & is_sound(tokens)[..., None])):
