@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,26 @@ def test_the_page_tells_which_ranking_wins_where():
     assert f"{observed:.3f} on SmolLM2 and {seen:.3f} on Qwen, where expected attention has {expected:.3f}" in text
     assert f"and {of_other:.3f}" in text
     assert f"it would be {errors[0].min(0).mean():.3f} and {errors[1].min(0).mean():.3f}" in text
+
+
+def test_tables_of_held_out_texts_are_made_of_the_data():
+    made = runpy.run_path(str(ROOT / "docs" / "figures" / "held_out.py"))
+    text, mark = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"), made["MARK"]
+    assert len(made["tables"]()) == 3
+    for name, table in made["tables"]().items():
+        begin, end = (mark.format(what, name) for what in ("written", "end of what is written"))
+        assert f"{begin}\n{table}\n{end}" in text, "run docs/figures/held_out.py"
+    # Its numbers are the files': one mean, and a part of the best selection on one text, by hand.
+    rows = [row for file in made["FILES"]["Qwen"] for row in read(file)["rows"] if row["bytes_as_tokens"] == 256]
+    kl = {name: [row["kl"] for row in rows if row.get("method") == name] for name in ("default", "twice@tried")}
+    assert f"| {np.mean(kl['default']):.3f} |".replace("0.", ".") in made["tables"]()["mean KL"]
+    plain = [row for row in rows if row["correction"] == "none" and "KVzip" not in row["policy"]]
+    best = min(
+        row["kl"]
+        for row in plain
+        if row["text"] == "news.txt" and row.get("method") not in ("kvzip/none", "snapkv/none@4")
+    )
+    assert f" {kl['twice@tried'][0] / best:.2f} |" in made["tables"]()["of the best on each text"]
 
 
 def test_pictures_are_drawn_from_the_data(tmp_path):

@@ -1,0 +1,138 @@
+"""The tables of docs/evaluation.md#held-out, from the results in docs/data.
+
+Run: python docs/figures/held_out.py
+
+The files are made by the commands that stand on that page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+DOCS = Path(__file__).parents[1]
+PAGE = DOCS / "evaluation.md"
+MARK = "<!-- {} by docs/figures/held_out.py: {} -->\n"
+
+FILES = {
+    "SmolLM2": ("held-out-smollm2.json", "held-out-kvpress.json"),
+    "Qwen": ("held-out-qwen.json", "held-out-kvpress-qwen.json"),
+}
+TEXTS = {
+    "news.txt": "news",
+    "xquad.txt": "encyclopedia",
+    "string-methods": "string methods",
+    "assignment+comparisons+execmodel": "execution model",
+}
+BUDGETS = {"SmolLM2": (64, 128, 256, 512, 1024), "Qwen": (128, 256, 512)}
+COLUMNS = [(model, budget) for model, budgets in BUDGETS.items() for budget in budgets]
+
+SELECTIONS = ("snapkv/none", "expected-attention/none", "momentkv/none")
+OURS = ("default", "default@4", "default@auto", "default@tried", "twice@4", "twice@auto", "twice@tried")
+SHOWN = (
+    *SELECTIONS, "momentkv/order-1", "kvzip/none", "kvpress AdaKV(SnapKV)", "kvpress AdaKV(ExpectedAttention)",
+    "kvpress ExpectedAttention", "kvpress KVzip", "snapkv/none@4", *OURS,
+)  # fmt: skip
+BOLD = ("default", "default@auto", "default@tried", "twice@auto", "twice@tried")
+
+# KL of each text, by model, method and bytes as tokens.
+Found = dict[tuple[str, str, int], dict[str, float]]
+
+
+def main() -> None:
+    """Write the tables between their marks."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, table in tables().items():
+        begin, end = (MARK.format(what, name) for what in ("written", "end of what is written"))
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = f"{before}{begin}\n{table}\n{end}{after}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def tables() -> dict[str, str]:
+    """Every table, by name, as Markdown."""
+    found = measured()
+    by_text = [
+        (f"`{method}` | {TEXTS[text]}" if text == next(iter(TEXTS)) else f" | {TEXTS[text]}", method, text)
+        for method in OURS
+        for text in TEXTS
+    ]
+    return {
+        "mean KL": table("bytes, in 16-bit tokens", [(called(method), kl_of(found, method)) for method in SHOWN]),
+        "of the best selection": table(
+            "mean KL, of the best selection's",
+            [(f"`{method}`", parts_of(found, method, list(TEXTS))) for method in OURS],
+        ),
+        "of the best on each text": table(
+            "each text | ", [(name, parts_of(found, method, [text])) for name, method, text in by_text]
+        ),
+    }
+
+
+def measured() -> Found:
+    """The results of all files."""
+    found: Found = {}
+    for model, files in FILES.items():
+        for name in files:
+            for row in json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))["rows"]:
+                cell = (model, row.get("method") or row["policy"], row["bytes_as_tokens"])
+                found.setdefault(cell, {})[row["text"]] = row["kl"]
+    return {cell: kl for cell, kl in found.items() if kl.keys() == TEXTS.keys()}
+
+
+def selections(found: Found, model: str, budget: int) -> list[dict[str, float]]:
+    """KL of each text of every method that reads once and neither corrects nor rounds."""
+    return [
+        kl
+        for (of, method, size), kl in found.items()
+        if (of, size) == (model, budget)
+        and (method in SELECTIONS or (method.startswith("kvpress") and "KVzip" not in method))
+    ]
+
+
+def kl_of(found: Found, method: str) -> list[str]:
+    """Mean KL in each column."""
+    cells = [found.get((model, method, budget)) for model, budget in COLUMNS]
+    return ["" if kl is None else number(mean(kl.values()), 3).removeprefix("0") for kl in cells]
+
+
+def parts_of(found: Found, method: str, texts: Sequence[str]) -> list[str]:
+    """In each column, the mean KL of some texts, as a part of the least that selections have of it."""
+
+    def of(kl: dict[str, float]) -> float:
+        return mean(kl[text] for text in texts)
+
+    cells = []
+    for model, budget in COLUMNS:
+        kl = found.get((model, method, budget))
+        least = min(map(of, selections(found, model, budget)))
+        cells.append("" if kl is None else number(of(kl) / least, 2))
+    return cells
+
+
+def number(x: float, digits: int) -> str:
+    """With so many digits behind the point, or one more where all would be zero."""
+    return f"{x:.{digits}f}" if x >= 0.5 * 10**-digits else f"{x:.{digits + 1}f}"
+
+
+def called(method: str) -> str:
+    """A method in the first column."""
+    if method.startswith("kvpress"):
+        return method
+    name = f"`{method}`" + (" (the paper)" if method == "momentkv/order-1" else "")
+    return f"**{name}**" if method in BOLD else name
+
+
+def table(first: str, rows: Sequence[tuple[str, list[str]]]) -> str:
+    """Markdown with a column for each model and budget."""
+    heads = [f"{model}: {budget:,}" if budget == BUDGETS[model][0] else f"{budget:,}" for model, budget in COLUMNS]
+    lines = [f"| {first} | {' | '.join(heads)} |", "|---" * (first.count("|") + 1 + len(heads)) + "|"]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
