@@ -134,3 +134,17 @@ def test_errors_of_budgets_are_those_of_all_heads_at_once(
         cache.attend(arrays[0], valid=valid if padding else None)
         curves.append(error_curves(cache, [40, 60, 80]))
     assert_close(*curves, 1e-9)
+
+
+@pytest.mark.parametrize("window", [8, 32])
+def test_padding_has_no_part_in_errors(window: int):
+    rng, curves = np.random.default_rng(0), []
+    arrays = [torch.from_numpy(rng.normal(size=(1, h, 90, DIMENSION))) for h in (GROUP * HEADS, HEADS, HEADS)]
+    for hidden, first in ((9, 0), (0, 9)):
+        q, k, v = (x[..., first:, :] for x in arrays)
+        valid = torch.arange(90 - first)[None, None] >= hidden
+        cache = LayerCache(50, **DEFAULT | {"window": window, "keep_queries": True})
+        cache.append(k, v)
+        cache.attend(q, valid=valid if hidden else None)
+        curves.append(error_curves(cache, [40, 60, 70]))
+    assert_close(*curves, 1e-9)
