@@ -89,7 +89,8 @@ def style_of(method: str, methods: list[str]) -> dict[str, Any]:
 def curve(axis: Axes, points: pd.DataFrame, name: str, methods: list[str]) -> None:
     """A method's points with their intervals, beside those of others so that equal points can be told apart."""
     method = points["method"].iloc[0]
-    beside = 1.02 ** (methods.index(method) - len(methods) / 2)
+    # However many there are, the points of a budget stay by themselves.
+    beside = min(1.02, 1.25 ** (1 / len(methods))) ** (methods.index(method) - len(methods) / 2)
     ends = [np.maximum(0, points[name] - points["low"]), np.maximum(0, points["high"] - points[name])]
     axis.errorbar(points["bytes"] * beside, points[name], ends, **style_of(method, methods))
 
