@@ -212,6 +212,22 @@ def test_fidelity_writes_every_setting_and_a_plot(
     }
 
 
+def test_a_text_that_says_something_else_now_is_another_measurement(
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Topics of the language reference have the same name in every version of Python, and do not say the same."""
+    own, path = tmp_path / "own.txt", tmp_path / "fidelity.json"
+    command = ["evaluate", "fidelity", "--model", saved, *SOURCE, "--text", str(own), "--budgets", "80"]
+    command += ["--methods", "snapkv/none", "--output", str(path)]
+    own.write_text("How much is lost? " * 100)
+    assert main(command) == 0
+    content = read_json(path)
+    assert list(content["protocol"]["ids_sha256"]) == ["own.txt"]
+    own.write_text("How much is left? " * 100)
+    assert "holds results of another protocol" in failure(capsys, *command)
+    assert read_json(path) == content
+
+
 def test_methods_are_measured_as_they_were_named_and_once(
     saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

