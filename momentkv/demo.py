@@ -148,6 +148,7 @@ def full_cache(model: Any, captured: CaptureCache) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for index, layer in captured.capture_layers.items():
         cache.update(layer.keys, layer.values, index)
+    captured.store_windows(cache)
     return cache
 
 

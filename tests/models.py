@@ -76,15 +76,15 @@ def build(config: PreTrainedConfig, implementation: str = momentkv.hf.NAME, dtyp
     return model.to(getattr(torch, dtype)).eval()
 
 
-def save_with_bytes(path: str | Path) -> str:
-    """Save a tiny Llama whose tokens are bytes, with its tokenizer; returns the path."""
+def save_with_bytes(path: str | Path, family: str = "llama") -> str:
+    """Save a tiny model whose tokens are bytes, with its tokenizer; returns the path."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(["<end>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
-    build(FAMILIES["llama"](vocab_size=len(vocabulary))).save_pretrained(path)
+    build(FAMILIES[family](vocab_size=len(vocabulary))).save_pretrained(path)
     return str(path)
 
 

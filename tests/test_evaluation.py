@@ -38,7 +38,6 @@ UNIFORM = SMALL | {"sharing": "uniform"}
 CONTEXT = 60
 # As in test_hf: of the largest element, the roundings of a few layers in float32.
 TOLERANCE = 2e-5
-FULL_ATTENTION = [name for name in COMPRESSED if name != "gemma3"]
 
 
 def capture(family: str, ids: torch.Tensor, keep: int | None) -> CaptureCache:
@@ -53,7 +52,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert (actual.double() - expected.double()).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", FULL_ATTENTION)
+@pytest.mark.parametrize("family", COMPRESSED)
 @pytest.mark.parametrize("policy", [*sorted(POLICIES), H2O(observes=None)], ids=str)
 @pytest.mark.parametrize("correction", ["moments", "summaries"])
 def test_replay_is_a_prefill(correction: str, policy: str | Policy, family: str):
@@ -92,12 +91,6 @@ def test_replay_needs_the_queries_that_the_policy_observes():
             replay(capture("llama", ids, keep), MomentCache(model, 20, policy=policy, **UNIFORM))
     short = capture("llama", ids[:, :10], 256)  # shorter than the observation window: all there are
     assert replay(short, MomentCache(model, 20, policy="snapkv", **UNIFORM)).get_seq_length() == 10
-
-
-def test_replay_refuses_sliding_layers():
-    model = tiny("gemma3")
-    with pytest.raises(ValueError, match="full attention in every layer"):
-        replay(capture("gemma3", prompt(1, CONTEXT), 256), MomentCache(model, 20, **UNIFORM))
 
 
 def test_comparison_is_as_defined():
@@ -343,9 +336,10 @@ def test_a_model_that_is_not_there_is_an_error(tmp_path: Path):
         load_model(str(tmp_path / "nothing"))
 
 
-def test_a_replay_after_capturing_again_is_reading_twice(tmp_path: Path):
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_replay_after_capturing_again_is_reading_twice(tmp_path: Path, family: str):
     """Bit for bit but for roundings of other parts: the tokens are the same, and so are their scores."""
-    folder = save_with_bytes(tmp_path)
+    folder = save_with_bytes(tmp_path, family)
     model, tokenizer = load_model(folder)
     ids = tokenizer("the quick brown fox jumps over the lazy dog, and so on; " * 3, return_tensors="pt").input_ids
     captured = CaptureCache(model, 256)
@@ -361,9 +355,9 @@ def test_a_replay_after_capturing_again_is_reading_twice(tmp_path: Path):
         torch.testing.assert_close(mine.attention, core.attention, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", ["balanced", "twice"])
-def test_a_replayed_trial_is_reading_with_one(tmp_path: Path, policy: str):
-    folder = save_with_bytes(tmp_path)
+@pytest.mark.parametrize(("policy", "family"), [("balanced", "llama"), ("twice", "llama"), ("twice", "gemma3")])
+def test_a_replayed_trial_is_reading_with_one(tmp_path: Path, policy: str, family: str):
+    folder = save_with_bytes(tmp_path, family)
     model, tokenizer = load_model(folder)
     ids = tokenizer(" ".join(f"the fox jumps over dog {n}," for n in range(25)), return_tensors="pt").input_ids
     captured = CaptureCache(model, 512)

@@ -6,6 +6,7 @@ over the context serves every policy, budget and correction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +71,25 @@ class CaptureLayer(DynamicLayer):
         return stock_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
+class CaptureWindow(DynamicSlidingWindowLayer):
+    """A layer with a sliding window that keeps what leaves it, too, so that a context can be stored anew."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.every: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens; the model sees those within the window."""
+        new = key_states, value_states
+        keys, values = (
+            new if self.every is None else [torch.cat(both, dim=2) for both in zip(self.every, new, strict=True)]
+        )
+        self.every = keys, values
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
 class CaptureCache(Cache):
     """Full cache of a model with ``attn_implementation="momentkv"``; its full-attention layers keep queries.
 
@@ -84,7 +104,7 @@ class CaptureCache(Cache):
         config = model.config.get_text_config(decoder=True)
         super().__init__(
             layers=[
-                CaptureLayer(keep) if kind == "full_attention" else DynamicSlidingWindowLayer(**kwargs)
+                CaptureLayer(keep) if kind == "full_attention" else CaptureWindow(**kwargs)
                 for kind, kwargs in layer_kinds(config)
             ]
         )
@@ -96,6 +116,21 @@ class CaptureCache(Cache):
     def capture_layers(self) -> dict[int, CaptureLayer]:
         """The full-attention layers, by index."""
         return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, CaptureLayer)}
+
+    def held(self) -> list[dict[str, Any]]:
+        """What all layers hold, by reference: no tensor of theirs is changed in place."""
+        return [dict(layer.__dict__) for layer in self.layers]
+
+    def go_back(self, held: Sequence[dict[str, Any]]) -> None:
+        """Make all layers what they were."""
+        for layer, before in zip(self.layers, held, strict=True):
+            layer.__dict__.update(before)
+
+    def store_windows(self, cache: Cache, stop: int | None = None) -> None:
+        """Store the first tokens in the layers of an empty cache that have a sliding window; all of them by default."""
+        for layer, captured in zip(cache.layers, self.layers, strict=True):
+            if isinstance(captured, CaptureWindow) and captured.every is not None:
+                layer.update(*(x[:, :, :stop] for x in captured.every))
 
     def attended(self) -> dict[int, Attended]:
         """What the full-attention layers attended with in the last forward pass, by index."""
@@ -131,6 +166,7 @@ def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokeniz
         layer = captured.capture_layers[index]
         core.scale = layer.scaling
         core.append(layer.keys, layer.values)
+    captured.store_windows(cache)
     with Reading(model, cache, Piece(ids, None, 0), CHUNK, trial) as reading:
         reading.read_again(request_of(tokenizer, REQUEST, ids[0].tolist()))
     captured.scores = reading.scores
@@ -147,15 +183,13 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         After one forward pass over the context, with at least as many queries kept as the policy observes; after
         `capture_again`, a policy that looks at a second reading gets its scores.
     cache : MomentCache
-        Empty, of the same model, which must have no sliding-window layers.
+        Empty, of the same model.
 
     Raises
     ------
     ValueError
-        If queries are missing or the model has sliding-window layers.
+        If queries are missing.
     """
-    if len(cache.moment_layers) != len(cache.layers):
-        raise ValueError("replay needs a model with full attention in every layer; prefill the cache with the model")
     for index, core in cache.moment_layers.items():
         layer = captured.capture_layers[index]
         settings = core.config
@@ -175,6 +209,7 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         if settings.policy.rereads and index in captured.scores:
             take_scores(core, captured.scores[index])
         cache.layers[index].evict()
+    captured.store_windows(cache)
     return cache
 
 
@@ -218,6 +253,7 @@ def replay_tried(
                 reader.core.scale = layer.scaling
                 reader.core.append(layer.keys[:, :, :stop], layer.values[:, :, :stop])
                 reader.queries = layer.queries[:, :, max(0, kept - last - keep) : kept - last]
+            captured.store_windows(cache, stop)
 
         store(n - held_back)
         trial.begin(lambda: expected)

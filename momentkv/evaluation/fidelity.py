@@ -92,7 +92,7 @@ def measure(
     Parameters
     ----------
     model : PreTrainedModel
-        With ``attn_implementation="momentkv"`` and full attention in every layer.
+        With ``attn_implementation="momentkv"``.
     ids : int tensor, shape (1, context + T + 1)
     context : int
         Tokens to compress; ``T`` predictions are compared.
@@ -129,17 +129,14 @@ def measure(
     wanted = wanted_queries(setting.policy for setting in settings)
     captured = CaptureCache(model, None if wanted is None else wanted + trial)
     expected = model(ids[:, :context], past_key_values=captured, logits_to_keep=max(1, trial)).logits
+    held = captured.held()
     if errors_every:
         for layer in captured.capture_layers.values():
             layer.keep = None  # of the following tokens
-    queries = {index: layer.queries for index, layer in captured.capture_layers.items()}
     following, targets = ids[:, context:-1], ids[0, context + 1 :]
     full = model(following, past_key_values=captured).logits[0]
     attended = captured.attended()
-    # The reference pass has appended its own tokens and queries; take both back.
-    for index, layer in captured.capture_layers.items():
-        layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
-        layer.queries = queries[index]
+    captured.go_back(held)  # the reference pass has added its own tokens and queries
     if segment is None and any(get_policy(setting.policy).rereads for setting in settings):
         capture_again(model, captured, ids[:, :context], tokenizer, trial)
     for setting in settings:

@@ -60,7 +60,7 @@ def measure_gap(
     Parameters
     ----------
     model : PreTrainedModel
-        With ``attn_implementation="momentkv"`` and full attention in every layer.
+        With ``attn_implementation="momentkv"``.
     ids : int tensor, shape (1, context + T)
     context : int
     setting : Setting

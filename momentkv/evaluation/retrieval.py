@@ -102,7 +102,8 @@ class Reader:
         self.nbytes = self.captured.nbytes
         self.scores: dict[Any, dict[int, torch.Tensor]] = {}
         self.layers = list(self.captured.capture_layers.values())
-        self.read = [(layer.keys, layer.values, layer.queries) for layer in self.layers]
+        self.read = self.captured.held()
+        self.queries = [layer.queries for layer in self.layers]
 
     def ids(self, tokens: list[int]) -> torch.Tensor:
         """Shape (1, tokens)."""
@@ -114,9 +115,7 @@ class Reader:
 
     def rewind(self) -> CaptureCache:
         """The full cache as it was after the context."""
-        for layer, (keys, values, queries) in zip(self.layers, self.read, strict=True):
-            layer.keep = self.keep
-            layer.keys, layer.values, layer.queries = keys, values, queries
+        self.captured.go_back(self.read)
         return self.captured
 
     def rewind_to(self, question: Question) -> CaptureCache:
@@ -125,7 +124,7 @@ class Reader:
         for layer in self.layers:
             layer.keep = None
         self.model(self.ids(question.tokens[:-1]), past_key_values=captured, logits_to_keep=1)
-        for layer, (_, _, queries) in zip(self.layers, self.read, strict=True):
+        for layer, queries in zip(self.layers, self.queries, strict=True):
             both = torch.cat([x for x in (queries, layer.queries) if x is not None], dim=2)
             layer.queries = both if self.keep is None else both[:, :, -self.keep :]
         return captured
