@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from momentkv import POLICIES
 from momentkv.cache.config import wanted_queries
+from momentkv.demo import full_cache
 from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay, replay_tried
@@ -82,6 +83,14 @@ def test_capturing_changes_no_logits(family: str):
             assert_close(*(model(part, past_key_values=cache).logits for cache in (captured, full)))
     assert captured.nbytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     assert {layer.queries.shape for layer in captured.capture_layers.values()} == {(2, 4, 1, 16)}
+
+
+@pytest.mark.parametrize("family", COMPRESSED)
+def test_the_demo_compares_with_the_full_cache(family: str):
+    model, ids = tiny(family), prompt(1, CONTEXT)
+    full = full_cache(model, capture(family, ids[:, :50], 5))
+    with torch.no_grad():
+        assert_close(model(ids[:, 50:], past_key_values=full).logits, model(ids).logits[:, 50:])
 
 
 def test_replay_needs_the_queries_that_the_policy_observes():

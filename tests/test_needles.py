@@ -243,6 +243,14 @@ def test_a_budget_beyond_the_context_is_the_full_cache(
 def test_measurement_is_a_prefill_and_one_pass_over_what_was_not_compressed(
     correction: str, policy: str | Policy, model: Any, several: Haystack
 ):
+    check_measured(correction, policy, model, several)
+
+
+def test_measurement_rewinds_sliding_windows(several: Haystack, tokenizer: Any):
+    check_measured("summaries-heads", "balanced", build(FAMILIES["gemma3"](vocab_size=len(tokenizer))), several)
+
+
+def check_measured(correction: str, policy: str | Policy, model: Any, several: Haystack) -> None:
     setting = Setting(policy, 60, *CHOICES[correction])
     cells = [("unseen", setting), ("seen", setting)]
     context = len(several.context)
