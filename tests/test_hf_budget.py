@@ -8,6 +8,7 @@ import pytest
 import torch
 from heads import heads_of
 from models import left_padded, prompt, tiny
+from transformers import DynamicCache
 
 from momentkv.hf import CacheSummary, MomentCache
 from momentkv.policies import H2O
@@ -164,7 +165,11 @@ def test_a_summary_says_what_each_layer_holds():
         assert layer.retained + layer.evicted == 62
         assert layer.budget == (20 if layer.kind == "moment" else 0)
         assert layer.trust is None
-    assert summary.full_bytes == 4 * 62 * 2 * 2 * 2 * 16 * 4  # layers, tokens, rows, heads, keys and values, d, bytes
+    # Layers times tokens (a window of 16), rows, heads, keys and values, d, bytes.
+    assert summary.full_bytes == (2 * 62 + 2 * 15) * 2 * 2 * 2 * 16 * 4
+    stock = DynamicCache(config=model.config)
+    generate(model, stock, prompt(2, 60), max_new_tokens=3)
+    assert summary.full_bytes == sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)
     assert str(summary).splitlines()[0].split() == ["layer", "kind", "budget", "retained", "evicted", "KiB"]
     certified = MomentCache(tiny("llama"), 24, certify=2, **SMALL)
     with torch.no_grad():

@@ -52,7 +52,7 @@ class CacheSummary:
     seen : int
         Tokens read, padding included.
     full_bytes : int
-        Keys and values of a cache that evicts nothing.
+        Keys and values of transformers' own cache: all tokens, of a sliding-window layer those within the window.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -133,7 +133,7 @@ def summarise(cache: Any, trust: Callable[[Any], float] | None = None) -> CacheS
             stored = int(layer.keys.shape[-2]) if started else 0
             seen = int(layer.get_seq_length()) if started else 0
             size = layer.keys.nbytes + layer.values.nbytes if started else 0
-            full += seen * size // max(stored, 1)
+            full += min(seen, layer.sliding_window - 1) * size // max(stored, 1)  # a layer that records holds more
             layers.append(LayerSummary(index, "sliding", 0.0, stored, seen - stored, size))
     return CacheSummary(tuple(layers), cache.get_seq_length(), full)
 
