@@ -112,7 +112,7 @@ def test_the_page_tells_which_ranking_wins_where():
 def test_tables_of_held_out_texts_are_made_of_the_data():
     made = runpy.run_path(str(ROOT / "docs" / "figures" / "held_out.py"))
     text, mark = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"), made["MARK"]
-    assert len(made["tables"]()) == 3
+    assert len(made["tables"]()) == 5
     for name, table in made["tables"]().items():
         begin, end = (mark.format(what, name) for what in ("written", "end of what is written"))
         assert f"{begin}\n{table}\n{end}" in text, "run docs/figures/held_out.py"
@@ -127,6 +127,16 @@ def test_tables_of_held_out_texts_are_made_of_the_data():
         if row["text"] == "news.txt" and row.get("method") not in ("kvzip/none", "snapkv/none@4")
     )
     assert f" {kl['twice@tried'][0] / best:.2f} |" in made["tables"]()["of the best on each text"]
+    later = [row for row in read("held-out-qwen-1.5b.json")["rows"] if row["bytes_as_tokens"] == 512]
+    means = {name: np.mean([row["kl"] for row in later if row["method"] == name]) for name in made["SHOWN"][:3]}
+    ours = np.mean([row["kl"] for row in later if row["method"] == "default"])
+    (line,) = (x for x in made["tables"]()["on a later model"].splitlines() if "**`default`**" in x)
+    assert line.endswith(f" {ours / min(means.values()):.2f} |")
+    assert f" {ours:.3f} |".replace("0.", ".") in line
+    cell = ("twice@auto", "xquad.txt", 128)
+    rows = read(made["WINDOWS"])["rows"]
+    (one,) = (row for row in rows if (row["method"], row["text"], row["bytes_as_tokens"]) == cell)
+    assert f"| {one['kl']:.4f} |".replace("0.", ".", 1) in made["tables"]()["with sliding windows"]
 
 
 def test_pictures_are_drawn_from_the_data(tmp_path):

@@ -8,7 +8,7 @@ The files are made by the commands that stand on that page.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -28,6 +28,11 @@ TEXTS = {
 }
 BUDGETS = {"SmolLM2": (64, 128, 256, 512, 1024), "Qwen": (128, 256, 512)}
 COLUMNS = [(model, budget) for model, budgets in BUDGETS.items() for budget in budgets]
+# A model that was measured when all was chosen, without kvpress's presses.
+LATER = {"Qwen 1.5B": ("held-out-qwen-1.5b.json",)}
+LATER_COLUMNS = [("Qwen 1.5B", budget) for budget in (128, 256, 512)]
+# Most of its layers have a sliding window; two of the texts.
+WINDOWS = "held-out-gemma-3-270m.json"
 
 SELECTIONS = ("snapkv/none", "expected-attention/none", "momentkv/none")
 OURS = ("default", "default@4", "default@auto", "default@tried", "twice@4", "twice@auto", "twice@tried")
@@ -39,6 +44,8 @@ BOLD = ("default", "default@auto", "default@tried", "twice@auto", "twice@tried")
 
 # KL of each text, by model, method and bytes as tokens.
 Found = dict[tuple[str, str, int], dict[str, float]]
+# Model and bytes as tokens of each.
+Columns = Sequence[tuple[str, int]]
 
 
 def main() -> None:
@@ -60,6 +67,8 @@ def tables() -> dict[str, str]:
         for method in OURS
         for text in TEXTS
     ]
+    later = measured(LATER)
+    of_later = [method for method in SHOWN if any(name == method for _, name, _ in later)]
     return {
         "mean KL": table("bytes, in 16-bit tokens", [(called(method), kl_of(found, method)) for method in SHOWN]),
         "of the best selection": table(
@@ -69,14 +78,42 @@ def tables() -> dict[str, str]:
         "of the best on each text": table(
             "each text | ", [(name, parts_of(found, method, [text])) for name, method, text in by_text]
         ),
+        "on a later model": table(
+            "mean KL, and of the best selection's",
+            [
+                (
+                    called(method),
+                    kl_of(later, method, LATER_COLUMNS) + parts_of(later, method, list(TEXTS), LATER_COLUMNS),
+                )
+                for method in of_later
+            ],
+            LATER_COLUMNS + [("part of the best", budget) for _, budget in LATER_COLUMNS],
+        ),
+        "with sliding windows": with_windows(),
     }
 
 
-def measured() -> Found:
+def with_windows() -> str:
+    """KL on each text of a model of which most layers have a sliding window."""
+    rows = json.loads((DOCS / "data" / WINDOWS).read_text(encoding="utf-8"))["rows"]
+    kl = {(row["method"], row["text"], row["bytes_as_tokens"]): row["kl"] for row in rows}
+    columns = list(dict.fromkeys((text, budget) for _, text, budget in kl))
+    return table(
+        "KL",
+        [
+            (called(method), [number(kl[method, *column], 4).removeprefix("0") for column in columns])
+            for method in SHOWN
+            if (method, *columns[0]) in kl
+        ],
+        [(TEXTS[text], budget) for text, budget in columns],
+    )
+
+
+def measured(files: Mapping[str, Sequence[str]] = FILES) -> Found:
     """The results of all files."""
     found: Found = {}
-    for model, files in FILES.items():
-        for name in files:
+    for model, names in files.items():
+        for name in names:
             for row in json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))["rows"]:
                 cell = (model, row.get("method") or row["policy"], row["bytes_as_tokens"])
                 found.setdefault(cell, {})[row["text"]] = row["kl"]
@@ -93,20 +130,20 @@ def selections(found: Found, model: str, budget: int) -> list[dict[str, float]]:
     ]
 
 
-def kl_of(found: Found, method: str) -> list[str]:
+def kl_of(found: Found, method: str, columns: Columns = COLUMNS) -> list[str]:
     """Mean KL in each column."""
-    cells = [found.get((model, method, budget)) for model, budget in COLUMNS]
+    cells = [found.get((model, method, budget)) for model, budget in columns]
     return ["" if kl is None else number(mean(kl.values()), 3).removeprefix("0") for kl in cells]
 
 
-def parts_of(found: Found, method: str, texts: Sequence[str]) -> list[str]:
+def parts_of(found: Found, method: str, texts: Sequence[str], columns: Columns = COLUMNS) -> list[str]:
     """In each column, the mean KL of some texts, as a part of the least that selections have of it."""
 
     def of(kl: dict[str, float]) -> float:
         return mean(kl[text] for text in texts)
 
     cells = []
-    for model, budget in COLUMNS:
+    for model, budget in columns:
         kl = found.get((model, method, budget))
         least = min(map(of, selections(found, model, budget)))
         cells.append("" if kl is None else number(of(kl) / least, 2))
@@ -126,9 +163,12 @@ def called(method: str) -> str:
     return f"**{name}**" if method in BOLD else name
 
 
-def table(first: str, rows: Sequence[tuple[str, list[str]]]) -> str:
+def table(first: str, rows: Sequence[tuple[str, list[str]]], columns: Columns = COLUMNS) -> str:
     """Markdown with a column for each model and budget."""
-    heads = [f"{model}: {budget:,}" if budget == BUDGETS[model][0] else f"{budget:,}" for model, budget in COLUMNS]
+    heads, before = list[str](), ""
+    for model, budget in columns:
+        heads.append(f"{budget:,}" if model == before else f"{model}: {budget:,}")
+        before = model
     lines = [f"| {first} | {' | '.join(heads)} |", "|---" * (first.count("|") + 1 + len(heads)) + "|"]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
     return "\n".join(lines) + "\n"
