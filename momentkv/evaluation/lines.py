@@ -22,8 +22,8 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-# What stands against all others: the default, what it is with bits chosen by errors or by a trial, and that read twice.
-OURS = ("default", "default@auto", "default@tried", "twice@tried")
+# What stands against all others: the default, what it is with bits chosen by errors or by a trial, and those read twice.
+OURS = ("default", "default@auto", "default@tried", "twice@auto", "twice@tried")
 # If the full cache fails more often than not, there is nothing that compression could lose.
 SIGNAL = 0.5
 # Bands of depth that heat maps have.
@@ -39,15 +39,18 @@ def is_ours(method: str) -> bool:
 
 
 def is_rival(ours: str, other: str) -> bool:
-    """Whether a method could be used instead of one of ours: all others, and of chosen bits the same with fixed ones.
+    """Whether a method could be used instead of one of ours: all others, and of chosen bits the same chosen for less.
 
     Examples
     --------
     >>> [is_rival("default@auto", x) for x in ("snapkv/none@4", "default@4", "default", "twice@4", "twice@auto")]
     [True, True, False, False, False]
+    >>> is_rival("default@tried", "default@auto"), is_rival("default@auto", "default@tried")
+    (True, False)
     """
     stem, _, bits = ours.partition("@")
-    return not is_ours(other) or (bool(bits) and other not in OURS and other.startswith(f"{stem}@"))
+    cheaper = other not in OURS or (bits == "tried" and other == f"{stem}@auto")
+    return not is_ours(other) or (bool(bits) and cheaper and other.startswith(f"{stem}@"))
 
 
 def rivals(lines: pd.DataFrame, on: list[str]) -> pd.DataFrame:
