@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from momentkv import LayerCache
 from momentkv.cache.allocation import SharedBudget
+from momentkv.cache.coded_budget import EVICTION_COUNTS, chosen_code
 from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
 from momentkv.cache.second_reading import RereadBudget, by_threshold, error_at, looked_for, places_of
@@ -92,6 +93,20 @@ def test_each_head_keeps_what_the_second_reading_chose_for_it(share: float, corr
     assert sum(budgets) >= 6 * AVERAGE - 6  # shares are whole tokens
     if share == 1:
         assert budgets == [FIXED + count for count in places]
+
+
+def test_bits_are_chosen_by_errors_of_which_eviction_counts_for_more():
+    found = []
+    for average in range(9, 25, 2):
+        caches = [waiting(layer, exact_window=1) for layer in range(2)]
+        shared = RereadBudget(caches, chooses_bits=True)
+        shared.average = average
+        measured = caches, [shared.importance(cache) for cache in caches], average
+        found.append([chosen_code(*measured, eviction_counts=x)[0] for x in (EVICTION_COUNTS, shared.eviction_counts)])
+        for cache in caches:
+            shared.evict(cache)
+        assert {cache.config.bits for cache in caches} == {found[-1][1]}
+    assert any(once != twice for once, twice in found)
 
 
 def test_the_rest_goes_where_it_lowers_the_measured_error():

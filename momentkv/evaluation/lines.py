@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-# What stands against all others: the default, what it is with bits chosen by errors or by a trial, and those read twice.
+# What stands against all others: the default, with bits chosen by errors or by a trial too, and what is read twice.
 OURS = ("default", "default@auto", "default@tried", "twice@auto", "twice@tried")
 # If the full cache fails more often than not, there is nothing that compression could lose.
 SIGNAL = 0.5
