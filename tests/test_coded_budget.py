@@ -18,7 +18,6 @@ from momentkv import LayerCache
 from momentkv.cache.allocation import budget_grid, minimise_error, refine, share_budget
 from momentkv.cache.coded_budget import CODES, EVICTION_COUNTS, CodedBudget, bought, chosen_code
 from momentkv.cache.curves import error_curves, measured_errors
-from momentkv.cache.second_reading import RereadBudget
 from momentkv.codes import Standard, decode, encode, pair_of_bits, record_bytes
 
 SINKS, WINDOW, EXACT, AVERAGE, COUNT, D = 1, 4, 2, 40, 200, 8
@@ -66,13 +65,12 @@ def test_all_records_take_at_most_the_bytes_of_the_average_at_full_precision(see
         assert stored == [min(COUNT, budget) for budget in cache.budgets]
 
 
-@pytest.mark.parametrize("counts", [EVICTION_COUNTS, 20.0])
 @pytest.mark.parametrize("average", [7, 9, 12, 16, 22, 30, 40])
-def test_the_code_has_the_least_of_the_errors_that_it_names(average: int, counts: float):
+def test_the_code_has_the_least_of_the_errors_that_it_names(average: int):
     """By hand: each code's own curves at its own budget, shared, and what rounding adds at the usual one."""
     caches = [waiting(layer)[0] for layer in range(3)]
     importances = [cache.importance() for cache in caches]
-    code, tokens = chosen_code(caches, importances, average, eviction_counts=counts)
+    code, tokens = chosen_code(caches, importances, average)
     room = (average - AS_IS) * TOKEN
     usual = AS_IS + room // record_bytes(D, D, pair_of_bits(4))
     grid = budget_grid(usual, FIXED + 1)
@@ -91,22 +89,10 @@ def test_the_code_has_the_least_of_the_errors_that_it_names(average: int, counts
         ]
         place = grid.index(usual)
         more = [x - y[place] for x, y in zip([x for own in rounded for x in own], curves, strict=True)]
-        found[each] = counts * evicted + sum(max(0.0, x) for x in more)
+        found[each] = EVICTION_COUNTS * evicted + sum(max(0.0, x) for x in more)
     assert code == min(found, key=found.__getitem__)
     assert tokens == AS_IS + room // record_bytes(D, D, code)
     assert len({round(x, 6) for x in found.values()}) == len(CODES)
-
-
-def test_after_a_second_reading_eviction_counts_for_more():
-    """So fewer bits are chosen, never more, and somewhere fewer."""
-    found = []
-    for average in (9, 12, 16, 22, 30, 40):
-        caches = [waiting(layer)[0] for layer in range(3)]
-        importances = [cache.importance() for cache in caches]
-        counts = CodedBudget.eviction_counts, RereadBudget.eviction_counts
-        found.append([sum(chosen_code(caches, importances, average, eviction_counts=x)[0]) for x in counts])
-    assert all(twice <= once for once, twice in found)
-    assert any(twice < once for once, twice in found)
 
 
 def test_a_large_budget_gets_more_bits_than_a_small_one():

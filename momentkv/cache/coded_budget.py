@@ -12,7 +12,7 @@ from momentkv.cache.curves import error_at, measured_errors
 from momentkv.cache.layer import LayerCache
 from momentkv.codes import pair_of_bits, record_bytes
 
-__all__ = ["CODES", "EVICTION_COUNTS", "CodedBudget", "chosen_code", "evicted_error"]
+__all__ = ["CODES", "EVICTION_COUNTS", "USUAL", "CodedBudget", "bought", "chosen_code", "code_error"]
 
 # Bits of keys and of values that are offered.
 CODES = tuple(map(pair_of_bits, (3, 4, 5, 6, 8)))
@@ -39,11 +39,7 @@ class CodedBudget(SharedBudget):
     ----------
     beside : int
         Bytes of a token beside its key and value that then count.
-    eviction_counts : float
-        How many times as much an error of eviction counts as one of rounding.
     """
-
-    eviction_counts = EVICTION_COUNTS
 
     def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool, chooses_bits: bool) -> None:
         super().__init__(caches, rule, by_head=by_head)
@@ -66,9 +62,7 @@ class CodedBudget(SharedBudget):
         """Tokens that each KV head may retain on average, in the bits that are chosen for them now."""
         if not self.chooses_bits:
             return super().tokens(waiting, importances)
-        code, tokens = chosen_code(
-            waiting, importances, self.average, beside=self.beside, eviction_counts=self.eviction_counts
-        )
+        code, tokens = chosen_code(waiting, importances, self.average, beside=self.beside)
         for each in waiting:
             each.code(code)
         return tokens
@@ -93,12 +87,7 @@ def bought(cache: LayerCache, average: int, beside: int) -> Callable[[tuple[int,
 
 
 def chosen_code(
-    caches: Sequence[LayerCache],
-    importances: Sequence[Array],
-    average: int,
-    *,
-    beside: int = 0,
-    eviction_counts: float = EVICTION_COUNTS,
+    caches: Sequence[LayerCache], importances: Sequence[Array], average: int, *, beside: int = 0
 ) -> tuple[tuple[int, int], int]:
     """The code that makes the sum of the measured errors least within the bytes of a budget at full precision.
 
@@ -113,8 +102,6 @@ def chosen_code(
         Tokens for each KV head on average, as they came.
     beside : int
         Bytes of a token beside its key and value that count.
-    eviction_counts : float
-        How many times as much an error of eviction counts as one of rounding.
 
     Returns
     -------
@@ -143,24 +130,21 @@ def chosen_code(
                 rounding = [sum(pair) for pair in zip(rounding, (max(0.0, x - without) for x in errors), strict=True)]
     if not eviction:
         return USUAL, tokens(USUAL)
-    errors = [
-        eviction_counts * evicted_error(grid, eviction, tokens(code)) + added
-        for code, added in zip(CODES, rounding, strict=True)
-    ]
+    errors = [code_error(grid, eviction, added, tokens(code)) for code, added in zip(CODES, rounding, strict=True)]
     best = CODES[errors.index(min(errors))]
     return best, tokens(best)
 
 
-def evicted_error(grid: Sequence[int], curves: Sequence[Sequence[float]], average: int) -> float:
-    """Sum of the errors of eviction, with an average budget shared as well as can be.
+def code_error(grid: Sequence[int], eviction: Sequence[Sequence[float]], rounding: float, average: int) -> float:
+    """What the errors of eviction, shared as well as can be, and of rounding amount to.
 
     Examples
     --------
-    >>> round(evicted_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 25), 6)
-    0.25
+    >>> round(code_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 3.0, 25), 6)
+    3.875
     """
-    fine, _ = refine(grid, curves[0])
-    refined = [refine(grid, curve)[1] for curve in curves]
-    total = max(average, fine[0]) * len(refined)
-    shares = share_budget(refined, fine, total)
-    return sum(map(error_at, [fine] * len(refined), refined, shares))
+    fine, _ = refine(grid, eviction[0])
+    curves = [refine(grid, curve)[1] for curve in eviction]
+    total = max(average, fine[0]) * len(curves)
+    shares = share_budget(curves, fine, total)
+    return EVICTION_COUNTS * sum(map(error_at, [fine] * len(curves), curves, shares)) + rounding
