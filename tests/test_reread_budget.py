@@ -8,11 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from momentkv import LayerCache
+from momentkv.cache import second_reading
 from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.coded_budget import CODES, USUAL, bought
 from momentkv.cache.curves import error_curves, measured_errors
 from momentkv.cache.rereading import take_scores
-from momentkv.cache.second_reading import MULTIPLES, RereadBudget, by_threshold, error_at, looked_for, places_of
+from momentkv.cache.second_reading import (
+    MULTIPLES,
+    RereadBudget,
+    by_threshold,
+    error_at,
+    looked_for,
+    places_of,
+    rounding_errors,
+)
 from momentkv.policies import Twice
 
 SINKS, WINDOW, AVERAGE, COUNT = 1, 4, 30, 150
@@ -135,6 +144,39 @@ def test_bits_are_those_whose_shares_leave_the_least_errors(average: int, share:
     for one, other in zip(caches, given, strict=True):
         assert one.budgets == other.budgets
         np.testing.assert_array_equal(one.positions, other.positions)
+
+
+def test_rounding_that_happens_to_help_a_head_makes_up_for_no_other():
+    helped = False
+    for seed in range(12):
+        cache = waiting(seed, exact_window=1)
+        importance = cache.importance()
+        curves, rounded = measured_errors(cache, [12], importance, codes=CODES, at=12)
+        off = np.asarray(rounded) - np.asarray(curves)[:, 0]
+        np.testing.assert_allclose(rounding_errors([cache], [importance], 12), np.maximum(off, 0).sum(-1))
+        helped |= bool((off < 0).any())
+    assert helped
+
+
+def test_rounding_is_measured_on_the_tokens_that_are_kept(monkeypatch: pytest.MonkeyPatch):
+    caches = [waiting(layer, exact_window=1) for layer in range(2)]
+    shared = RereadBudget(caches, chooses_bits=True)
+    ranked, scores = [shared.importance(c) for c in caches], [looked_for(c) for c in caches]
+    tokens = bought(caches[0], shared.average, 0)(USUAL)
+    expected = shared.shares(caches, ranked, scores, tokens).importances
+    seen = []
+
+    def measured(*arguments):
+        seen.append(arguments)
+        return rounding_errors(*arguments)
+
+    monkeypatch.setattr(second_reading, "rounding_errors", measured)
+    for cache in caches:
+        shared.evict(cache)
+    ((_, importances, budget),) = seen
+    assert budget == tokens
+    for one, other in zip(importances, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_codes_differ_with_the_budget_and_where_nothing_is_measured_it_is_four_bits():
