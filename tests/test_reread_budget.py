@@ -8,20 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from momentkv import LayerCache
-from momentkv.cache import second_reading
 from momentkv.cache.allocation import SharedBudget
-from momentkv.cache.coded_budget import CODES, USUAL, bought
-from momentkv.cache.curves import error_curves, measured_errors
+from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
-from momentkv.cache.second_reading import (
-    MULTIPLES,
-    RereadBudget,
-    by_threshold,
-    error_at,
-    looked_for,
-    places_of,
-    rounding_errors,
-)
+from momentkv.cache.second_reading import RereadBudget, by_threshold, error_at, looked_for, places_of
 from momentkv.policies import Twice
 
 SINKS, WINDOW, AVERAGE, COUNT = 1, 4, 30, 150
@@ -102,100 +92,6 @@ def test_each_head_keeps_what_the_second_reading_chose_for_it(share: float, corr
     assert sum(budgets) >= 6 * AVERAGE - 6  # shares are whole tokens
     if share == 1:
         assert budgets == [FIXED + count for count in places]
-
-
-@pytest.mark.parametrize("average", [7, 11, 13, 15, 19, 23])
-@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
-def test_bits_are_those_whose_shares_leave_the_least_errors(average: int, share: float):
-    """By hand: the errors that each code's own budgets leave, and what rounding adds."""
-    options = {"exact_window": 1, "policy": Twice(share=share)}
-    caches = [waiting(layer, **options) for layer in range(2)]
-    shared = RereadBudget(caches, chooses_bits=True)
-    shared.average = average
-    ranked, scores = [shared.importance(c) for c in caches], [looked_for(c) for c in caches]
-    tokens = bought(caches[0], average, 0)
-    found = {}
-    for code in CODES:
-        shares = shared.shares(caches, ranked, scores, tokens(code))
-        assert sum(map(sum, shares.budgets)) <= 4 * tokens(code)
-        grid = sorted({max(FIXED + 1, round(multiple * tokens(code))) for multiple in MULTIPLES})
-        evicted = sum(
-            error_at(grid, curve, budget)
-            for cache, importance, budgets in zip(caches, shares.importances, shares.budgets, strict=True)
-            for curve, budget in zip(error_curves(cache, grid, importance), budgets, strict=True)
-        )
-        assert shares.error == pytest.approx(evicted)
-        rounded = 0.0
-        usual = shared.shares(caches, ranked, scores, tokens(USUAL))
-        for cache, importance in zip(caches, usual.importances, strict=True):
-            curves, ((*errors,),) = measured_errors(cache, [tokens(USUAL)], importance, codes=[code], at=tokens(USUAL))
-            rounded += sum(max(0.0, x - curve[0]) for x, curve in zip(errors, curves, strict=True))
-        found[code] = RereadBudget.eviction_counts * evicted + rounded
-    for cache in caches:
-        shared.evict(cache)
-    (chosen,) = {cache.config.bits for cache in caches}
-    assert chosen == min(found, key=found.__getitem__)
-    # What is kept is what caches of so many bits keep when their bits are given.
-    given = [waiting(layer, bits=chosen, **options) for layer in range(2)]
-    budget = RereadBudget(given)
-    budget.average = tokens(chosen)
-    for cache in given:
-        budget.evict(cache)
-    for one, other in zip(caches, given, strict=True):
-        assert one.budgets == other.budgets
-        np.testing.assert_array_equal(one.positions, other.positions)
-
-
-def test_rounding_that_happens_to_help_a_head_makes_up_for_no_other():
-    helped = False
-    for seed in range(12):
-        cache = waiting(seed, exact_window=1)
-        importance = cache.importance()
-        curves, rounded = measured_errors(cache, [12], importance, codes=CODES, at=12)
-        off = np.asarray(rounded) - np.asarray(curves)[:, 0]
-        np.testing.assert_allclose(rounding_errors([cache], [importance], 12), np.maximum(off, 0).sum(-1))
-        helped |= bool((off < 0).any())
-    assert helped
-
-
-def test_rounding_is_measured_on_the_tokens_that_are_kept(monkeypatch: pytest.MonkeyPatch):
-    caches = [waiting(layer, exact_window=1) for layer in range(2)]
-    shared = RereadBudget(caches, chooses_bits=True)
-    ranked, scores = [shared.importance(c) for c in caches], [looked_for(c) for c in caches]
-    tokens = bought(caches[0], shared.average, 0)(USUAL)
-    expected = shared.shares(caches, ranked, scores, tokens).importances
-    seen = []
-
-    def measured(*arguments):
-        seen.append(arguments)
-        return rounding_errors(*arguments)
-
-    monkeypatch.setattr(second_reading, "rounding_errors", measured)
-    for cache in caches:
-        shared.evict(cache)
-    ((_, importances, budget),) = seen
-    assert budget == tokens
-    for one, other in zip(importances, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_codes_differ_with_the_budget_and_where_nothing_is_measured_it_is_four_bits():
-    chosen = set()
-    for average in (7, 13, 15, 23):
-        caches = [waiting(layer, exact_window=1) for layer in range(2)]
-        shared = RereadBudget(caches, chooses_bits=True)
-        shared.average = average
-        for cache in caches:
-            shared.evict(cache)
-        chosen |= {cache.config.bits for cache in caches}
-    assert len(chosen) > 1
-    cache = waiting(0, exact_window=1)
-    keys = cache.new.keys.copy()
-    keys[0, :, 40] = np.nan
-    cache.new = cache.new._replace(keys=keys)
-    with np.errstate(invalid="ignore"):
-        RereadBudget([cache], chooses_bits=True).evict(cache)
-    assert cache.config.bits == USUAL
 
 
 def test_the_rest_goes_where_it_lowers_the_measured_error():

@@ -12,7 +12,7 @@ from momentkv.cache.curves import error_at, measured_errors
 from momentkv.cache.layer import LayerCache
 from momentkv.codes import pair_of_bits, record_bytes
 
-__all__ = ["CODES", "EVICTION_COUNTS", "USUAL", "CodedBudget", "bought", "chosen_code", "code_error"]
+__all__ = ["CODES", "EVICTION_COUNTS", "CodedBudget", "chosen_code", "code_error"]
 
 # Bits of keys and of values that are offered.
 CODES = tuple(map(pair_of_bits, (3, 4, 5, 6, 8)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from momentkv._array import Array, array_namespace, device
 from momentkv.cache.allocation import minimise_error, share_budget
-from momentkv.cache.coded_budget import CODES, USUAL, CodedBudget, bought
+from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.competition import candidates, finite_rows, whole_shares, wins
-from momentkv.cache.curves import error_at, error_curves, measured_errors
+from momentkv.cache.curves import error_at, error_curves
 from momentkv.cache.eviction import importance_of
 from momentkv.cache.layer import LayerCache
 from momentkv.policies.novelty import ranks
@@ -134,10 +134,6 @@ class RereadBudget(CodedBudget):
         If the policy is another.
     """
 
-    # More than without a second reading, whose tokens look for other things than the queries that errors are measured
-    # with. Chosen on two texts and two models: docs/what-we-tried.md#auto-twice.
-    eviction_counts = 16.0
-
     def __init__(self, caches: Sequence[LayerCache], *, chooses_bits: bool = False) -> None:
         super().__init__(caches, minimise_error, by_head=True, chooses_bits=chooses_bits)
         policy = caches[0].config.policy
@@ -174,73 +170,22 @@ class RereadBudget(CodedBudget):
             super()._evict(waiting, ranked)
             return
         ranked = [self.importance(each) if x is None else x for each, x in zip(waiting, ranked, strict=True)]
-        scores = [looked_for(each) for each in waiting]
-        shares = self.shares_with_bits(waiting, ranked, scores) if self.chooses_bits else None
-        if shares is None:
-            shares = self.shares(waiting, ranked, scores, self.tokens(waiting, ranked))
-        for each, importance, budgets in zip(waiting, shares.importances, shares.budgets, strict=True):
-            each.budgets = budgets
-            each.evict(importance)
-
-    def shares(
-        self, waiting: Sequence[LayerCache], ranked: Sequence[Array], scores: Sequence[Array], average: int
-    ) -> Shares:
-        """What each head gets of so many tokens on average."""
-        fixed, heads = waiting[0].config.protected, [each.view().keys.shape[-3] for each in waiting]
+        config = waiting[0].config
+        fixed = config.protected
+        heads = [each.view().keys.shape[-3] for each in waiting]
+        average = self.tokens(waiting, ranked)
         total = (average - fixed) * sum(heads)
+        scores = [looked_for(each) for each in waiting]
         places = iter(places_of(waiting, scores, max(sum(heads), math.floor(self.share * total))))
         chosen = [[next(places) for _ in range(number)] for number in heads]
         importances = [
             chosen_first(score, own, rest, competing(each))
             for each, score, own, rest in zip(waiting, scores, chosen, ranked, strict=True)
         ]
-        more, error = extra_tokens(waiting, importances, chosen, total - sum(map(sum, chosen)), average)
-        each_more = iter(more)
-        budgets = [[fixed + count + next(each_more) for count in own] for own in chosen]
-        return Shares(importances, budgets, error)
-
-    def shares_with_bits(
-        self, waiting: Sequence[LayerCache], ranked: Sequence[Array], scores: Sequence[Array]
-    ) -> Shares | None:
-        """What each head gets in the bits that make the measured errors least, which it is given.
-
-        None where bits are chosen already, or nothing can be measured. What is left beside the tokens of the second
-        reading differs from code to code, and so do these tokens: each code has error curves of its own.
-        """
-        if waiting[0].config.bits is not None:
-            return None
-        tokens = bought(waiting[0], self.average, self.beside)
-        offered = {code: self.shares(waiting, ranked, scores, tokens(code)) for code in CODES}
-        rounding = rounding_errors(waiting, offered[USUAL].importances, tokens(USUAL))
-        errors = {
-            code: self.eviction_counts * shares.error + added
-            for (code, shares), added in zip(offered.items(), rounding, strict=True)
-        }
-        if not all(map(math.isfinite, errors.values())):
-            return None
-        best = min(errors, key=errors.__getitem__)
-        for each in waiting:
-            each.code(best)
-        return offered[best]
-
-
-class Shares(NamedTuple):
-    """How a total is shared: what tokens are ranked by, the budgets of all heads, and the errors that they leave."""
-
-    importances: list[Array]
-    budgets: list[list[int]]
-    error: float
-
-
-def rounding_errors(caches: Sequence[LayerCache], importances: Sequence[Array], budget: int) -> list[float]:
-    """What each of `CODES` adds to the measured errors of all heads, where each keeps so many tokens."""
-    added = [0.0] * len(CODES)
-    for cache, importance in zip(caches, importances, strict=True):
-        curves, rounded = measured_errors(cache, [budget], importance, codes=CODES, at=budget)
-        for (without,), *errors in zip(curves, *rounded, strict=True):
-            if all(map(math.isfinite, [without, *errors])):
-                added = [sum(pair) for pair in zip(added, (max(0.0, x - without) for x in errors), strict=True)]
-    return added
+        more = iter(extra_tokens(waiting, importances, chosen, total - sum(map(sum, chosen)), average))
+        for each, importance, own in zip(waiting, importances, chosen, strict=True):
+            each.budgets = [fixed + count + next(more) for count in own]
+            each.evict(importance)
 
 
 def looked_for(cache: LayerCache) -> Array:
@@ -260,28 +205,19 @@ def extra_tokens(
     chosen: Sequence[Sequence[int]],
     total: int,
     average: int,
-) -> tuple[list[int], float]:
-    """Tokens for each head beside those that are chosen already, that make the sum of the measured errors small.
-
-    And that sum, NaN where nothing can be measured.
-    """
+) -> list[int]:
+    """Tokens for each head beside those that are chosen already, that make the sum of the measured errors small."""
     heads = sum(map(len, chosen))
+    if total < 1:
+        return [0] * heads
     fixed = caches[0].config.protected
     grid = sorted({max(fixed + 1, round(multiple * average)) for multiple in MULTIPLES})
     extras = sorted({round(part * average) for part in EXTRAS})
-    counts = [count for own in chosen for count in own]
-    curves = [
-        curve
-        for cache, importance in zip(caches, importances, strict=True)
-        for curve in error_curves(cache, grid, importance)
-    ]
-    known = [place for place, curve in enumerate(curves) if all(map(math.isfinite, curve))]
-    even = max(total, 0) // heads
-    more = [even] * heads
-    if not known:
-        return more, math.nan
-    offered = [[error_at(grid, curves[place], fixed + counts[place] + extra) for extra in extras] for place in known]
-    left = max(total, 0) - even * (heads - len(known))
-    for place, share in zip(known, share_budget(offered, extras, left), strict=True):
-        more[place] = share
-    return more, sum(error_at(grid, curves[place], fixed + counts[place] + more[place]) for place in known)
+    curves = []
+    for cache, importance, own in zip(caches, importances, chosen, strict=True):
+        for curve, count in zip(error_curves(cache, grid, importance), own, strict=True):
+            curves.append([error_at(grid, curve, fixed + count + extra) for extra in extras])
+    known = [curve for curve in curves if all(map(math.isfinite, curve))]
+    even = total // heads
+    shares = iter(share_budget(known, extras, total - even * (heads - len(known))) if known else ())
+    return [next(shares) if all(map(math.isfinite, curve)) else even for curve in curves]
