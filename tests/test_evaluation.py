@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import COMPRESSED, prompt, save_with_bytes, tiny
+from models import COMPRESSED, prompt, tiny
 from transformers import DynamicCache
 
 from momentkv import POLICIES
@@ -19,7 +18,7 @@ from momentkv.cache.config import wanted_queries
 from momentkv.demo import full_cache
 from momentkv.diagnostics import eviction_error
 from momentkv.evaluation import sources
-from momentkv.evaluation.capture import CaptureCache, capture_again, replay, replay_tried
+from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import compare, measure
 from momentkv.evaluation.gap import measure_gap
 from momentkv.evaluation.gather import gap_line
@@ -27,7 +26,7 @@ from momentkv.evaluation.lines import fidelity_lines
 from momentkv.evaluation.options import ONCE
 from momentkv.evaluation.report import read_json, save_figure, write_json
 from momentkv.evaluation.report_plots import plot_gaps, plot_kl
-from momentkv.evaluation.settings import Setting, empty_cache, setting_of
+from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.evaluation.sources import load_model, load_text, tokenize
 from momentkv.evaluation.split import REPORT_TEXTS
 from momentkv.evaluation.terminal import fidelity_table
@@ -343,61 +342,3 @@ def test_the_missing_builtin_model_says_what_to_install(monkeypatch: pytest.Monk
 def test_a_model_that_is_not_there_is_an_error(tmp_path: Path):
     with pytest.raises((OSError, ValueError), match=str(tmp_path.name)):
         load_model(str(tmp_path / "nothing"))
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_replay_after_capturing_again_is_reading_twice(tmp_path: Path, family: str):
-    """Bit for bit but for roundings of other parts: the tokens are the same, and so are their scores."""
-    folder = save_with_bytes(tmp_path, family)
-    model, tokenizer = load_model(folder)
-    ids = tokenizer("the quick brown fox jumps over the lazy dog, and so on; " * 3, return_tensors="pt").input_ids
-    captured = CaptureCache(model, 256)
-    with torch.no_grad():
-        model(ids, past_key_values=captured)
-        capture_again(model, captured, ids, tokenizer)
-    options = {"policy": "twice", "window": 8, "block": 1}
-    replayed = replay(captured, MomentCache(model, 40, **options))
-    once = read(model, ids, MomentCache(model, 40, **options), tokenizer=tokenizer)
-    for mine, core in zip(replayed.moment_layers.values(), once.moment_layers.values(), strict=True):
-        assert torch.equal(mine.positions, core.positions)
-        assert torch.equal(mine.keys, core.keys)
-        torch.testing.assert_close(mine.attention, core.attention, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("policy", "family"), [("balanced", "llama"), ("twice", "llama"), ("twice", "gemma3")])
-def test_a_replayed_trial_is_reading_with_one(tmp_path: Path, policy: str, family: str):
-    folder = save_with_bytes(tmp_path, family)
-    model, tokenizer = load_model(folder)
-    ids = tokenizer(" ".join(f"the fox jumps over dog {n}," for n in range(25)), return_tensors="pt").input_ids
-    captured = CaptureCache(model, 512)
-    with torch.no_grad():
-        expected = model(ids, past_key_values=captured).logits[:, -64:]
-        if policy == "twice":
-            capture_again(model, captured, ids, tokenizer, 64)
-    options = {"policy": policy, "window": 8, "block": 1, "bits": "auto"}
-    replayed = replay_tried(model, captured, MomentCache(model, 40, **options), ids, expected)
-    read_ = MomentCache(model, 40, **options)
-    read(model, ids, read_, twice=policy == "twice", tokenizer=tokenizer, trial=64)
-    assert len(replayed.tried) > 1
-    assert [way[:2] for way in replayed.tried] == [way[:2] for way in read_.tried]
-    # Codes that a rounding moves are a step away.
-    assert [way.kl for way in replayed.tried] == pytest.approx([way.kl for way in read_.tried], rel=1e-2)
-    for mine, core in zip(replayed.moment_layers.values(), read_.moment_layers.values(), strict=True):
-        assert torch.equal(mine.positions, core.positions)
-        torch.testing.assert_close(mine.keys, core.keys, rtol=1e-4, atol=1e-4)
-
-
-def test_a_trial_needs_queries_and_a_context_that_is_longer(tmp_path: Path):
-    folder = save_with_bytes(tmp_path)
-    model, _ = load_model(folder)
-    ids = prompt(1, CONTEXT)
-    with torch.no_grad():
-        captured = CaptureCache(model, 8)
-        expected = model(ids, past_key_values=captured).logits[:, -4:]
-    with pytest.raises(ValueError, match="8 queries were captured; capture with keep="):
-        replay_tried(model, captured, MomentCache(model, 40, bits="auto"), ids, expected)
-    grid = [dataclasses.replace(setting_of("default@tried"), budget=40)]
-    with pytest.raises(ValueError, match="methods have some that try 256 tokens of a context of 20;"):
-        list(measure(model, prompt(1, 30), 20, grid))
-    with pytest.raises(ValueError, match="methods have some that are tried, and segment is 100"):
-        list(measure(model, prompt(1, 330), 300, grid, segment=100))

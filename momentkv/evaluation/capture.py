@@ -98,6 +98,11 @@ class CaptureCache(Cache):
     model : PreTrainedModel
     keep : int or None
         Queries kept of the last forward pass; None for all.
+
+    Raises
+    ------
+    ValueError
+        If all layers have a sliding window.
     """
 
     def __init__(self, model: Any, keep: int | None = 32) -> None:
@@ -108,6 +113,10 @@ class CaptureCache(Cache):
                 for kind, kwargs in layer_kinds(config)
             ]
         )
+        if not self.capture_layers:
+            raise ValueError(
+                "no layer of this model is compressed (all have a sliding window): there is nothing to measure"
+            )
         # Of a second reading, by layer; see `capture_again`. Those that a trial may see are of what is before it.
         self.scores: dict[int, torch.Tensor] = {}
         self.early_scores: dict[int, torch.Tensor] = {}
