@@ -74,7 +74,9 @@ def test_a_total_in_bytes_holds_for_every_turn_and_prefill_in_chunks():
 def test_a_total_that_is_too_small_is_refused_before_anything_changes():
     model = tiny("llama")
     cache = MomentCache(model, "20KiB", **SMALL)
-    with pytest.raises(ValueError, match=r"budget is '20KiB', too little for 2 rows.* use (\d+)KiB") as error:
+    with pytest.raises(
+        ValueError, match=r"budget is '20KiB', too little for 2 rows.* use (\d+)KiB or more, or fewer rows$"
+    ) as error:
         generate(model, cache, prompt(2, 50))
     assert cache.get_seq_length() == cache.nbytes == 0
     needed = int(str(error.value).split("use ")[1].split("KiB")[0])
@@ -83,6 +85,15 @@ def test_a_total_that_is_too_small_is_refused_before_anything_changes():
     assert enough.nbytes <= needed * 1024
     with pytest.raises(ValueError, match="too little"):
         generate(model, MomentCache(model, f"{needed - 1}KiB", **SMALL), prompt(2, 50))
+
+
+def test_a_total_that_is_too_small_says_what_windows_take():
+    model = tiny("gemma3")
+    cache = MomentCache(model, "20KiB", **SMALL)
+    # Two layers, keys and values of a window of 16 less the token at hand, two heads, d = 16, four bytes.
+    taken = 2 * 2 * 15 * 2 * 16 * 4
+    with pytest.raises(ValueError, match=f"layers with a window of their own take {taken} of them; use"):
+        generate(model, cache, prompt(1, 50))
 
 
 def test_more_rows_do_not_fit_bytes_that_were_divided():

@@ -168,9 +168,11 @@ class TotalBytes(BudgetRule):
         budget = (self.total - beside - heads * always) // (heads * token) + free
         if budget < least:
             needed = beside + heads * (always + (least - free) * token)
+            windows = f"; layers with a window of their own take {beside} of them" if beside else ""
             raise ValueError(
-                f"budget is {self.text!r}, too little for {rows} rows: sinks, window, a block and what stands for "
-                f"evicted tokens take {needed} bytes; use {-(-needed // 1024)}KiB or more, or fewer rows"
+                f"budget is {self.text!r}, too little for {'one row' if rows == 1 else f'{rows} rows'}: sinks, window, "
+                f"a block and what stands for evicted tokens take {needed} bytes{windows}; use "
+                f"{-(-needed // 1024)}KiB or more{', or fewer rows' if rows > 1 else ''}"
             )
         return int(budget)
 
