@@ -16,7 +16,15 @@ from transformers import DynamicCache
 import momentkv.hf
 from momentkv import LayerCache
 from momentkv.cache.allocation import budget_grid, minimise_error, refine, share_budget
-from momentkv.cache.coded_budget import CODES, EVICTION_COUNTS, CodedBudget, bought, chosen_code
+from momentkv.cache.coded_budget import (
+    CODES,
+    EVICTION_COUNTS,
+    UNFORETOLD,
+    CodedBudget,
+    bought,
+    chosen_code,
+    tokens_read,
+)
 from momentkv.cache.curves import error_curves, measured_errors
 from momentkv.codes import Standard, decode, encode, pair_of_bits, record_bytes
 
@@ -65,12 +73,13 @@ def test_all_records_take_at_most_the_bytes_of_the_average_at_full_precision(see
         assert stored == [min(COUNT, budget) for budget in cache.budgets]
 
 
+@pytest.mark.parametrize("unforetold", [0.0, UNFORETOLD, 0.5])
 @pytest.mark.parametrize("average", [7, 9, 12, 16, 22, 30, 40])
-def test_the_code_has_the_least_of_the_errors_that_it_names(average: int):
-    """By hand: each code's own curves at its own budget, shared, and what rounding adds at the usual one."""
+def test_the_code_has_the_least_of_the_errors_that_it_names(average: int, unforetold: float):
+    """By hand: each code's own curves at its own budget, shared, what rounding adds at the usual one, and the rest."""
     caches = [waiting(layer)[0] for layer in range(3)]
     importances = [cache.importance() for cache in caches]
-    code, tokens = chosen_code(caches, importances, average)
+    code, tokens = chosen_code(caches, importances, average, unforetold=unforetold)
     room = (average - AS_IS) * TOKEN
     usual = AS_IS + room // record_bytes(D, D, pair_of_bits(4))
     grid = budget_grid(usual, FIXED + 1)
@@ -89,7 +98,8 @@ def test_the_code_has_the_least_of_the_errors_that_it_names(average: int):
         ]
         place = grid.index(usual)
         more = [x - y[place] for x, y in zip([x for own in rounded for x in own], curves, strict=True)]
-        found[each] = EVICTION_COUNTS * evicted + sum(max(0.0, x) for x in more)
+        away = max(0.0, 1 - (AS_IS + room // record_bytes(D, D, each)) / COUNT)
+        found[each] = EVICTION_COUNTS * evicted + sum(max(0.0, x) for x in more) + 6 * unforetold * away
     assert code == min(found, key=found.__getitem__)
     assert tokens == AS_IS + room // record_bytes(D, D, code)
     assert len({round(x, 6) for x in found.values()}) == len(CODES)
@@ -101,6 +111,32 @@ def test_a_large_budget_gets_more_bits_than_a_small_one():
         caches = [waiting(layer, budget=average)[0] for layer in range(2)]
         chosen.append(chosen_code(caches, [cache.importance() for cache in caches], average)[0])
     assert sum(chosen[0]) < sum(chosen[1])
+
+
+@pytest.mark.parametrize("average", [20, 24])
+def test_what_nothing_foretells_wants_more_tokens_until_all_are_kept(average: int):
+    caches = [waiting(layer, budget=average)[0] for layer in range(2)]
+    importances = [cache.importance() for cache in caches]
+    bits, kept = [], []
+    for unforetold in (0.0, 0.1, 1.0, 10.0, 1e6):
+        code, tokens = chosen_code(caches, importances, average, unforetold=unforetold)
+        bits.append(sum(code))
+        kept.append(min(COUNT, tokens))
+    assert kept == sorted(kept)
+    assert kept[-1] > kept[0]
+    most = bought(caches[0], average, 0)
+    # Where several codes keep all tokens, the one of most bits.
+    assert kept[-1] == min(COUNT, most(CODES[0]))
+    assert all(min(COUNT, most(code)) < kept[-1] for code in CODES if sum(code) > bits[-1])
+
+
+def test_padding_is_no_text_that_was_read():
+    cache, _ = waiting(0, batch=2)
+    assert tokens_read(cache) == COUNT
+    positions = cache.new.positions.copy()
+    positions[1, :, :50] = -1
+    cache.new = cache.new._replace(positions=positions, padded=True)
+    assert tokens_read(cache) == COUNT - 25
 
 
 def test_rows_that_are_not_finite_have_no_say_and_without_any_it_is_four_bits():

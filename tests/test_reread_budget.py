@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from momentkv import LayerCache
 from momentkv.cache.allocation import SharedBudget
+from momentkv.cache.coded_budget import chosen_code
 from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
 from momentkv.cache.second_reading import RereadBudget, by_threshold, error_at, looked_for, places_of
@@ -126,6 +127,19 @@ def test_a_later_prefill_shares_anew_and_scores_have_stayed():
     after = {(head, j) for head in range(2) for j in cache.positions[0, head].tolist() if j >= 0}
     # Far more of the text than an even choice among all tokens would have left.
     assert len(before & after) > 10
+
+
+def test_after_a_second_reading_nothing_of_the_text_is_unforetold():
+    caches = [waiting(layer, exact_window=2) for layer in range(2)]
+    shared = RereadBudget(caches, chooses_bits=True)
+    shared.average = 20
+    ranked = [shared.importance(cache) for cache in caches]
+    code, tokens = chosen_code(caches, ranked, 20, unforetold=0.0)
+    assert chosen_code(caches, ranked, 20)[0] != code
+    for cache in caches:
+        shared.evict(cache)
+    assert {cache.config.bits for cache in caches} == {code}
+    assert sum(sum(cache.budgets) for cache in caches) <= 4 * tokens
 
 
 def test_nan_of_a_row_stops_no_other():

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from momentkv._array import Array
+from momentkv._array import Array, array_namespace
 from momentkv.cache.allocation import Rule, SharedBudget, budget_grid, refine, share_budget
 from momentkv.cache.curves import error_at, measured_errors
 from momentkv.cache.layer import LayerCache
@@ -18,10 +18,12 @@ __all__ = ["CODES", "EVICTION_COUNTS", "CodedBudget", "chosen_code", "code_error
 CODES = tuple(map(pair_of_bits, (3, 4, 5, 6, 8)))
 # Where nothing can be measured.
 USUAL = pair_of_bits(4)
-# How many times as much an error of eviction counts as one of rounding that is as large for the newest queries. Queries
-# to come need tokens that these did not, while rounding errs for them as before, and another way for each token. Chosen
-# on one text and two models: docs/what-we-tried.md#auto.
-EVICTION_COUNTS = 3.5
+# How many times as much an error of eviction counts as one of rounding that is as large for the newest queries.
+# Rounding errs in another direction for each token, head and layer, so that much of it cancels; eviction does not.
+EVICTION_COUNTS = 8.0
+# The part of later outputs that is of tokens which nothing in the newest queries foretold, anywhere in the text.
+UNFORETOLD = 0.02
+# Both were chosen on eight texts and two models: docs/what-we-tried.md#auto.
 
 
 class CodedBudget(SharedBudget):
@@ -39,7 +41,11 @@ class CodedBudget(SharedBudget):
     ----------
     beside : int
         Bytes of a token beside its key and value that then count.
+    unforetold : float
+        See `chosen_code`.
     """
+
+    unforetold = UNFORETOLD
 
     def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool, chooses_bits: bool) -> None:
         super().__init__(caches, rule, by_head=by_head)
@@ -62,7 +68,7 @@ class CodedBudget(SharedBudget):
         """Tokens that each KV head may retain on average, in the bits that are chosen for them now."""
         if not self.chooses_bits:
             return super().tokens(waiting, importances)
-        code, tokens = chosen_code(waiting, importances, self.average, beside=self.beside)
+        code, tokens = chosen_code(waiting, importances, self.average, beside=self.beside, unforetold=self.unforetold)
         for each in waiting:
             each.code(code)
         return tokens
@@ -87,9 +93,14 @@ def bought(cache: LayerCache, average: int, beside: int) -> Callable[[tuple[int,
 
 
 def chosen_code(
-    caches: Sequence[LayerCache], importances: Sequence[Array], average: int, *, beside: int = 0
+    caches: Sequence[LayerCache],
+    importances: Sequence[Array],
+    average: int,
+    *,
+    beside: int = 0,
+    unforetold: float = UNFORETOLD,
 ) -> tuple[tuple[int, int], int]:
-    """The code that makes the sum of the measured errors least within the bytes of a budget at full precision.
+    """The code that makes the errors to be expected least within the bytes of a budget at full precision.
 
     Parameters
     ----------
@@ -102,6 +113,8 @@ def chosen_code(
         Tokens for each KV head on average, as they came.
     beside : int
         Bytes of a token beside its key and value that count.
+    unforetold : float
+        Part of later outputs that is of tokens which the newest queries do not foretell.
 
     Returns
     -------
@@ -130,9 +143,21 @@ def chosen_code(
                 rounding = [sum(pair) for pair in zip(rounding, (max(0.0, x - without) for x in errors), strict=True)]
     if not eviction:
         return USUAL, tokens(USUAL)
-    errors = [code_error(grid, eviction, added, tokens(code)) for code, added in zip(CODES, rounding, strict=True)]
+    unseen = unforetold * len(eviction)
+    read = tokens_read(caches[0])
+    errors = [
+        code_error(grid, eviction, added, tokens(code)) + unseen * max(0.0, 1 - tokens(code) / read)
+        for code, added in zip(CODES, rounding, strict=True)
+    ]
     best = CODES[errors.index(min(errors))]
     return best, tokens(best)
+
+
+def tokens_read(cache: LayerCache) -> float:
+    """Tokens that a row has stored, in mean over the rows of a batch."""
+    positions = cache.view().positions
+    xp = array_namespace(positions)
+    return float(xp.sum(positions >= 0)) / math.prod(positions.shape[:-1])
 
 
 def code_error(grid: Sequence[int], eviction: Sequence[Sequence[float]], rounding: float, average: int) -> float:

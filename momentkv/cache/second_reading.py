@@ -134,6 +134,9 @@ class RereadBudget(CodedBudget):
         If the policy is another.
     """
 
+    # The text has been asked what it needs: what its own queries foretell is all that its errors have to count.
+    unforetold = 0.0
+
     def __init__(self, caches: Sequence[LayerCache], *, chooses_bits: bool = False) -> None:
         super().__init__(caches, minimise_error, by_head=True, chooses_bits=chooses_bits)
         policy = caches[0].config.policy
