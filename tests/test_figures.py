@@ -139,6 +139,25 @@ def test_tables_of_held_out_texts_are_made_of_the_data():
     assert f"| {one['kl']:.4f} |".replace("0.", ".", 1) in made["tables"]()["with sliding windows"]
 
 
+def test_the_table_of_bits_is_that_of_the_data_and_of_the_rule():
+    made = runpy.run_path(str(ROOT / "docs" / "figures" / "bits.py"))
+    text = (ROOT / "docs" / "what-we-tried.md").read_text(encoding="utf-8")
+    begin, end = made["MARKS"]
+    assert f"{begin}\n{made['table']()}\n{end}" in text, "run docs/figures/bits.py"
+    # By hand: a text that the rule before was wrong about.
+    (case,) = (
+        each
+        for each in read("bits.json")["rows"]
+        if (each["model"][:4], each["text"], each["readings"], each["bytes_as_tokens"])
+        == ("Smol", "compound", "once", 1024)
+    )
+    assert made["chosen"](case, 3.5, 0) == 8
+    assert made["by_library"](case) == 6
+    assert (
+        f"8 at 1,024, with a KL of {case['kl']['8']:.3f} where 6 have {case['kl']['6']:.4f}".replace("0.", ".") in text
+    )
+
+
 def test_pictures_are_drawn_from_the_data(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(ROOT / "docs" / "figures" / "pictures.py"), "--output", str(tmp_path)]

@@ -7,7 +7,8 @@ Run: python docs/figures/pictures.py [--output docs/assets]
 - fidelity.json by momentkv evaluate fidelity --bytes 32 --text compound formatstrings specialnames types --policies
   momentkv --corrections none order-1 summaries summaries-layers --output docs/data/fidelity.json;
 - held-out-smollm2.json and held-out-qwen.json by the commands in docs/evaluation.md#held-out;
-- rankings.json by docs/figures/rankings.py.
+- rankings.json by docs/figures/rankings.py;
+- bits.json by the command in docs/what-we-tried.md#auto.
 
 Each picture is drawn twice, for light and for dark pages.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.patches
 import numpy as np
+from bits import DATA, MODELS, READINGS, by_library, cases
 from matplotlib.figure import Figure
 
 from momentkv.evaluation.lines import fidelity_lines
@@ -66,6 +68,7 @@ def main() -> None:
         "held-out": draw_held_out,
         "memory": draw_memory,
         "rankings": draw_rankings,
+        "bits": draw_bits,
     }
     for name, draw in pictures.items():
         for theme in THEMES:
@@ -226,6 +229,29 @@ def draw_held_out(theme: Theme) -> Figure:
     panels[0].set_ylabel("KL to the full cache, nats")
     figure.supxlabel("bytes, as 16-bit tokens for each KV head", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def draw_bits(theme: Theme) -> Figure:
+    """KL against bits at each budget, a line for each text, with what the rule chooses."""
+    measured = [
+        (model, size) for model in MODELS for size in sorted({case["bytes_as_tokens"] for case in cases(model, "once")})
+    ]
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = figure.subplots(len(READINGS), len(measured), sharey=True, sharex=True)
+    for row, readings in zip(panels, READINGS, strict=True):
+        for axis, (model, size) in zip(row, measured, strict=True):
+            for case in cases(model, readings):
+                if case["bytes_as_tokens"] == size:
+                    kl = {int(bits): x for bits, x in case["kl"].items()}
+                    axis.plot(kl.keys(), kl.values(), color=theme.faint, lw=1, zorder=1)
+                    axis.plot(by_library(case), kl[by_library(case)], "o", color=theme.summaries, ms=4, alpha=0.8)
+            axis.set_yscale("log")
+            axis.set_xticks(DATA["bits"])
+            if readings == "once":
+                axis.set_title(f"{MODELS[model]}, {size}")
+        row[0].set_ylabel(f"read {readings}: KL")
+    figure.supxlabel("bits", fontsize="medium")
     return figure
 
 
