@@ -222,7 +222,8 @@ def test_the_first_tables_are_of_texts_that_chose_nothing_alone(folder: Path):
     assert "KL on texts that chose nothing (2)" in below
     assert "KL **on texts that chose the default or parts of it** (2)" in below
     assert "KL on texts that texts.toml does not name (1)" in below
-    assert "| `types` | choosing | twelve summaries of rank 2; one round of the policy momentkv |" in below
+    chose = "twelve summaries of rank 2; one round of the policy momentkv; how many bits are best"
+    assert f"| `types` | choosing | {chose} |" in below
     (folder / "fidelity.json").unlink()
     (folder / "needles.json").unlink()
     (folder / "hard.json").unlink()

@@ -154,8 +154,11 @@ def part_of(text: str, content: dict[str, Any], texts: dict[str, Any]) -> str:
 
 
 def records(frame: pd.DataFrame | None) -> list[Row]:
-    """Lines as JSON has them: numbers of five digits, and null where there is none."""
-    return [] if frame is None else json.loads(frame.to_json(orient="records", double_precision=5))
+    """Lines as JSON has them: numbers of eight digits, and null where there is none.
+
+    Pages show four at most, and are rounded once only so.
+    """
+    return [] if frame is None else json.loads(frame.to_json(orient="records", double_precision=8))
 
 
 def counted_in(protocols: Iterable[tuple[str, dict[str, Any]]]) -> int | None:
