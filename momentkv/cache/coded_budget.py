@@ -166,7 +166,7 @@ def code_error(grid: Sequence[int], eviction: Sequence[Sequence[float]], roundin
     Examples
     --------
     >>> round(code_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 3.0, 25), 6)
-    3.875
+    5.0
     """
     fine, _ = refine(grid, eviction[0])
     curves = [refine(grid, curve)[1] for curve in eviction]

@@ -81,8 +81,8 @@ def said_of(roles: dict[str, Any]) -> list[str]:
 
     Examples
     --------
-    >>> said_of(roles_of({"debugger": "", "calls": ""}))
-    ['debugger chose one round of the policy momentkv: its results do not show how good that is']
+    >>> said_of({"mine.txt": {"chose": ("a factor", "a share")}, "yours.txt": {"chose": ()}})
+    ['mine.txt chose a factor; a share: its results do not show how good that is']
     """
     return [
         f"{name} chose {'; '.join(role['chose'])}: its results do not show how good that is"
