@@ -10,17 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 from models import FAMILIES, build
 from test_needles import byte_tokenizer
 
 from momentkv.cli import build_parser, main
 from momentkv.evaluation import suite as module
-from momentkv.evaluation.gather import gather, results_in
+from momentkv.evaluation.gather import gather, records, results_in
 from momentkv.evaluation.intervals import bootstrap
 from momentkv.evaluation.lines import BANDS
 from momentkv.evaluation.report import read_json, write_json
-from momentkv.evaluation.report_page import SPACE, markdown_of, write_report
+from momentkv.evaluation.report_page import SPACE, markdown_of, number, write_report
 from momentkv.evaluation.report_plots import GROUNDS, figures_of, slug
 from momentkv.evaluation.settings import DEFAULT
 from momentkv.evaluation.split import role_of
@@ -394,6 +395,12 @@ def test_the_suite_reads_texts_that_chose_nothing():
             texts = [options.text] if isinstance(getattr(options, "text", None), str) else getattr(options, "text", [])
             for text in [*texts, *([] if named is None else [named])]:
                 assert role_of(text).part == "reporting", (measurement.name, text)
+
+
+def test_a_number_is_rounded_once():
+    line = json.loads(json.dumps(records(pd.DataFrame({"kl": [0.02449687]}))))[0]
+    assert number(line["kl"]) == number(0.02449687) == "0.024"
+    assert number(round(line["kl"], 5)) == "0.025"  # what a page showed whose numbers had been rounded before
 
 
 def test_the_committed_page_is_that_of_the_committed_results():
