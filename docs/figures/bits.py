@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from momentkv.cache.coded_budget import EVICTION_COUNTS, UNFORETOLD
+from momentkv.cache.coded_budget import EVICTION_COUNTS, UNFORETOLD, expected_error
 
 DOCS = Path(__file__).parents[1]
 PAGE = DOCS / "what-we-tried.md"
@@ -39,7 +39,13 @@ def main() -> None:
 def chosen(case: Case, counts: float, unforetold: float) -> int:
     """The number of bits that the rule takes with two constants."""
     costs = [
-        counts * evicted + rounded + unforetold * case["heads"] * max(0.0, 1 - tokens / DATA["context"])
+        expected_error(
+            evicted,
+            rounded,
+            unforetold=unforetold * case["heads"],
+            kept=tokens / DATA["context"],
+            eviction_counts=counts,
+        )
         for evicted, rounded, tokens in zip(case["eviction"], case["rounding"], case["tokens"], strict=True)
     ]
     bits: int = DATA["bits"][costs.index(min(costs))]

@@ -12,7 +12,7 @@ from momentkv.cache.curves import error_at, measured_errors
 from momentkv.cache.layer import LayerCache
 from momentkv.codes import pair_of_bits, record_bytes
 
-__all__ = ["CODES", "EVICTION_COUNTS", "CodedBudget", "chosen_code", "code_error"]
+__all__ = ["CODES", "EVICTION_COUNTS", "UNFORETOLD", "CodedBudget", "chosen_code", "expected_error", "shared_error"]
 
 # Bits of keys and of values that are offered.
 CODES = tuple(map(pair_of_bits, (3, 4, 5, 6, 8)))
@@ -143,11 +143,15 @@ def chosen_code(
                 rounding = [sum(pair) for pair in zip(rounding, (max(0.0, x - without) for x in errors), strict=True)]
     if not eviction:
         return USUAL, tokens(USUAL)
-    unseen = unforetold * len(eviction)
     read = tokens_read(caches[0])
     errors = [
-        code_error(grid, eviction, added, tokens(code)) + unseen * max(0.0, 1 - tokens(code) / read)
-        for code, added in zip(CODES, rounding, strict=True)
+        expected_error(
+            shared_error(grid, eviction, tokens(code)),
+            rounded,
+            unforetold=unforetold * len(eviction),
+            kept=tokens(code) / read,
+        )
+        for code, rounded in zip(CODES, rounding, strict=True)
     ]
     best = CODES[errors.index(min(errors))]
     return best, tokens(best)
@@ -160,16 +164,39 @@ def tokens_read(cache: LayerCache) -> float:
     return float(xp.sum(positions >= 0)) / math.prod(positions.shape[:-1])
 
 
-def code_error(grid: Sequence[int], eviction: Sequence[Sequence[float]], rounding: float, average: int) -> float:
-    """What the errors of eviction, shared as well as can be, and of rounding amount to.
+def shared_error(grid: Sequence[int], eviction: Sequence[Sequence[float]], average: int) -> float:
+    """What the errors of eviction of all heads amount to, shared as well as can be.
 
     Examples
     --------
-    >>> round(code_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 3.0, 25), 6)
-    5.0
+    >>> round(shared_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 25), 6)
+    0.25
     """
     fine, _ = refine(grid, eviction[0])
     curves = [refine(grid, curve)[1] for curve in eviction]
     total = max(average, fine[0]) * len(curves)
     shares = share_budget(curves, fine, total)
-    return EVICTION_COUNTS * sum(map(error_at, [fine] * len(curves), curves, shares)) + rounding
+    return sum(map(error_at, [fine] * len(curves), curves, shares))
+
+
+def expected_error(
+    evicted: float, rounded: float, *, unforetold: float, kept: float, eviction_counts: float = EVICTION_COUNTS
+) -> float:
+    """What later queries lose, to be compared between codes, from the errors of the newest ones.
+
+    Parameters
+    ----------
+    evicted, rounded : float
+        Errors of eviction and of rounding, summed over heads.
+    unforetold : float
+        For all heads together, the part of later outputs that is of tokens which nothing foretold.
+    kept : float
+        Part of the tokens read that is retained.
+    eviction_counts : float
+
+    Examples
+    --------
+    >>> expected_error(0.25, 3.0, unforetold=2.0, kept=0.75)
+    5.5
+    """
+    return eviction_counts * evicted + rounded + unforetold * max(0.0, 1 - kept)
