@@ -141,7 +141,8 @@ def add_measurements(kinds: Any) -> None:
 
     stream = kinds.add_parser("stream", help="error of every head over a long decode with eviction")
     add_source(stream, context=4096, following=1024)
-    stream.add_argument("--budget", type=int, default=256, help="bytes, in tokens per KV head as the model stores them")
+    stream.add_argument("--budget", type=int, default=256, metavar="B", help="bytes, in tokens per KV head")
+    add_bytes(stream)
     stream.add_argument("--policy", default="momentkv", choices=ONCE, metavar="P", help="who decides")
     stream.add_argument(
         "--corrections",

@@ -14,7 +14,7 @@ from rich.table import Table
 from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.capture import Attended, CaptureCache
-from momentkv.evaluation.report import empty_table, environment, progress_bar, show, write_json
+from momentkv.evaluation.report import empty_table, environment, progress_bar, show, tokens_in, write_json
 from momentkv.evaluation.settings import CHOICES, Setting, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
@@ -58,7 +58,7 @@ def measure_stream(
         core = LayerCache(
             setting.budget,
             policy=get_policy(setting.policy),
-            correction=get_correction(setting.kind, order=setting.order),
+            correction=get_correction(setting.kind, order=setting.order, bits=16),
             scale=layer.scaling,
         )
         scale = q.shape[-1] ** -0.5 if layer.scaling is None else layer.scaling
@@ -83,7 +83,8 @@ def stream(options: argparse.Namespace) -> int:
     ids = tokenize(tokenizer, text, options.context + options.following, name=options.text)
     with console.status(f"reading {ids.shape[1]} tokens"):
         attended = capture(model, ids)
-    grid = settings_grid(model, [options.policy], [options.budget], [CHOICES[name] for name in options.corrections])
+    corrections = [CHOICES[name] for name in options.corrections]
+    grid = settings_grid(model, [options.policy], [options.budget], corrections, itemsize=options.bytes // 8)
     modes = {"one-shot": None, f"chunks of {options.chunk}": options.chunk}
     rows = []
     with progress_bar(console) as progress:
@@ -109,10 +110,13 @@ def stream(options: argparse.Namespace) -> int:
     name = options.model or BUILTIN_MODEL
     title = (
         f"{name}, {Path(options.text).name}: {options.context} tokens, then {options.following} decoded; "
-        f"{options.policy}, bytes of {options.budget} tokens"
+        f"{options.policy}, bytes of {options.budget} {tokens_in(options.bytes)}"
     )
     show(console, table_of(rows, title))
-    path = write_json(options.output, {"title": title, "block": 32, "environment": environment(), "rows": rows})
+    path = write_json(
+        options.output,
+        {"title": title, "block": 32, "bytes": options.bytes, "environment": environment(), "rows": rows},
+    )
     console.print(f"results: {path}", soft_wrap=True)
     return 0
 
