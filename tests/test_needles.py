@@ -373,6 +373,18 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
     assert read_json(path)["rows"] == first
 
 
+def test_results_in_another_text_of_that_name_are_not_gone_on_with(
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Topics of the language reference differ between versions of Python, and files change."""
+    path, text = tmp_path / "needles.json", tmp_path / "own.txt"
+    own = ["--haystack", str(text), "--policies", "snapkv", "--corrections", "none", "--depths", "0.5"]
+    for words, code in (("A tree grows. ", 0), ("A tree fell. ", 1)):
+        text.write_text(words * 50)
+        assert main(arguments(saved, path, *own)) == code
+    assert "holds results of another protocol" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -181,6 +181,19 @@ def test_other_tokens_of_one_text_are_not_put_together(tmp_path: Path, capsys: p
         assert ("ours.json and peers.json read other tokens of xquad.txt" in err) is not alike
 
 
+def test_needles_in_other_haystacks_of_one_name_are_not_put_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    content = read_json(written(tmp_path / "first.json", needle_rows({FULL: [1, 1, 1, 1], OURS: [1, 1, 0, 1]})))
+    for digest, alike in (("a", True), ("b", False)):
+        for name, said in (("first", "a"), ("second", digest)):
+            content["protocol"]["text_sha256"] = {"own.txt": said}
+            write_json(tmp_path / f"{name}.json", content)
+        assert main(["evaluate", "report", str(tmp_path), "--output", str(tmp_path / "report")]) == (not alike)
+        err = capsys.readouterr().err
+        assert ("first.json and second.json read other tokens of own.txt" in err) is not alike
+
+
 def test_differences_are_paired_by_question(folder: Path):
     pairs = gather(results_in([folder]))["pairs"]
     assert {x["task"] for x in pairs} == {"single"}  # what has no signal is not compared

@@ -179,13 +179,17 @@ def counted_in(protocols: Iterable[tuple[str, dict[str, Any]]]) -> int | None:
 
 
 def check_read_alike(results: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Raise if two files read other tokens of the same stretch of a text, as far as they say which they read."""
+    """Raise if two files read other tokens of the same stretch of a text, or other haystacks of one name.
+
+    As far as they say what they read.
+    """
     seen: dict[Any, tuple[str, str]] = {}
     for name, content in results:
         protocol = content["protocol"]
         of_peers = {text: said["ids_sha256"] for text, said in content.get("texts", {}).items()}
         stretch = [protocol.get(x, 0) for x in ("skip", "context", "following")]
-        for text, digest in protocol.get("ids_sha256", of_peers).items():
+        digests = protocol.get("ids_sha256", of_peers) | protocol.get("text_sha256", {})
+        for text, digest in digests.items():
             other, before = seen.setdefault((called(protocol["model"]), text, *stretch), (name, digest))
             if digest != before:
                 raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ def needles(options: argparse.Namespace) -> int:
         "value": options.value,
         "keys": options.keys,
         "haystack": prose,
+        **({} if text is None else {"text_sha256": {prose: hashlib.sha256(text.encode()).hexdigest()}}),
         "seed": options.seed,
         "generate": options.generate,
         "unseen": in_segments(
