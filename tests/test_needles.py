@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -382,7 +383,7 @@ def test_results_in_another_text_of_that_name_are_not_gone_on_with(
     for words, code in (("A tree grows. ", 0), ("A tree fell. ", 1)):
         text.write_text(words * 50)
         assert main(arguments(saved, path, *own)) == code
-    assert "holds results of another protocol" in capsys.readouterr().err
+    assert "holds results of another protocol (text_sha256 is other)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,7 @@ def test_results_in_another_text_of_that_name_are_not_gone_on_with(
         (["--lengths", "20"], "length is 20, but the needle and the chat template take"),
         (["--budgets", "20"], "budget is 20, but at least 34 tokens"),
         (["--haystack", "no such text"], "text is 'no such text'"),
-        (["--seed", "1"], "holds results of another protocol"),
+        (["--seed", "1"], "holds results of another protocol (seed is 0 there, 1 now); name"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -407,7 +408,7 @@ def test_bad_input_is_one_line(
 ):
     path = tmp_path / "needles.json"
     if more[0] == "--seed":
-        path.write_text('{"protocol": {}, "rows": []}')
+        path.write_text(json.dumps({"protocol": {"seed": 0}, "rows": []}))
     assert main(arguments(saved, path, *more)) == 1
     err = capsys.readouterr().err
     assert message in err

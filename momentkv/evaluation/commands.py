@@ -201,9 +201,27 @@ def finished(path: str | Path, protocol: dict[str, Any]) -> list[dict[str, Any]]
     content = read_json(path)
     if content["protocol"] != protocol:
         raise ValueError(
-            f"output {str(path)!r} holds results of another protocol; name another file, or discard them with --fresh"
+            f"output {str(path)!r} holds results of another protocol ({differing(content['protocol'], protocol)}); "
+            "name another file, or discard them with --fresh"
         )
     return list(content["rows"])
+
+
+def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The first thing that two protocols say differently.
+
+    Examples
+    --------
+    >>> differing({"model": "m", "seed": 0}, {"model": "m", "seed": 1})
+    'seed is 0 there, 1 now'
+    >>> differing({}, {"ids_sha256": {"news.txt": "a"}})
+    'ids_sha256 is other'
+    """
+    name = next(x for x in theirs | ours if theirs.get(x) != ours.get(x))
+    values = (theirs.get(name), ours.get(name))
+    if any(isinstance(x, dict | list) for x in values):
+        return f"{name} is other"
+    return f"{name} is {values[0]!r} there, {values[1]!r} now"
 
 
 def gap(options: argparse.Namespace) -> int:
