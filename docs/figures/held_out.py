@@ -1,4 +1,4 @@
-"""The tables of docs/evaluation.md#held-out, from the results in docs/data.
+"""The tables of docs/evaluation.md that are of held-out texts, from the results in docs/data.
 
 Run: python docs/figures/held_out.py
 
@@ -34,6 +34,19 @@ LATER_COLUMNS = [("Qwen 1.5B", budget) for budget in (128, 256, 512)]
 # Most of its layers have a sliding window; two of the texts.
 WINDOWS = "held-out-gemma-3-270m.json"
 
+# One selection, and what stands for what it evicts.
+CORRECTIONS = {"SmolLM2": ("summaries-smollm2.json",), "Qwen": ("summaries-qwen.json",)}
+CALLED = {
+    "none": "plain eviction",
+    "order-1": "order 1 (the paper)",
+    "summaries": "summaries",
+    "summaries-layers": "summaries, by layers",
+    "summaries-heads": "summaries, by heads",
+}
+# Every selection, with the paper's moments and without.
+PAPER = {"SmolLM2": ("paper.json",)}
+ORDERS = {"none": "none", "order-0": "order 0", "order-1": "order 1"}
+
 SELECTIONS = ("snapkv/none", "expected-attention/none", "momentkv/none")
 OURS = ("default", "default@4", "default@auto", "default@tried", "twice@4", "twice@auto", "twice@tried")
 SHOWN = (
@@ -42,7 +55,7 @@ SHOWN = (
 )  # fmt: skip
 BOLD = ("default", "default@auto", "default@tried", "twice@auto", "twice@tried")
 
-# KL of each text, by model, method and bytes as tokens.
+# KL (or another measure) of each text, by model, method and bytes as tokens.
 Found = dict[tuple[str, str, int], dict[str, float]]
 # Model and bytes as tokens of each.
 Columns = Sequence[tuple[str, int]]
@@ -90,7 +103,39 @@ def tables() -> dict[str, str]:
             LATER_COLUMNS + [("part of the best", budget) for _, budget in LATER_COLUMNS],
         ),
         "with sliding windows": with_windows(),
+        "corrections": of_corrections("kl"),
+        "errors of heads": of_corrections("head_error"),
+        "the paper's moments": with_moments(),
     }
+
+
+def of_corrections(measure: str) -> str:
+    """What stands for evicted tokens of one selection, by a measure."""
+    found = measured(CORRECTIONS, measure)
+    first = {"kl": "mean KL", "head_error": "mean relative error of the heads"}[measure]
+    return table(first, [(name, kl_of(found, f"momentkv/{short}")) for short, name in CALLED.items()])
+
+
+def with_moments() -> str:
+    """KL of each selection with moments of each order, at the bytes of the same tokens."""
+    found = measured(PAPER)
+    policies = dict.fromkeys(method.partition("/")[0] for _, method, _ in found)
+    sizes = sorted({size for _, _, size in found})
+    return table(
+        "mean KL",
+        [
+            (
+                f"`{policy}`",
+                [
+                    cell
+                    for order in ORDERS
+                    for cell in kl_of(found, f"{policy}/{order}", [("SmolLM2", size) for size in sizes])
+                ],
+            )
+            for policy in policies
+        ],
+        [(name, size) for name in ORDERS.values() for size in sizes],
+    )
 
 
 def with_windows() -> str:
@@ -109,14 +154,14 @@ def with_windows() -> str:
     )
 
 
-def measured(files: Mapping[str, Sequence[str]] = FILES) -> Found:
-    """The results of all files."""
+def measured(files: Mapping[str, Sequence[str]] = FILES, measure: str = "kl") -> Found:
+    """The results of all files, by a measure."""
     found: Found = {}
     for model, names in files.items():
         for name in names:
             for row in json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))["rows"]:
                 cell = (model, row.get("method") or row["policy"], row["bytes_as_tokens"])
-                found.setdefault(cell, {})[row["text"]] = row["kl"]
+                found.setdefault(cell, {})[row["text"]] = row[measure]
     return {cell: kl for cell, kl in found.items() if kl.keys() == TEXTS.keys()}
 
 

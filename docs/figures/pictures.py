@@ -4,9 +4,8 @@ Run: python docs/figures/pictures.py [--output docs/assets]
 
 - heads.json is made by docs/figures/heads.py;
 - gap.json by momentkv evaluate gap --text compound --budget 128 --policy momentkv --output docs/data/gap.json;
-- fidelity.json by momentkv evaluate fidelity --bytes 32 --text compound formatstrings specialnames types --policies
-  momentkv --corrections none order-1 summaries summaries-layers --output docs/data/fidelity.json;
 - held-out-smollm2.json and held-out-qwen.json by the commands in docs/evaluation.md#held-out;
+- summaries-smollm2.json and summaries-qwen.json by those in docs/evaluation.md#summaries;
 - rankings.json by docs/figures/rankings.py;
 - bits.json by the command in docs/what-we-tried.md#auto.
 
@@ -18,7 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def main() -> None:
         "head-directions": draw_heads,
         "directional-gap": draw_gap,
         "mass-direction": draw_mass_direction,
-        "kl-bytes": draw_kl,
+        "kl-bytes": draw_corrections,
         "held-out": draw_held_out,
         "memory": draw_memory,
         "rankings": draw_rankings,
@@ -175,47 +174,46 @@ def draw_gap(theme: Theme) -> Figure:
     return figure
 
 
-def draw_kl(theme: Theme) -> Figure:
-    """KL of the next token against bytes, one line a correction."""
-    lines = fidelity_lines(read("fidelity.json")["rows"])
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for method, label, colour, style in (
-        ("momentkv/order-1", "order 1 (the paper's)", theme.order_1, "s-"),
-        ("momentkv/none", "plain eviction", theme.retained, ">-"),
-        ("momentkv/summaries", "summaries", theme.summaries, "o-"),
-        ("momentkv/summaries-layers", "summaries, budget shared among layers", theme.evicted, "D--"),
-    ):
-        points = lines[lines["method"] == method]
-        axis.plot(points["nbytes"] / 2**20, points["kl"], style, color=colour, ms=4, label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    axis.set_xlabel("cache, MiB, correction included")
-    axis.set_ylabel("KL(full || compressed), nats")
-    axis.legend()
-    return figure
-
-
 KL_TICKS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def draw_held_out(theme: Theme) -> Figure:
-    """KL against bytes on held-out texts, a panel for each model."""
-    # Small, so that its letters are still letters where a phone shrinks it.
-    figure = Figure(figsize=(4.6, 3.3), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axis, name, title in zip(panels, ("smollm2", "qwen"), ("SmolLM2-135M", "Qwen2.5-0.5B"), strict=True):
-        lines = fidelity_lines(read(f"held-out-{name}.json")["rows"])
-        for method, label, colour, style in (
+    """KL against bytes on held-out texts."""
+    return draw_kl(
+        "held-out",
+        (
             ("snapkv/none", "SnapKV", theme.retained, ">-"),
             ("momentkv/order-1", "MomentKV (the paper)", theme.order_1, "s-"),
             ("default", "momentkv", theme.evicted, "D-"),
             ("default@auto", "momentkv, bits='auto'", theme.summaries, "o-"),
             ("twice@tried", "read twice, with a trial", theme.summaries, "o:"),
-        ):
+        ),
+        (0.0001, 0.6),
+    )
+
+
+def draw_corrections(theme: Theme) -> Figure:
+    """KL against bytes of one selection, a line for what stands for evicted tokens."""
+    return draw_kl(
+        "summaries",
+        (
+            ("momentkv/order-1", "order 1 (the paper)", theme.order_1, "s-"),
+            ("momentkv/none", "plain eviction", theme.retained, ">-"),
+            ("momentkv/summaries", "summaries", theme.summaries, "o-"),
+            ("momentkv/summaries-heads", "summaries, budgets by heads", theme.evicted, "D--"),
+        ),
+        (0.05, 0.6),
+    )
+
+
+def draw_kl(kind: str, methods: Sequence[tuple[str, str, str, str]], limits: tuple[float, float]) -> Figure:
+    """KL against bytes, a panel for each model, a line for each method, its label, colour and style."""
+    # Small, so that its letters are still letters where a phone shrinks it.
+    figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, name, title in zip(panels, ("smollm2", "qwen"), ("SmolLM2-135M", "Qwen2.5-0.5B"), strict=True):
+        lines = fidelity_lines(read(f"{kind}-{name}.json")["rows"])
+        for method, label, colour, style in methods:
             own = lines[lines["method"] == method]
             axis.plot(own["bytes"], own["kl"], style, color=colour, ms=4, label=label)
         axis.set_xscale("log", base=2)
@@ -225,7 +223,7 @@ def draw_held_out(theme: Theme) -> Figure:
         axis.set_yticks(KL_TICKS, [f"{tick:g}" for tick in KL_TICKS])
         axis.yaxis.set_minor_formatter("")
         axis.set_title(title)
-        axis.set_ylim(0.0001, 0.6)
+        axis.set_ylim(*limits)
     panels[0].set_ylabel("KL to the full cache, nats")
     figure.supxlabel("bytes, as 16-bit tokens for each KV head", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)

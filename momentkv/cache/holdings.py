@@ -9,7 +9,7 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace, device, nbytes
 from momentkv.backends import get_backend
-from momentkv.cache.config import RECENT_QUERIES, CacheConfig
+from momentkv.cache.config import RECENT_QUERIES, CacheConfig, whole_number
 from momentkv.cache.losses import losses_of
 from momentkv.cache.packing import View, view_of
 from momentkv.cache.queries import query_window
@@ -164,6 +164,34 @@ class Holdings:
     def has_evicted(self) -> bool:
         """Whether any token of any row has been evicted."""
         return self.state is not None and self.state.has_evicted
+
+    def holds_newest(self, tokens: int, *, before: int = 0) -> bool:
+        """Whether every head stores each of the newest tokens, but for the last ``before``, which are left out."""
+        if not self.has_evicted:
+            return True
+        xp, positions, end = array_namespace(self.positions), self.positions, self.seen - before
+        newest = (positions >= end - tokens) & (positions < end)
+        return bool(xp.all(xp.sum(xp.astype(newest, xp.int32), axis=-1) == tokens))
+
+    def checked_newest(self, tokens: Any) -> int:
+        """A number of newest tokens that can be taken out, or an error that says why it cannot."""
+        tokens = whole_number("tokens", tokens)
+        if self.new is not None:
+            raise ValueError("drop was called between append and evict, while tokens wait; call evict first")
+        if not 0 <= tokens <= self.seen:
+            raise ValueError(f"tokens is {tokens}, of {self.seen} that were read; drop at most those")
+        if not self.holds_newest(tokens):
+            raise ValueError(
+                f"tokens is {tokens}, but some of the newest {tokens} are padding or have been evicted, and cannot be "
+                f"taken out; the last {self.config.window} of a row never are (window)"
+            )
+        return tokens
+
+    def release_projections(self) -> None:
+        """Let go of larger arrays that waiting tokens are views of, as values are of a fused projection."""
+        if self.new is not None:
+            compact = get_backend(self.new.keys).compact
+            self.new = self.new._replace(keys=compact(self.new.keys), values=compact(self.new.values))
 
     @property
     def clock(self) -> Array | None:

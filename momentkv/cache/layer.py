@@ -9,7 +9,7 @@ from typing import Any
 from momentkv._array import Array, array_namespace, device
 from momentkv._typing import ArrayObject
 from momentkv.attention import check_values, default_scale
-from momentkv.backends import ArrayBackend, get_backend
+from momentkv.backends import ArrayBackend
 from momentkv.cache.config import EXACT_WINDOW, RECENT_QUERIES, CacheConfig, checked_budget, make_config
 from momentkv.cache.eviction import evicted_state, importance_of, without_newest
 from momentkv.cache.holdings import Holdings
@@ -342,17 +342,17 @@ class LayerCache(Holdings):
         return evicted_state(self.config, state, None, self.budgets or [], scale=self.attention_scale)[0]
 
     def drop(self, tokens: int) -> None:
-        """Take the newest tokens out; all of them must still be stored.
+        """Take the newest tokens out, all of which must still be stored in every head.
 
         Attention is then as if they had not come; they have had their part in what was observed.
-        """
-        self.state = without_newest(self.config, self.stored_state, self.budgets or [], self.seen, tokens)
 
-    def release_projections(self) -> None:
-        """Let go of larger arrays that waiting tokens are views of, as values are of a fused projection."""
-        if self.new is not None:
-            compact = get_backend(self.new.keys).compact
-            self.new = self.new._replace(keys=compact(self.new.keys), values=compact(self.new.values))
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no number of tokens that were read, or some of them were evicted; the cache is then unchanged.
+        """
+        tokens = self.checked_newest(tokens)
+        self.state = without_newest(self.config, self.stored_state, self.budgets or [], self.seen, tokens)
 
     @property
     def is_due(self) -> bool:

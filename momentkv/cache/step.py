@@ -58,10 +58,12 @@ def attended(
 ) -> Array:
     """Output of the queries of new tokens, which see what is stored and, causally, each other."""
     seen = new.positions >= 0 if new.padded else None
-    if state.is_empty:
+    if state.is_empty and expansion is None:
         return backend.prefill(q, new.keys, new.values, scale=scale, valid=seen)
-    stored, _ = backend.attend_stored(q, state.tiers(), scale=scale)
-    both = merge(stored, backend.attend_causal(q, new.keys, new.values, scale=scale, valid=seen))
+    both = backend.attend_causal(q, new.keys, new.values, scale=scale, valid=seen)
+    if not state.is_empty:
+        stored, _ = backend.attend_stored(q, state.tiers(), scale=scale)
+        both = merge(stored, both)
     return both.out if expansion is None else backend.correct(both, q, expansion, scale=scale)
 
 

@@ -79,14 +79,11 @@ def check_crop(layers: Sequence[Recorded], tokens: int) -> None:
                 left = 0
                 break
             left -= one.tokens
-        if left and core.has_evicted:
-            seen = core.seen - (tokens - left)
-            newest = (core.positions >= seen - left) & (core.positions < seen)
-            if left >= seen or not bool((newest.sum(-1) == left).all()):
-                raise RuntimeError(
-                    f"crop(-{tokens}): some of these tokens have been evicted and cannot be taken back; "
-                    f"{advice(layer, tokens)}"
-                )
+        if left and not core.holds_newest(left, before=tokens - left):
+            raise RuntimeError(
+                f"crop(-{tokens}): some of these tokens have been evicted and cannot be taken back; "
+                f"{advice(layer, tokens)}"
+            )
 
 
 def advice(layer: Recorded, tokens: int) -> str:
