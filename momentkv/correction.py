@@ -114,6 +114,19 @@ def correct(
 ) -> Certified: ...
 
 
+@overload
+def correct(
+    retained: AttentionState,
+    q: ArrayObject,
+    moments: Moments,
+    *,
+    order: int | None = None,
+    scale: float | None = None,
+    strength: float | None = None,
+    certify: bool,
+) -> AttentionState | Certified: ...
+
+
 def correct(
     retained: AttentionState,
     q: ArrayObject,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace
 from momentkv._typing import ArrayObject
-from momentkv.attention import AttentionState, group_queries, ungroup_queries
+from momentkv.attention import AttentionState, check_keys, group_queries, ungroup_queries
 from momentkv.bounds import output_error, output_from_codes, read
 from momentkv.bounds.certificate import grouped, share_interval
 from momentkv.bounds.rounding import attention_error, state_error, unit
@@ -143,6 +143,13 @@ def trust(cache: Any, q: ArrayObject) -> Trust:
     if state is None or state.evidence is None:
         raise ValueError("the cache keeps no evidence of what it evicted; make it with certify=0, 1 or 2 and fill it")
     view = cache.view()
+    check_keys(q, view.keys)
+    heads = view.keys.shape[-3]
+    if q.shape[:-3] != view.keys.shape[:-3] or q.shape[-3] % heads or q.shape[-2] == 0:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, but the cache stores keys of shape {tuple(view.keys.shape)}; give at least "
+            "one query, the same batch axes, and a multiple of the KV heads"
+        )
     return trust_of(
         cache.config, q, view.keys, view.values, view.positions, state.evicted, state.evidence,
         scale=cache.attention_scale, losses=cache.losses(view.positions),

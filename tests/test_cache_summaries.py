@@ -104,7 +104,7 @@ def structured(rows: int, n: int, heads: int = 2, group: int = 2, d: int = 8) ->
 CUT = {"window": 4, "sinks": 1, "block": 3}
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "momentkv", "streaming"])
+@pytest.mark.parametrize("policy", ["snapkv", "momentkv", "streaming", "expected-attention", "balanced"])
 @pytest.mark.parametrize(
     ("lengths", "padding"),
     [

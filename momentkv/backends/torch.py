@@ -193,6 +193,10 @@ class TorchBackend(ArrayBackend):
     def prefill(self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None) -> Array:
         q_len, n = q.shape[-2], k.shape[-2]
         grouped = q.shape[-3] != k.shape[-3]
+        if not q.dtype == k.dtype == v.dtype:
+            # The kernels take one dtype.
+            common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+            q, k, v = q.to(common), k.to(common), v.to(common)
         if valid is None and q_len == n:
             return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         blocks = []

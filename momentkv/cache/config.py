@@ -189,8 +189,13 @@ def make_config(
         raise ValueError(
             f"tolerance is {tolerance} with certify={certify}; it must be at least 0 and needs certify=0, 1 or 2"
         )
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale is {scale!r}; use a finite factor on q . k, or None for 1 / sqrt(d)")
+    if tolerance is not None and static:
+        raise ValueError(
+            f"tolerance is {tolerance} with static=True; a refused eviction needs room that static steps do not have: "
+            "leave one of them out"
+        )
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale is {scale!r}; use a positive factor on q . k, or None for 1 / sqrt(d)")
     coded = None if bits is None else pair_of_bits(bits)
     return CacheConfig(
         policy=get_policy(policy),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,12 @@ def importance_of(
         view.keys, view.values, view.positions, attention, known, scale, summary[0], summary[1], queries, view.both
     )
     importance = importance_by_heads(config.policy, tokens)
+    if queries is not None and ask:
+        # Padded rows with fewer queries than are kept are ranked by what is remembered of them, as they are alone.
+        few = xp.sum(xp.astype(view.positions[..., -queries.shape[-2] :] >= 0, xp.int32), axis=-1) < RECENT_QUERIES
+        if bool(xp.any(few)):
+            remembered = importance_by_heads(config.policy, dataclasses.replace(tokens, queries=None))
+            importance = xp.where(few[..., None], remembered, importance)
     if ask and xp.isdtype(importance.dtype, "real floating"):
         nameless = xp.isnan(importance) & (view.positions >= 0)
         if bool(xp.any(nameless)) and bool(xp.any(nameless & is_sound(tokens)[..., None])):
@@ -154,6 +161,7 @@ def evicted_state(
     scale: float,
     importance: Array | None = None,
     newest: Array | None = None,
+    resized: bool = False,
 ) -> tuple[LayerState, dict[int, float]]:
     """A layer's state after eviction to its budgets, all heads at once.
 
@@ -173,6 +181,8 @@ def evicted_state(
         Of the tokens of `view_of`, where it is known.
     newest : array, shape (..., q_head, m, d), optional
         Newest queries, for a policy that ranks by them and a correction that is calibrated at its first eviction.
+    resized : bool
+        Whether static steps had room for other budgets until now.
 
     Returns
     -------
@@ -183,7 +193,12 @@ def evicted_state(
     heads, stored = len(budgets), None if state.is_empty else state
     view = view_of(stored, new)
     xp = array_namespace(view.keys)
-    in_place = config.static and state.clock is not None and new is None
+    if importance is not None and tuple(importance.shape) != tuple(view.positions.shape):
+        raise ValueError(
+            f"importance has shape {tuple(importance.shape)}; it needs a number for each token at hand, shape "
+            f"{tuple(view.positions.shape)}"
+        )
+    in_place = config.static and state.clock is not None and new is None and not resized
     # In place nothing is asked of the device: all heads are looked at, and the clock says which are due.
     totals = None if in_place else Totals(stored, new, heads)
     budget = get_backend(view.keys).numbers(state.layout, tuple(budgets), view.keys)
@@ -307,6 +322,8 @@ def without_newest(
     config: CacheConfig, state: LayerState, budgets: Sequence[int], seen: int, tokens: int
 ) -> LayerState:
     """A state without its newest tokens, none of which has been evicted."""
+    if state.is_empty:  # all that was read was padding
+        return state.changed(seen=seen - tokens)
     view = view_of(state)
     kept = (view.positions >= 0) & (view.positions < seen - tokens)
     if view.attention is not None:

@@ -8,8 +8,9 @@ import weakref
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device, nbytes
+from momentkv.attention import check_keys
 from momentkv.backends import get_backend
-from momentkv.cache.config import RECENT_QUERIES, CacheConfig, whole_number
+from momentkv.cache.config import RECENT_QUERIES, CacheConfig, checked_budget, whole_number
 from momentkv.cache.losses import losses_of
 from momentkv.cache.packing import View, view_of
 from momentkv.cache.queries import query_window
@@ -109,24 +110,29 @@ class Holdings:
         return before + (0 if self.new is None else self.new.length)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no token is at hand: of those that were read none is stored, or all were padding."""
+        return self.new is None and (self.state is None or self.state.is_empty)
+
+    @property
     def keys(self) -> Array:
         """Stored keys in order of position, shape (batch..., kv_head, n, d); None of an empty cache."""
-        return None if self.state is None else self.view().keys
+        return None if self.is_empty else self.view().keys
 
     @property
     def values(self) -> Array:
         """Stored values in order of position, shape (batch..., kv_head, n, dv); None of an empty cache."""
-        return None if self.state is None else self.view().values
+        return None if self.is_empty else self.view().values
 
     @property
     def positions(self) -> Array:
         """Place in the sequence of each, int32 (batch..., kv_head, n); -1 for a slot that holds no token."""
-        return None if self.state is None else self.view().positions
+        return None if self.is_empty else self.view().positions
 
     @property
     def attention(self) -> Array:
         """What the policy made of the attention each received, shape (batch..., kv_head, n), or None."""
-        return None if self.state is None else self.view().attention
+        return None if self.is_empty else self.view().attention
 
     @property
     def moments(self) -> Any:
@@ -164,6 +170,37 @@ class Holdings:
     def has_evicted(self) -> bool:
         """Whether any token of any row has been evicted."""
         return self.state is not None and self.state.has_evicted
+
+    def checked_budgets(self, budget: Any) -> tuple[int | tuple[int, ...], list[int] | None]:
+        """A budget that fits settings and heads, and that of each head where these are known."""
+        checked = checked_budget(self.config, budget)
+        heads = None if self.state is None else self.state.layout.heads
+        if heads is not None and not isinstance(checked, int) and len(checked) != heads:
+            raise ValueError(
+                f"budget is {list(checked)}, for {len(checked)} KV heads, but the cache holds {heads}; give one number "
+                "for all, or one for each"
+            )
+        return checked, list(checked) if not isinstance(checked, int) else None if heads is None else [checked] * heads
+
+    def awaiting(self, q: Array) -> tuple[LayerState, NewTokens]:
+        """The state and the tokens that wait for these queries, or an error that says why they are none of theirs."""
+        state, new = self.state, self.new
+        if state is None or new is None:
+            raise ValueError("attend was called on an empty cache; append the keys and values of its queries first")
+        check_keys(q, new.keys)
+        k = new.keys
+        if q.shape[-2] > new.length or q.shape[:-3] != k.shape[:-3] or q.shape[-3] % k.shape[-3]:
+            raise ValueError(
+                f"q has shape {tuple(q.shape)}, but the keys that wait have {tuple(k.shape)}; give at most one query a "
+                "token, the same batch axes, and a multiple of the KV heads"
+            )
+        return state, new
+
+    def has_to_move(self, budgets: list[int]) -> bool:
+        """Whether stored tokens go, or static steps need other room, as soon as these are the budgets."""
+        if self.is_empty or self.new is not None or self.budgets is None or budgets == self.budgets:
+            return False
+        return self.is_fixed or any(new < old for new, old in zip(budgets, self.budgets, strict=True))
 
     def holds_newest(self, tokens: int, *, before: int = 0) -> bool:
         """Whether every head stores each of the newest tokens, but for the last ``before``, which are left out."""
@@ -294,9 +331,10 @@ class Holdings:
         return held
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Go back to a state that `snapshot` gave."""
+        """Go back to a state that `snapshot` gave, of this cache or another."""
         self.torn = False
-        self.go_back(snapshot)
+        # The arrays of static steps, and what operators know it by, stay this cache's own.
+        self.go_back(snapshot | {name: getattr(self, name) for name in ("fixed", "number", "handle")})
         self.go_back(self.snapshot())  # what is written from now on is not the snapshot's
 
 

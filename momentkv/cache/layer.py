@@ -163,18 +163,16 @@ class LayerCache(Holdings):
 
     @budget.setter
     def budget(self, budget: int | Sequence[int]) -> None:
-        checked = checked_budget(self.config, budget)
-        heads = None if self.state is None else self.state.layout.heads
-        if heads is not None and not isinstance(checked, int) and len(checked) != heads:
-            raise ValueError(
-                f"budget is {list(checked)}, for {len(checked)} KV heads, but the cache holds {heads}; give one number "
-                "for all, or one for each"
+        checked, budgets = self.checked_budgets(budget)
+        refused: dict[int, float] = {}
+        if self.state is not None and budgets is not None and self.has_to_move(budgets):
+            state = told(self.stored_state, self.config.corrects).changed(seen=self.seen)
+            self.state, refused = evicted_state(
+                self.config, state, None, budgets, scale=self.attention_scale, resized=True
             )
-        self._budget = checked
-        if isinstance(self._budget, int):
-            self.budgets = None if heads is None else [self._budget] * heads
-        else:
-            self.budgets = list(self._budget)
+        self._budget, self.budgets = checked, budgets
+        if refused:
+            self._refuse(refused)
 
     @alone
     def step(self, q: ArrayObject, k: ArrayObject, v: ArrayObject, *, valid: ArrayObject | None = None) -> Array:
@@ -243,9 +241,7 @@ class LayerCache(Holdings):
 
     def attend(self, q: ArrayObject, *, valid: ArrayObject | None = None) -> Array:
         """Attend from the queries of the tokens appended last, corrected by the moments (second part of `step`)."""
-        state, new = self.state, self.new
-        if state is None or new is None:
-            raise ValueError("attend was called on an empty cache; append the keys and values of its queries first")
+        state, new = self.awaiting(q)
         backend = self.config.backend_of(q)
         xp = array_namespace(q, new.keys)
         if valid is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, check_arrays, check_mask, device
@@ -14,7 +15,16 @@ from momentkv.cache.queries import remember
 from momentkv.cache.state import LayerState, NewTokens, empty_state, place
 from momentkv.statistics.moments import Moments
 
-__all__ = ["arrived", "attended", "check_like_stored", "check_step", "decoded", "fresh", "remembered", "started"]
+__all__ = [
+    "arrived",
+    "attended",
+    "check_like_stored",
+    "check_step",
+    "decoded",
+    "fresh",
+    "remembered",
+    "started",
+]
 
 
 def fresh(config: CacheConfig, k: Array, v: Array, positions: Array, *, padded: bool = False) -> NewTokens:
@@ -117,6 +127,10 @@ def check_step(q: Array, k: Array, v: Array, valid: Array | None) -> None:
         raise ValueError(
             f"q has {q.shape[-3]} heads in shape {tuple(q.shape)}, k has {k.shape[-3]} in {tuple(k.shape)}; batch "
             "axes must be equal, and the number of query heads a multiple of the number of KV heads"
+        )
+    if math.prod(k.shape[:-2]) == 0 or k.shape[-1] == 0:
+        raise ValueError(
+            f"k has shape {tuple(k.shape)}, which is of no rows or no dimensions; give at least one of each"
         )
     if valid is not None:
         check_mask("valid", valid, k.shape[:-1], k)

@@ -136,8 +136,12 @@ def low_rank(matrix: Array, deviation: Array, rank: int) -> tuple[Array, Array]:
     p, d = matrix.shape[-2:]
     scaled = matrix * deviation[..., None, :]
     # Decompositions refuse all matrices for one that is not finite; that one's factors are NaN.
-    finite = xp.isfinite(xp.max(xp.abs(scaled), axis=(-2, -1), keepdims=True))
-    scaled = xp.where(finite, scaled, 0.0)
+    top = xp.max(xp.abs(scaled), axis=(-2, -1), keepdims=True)
+    finite = xp.isfinite(top)
+    # Nor do they bear a square that has left the range of the dtype; the directions do not depend on the size.
+    bounds = xp.finfo(scaled.dtype)
+    far = (top > bounds.max**0.25) | (top < bounds.smallest_normal**0.25)
+    scaled = xp.where(finite, scaled / xp.where(far & finite & (top > 0), top, 1.0), 0.0)
     square = scaled @ scaled.mT
     basis = orthonormal(scaled @ start_of(matrix, min(rank + OVERSAMPLING, p, d)))
     for _ in range(SUBSPACE_STEPS):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -322,6 +323,10 @@ class Moments:
         left = self.weight - part.weight
         # Weights added in another order agree only to rounding; a remainder within it is an empty set.
         rounding = 8 * xp.finfo(left.dtype).eps * self.weight
+        # Whole numbers up to 2 / eps have none.
+        whole = (self.weight == xp.floor(self.weight)) & (part.weight == xp.floor(part.weight))
+        exact = whole & (self.weight <= 2 / xp.finfo(left.dtype).eps)
+        rounding = xp.where(exact, xp.zeros_like(rounding), rounding)
         if concrete(left) and bool(xp.any(left < -rounding)):
             raise ValueError(
                 f"cannot downdate: the least weight that would be left is {float(xp.min(left)):g}; "
@@ -385,13 +390,17 @@ class Moments:
         Raises
         ------
         ValueError
-            If a number outside [0, 1] is given.
+            If a factor is not between 0 and 1.
         """
-        if isinstance(gamma, int | float):
+        if isinstance(gamma, numbers.Real):
+            gamma = by_matrix = float(gamma)
             if not 0 <= gamma <= 1:
-                raise ValueError(f"gamma is {gamma}; a decay factor lies between 0 and 1")
-            by_matrix: Any = gamma
+                raise ValueError(f"gamma is {gamma:g}; a decay factor lies between 0 and 1")
         else:
+            xp = check_arrays(moments=self.weight, gamma=gamma)
+            if concrete(gamma) and not bool(xp.all((gamma >= 0) & (gamma <= 1))):
+                raise ValueError("gamma has a factor that is not between 0 and 1, where a decay factor lies")
+            gamma = xp.astype(gamma, self.weight.dtype, copy=False)
             by_matrix = gamma[..., None, None]
         value_key = None if self.value_key is None else self.value_key * by_matrix
         key_key = None if self.key_key is None else self.key_key * by_matrix
