@@ -27,6 +27,8 @@ EXTRAS = {
     "pandas": "evaluate",
     "scipy": "evaluate",
 }
+# Options of the commands that count something.
+COUNTS = ("context", "following", "budget", "budgets", "new_tokens", "chunk", "steps", "threads", "workers", "lengths")
 # As shells report a process that Ctrl-C ended: 128 and the number of SIGINT.
 INTERRUPTED = 130
 
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     before = written(options)
     try:
+        check_counts(options)
         status = int(options.run(options))
         sys.stdout.flush()
         return status
@@ -63,6 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"momentkv: {error}", file=sys.stderr)
     return 1
+
+
+def check_counts(options: argparse.Namespace) -> None:
+    """Raise if an option that counts something is not positive; commands check what else they need."""
+    for name in COUNTS:
+        value = getattr(options, name, None)
+        verb, values = ("has", value) if isinstance(value, list) else ("is", [value])
+        for each in values:
+            if isinstance(each, int) and each < 1:
+                raise ValueError(f"{name} {verb} {each}; use at least 1")
 
 
 def written(options: argparse.Namespace) -> int | None:

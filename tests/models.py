@@ -68,11 +68,18 @@ def real() -> tuple[Any, Any]:
     return load_model()
 
 
-def build(config: PreTrainedConfig, implementation: str = momentkv.hf.NAME, dtype: str = "float32") -> Any:
+def build(
+    config: PreTrainedConfig,
+    implementation: str = momentkv.hf.NAME,
+    dtype: str = "float32",
+    of: Any = AutoModelForCausalLM,
+) -> Any:
     """A new model with weights that depend on its configuration alone."""
-    with torch.random.fork_rng():
+    # A model that is kept may be asked for first within inference mode, and later with gradients.
+    with torch.random.fork_rng(), torch.inference_mode(False):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
+        make = getattr(of, "from_config", None) or of._from_config
+        model = make(config, dtype=torch.float32, attn_implementation=implementation)
     return model.to(getattr(torch, dtype)).eval()
 
 

@@ -47,6 +47,24 @@ def test_bench_measures_everything_against_a_copy(
     assert "share of its" in capsys.readouterr().out
 
 
-def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", "--device", "meta"]) == 1
-    assert "device is 'meta'" in capsys.readouterr().err
+@pytest.mark.parametrize("device", ["meta", "cud"])
+def test_a_device_that_is_not_there_is_refused(device: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "--device", device]) == 1
+    assert f"device is '{device}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["bench", "--threads", "0"], "threads is 0; use at least 1"),
+        (["demo", "--following", "0"], "following is 0; use at least 1"),
+        (["demo", "--context", "-3"], "context is -3; use at least 1"),
+        (["evaluate", "fidelity", "--budgets", "64", "0"], "budgets has 0; use at least 1"),
+        (["evaluate", "needles", "--lengths", "-1"], "lengths has -1; use at least 1"),
+        (["evaluate", "suite", "--workers", "0"], "workers is 0; use at least 1"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_counted_is_positive(command: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert main(command) == 1
+    assert capsys.readouterr().err == f"momentkv: {message}\n"

@@ -89,6 +89,12 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "cache: certify": (lambda: LayerCache(64, certify=3), ["certify is 3", "0, 1 or 2"]),
     "cache: scale": (lambda: LayerCache(64, scale="1"), ["scale is '1'", "finite"]),
     "cache: scale NaN": (lambda: LayerCache(64, scale=float("nan")), ["scale is nan", "finite"]),
+    "cache: scale of nothing": (lambda: LayerCache(64, scale=0), ["scale is 0", "positive"]),
+    "cache: scale negative": (lambda: LayerCache(64, scale=-0.5), ["scale is -0.5", "positive"]),
+    "cache: tolerance, static": (
+        lambda: LayerCache(64, certify=1, tolerance=0.5, static=True),
+        ["tolerance is 0.5", "static=True", "leave one"],
+    ),
     "cache: block": (lambda: LayerCache(64, block=0), ["block is 0"]),
     "cache: policy": (lambda: LayerCache(64, policy="lru"), ["policy is 'lru'", "snapkv"]),
     "cache: backend": (lambda: LayerCache(64, backend="cupy"), ["backend is 'cupy'", "numpy"]),

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from heads import heads_of
-from models import left_padded, prompt, tiny
-from transformers import DynamicCache
+from models import SIZES, VOCABULARY, build, left_padded, prompt, tiny
+from transformers import DynamicCache, Gemma4TextConfig
 
 from momentkv.hf import CacheSummary, MomentCache
 from momentkv.policies import H2O
@@ -203,3 +203,31 @@ def test_repr_is_one_line_that_says_what_it_is():
     assert repr(cache) == (
         "MomentCache(gemma3_text, budget='1MiB', sharing='heads', layers=2 compressed, 2 sliding, seen=0, MiB=0.00)"
     )
+
+
+def gemma4(kinds: list[str], *, full: int = 64, sliding: int = 32) -> Any:
+    """Heads of full attention are as wide as is said, and so are those of layers with a window."""
+    sizes = SIZES | {"num_hidden_layers": 4, "head_dim": sliding, "global_head_dim": full, "layer_types": kinds}
+    sizes |= {"num_global_key_value_heads": 2, "attention_k_eq_v": False, "sliding_window": 16}
+    sizes |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0}
+    return build(Gemma4TextConfig(**sizes, enable_moe_block=False))
+
+
+@pytest.mark.parametrize("bits", ["auto", None, 4])
+@torch.no_grad()
+def test_bytes_are_those_of_every_layers_own_heads(bits: Any):
+    model = gemma4(["sliding_attention", "full_attention"] * 2)
+    cache = MomentCache(model, "200KiB", **({} if bits == "auto" else {"bits": bits}))
+    model(prompt(1, 800), past_key_values=cache)
+    for _ in range(40):
+        model(prompt(1, 1), past_key_values=cache)
+        assert 0.9 * 200 * 1024 < cache.nbytes <= 200 * 1024
+
+
+@torch.no_grad()
+def test_bytes_are_refused_where_a_later_layer_has_larger_heads():
+    model = gemma4(["full_attention", "sliding_attention"] * 2, full=32, sliding=64)
+    cache = MomentCache(model, "200KiB")
+    with pytest.raises(ValueError, match=r"budget is '200KiB', .* but layer 1 has keys of shape .* give a budget in"):
+        model(prompt(1, 100), past_key_values=cache)
+    assert int(cache.get_seq_length()) == 0

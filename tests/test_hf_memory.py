@@ -8,9 +8,10 @@ import pytest
 import torch
 from models import build, prompt, tiny
 from transformers import GPTNeoXConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.cache.config import RECENT_QUERIES
-from momentkv.hf import MomentCache
+from momentkv.hf import MomentCache, read
 
 TOKENS = 700
 SMALL: dict[str, Any] = {"budget": 64, "sinks": 1, "window": 16, "block": 8}
@@ -69,3 +70,19 @@ def test_a_prefill_never_holds_more_than_the_full_cache(name: str, sharing: str 
         waits = index if sharing is None and index < len(counts) else 0
         assert count <= waits * (full + newest) + len(cache.layers) * state
     assert cache.nbytes < len(counts) * full / 2
+
+
+@pytest.mark.parametrize("way", ["one pass", "passes of 50", "read in chunks"])
+@torch.no_grad()
+def test_a_hybrid_model_holds_what_it_counts(way: str):
+    """Once a pass is over, neither what was before it nor all that a window has seen: deep copies would copy it."""
+    model, ids = tiny("gemma3"), prompt(1, TOKENS)
+    cache = MomentCache(model, **SMALL)
+    if way == "read in chunks":
+        read(model, ids, cache, twice=False, chunk=64, progress=False)
+    else:
+        for part in ids.split(50 if way == "passes of 50" else TOKENS, dim=1):
+            model(part, past_key_values=cache)
+    assert any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    # Numbers by which KV heads are found beside each other, and a token or two in a window's storage.
+    assert sum(held(cache, {}, set()).values()) < 1.1 * cache.nbytes

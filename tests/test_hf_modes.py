@@ -311,3 +311,15 @@ def test_two_copies_of_one_document_answer_alike():
     a, b = (generate(model, copy.deepcopy(cache), question) for _ in range(2))
     assert torch.equal(a, b)
     assert cache.get_seq_length() == 80
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": "auto"}, {"budget": "40KiB"}, {}], ids=str)
+def test_evictions_do_not_mind_autocast(options: dict[str, Any]):
+    """Steps of codes and statistics have dtypes of their own, which a caller's autocast does not know."""
+    model = tiny("llama")
+    cache = MomentCache(model, **({"budget": 40} | SMALL | options))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = generate(model, cache, prompt(1, 200), new=30)
+    assert out.shape[1] == 230
+    assert all(core.has_evicted for core in cache.moment_layers.values())
+    assert {core.moments.key_mean.dtype for core in cache.moment_layers.values()} == {torch.float32}

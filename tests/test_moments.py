@@ -255,3 +255,24 @@ def test_moments_are_immutable_and_count_their_bytes(backend: Library):
         assert_same(backend.numpy(x), before[name])
     with pytest.raises(dataclasses.FrozenInstanceError):
         moments.weight = None
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_factors_of_decay_have_the_dtype_of_the_weights(kind: type, backend: Library):
+    k = backend.asarray(np.ones((2, 6, 4), dtype=np.float32))
+    moments = Moments.from_tokens(k, k).decay(backend.asarray(np.array([0.9, 0.5], dtype=kind)))
+    assert {backend.dtype(x) for x in moments.arrays().values()} == {"float32"}
+    assert moments.update(k, k).weight.shape == (2,)
+
+
+@pytest.mark.parametrize("gamma", [2, -0.5, np.int64(2), np.float32(2), np.array([0.5, 3.0]), float("nan")], ids=str)
+def test_factors_of_decay_lie_between_0_and_1(gamma: object):
+    with pytest.raises(ValueError, match="gamma"):
+        Moments.from_tokens(np.ones((2, 6, 4)), np.ones((2, 6, 4))).decay(gamma)
+
+
+def test_one_of_many_tokens_is_left_exactly(backend: Library):
+    """Counts are whole numbers: what is left of two million is no rounding."""
+    zeros, one = (backend.asarray(x((1, n, 1), dtype=np.float32)) for x, n in ((np.zeros, 2_000_000), (np.ones, 1)))
+    left = Moments.from_tokens(zeros, zeros, order=0).update(one, one).downdate(zeros, zeros)
+    assert backend.numpy(left.weight).tolist() == [1.0]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import COMPRESSED, FAMILIES, build, left_padded, prompt, tiny
+from models import COMPRESSED, FAMILIES, SIZES, build, left_padded, prompt, tiny
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from momentkv.hf import MomentCache, read
 from momentkv.hf.layer import MomentLayer
@@ -328,3 +329,25 @@ def test_what_cannot_be_read_is_refused_by_name():
     with pytest.raises(ValueError, match="ends at token 50 of the 100"):
         read(short, ids, MomentCache(short, policy="twice"), request=REQUEST)
     assert read(short, ids, MomentCache(short), twice=False).get_seq_length() == 50
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_text_does_not_stand_where_images_of_another_moved_it(twice: bool, monkeypatch: pytest.MonkeyPatch):
+    """Models of images keep how far positions were moved by those that they saw last."""
+    sections = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+    config = Qwen2VLConfig(text_config=SIZES | {"rope_parameters": sections}, vision_config=vision)
+    model = build(config, of=Qwen2VLForConditionalGeneration)
+    ids, keys = prompt(1, 100), []
+    for deltas in (None, torch.tensor([[-12]]), torch.tensor([[0], [0]])):
+        model.model.rope_deltas = deltas
+        cache = MomentCache(model, 60, policy="second-reading" if twice else "balanced", block=8)
+        read(model, ids, cache, twice=twice, chunk=30, request=REQUEST, progress=False)
+        keys.append([core.keys for core in cache.moment_layers.values()])
+    for other in keys[1:]:
+        torch.testing.assert_close(other, keys[0], rtol=0, atol=0)
+    kept = model.model.rope_deltas = torch.tensor([[-12]])
+    monkeypatch.setattr(MomentLayer, "attend", interrupted(3))
+    with pytest.raises(KeyboardInterrupt):
+        read(model, ids, MomentCache(model, 60), twice=False, chunk=30, progress=False)
+    assert model.model.rope_deltas is kept

@@ -36,12 +36,14 @@ def test_misspelt_names_are_found_by_mypy(tmp_path: Path):
 
 def test_what_is_no_array_is_found_by_mypy_and_arrays_of_libraries_are_taken(tmp_path: Path):
     code = tmp_path / "user.py"
-    head = "import numpy as np\nimport torch\n\nfrom momentkv import LayerCache, attend\n\ncache = LayerCache(64)\n"
+    names = "LayerCache, Moments, attend, correct"
+    head = f"import numpy as np\nimport torch\n\nfrom momentkv import {names}\n\ncache = LayerCache(64)\n"
     right = ["x, t = np.zeros((1, 2, 3, 4)), torch.zeros(1, 2, 3, 4)"]
     right += ["attend(x, x, x).out.mean()", "attend(t, t, t, mask=t > 0).out.cpu()", "cache.step(t, t, t).tolist()"]
+    right += ["correct(attend(x, x, x), x, Moments.from_tokens(x, x, extent=True), certify=bool(x.any()))"]
     wrong = ["attend(x, x, [1.0])", "cache.step(t, t, None)", 'cache.append(x, "v")']
     code.write_text(head + "\n".join([*right, *wrong]) + "\n")
     out, _, status = api.run([str(code), "--cache-dir", ".mypy_cache"])
     assert status == 1
-    assert [line.split(":")[1] for line in out.splitlines() if "[arg-type]" in line] == ["11", "12", "13"]
+    assert [line.split(":")[1] for line in out.splitlines() if "[arg-type]" in line] == ["12", "13", "14"]
     assert "Found 3 errors" in out

@@ -68,9 +68,7 @@ class TotalBytes(BudgetRule):
     total: int
     text: str
 
-    def tokens(
-        self, config: CacheConfig, layers: int, k: Array, v: Array, windows: Sequence[int], *, whole: bool = False
-    ) -> int:
+    def tokens(self, config: CacheConfig, layers: int, k: Array, v: Array, windows: int, *, whole: bool = False) -> int:
         """Tokens that each KV head may retain on average, so that the total is not exceeded while decoding either.
 
         Parameters
@@ -81,8 +79,8 @@ class TotalBytes(BudgetRule):
             Full-attention layers.
         k, v : array, shape (batch, kv_head, n, d) and (batch, kv_head, n, dv)
             Of one full-attention layer; all layers must be alike.
-        windows : sequence of int
-            Tokens that each sliding-window layer stores at most.
+        windows : int
+            Bytes that layers with a sliding window store at most.
         whole : bool
             Whether tokens are retained as they come first, and coded when they no longer fit.
 
@@ -116,7 +114,7 @@ class TotalBytes(BudgetRule):
             token=record + beside,
             exact=pair + beside,
             state=state,
-            beside=sum(windows) * batch * kv_heads * pair,
+            beside=windows,
             block=config.block,
             recent=config.recent,
             least=config.protected + 1,

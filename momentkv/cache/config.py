@@ -195,7 +195,7 @@ def make_config(
             "leave one of them out"
         )
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale is {scale!r}; use a positive factor on q . k, or None for 1 / sqrt(d)")
+        raise ValueError(f"scale is {scale!r}; use a positive, finite factor on q . k, or None for 1 / sqrt(d)")
     coded = None if bits is None else pair_of_bits(bits)
     return CacheConfig(
         policy=get_policy(policy),

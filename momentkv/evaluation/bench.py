@@ -24,9 +24,10 @@ __all__ = ["Shape", "bench", "measurements"]
 def bench(options: argparse.Namespace) -> int:
     """Measure, print a table, write JSON and a plot."""
     console = Console()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device is {str(device)!r}; use cpu, or cuda where PyTorch finds a GPU")
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda") or (name[:4] == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device is {name!r}; use cpu, or cuda where PyTorch finds a GPU")
+    device = torch.device(name)
     sizes = CUDA if device.type == "cuda" else CPU
     if device.type == "cpu":
         torch.set_num_threads(options.threads)

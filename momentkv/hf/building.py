@@ -154,19 +154,28 @@ def shared_budgets(layers: Sequence[MomentLayer], plan: Plan) -> list[CodedBudge
     return totals
 
 
-def apply_rule(cache: Any, rule: BudgetRule, k: Any, v: Any) -> None:
-    """Turn a budget that is not in tokens into tokens, now that the keys and values of some arrive at a cache."""
+def apply_rule(cache: Any, rule: BudgetRule, index: int, k: Any, v: Any) -> None:
+    """Turn a budget that is not in tokens into tokens, as keys and values arrive at the first layer that has one.
+
+    Raises
+    ------
+    ValueError
+        If a budget is in bytes and has no room for the least one, or layers have not the heads that it was divided by.
+    """
     layers = [layer for layer in cache.layers if isinstance(layer, MomentLayer)]
     if not layers:
         return
     seen, tokens = int(cache.get_seq_length()), 0
+    if cache.layers[index] is not layers[0]:
+        if isinstance(rule, TotalBytes) and not seen:
+            check_alike(cache, rule, index, k, v)
+        return
     if isinstance(rule, TotalBytes):
         if seen:
             return
-        windows = [layer.sliding_window - 1 for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
         config = layers[0].core.config
         coded = [shared for shared in cache.shared_budgets if shared.chooses_bits]
-        tokens = rule.tokens(config, len(layers), k, v, windows, whole=bool(coded))
+        tokens = rule.tokens(config, len(layers), k, v, bytes_of_windows(cache, k, v), whole=bool(coded))
         for shared in coded:
             shared.beside = bytes_beside(config, k, v)
     elif isinstance(rule, Share):
@@ -180,6 +189,37 @@ def apply_rule(cache: Any, rule: BudgetRule, k: Any, v: Any) -> None:
     for layer in layers:
         budget = layer.core.budget
         layer.core.budget = tokens if isinstance(budget, int) else [tokens] * len(budget)
+
+
+def bytes_of_windows(cache: Any, k: Any, v: Any) -> int:
+    """Bytes that layers with sliding windows store at most; those that have not come yet are like the last, or this."""
+    total, token = 0, slot_bytes(k, v)
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            token = slot_bytes(layer.keys, layer.values) if layer.is_initialized else token
+            total += (layer.sliding_window - 1) * token
+    return total
+
+
+def slot_bytes(k: Any, v: Any) -> int:
+    """Bytes of a token's keys and values, all rows and heads."""
+    return sum(x.shape[0] * x.shape[1] * x.shape[3] * x.element_size() for x in (k, v))
+
+
+def check_alike(cache: Any, rule: TotalBytes, index: int, k: Any, v: Any) -> None:
+    """Raise if a layer has larger keys or values than those of its kind by which a budget in bytes was divided."""
+    first = next(each for each in cache.layers if isinstance(each, MomentLayer))
+    if index < cache.layers.index(first):
+        return  # nothing has been divided yet
+    sliding = isinstance(cache.layers[index], DynamicSlidingWindowLayer)
+    alike = [each for each in cache.layers[:index] if sliding and isinstance(each, DynamicSlidingWindowLayer)]
+    state = first.core.stored_state
+    stored = (alike[-1].keys, alike[-1].values) if alike else (state.recent_keys, state.recent_values)
+    if slot_bytes(k, v) > slot_bytes(*stored):
+        raise ValueError(
+            f"budget is {rule.text!r}, which was divided among layers alike, but layer {index} has keys of shape "
+            f"{tuple(k.shape)}, larger than those before; give a budget in tokens"
+        )
 
 
 def kv_heads(config: Any, index: int = 0) -> int:

@@ -184,17 +184,16 @@ class MomentCache(Cache):
             check_limit(self, key_states.shape[2])
             with self.passes.all_or_nothing():
                 self.passes.settle(key_states.shape[2], self.rollback)
-                if self.rule is not None:
-                    apply_rule(self, self.rule, key_states, value_states)
         self.passes.check_layer(layer_idx)
+        if self.rule is not None:
+            apply_rule(self, self.rule, layer_idx, key_states, value_states)
         layer = self.layers[layer_idx]
         if not isinstance(layer, DynamicSlidingWindowLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer.is_initialized:
             layer.keys, layer.values = (x.to(key_states.device) for x in (layer.keys, layer.values))
         attended: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        # A graph that is kept would keep those of all passes before.
-        layer.keys, layer.values = (x.detach() for x in (layer.keys, layer.values))
+        self.passes.slid(layer)
         return attended
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -12,6 +12,7 @@ from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.step import check_like_stored
 from momentkv.hf.attention import NEWEST, link, linked
+from momentkv.hf.autocast import without_autocast
 from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass, plain_mask, refuse_arguments
 from momentkv.hf.clock import Clock, check_step
 from momentkv.hf.layer_reader import LayerReader
@@ -269,10 +270,11 @@ class MomentLayer(CacheLayerMixin):
         """Evict down to the budget, or together with the other layers and heads where the budget is shared."""
         if self.core.newest_queries is not None:
             self.core.release_projections()
-        if self.sharing is None:
-            self.core.evict()
-        else:
-            self.sharing.evict(self.core)
+        with without_autocast():
+            if self.sharing is None:
+                self.core.evict()
+            else:
+                self.sharing.evict(self.core)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding and evicted ones included: positions and masks count from here.

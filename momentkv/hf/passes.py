@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.joining import evict_together
+from momentkv.hf.autocast import without_autocast
 from momentkv.hf.checks import NAME, records
 from momentkv.hf.clock import Clock
 from momentkv.hf.layer import MomentLayer
@@ -31,6 +32,12 @@ TURN = threading.Lock()
 INSIDE: dict[int, int] = {}
 # How often a first pass may be repeated that ends before some layer.
 RETRIES = 8
+
+
+def own(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that holds no graph, and no storage that is much larger than itself."""
+    x = x.detach()
+    return x if x.untyped_storage().nbytes() <= 1.125 * x.nbytes else x.clone()
 
 
 class PassKeeper:
@@ -84,6 +91,8 @@ class PassKeeper:
             raise RuntimeError(self.never_reached(unreached))
         # A pass that failed may be repeated. A model without attention in a layer goes on with other tokens.
         early = self.ended_early
+        if len(self.known) < len(self.layers):
+            self.known.update(index for index, length in enumerate(self.lengths) if length)
         if len(self.known) < len(self.layers) and (len(early) > RETRIES or {*early} - {new}):
             self.ended_early = []
             raise RuntimeError(self.never_came(len(self.known)))
@@ -158,7 +167,8 @@ class PassKeeper:
         for each in due:
             if each.sharing is not None:
                 each.sharing.prepare(each.core)
-        evict_together([each.core for each in due])
+        with without_autocast():
+            evict_together([each.core for each in due])
 
     def attended(self) -> None:
         """One more layer is through."""
@@ -166,8 +176,18 @@ class PassKeeper:
             self.check_thread("a pass began before this one had ended")
             self.left -= 1
         self.reached = True
-        if not (self.left or self.stock):
-            self.before = []  # nothing is left to fail
+        self.forget()
+
+    def slid(self, layer: DynamicSlidingWindowLayer) -> None:
+        """One more layer with a window holds the pass's tokens."""
+        # A graph that is kept would keep those of all passes before; a view, all tokens of this one.
+        layer.keys, layer.values = own(layer.keys), own(layer.values)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was before the pass, once every layer holds its tokens: nothing is left to fail."""
+        if not self.left and not self.is_torn:
+            self.before = []
 
     def held(self) -> list[Any]:
         """All that a pass changes, by reference; tensors of stock layers are never changed in place."""
@@ -209,7 +229,7 @@ class PassKeeper:
             if isinstance(layer, DynamicSlidingWindowLayer) and records(layer) and layer.is_initialized:
                 kept = layer.sliding_window - 1 + rollback
                 if layer.keys.shape[2] > kept:
-                    layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+                    layer.keys, layer.values = (own(x[:, :, -kept:]) for x in (layer.keys, layer.values))
 
     @property
     def lengths(self) -> list[int]:

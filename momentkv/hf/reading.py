@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +137,7 @@ def read(
     try:
         with (
             torch.no_grad(),
+            own_positions(model, seen),
             tqdm(total=n + round(share * n), unit="token", delay=PATIENCE, leave=False, disable=not progress) as bar,
         ):
             for piece in pieces:
@@ -156,6 +158,21 @@ def read(
             raise KeyboardInterrupt(f"reading was interrupted: the cache {state}, and the model is unchanged") from None
         raise
     return cache
+
+
+@contextlib.contextmanager
+def own_positions(model: Any, seen: int) -> Iterator[None]:
+    """Let a text start at its own positions: some models keep, from what they read last, how images moved them."""
+    modules = [] if seen else [x for x in model.modules() if getattr(x, "rope_deltas", None) is not None]
+    before = [module.rope_deltas for module in modules]
+    for module in modules:
+        module.rope_deltas = None
+    try:
+        yield
+    except BaseException:
+        for module, deltas in zip(modules, before, strict=True):
+            module.rope_deltas = deltas
+        raise
 
 
 class Reading:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from momentkv._array import Array, array_namespace, check_arrays, concrete
 if TYPE_CHECKING:
     from momentkv.statistics.moments import Moments
 
-__all__ = ["check_estimate", "check_fits", "check_order", "equal_anchors"]
+__all__ = ["check_estimate", "check_fits", "check_order", "checked_decay", "equal_anchors"]
 
 
 def equal_anchors(one: Array, other: Array) -> bool:
@@ -65,3 +66,16 @@ def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:
             )
     if one.anchor is not None and not equal_anchors(one.anchor, other.anchor):
         raise ValueError("cannot combine moments with other anchors; gather both around the same one")
+
+
+def checked_decay(gamma: float | Array, weight: Array) -> float | Array:
+    """Factors of decay from 0 to 1, an array of them in the dtype of the weights."""
+    if isinstance(gamma, numbers.Real):
+        gamma = float(gamma)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma is {gamma:g}; a decay factor lies between 0 and 1")
+        return gamma
+    xp = check_arrays(moments=weight, gamma=gamma)
+    if concrete(gamma) and not bool(xp.all((gamma >= 0) & (gamma <= 1))):
+        raise ValueError("gamma has a factor that is not between 0 and 1, where a decay factor lies")
+    return xp.astype(gamma, weight.dtype, copy=False)

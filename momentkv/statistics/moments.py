@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +25,10 @@ from momentkv._array import (
     nbytes,
 )
 from momentkv.attention import check_values
-from momentkv.statistics.checks import check_estimate, check_fits, check_order
+from momentkv.statistics.checks import check_estimate, check_fits, check_order, checked_decay
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.extent import Extent, check_orthogonal
-from momentkv.statistics.weights import attended, common_scale, outer, positive, weighted
+from momentkv.statistics.weights import attended, common_scale, outer, positive, remainder_error, weighted
 
 __all__ = ["Moments"]
 
@@ -321,12 +320,7 @@ class Moments:
         check_fits(FIELDS, self, part)
         xp = array_namespace(self.weight, part.weight)
         left = self.weight - part.weight
-        # Weights added in another order agree only to rounding; a remainder within it is an empty set.
-        rounding = 8 * xp.finfo(left.dtype).eps * self.weight
-        # Whole numbers up to 2 / eps have none.
-        whole = (self.weight == xp.floor(self.weight)) & (part.weight == xp.floor(part.weight))
-        exact = whole & (self.weight <= 2 / xp.finfo(left.dtype).eps)
-        rounding = xp.where(exact, xp.zeros_like(rounding), rounding)
+        rounding = remainder_error(self.weight, part.weight)
         if concrete(left) and bool(xp.any(left < -rounding)):
             raise ValueError(
                 f"cannot downdate: the least weight that would be left is {float(xp.min(left)):g}; "
@@ -392,16 +386,8 @@ class Moments:
         ValueError
             If a factor is not between 0 and 1.
         """
-        if isinstance(gamma, numbers.Real):
-            gamma = by_matrix = float(gamma)
-            if not 0 <= gamma <= 1:
-                raise ValueError(f"gamma is {gamma:g}; a decay factor lies between 0 and 1")
-        else:
-            xp = check_arrays(moments=self.weight, gamma=gamma)
-            if concrete(gamma) and not bool(xp.all((gamma >= 0) & (gamma <= 1))):
-                raise ValueError("gamma has a factor that is not between 0 and 1, where a decay factor lies")
-            gamma = xp.astype(gamma, self.weight.dtype, copy=False)
-            by_matrix = gamma[..., None, None]
+        gamma = checked_decay(gamma, self.weight)
+        by_matrix: Any = gamma if isinstance(gamma, float) else gamma[..., None, None]
         value_key = None if self.value_key is None else self.value_key * by_matrix
         key_key = None if self.key_key is None else self.key_key * by_matrix
         weight = self.weight * gamma

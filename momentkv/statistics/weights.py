@@ -7,7 +7,7 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace, check_broadcast, concrete, library, mixed
 
-__all__ = ["attended", "check_spread", "common_scale", "outer", "positive", "weighted"]
+__all__ = ["attended", "check_spread", "common_scale", "outer", "positive", "remainder_error", "weighted"]
 
 
 def weighted(xp: Any, weights: Array, k: Array) -> Array:
@@ -97,3 +97,14 @@ def positive(xp: Any, x: Array) -> Array:
 def outer(a: Array, b: Array) -> Array:
     """Outer product of the last axes."""
     return a[..., :, None] * b[..., None, :]
+
+
+def remainder_error(whole: Array, part: Array) -> Array:
+    """How far what is left of a weight less a part may be from the truth: a remainder within it is an empty set.
+
+    Weights added in another order agree only to rounding; whole numbers up to 2 / eps have none.
+    """
+    xp = array_namespace(whole, part)
+    eps = xp.finfo(whole.dtype).eps
+    counts = (whole == xp.floor(whole)) & (part == xp.floor(part)) & (whole <= 2 / eps)
+    return xp.where(counts, xp.zeros_like(whole), 8 * eps * whole)
