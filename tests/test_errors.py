@@ -11,7 +11,7 @@ from libraries import Library
 from momentkv import LayerCache, Moments, Policy, Tokens, attend, correct, estimate, get_policy
 from momentkv.backends import get_backend
 from momentkv.cache.state import HOST
-from momentkv.policies import MomentKV, Random, SnapKV
+from momentkv.policies import MomentKV, Random, SnapKV, retain
 from momentkv.statistics.corrections import Correction, PaperMoments, get_correction
 from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
 from momentkv.testing.rounding import assert_same
@@ -91,6 +91,15 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "cache: scale NaN": (lambda: LayerCache(64, scale=float("nan")), ["scale is nan", "finite"]),
     "cache: scale of nothing": (lambda: LayerCache(64, scale=0), ["scale is 0", "positive"]),
     "cache: scale negative": (lambda: LayerCache(64, scale=-0.5), ["scale is -0.5", "positive"]),
+    "cache: observes": (
+        lambda: LayerCache(64, policy=SnapKV(observes=-1)),
+        ["policy is SnapKV(observes=-1", "observes is -1", "or None"],
+    ),
+    "cache: tolerance as text": (lambda: LayerCache(64, certify=1, tolerance="a"), ["tolerance is 'a'", "at least 0"]),
+    "retain: budget": (
+        lambda: retain(np.ones((1, 9)), np.arange(9)[None], budget=2, sinks=1, window=2),
+        ["budget is 2", "sinks and window"],
+    ),
     "cache: tolerance, static": (
         lambda: LayerCache(64, certify=1, tolerance=0.5, static=True),
         ["tolerance is 0.5", "static=True", "leave one"],

@@ -108,8 +108,9 @@ def output_error(
     Returns
     -------
     array, shape (..., q_head, q_len)
-        Never NaN where inputs and their squares are finite. Rounding of the moments and of the bound is included; that of ``retained`` is
-        not, since what it was computed from is not seen here: see `momentkv.bounds.rounding.attention_error`.
+        Never NaN where inputs and their squares are finite. Rounding of the moments and of the bound is included; that
+        of ``retained`` is not, since what it was computed from is not seen here: see
+        `momentkv.bounds.rounding.attention_error`.
 
     Notes
     -----

@@ -185,9 +185,9 @@ def make_config(
         raise ValueError(f"exact_window is {exact_window}; it cannot be negative")
     if certify is not None and certify not in (0, 1, 2):
         raise ValueError(f"certify is {certify!r}; use None (no evidence), or its order, 0, 1 or 2")
-    if tolerance is not None and (certify is None or not tolerance >= 0):
+    if tolerance is not None and (certify is None or not isinstance(tolerance, numbers.Real) or not tolerance >= 0):
         raise ValueError(
-            f"tolerance is {tolerance} with certify={certify}; it must be at least 0 and needs certify=0, 1 or 2"
+            f"tolerance is {tolerance!r} with certify={certify}; it must be at least 0 and needs certify=0, 1 or 2"
         )
     if tolerance is not None and static:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Literal
 
 from momentkv.policies.attention import Attention
@@ -107,7 +108,7 @@ def get_policy(policy: str | Policy) -> Policy:
     Raises
     ------
     ValueError
-        If no policy has that name.
+        If no policy has that name, or it observes no number of queries.
 
     Examples
     --------
@@ -115,6 +116,9 @@ def get_policy(policy: str | Policy) -> Policy:
     SnapKV(observes=32, kernel=5)
     """
     if isinstance(policy, Policy):
+        observes = policy.observes
+        if observes is not None and (not isinstance(observes, numbers.Integral) or observes < 0):
+            raise ValueError(f"policy is {policy}, whose observes is {observes!r}; use a whole number, or None for all")
         return policy
     if policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}; use one of {', '.join(sorted(POLICIES))}, or a Policy object")

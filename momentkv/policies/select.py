@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace, concrete, device
@@ -60,6 +61,12 @@ def retain(
     ([[0, 2, 4]], [[False, True, False, True, False]])
     """
     xp = array_namespace(importance, positions)
+    if isinstance(budget, numbers.Integral):
+        budget = int(budget)
+        if budget < sinks + window:
+            raise ValueError(f"budget is {budget}, less than sinks and window, {sinks} + {window}, which always stay")
+    elif not hasattr(budget, "shape"):
+        raise TypeError(f"budget is {budget!r}, a {type(budget).__name__}; use a whole number, or an array of them")
     valid = positions >= 0
     n = positions.shape[-1]
     retained = kept(importance, positions, budget, sinks=sinks, window=window)
