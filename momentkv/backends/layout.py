@@ -61,9 +61,9 @@ class Layout:
         """For each slot of a rectangle (kv_head, width), the packed slot that it shows; any where it shows none."""
         import numpy as np  # when first needed: importing momentkv loads no array library
 
-        places = np.arange(self.width)
+        places = np.arange(self.width, dtype=np.int32)
         last = max(sum(self.widths) - 1, 0)
-        return np.minimum(np.asarray(self.starts)[:, None] + places, last)
+        return np.minimum(np.asarray(self.starts, dtype=np.int32)[:, None] + places, np.int32(last))
 
     @cached_property
     def real(self) -> np.ndarray[Any, Any]:
@@ -77,7 +77,7 @@ class Layout:
         """For each packed slot, its place in that rectangle, flattened."""
         import numpy as np
 
-        return np.flatnonzero(self.real)
+        return np.flatnonzero(self.real).astype(np.int32)
 
     @cached_property
     def placed(self) -> dict[Any, Any]:
