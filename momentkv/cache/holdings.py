@@ -333,8 +333,9 @@ class Holdings:
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to a state that `snapshot` gave, of this cache or another."""
         self.torn = False
-        # The arrays of static steps, and what operators know it by, stay this cache's own.
-        self.go_back(snapshot | {name: getattr(self, name) for name in ("fixed", "number", "handle")})
+        # The arrays of static steps, and what operators know a cache by, are its own.
+        own = () if snapshot["number"] == self.number else ("fixed", "number", "handle")
+        self.go_back(snapshot | {name: getattr(self, name) for name in own})
         self.go_back(self.snapshot())  # what is written from now on is not the snapshot's
 
 
