@@ -161,3 +161,22 @@ def test_a_prefill_takes_queries_of_another_dtype_as_later_steps_do(backend: Lib
     exact = attend(*halves, mask=np.tril(np.ones((20, 20), dtype=bool))).out
     np.testing.assert_allclose(backend.numpy(out), exact, rtol=0, atol=1e-5)
     assert_same(halves[1], halves[1].astype(np.float16).astype(np.float64))
+
+
+@pytest.mark.parametrize("policy", ["expected-attention", "twice", "momentkv"])
+def test_a_turn_of_few_tokens_is_ranked_as_alone(policy: str, backend: Library):
+    """Beside a turn of more, whose newest queries are many: its own are not enough, and what is remembered serves."""
+    settings: dict[str, Any] = {"budget": 64, "policy": policy, "correction": "summaries"}
+    together, alone = LayerCache(**settings), LayerCache(**settings)
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((2, heads, 381, 8)) for heads in (4, 2, 2))
+    valid = np.ones((2, 1, 60), dtype=bool)
+    valid[0, :, :45] = False
+    for part in (slice(0, 300), slice(300, 320), slice(320, 380), slice(380, 381)):
+        own = slice(365, 380) if part.stop == 380 else part
+        given = backend.asarray(valid) if part.stop == 380 else None
+        out = together.step(*(backend.asarray(x[..., part, :]) for x in (q, k, v)), valid=given)
+        expected = alone.step(*(backend.asarray(x[:1, ..., own, :]) for x in (q, k, v)))
+    held, of_one = stored(backend, together), stored(backend, alone)
+    assert [{p - 45 if p >= 365 else p for p in head} for head in held] == of_one
+    np.testing.assert_allclose(backend.numpy(out)[:1], backend.numpy(expected), rtol=1e-7, atol=1e-9)

@@ -208,7 +208,7 @@ def test_repr_is_one_line_that_says_what_it_is():
 def gemma4(kinds: list[str], *, full: int = 64, sliding: int = 32) -> Any:
     """Heads of full attention are as wide as is said, and so are those of layers with a window."""
     sizes = SIZES | {"num_hidden_layers": 4, "head_dim": sliding, "global_head_dim": full, "layer_types": kinds}
-    sizes |= {"num_global_key_value_heads": 2, "attention_k_eq_v": False, "sliding_window": 16}
+    sizes |= {"num_global_key_value_heads": 2, "attention_k_eq_v": False, "sliding_window": 64}
     sizes |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0}
     return build(Gemma4TextConfig(**sizes, enable_moe_block=False))
 
@@ -217,11 +217,11 @@ def gemma4(kinds: list[str], *, full: int = 64, sliding: int = 32) -> Any:
 @torch.no_grad()
 def test_bytes_are_those_of_every_layers_own_heads(bits: Any):
     model = gemma4(["sliding_attention", "full_attention"] * 2)
-    cache = MomentCache(model, "200KiB", **({} if bits == "auto" else {"bits": bits}))
+    cache = MomentCache(model, "300KiB", **({} if bits == "auto" else {"bits": bits}))
     model(prompt(1, 800), past_key_values=cache)
     for _ in range(40):
         model(prompt(1, 1), past_key_values=cache)
-        assert 0.9 * 200 * 1024 < cache.nbytes <= 200 * 1024
+        assert 0.9 * 300 * 1024 < cache.nbytes <= 300 * 1024
 
 
 @torch.no_grad()

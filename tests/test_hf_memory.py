@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, prompt, tiny
-from transformers import GPTNeoXConfig
+from models import GEMMA, HYBRID, SIZES, build, prompt, tiny
+from transformers import Gemma3TextConfig, GPTNeoXConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.cache.config import RECENT_QUERIES
@@ -72,11 +72,13 @@ def test_a_prefill_never_holds_more_than_the_full_cache(name: str, sharing: str 
     assert cache.nbytes < len(counts) * full / 2
 
 
+@pytest.mark.parametrize("last", ["full_attention", "sliding_attention"])
 @pytest.mark.parametrize("way", ["one pass", "passes of 50", "read in chunks"])
 @torch.no_grad()
-def test_a_hybrid_model_holds_what_it_counts(way: str):
+def test_a_hybrid_model_holds_what_it_counts(way: str, last: str):
     """Once a pass is over, neither what was before it nor all that a window has seen: deep copies would copy it."""
-    model, ids = tiny("gemma3"), prompt(1, TOKENS)
+    kinds = sorted(HYBRID, key=lambda kind: kind == last)
+    model, ids = build(Gemma3TextConfig(**(SIZES | GEMMA), layer_types=kinds)), prompt(1, TOKENS)
     cache = MomentCache(model, **SMALL)
     if way == "read in chunks":
         read(model, ids, cache, twice=False, chunk=64, progress=False)
