@@ -91,3 +91,21 @@ def test_what_a_cache_holds_has_no_gradient(family: str, recorded: bool):
     twin = copy.deepcopy(cache)
     with torch.no_grad():
         assert torch.equal(read(family, twin, 5, 9), read(family, cache, 5, 9))
+
+
+@pytest.mark.parametrize("new", [1, 3, 40])
+@pytest.mark.parametrize("before", [10, 300])
+def test_a_gradient_does_not_mind_what_is_written_later(before: int, new: int):
+    """Neither the pass's own tokens, which are written behind those that it attended to, nor those of the next."""
+    model, found = tiny("llama"), []
+    for more in (False, True):
+        cache = MomentCache(model, 2000)
+        with torch.no_grad():
+            model(prompt(1, before), past_key_values=cache)
+        embedded = model.get_input_embeddings()(prompt(1, new)).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, past_key_values=cache).logits
+        if more:
+            model(prompt(1, 2), past_key_values=cache)
+        logits.sum().backward()
+        found.append(embedded.grad)
+    torch.testing.assert_close(*found, rtol=0, atol=0)

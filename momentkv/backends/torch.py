@@ -104,6 +104,7 @@ class TorchBackend(ArrayBackend):
     def attend_stored(
         self, q: Array, tiers: Tiers, *, scale: float, weights: bool = False
     ) -> tuple[AttentionState, Array | None]:
+        tiers = with_own_recent(q, tiers)
         if weights and tiers.layout.equal and tiers.layout.width and tiers.coding is None:
             return attend_both(q, tiers, scale=scale)
         if weights or not flash_fits(q, tiers.recent_keys, tiers.recent_values):
@@ -120,6 +121,7 @@ class TorchBackend(ArrayBackend):
     def decode(
         self, q: Array, tiers: Tiers, expansion: Any, *, scale: float, weights: bool = False
     ) -> tuple[Array, Array | None]:
+        tiers = with_own_recent(q, tiers)
         if isinstance(expansion, Prepared):
             return decode_prepared(self, q, tiers, expansion, scale=scale, weights=weights)
         readable = tiers.coding is None or reads_codes(tiers.coding, q.dtype)
@@ -158,8 +160,7 @@ class TorchBackend(ArrayBackend):
         return x.scatter_(axis, slots[..., None].expand(new.shape) if axis == -2 else slots, new)
 
     def overwrite(self, x: Array, new: Array) -> Array:
-        x.copy_(new)
-        return x
+        return x.copy_(new)
 
     def at_once(self, x: Array) -> int:
         return super().at_once(x) if x.device.type == "cpu" else AT_ONCE_ON_DEVICE
@@ -193,8 +194,7 @@ class TorchBackend(ArrayBackend):
     def prefill(self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None) -> Array:
         q_len, n = q.shape[-2], k.shape[-2]
         grouped = q.shape[-3] != k.shape[-3]
-        if not q.dtype == k.dtype == v.dtype:
-            # The kernels take one dtype.
+        if not q.dtype == k.dtype == v.dtype:  # kernels take one
             common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
             q, k, v = q.to(common), k.to(common), v.to(common)
         if valid is None and q_len == n:
@@ -325,6 +325,13 @@ def decode_tiers(
         )
     # A query that sees nothing has logits of -inf alone; all its weights are zero.
     return out, None if logits is None else torch.softmax(logits, dim=-1).nan_to_num(nan=0.0)
+
+
+def with_own_recent(q: torch.Tensor, tiers: Tiers) -> Tiers:
+    """Tiers whose recent tokens are copies where a graph keeps them: later steps write into the cache's."""
+    if not (torch.is_grad_enabled() and q.requires_grad):
+        return tiers
+    return tiers._replace(recent_keys=tiers.recent_keys.clone(), recent_values=tiers.recent_values.clone())
 
 
 def packed_slots(layout: Layout, batch: int, where: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
