@@ -37,7 +37,7 @@ def filled(
     cache = LayerCache(**(settings | options))
     cache.recording = True
     cache.append(backend.asarray(k), backend.asarray(v))
-    q = backend.asarray(np.zeros((1, HEADS * GROUP, *k.shape[-2:])))
+    q = backend.asarray(np.zeros((k.shape[0], HEADS * GROUP, *k.shape[-2:])))
     cache.attend(q, valid=None if valid is None else backend.asarray(valid))
     cache.recording = False
     return cache
