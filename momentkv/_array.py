@@ -255,24 +255,9 @@ def check_arrays(**arrays: Array) -> Any:
             f"{name} is {x.dtype} of shape {tuple(x.shape)}; it must be of floating point: convert it, to float32 say"
         )
     for name, x in arrays.items():
-        if not usual(xp, x.dtype):
-            raise ValueError(
-                f"{name} is {x.dtype}, of more than 64 bits or of the other byte order; convert it, to float64 say"
-            )
+        if not getattr(x.dtype, "isnative", True):
+            raise ValueError(f"{name} is {x.dtype}, of the other byte order; convert it, to float64 say")
     return xp
-
-
-@cache
-def usual(xp: Any, dtype: Any) -> bool:
-    """Whether a floating-point dtype is one that all libraries have: NumPy has longer ones, and those of files.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> usual(np, np.dtype("f8")), usual(np, np.dtype("f8").newbyteorder("S"))
-    (True, False)
-    """
-    return bool(getattr(dtype, "isnative", True)) and getattr(dtype, "itemsize", 0) <= 8
 
 
 @cache
