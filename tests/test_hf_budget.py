@@ -231,3 +231,16 @@ def test_bytes_are_refused_where_a_later_layer_has_larger_heads():
     with pytest.raises(ValueError, match=r"budget is '200KiB', .* but layer 1 has keys of shape .* give a budget in"):
         model(prompt(1, 100), past_key_values=cache)
     assert int(cache.get_seq_length()) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_a_total_that_was_too_small_for_many_rows_serves_fewer(family: str):
+    """As the error advises: the pass is as if it had not been, and none that was interrupted."""
+    model = tiny(family)
+    cache = MomentCache(model, "60KiB")
+    with pytest.raises(ValueError, match="budget is '60KiB', too little for 8 rows"):
+        model(prompt(8, 100), past_key_values=cache)
+    assert (int(cache.get_seq_length()), cache.nbytes) == (0, 0)
+    model(prompt(1, 30), past_key_values=cache)
+    assert int(cache.get_seq_length()) == 30

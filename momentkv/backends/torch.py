@@ -121,9 +121,8 @@ class TorchBackend(ArrayBackend):
     def decode(
         self, q: Array, tiers: Tiers, expansion: Any, *, scale: float, weights: bool = False
     ) -> tuple[Array, Array | None]:
-        tiers = with_own_recent(q, tiers)
         if isinstance(expansion, Prepared):
-            return decode_prepared(self, q, tiers, expansion, scale=scale, weights=weights)
+            return decode_prepared(self, q, with_own_recent(q, tiers), expansion, scale=scale, weights=weights)
         readable = tiers.coding is None or reads_codes(tiers.coding, q.dtype)
         if readable and fuses(q, tiers.recent_keys, tiers.recent_values):
             return decode_tiers(q, tiers, expansion, scale=scale, weights=weights)

@@ -15,16 +15,7 @@ from momentkv.cache.queries import remember
 from momentkv.cache.state import LayerState, NewTokens, empty_state, place
 from momentkv.statistics.moments import Moments
 
-__all__ = [
-    "arrived",
-    "attended",
-    "check_like_stored",
-    "check_step",
-    "decoded",
-    "fresh",
-    "remembered",
-    "started",
-]
+__all__ = ["arrived", "attended", "check_like_stored", "check_step", "decoded", "fresh", "remembered", "started"]
 
 
 def fresh(config: CacheConfig, k: Array, v: Array, positions: Array, *, padded: bool = False) -> NewTokens:

@@ -24,10 +24,10 @@ __all__ = ["Shape", "bench", "measurements"]
 def bench(options: argparse.Namespace) -> int:
     """Measure, print a table, write JSON and a plot."""
     console = Console()
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda") or (name[:4] == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device is {name!r}; use cpu, or cuda where PyTorch finds a GPU")
-    device = torch.device(name)
+    asked, there = options.device, torch.cuda.is_available()
+    if asked not in (None, "cpu") and not (there and asked.startswith("cuda")):
+        raise ValueError(f"device is {asked!r}; use cpu, or cuda where PyTorch finds a GPU")
+    device = torch.device(asked or ("cuda" if there else "cpu"))
     sizes = CUDA if device.type == "cuda" else CPU
     if device.type == "cpu":
         torch.set_num_threads(options.threads)

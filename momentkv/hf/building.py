@@ -154,7 +154,7 @@ def shared_budgets(layers: Sequence[MomentLayer], plan: Plan) -> list[CodedBudge
     return totals
 
 
-def apply_rule(cache: Any, rule: BudgetRule, index: int, k: Any, v: Any) -> None:
+def apply_rule(cache: Any, index: int, k: Any, v: Any) -> None:
     """Turn a budget that is not in tokens into tokens, as keys and values arrive at the first layer that has one.
 
     Raises
@@ -162,10 +162,10 @@ def apply_rule(cache: Any, rule: BudgetRule, index: int, k: Any, v: Any) -> None
     ValueError
         If a budget is in bytes and has no room for the least one, or layers have not the heads that it was divided by.
     """
-    layers = [layer for layer in cache.layers if isinstance(layer, MomentLayer)]
-    if not layers:
+    rule, layers = cache.rule, cache.passes.moments
+    if rule is None or not layers:
         return
-    seen, tokens = int(cache.get_seq_length()), 0
+    seen, tokens = int(cache.passes.length), 0
     if cache.layers[index] is not layers[0]:
         if isinstance(rule, TotalBytes) and not seen:
             check_alike(cache, rule, index, k, v)

@@ -185,8 +185,8 @@ class MomentCache(Cache):
             with self.passes.all_or_nothing():
                 self.passes.settle(key_states.shape[2], self.rollback)
         self.passes.check_layer(layer_idx)
-        if self.rule is not None:
-            apply_rule(self, self.rule, layer_idx, key_states, value_states)
+        with self.passes.or_undone():
+            apply_rule(self, layer_idx, key_states, value_states)
         layer = self.layers[layer_idx]
         if not isinstance(layer, DynamicSlidingWindowLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -217,6 +217,15 @@ class PassKeeper:
             self.go_back(held)
             raise
 
+    @contextmanager
+    def or_undone(self) -> Iterator[None]:
+        """Undo the whole pass at once if what is done within fails: it was refused, and not interrupted."""
+        try:
+            yield
+        except BaseException:
+            self.go_back(self.before)
+            raise
+
     def settle(self, new: int, rollback: int) -> None:
         """Settle recorded passes so that with ``new`` tokens no more than ``rollback`` wait."""
         if self.moments and self.moments[0].passes:
