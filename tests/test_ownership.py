@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -175,3 +176,17 @@ def test_an_output_of_queries_with_gradients_is_that_without(name: str):
         out = cache.step(*(x.clone().requires_grad_() for x in arrays))
         # Another kernel may add up in another order; float64.
         torch.testing.assert_close(out.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 4}, {"policy": "h2o"}, {"bits": (5, 3), "policy": "h2o"}], ids=str)
+def test_nothing_of_a_cache_that_is_gone_stays(settings: dict[str, Any]):
+    """What was computed for its layout neither: every text has another, and memory would fill with them."""
+    cache = LayerCache((20, 30), sinks=1, window=4, block=4, **settings)
+    known = weakref.WeakSet()
+    for n in (60, 1, 1, 1, 1, 1):
+        cache.step(*(torch.randn(1, heads, n, 8) for heads in (4, 2, 2)))
+        known.add(cache.stored_state.layout)
+    assert known
+    del cache
+    gc.collect()
+    assert not known

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from momentkv.attention import AttentionState
-from momentkv.backends.layout import Layout, Tiers
+from momentkv.backends.layout import Tiers
 from momentkv.codes import PLANES, Coded, Coding, centre, unpack
 
 __all__ = ["attend_logits", "attend_packed", "attend_records", "logits_of", "unpack_words"]
@@ -129,7 +129,7 @@ def attend_packed(
     logits = (logits - centre(of_key) * tilted.sum(-1, keepdim=True)) * key_step
     if mean is not None:
         logits = logits + torch.matmul(folded, mean.to(dtype)[..., None])
-    there = slots_of(layout, q.device) if tiers.valid is None else tiers.valid
+    there = layout.beside(q, "real") if tiers.valid is None else tiers.valid
     logits = logits.masked_fill(~there[..., None, :], -torch.inf)
     lse = torch.logsumexp(logits, dim=-1, keepdim=True)
     weights = torch.exp(logits - lse.nan_to_num(neginf=0.0))
@@ -144,12 +144,6 @@ def attend_packed(
     out = (out - centre(of_value) * part.sum(-1, keepdim=True)) * spread.to(dtype)[..., None, :]
     state = AttentionState(out.reshape(*heads, dv), lse.reshape(heads))
     return state, weights.reshape(batch, layout.heads, -1, heads[-1], layout.width)
-
-
-@lru_cache(maxsize=1024)
-def slots_of(layout: Layout, where: torch.device) -> torch.Tensor:
-    """Which slots of a rectangle (kv_head, width) there are."""
-    return torch.as_tensor(layout.real, device=where)
 
 
 def numbers(packed: torch.Tensor, block: slice, bits: int, d: int, dtype: torch.dtype) -> torch.Tensor:
