@@ -7,9 +7,10 @@ extent, beside whatever correction it uses.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, device
 from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, check_keys, group_queries, ungroup_queries
 from momentkv.bounds import output_error, output_from_codes, read
@@ -30,7 +31,8 @@ class Trust(NamedTuple):
     Attributes
     ----------
     certified : array
-        A bound: no error is above it, the rounding of attention included.
+        A bound: no error is above it, the rounding of attention included, and that of weights and output to the
+        queries' dtype. Not counted is what the GPU kernel of codes rounds of a query.
     estimated : array
         An estimate, not a bound; see `estimated_error`.
     """
@@ -142,6 +144,9 @@ def trust(cache: Any, q: ArrayObject) -> Trust:
     state = cache.state
     if state is None or state.evidence is None:
         raise ValueError("the cache keeps no evidence of what it evicted; make it with certify=0, 1 or 2 and fill it")
+    if cache.is_empty:  # its tokens were dropped
+        nothing = array_namespace(q).zeros(q.shape[:-1], dtype=state.evidence.weight.dtype, device=device(q))
+        return Trust(nothing, nothing)
     view = cache.view()
     check_keys(q, view.keys)
     heads = view.keys.shape[-3]
@@ -196,6 +201,9 @@ def trust_of(
     gone = xp.zeros_like(size) if evidence.extent is None else state_error(evidence.extent).value_size[..., None]
     reach = size + gone
     rounding = of_out + 2 * reach * xp.tanh(of_lse / 4)
+    # Where the queries' dtype is a short one, kernels round weights to it, and then the output.
+    short = unit(q) if unit(q) > u else 0.0
+    rounding = rounding + short * size
     if losses is not None:
         rounding = rounding + lost_by_codes(losses, abs(scale) * queries, xp.maximum(size, gone), u)
     bound = bound + ungroup_queries(rounding[..., None], q.shape[-3], q.shape[-2])[..., 0]
@@ -205,6 +213,9 @@ def trust_of(
         of_codes = estimated_loss(losses, weights, scale * queries, v, state.out)
         estimate = xp.sqrt(estimate**2 + ungroup_queries(of_codes[..., None], q.shape[-3], q.shape[-2])[..., 0] ** 2)
     total = norm(xp.astype(out, evidence.weight.dtype))
+    if short:
+        least = float(xp.finfo(q.dtype).smallest_normal) * short * math.sqrt(v.shape[-1])
+        bound = bound + short * (total + bound) + least
     safe = xp.where(total == 0, xp.ones_like(total), total)
     infinite = xp.full_like(total, float("inf"))
 

@@ -50,6 +50,19 @@ def test_a_mask_that_hides_what_was_read_as_tokens_is_refused():
         second_turn(tiny("llama"), MomentCache(tiny("llama"), ABOVE), StopRow())
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_mask_has_a_row_for_each_of_the_batch(static: bool):
+    model, ids = tiny("llama"), prompt(2, 40)
+    cache = MomentCache(model, ABOVE, static=static)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 40\) for a batch of 2"):
+            model(ids, attention_mask=torch.ones(1, 40), past_key_values=cache)
+        model(ids, attention_mask=torch.ones(2, 40), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 41\) for a batch of 2"):
+            model(ids[:, :1], attention_mask=torch.ones(3, 41), past_key_values=cache)
+    assert int(cache.get_seq_length()) == 40
+
+
 def test_what_ends_a_row_must_be_said():
     with pytest.raises(ValueError, match="eos_token_id is None and criteria is empty"):
         FinishedRows(MomentCache(tiny("llama"), ABOVE))

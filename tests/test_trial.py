@@ -180,14 +180,13 @@ def test_reset_takes_back_what_was_chosen(tmp_path: Path):
     ):
         assert mine.config.policy == theirs.config.policy == copied.config.policy
         assert mine.config.bits == theirs.config.bits == copied.config.bits
-    cache.reset()
-    assert cache.tried == []
-    assert {core.config.policy for core in cache.moment_layers.values()} == {Twice(share=0.55)}
-    assert {core.config.bits for core in cache.moment_layers.values()} == {None}
-    assert_same(
-        read_tiny("llama", prompt(1, TEXT), cache),
-        read_tiny("llama", prompt(1, TEXT), auto("llama", Twice(share=0.55))),
-    )
+    fresh = read_tiny("llama", prompt(1, TEXT), auto("llama", Twice(share=0.55)))
+    for each in (cache, loaded):
+        each.reset()
+        assert each.tried == []
+        assert {core.config.policy for core in each.moment_layers.values()} == {Twice(share=0.55)}
+        assert {core.config.bits for core in each.moment_layers.values()} == {None}
+        assert_same(read_tiny("llama", prompt(1, TEXT), each), fresh)
 
 
 @pytest.mark.parametrize("call", range(13, 40, 5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from momentkv._array import Array, array_namespace, device
@@ -182,6 +183,18 @@ class ArrayBackend:
         """
         state, attention = self.attend_stored(q, tiers, scale=scale, weights=weights)
         return state.out if expansion is None else self.correct(state, q, expansion, scale=scale), attention
+
+    def as_given(self) -> AbstractContextManager[object]:
+        """Within it, arrays are computed with in their own dtypes, whatever the caller has told the library to do."""
+        return nullcontext()
+
+    def freezes(self) -> bool:
+        """Whether arrays that are made now are frozen once the caller's mode has ended."""
+        return False
+
+    def is_frozen(self, x: Array) -> bool:
+        """Whether nothing may be written into an array outside of the mode that it was made in."""
+        return False
 
     def index_of(self, layout: Layout, name: str, x: Array) -> Array:
         """An index array of a layout, on the device of ``x``; a backend should upload it only once."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -14,9 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from momentkv._array import Array
 from momentkv.attention import AttentionState
+from momentkv.backends.autocast import without_autocast
 from momentkv.backends.base import ArrayBackend, causal_mask
 from momentkv.backends.layout import Layout, Tiers
 from momentkv.backends.operators import DTYPES, decode, reads_codes
+from momentkv.backends.placed import kept
 from momentkv.backends.plain import (
     Prepared,
     estimate_expansion,
@@ -50,6 +53,15 @@ class TorchBackend(ArrayBackend):
 
     def reads(self, x: Array) -> bool:
         return bool(is_torch_array(x))
+
+    def as_given(self) -> AbstractContextManager[object]:
+        return without_autocast()
+
+    def freezes(self) -> bool:
+        return torch.is_inference_mode_enabled()
+
+    def is_frozen(self, x: Array) -> bool:
+        return bool(x.is_inference())
 
     def attend(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None
@@ -343,21 +355,6 @@ def packed_slots(layout: Layout, batch: int, where: torch.device) -> tuple[torch
 
     slots: tuple[torch.Tensor, torch.Tensor] = kept(layout, ("packed slots", batch, where), make)
     return slots
-
-
-def kept(layout: Layout, key: Hashable, make: Callable[[], Any]) -> Any:
-    """The result of ``make``, made once for a layout: an upload waits for the device, and no CUDA graph can hold one.
-
-    It lives as long as the layout, so that a graph that reads it finds it.
-    """
-    if key not in layout.placed:
-        with torch.inference_mode(False):
-            made = make()
-        # What is made under a dispatch mode may be a stand-in for a tensor.
-        if torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling():
-            return made
-        layout.placed[key] = made
-    return layout.placed[key]
 
 
 def only_written(

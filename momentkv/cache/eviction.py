@@ -12,6 +12,7 @@ from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout
 from momentkv.cache.by_heads import calibrated, folded, gathered, importance_by_heads, name_of
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
+from momentkv.cache.given import as_given
 from momentkv.cache.losses import EVICTED, choose_lost, losses_of, with_lost
 from momentkv.cache.packing import View, repack, view_of, widths_of
 from momentkv.cache.queries import query_window
@@ -152,6 +153,7 @@ def between(counts: Array, limits: Array, share: float) -> Array:
     return xp.minimum(counts, xp.maximum(step, limits))
 
 
+@as_given
 def evicted_state(
     config: CacheConfig,
     state: LayerState,

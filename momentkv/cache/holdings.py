@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device, nbytes
@@ -198,7 +199,14 @@ class Holdings:
 
     def has_to_move(self, budgets: list[int]) -> bool:
         """Whether stored tokens go, or static steps need other room, as soon as these are the budgets."""
-        if self.is_empty or self.new is not None or self.budgets is None or budgets == self.budgets:
+        if self.is_empty or self.budgets is None or budgets == self.budgets:
+            return False
+        if self.new is not None:
+            if self.is_fixed:  # the flush that follows has room for a block, and none for what the budget gives up
+                raise ValueError(
+                    f"budget was set to {budgets} between append and evict of static steps, while tokens wait; call "
+                    "evict first"
+                )
             return False
         return self.is_fixed or any(new < old for new, old in zip(budgets, self.budgets, strict=True))
 
@@ -223,6 +231,39 @@ class Holdings:
                 f"taken out; the last {self.config.window} of a row never are (window)"
             )
         return tokens
+
+    def map(self, function: Callable[[Array], Array]) -> None:
+        """Apply a function to every array: to select, repeat or reorder rows, or to move devices."""
+        if self.state is None:
+            return
+        state, new, newest = self.state.map(function), self.new, self.newest_queries
+        if all(x is y for x, y in zip(state.arrays().values(), self.state.arrays().values(), strict=True)):
+            state = self.state
+        if new is not None:
+            images: dict[str, Any] = {
+                n: function(x) for n, x in new._asdict().items() if x is not None and n != "padded"
+            }
+            new = new._replace(**images)
+        self.state, self.new = state, new
+        self.newest_queries = None if newest is None else function(newest)
+
+    def thaw(self) -> None:
+        """Make arrays anew that were made in a mode of the library which has ended, `torch.inference_mode` say.
+
+        Nothing may be written into them otherwise, and no gradient come through.
+        """
+        if self.state is None:
+            return
+        backend, first = self.config.backend_of(self.state.recent_keys), self.state.recent_keys
+        if backend.freezes():
+            self.frozen = True
+        elif self.frozen or backend.is_frozen(first):
+            self.frozen = False
+            if any(map(backend.is_frozen, self.arrays().values())):
+                self.map(lambda x: backend.copy(x) if backend.is_frozen(x) else x)
+                if self.fixed is not None:
+                    self.fixed = None
+                    self.fix()
 
     def release_projections(self) -> None:
         """Let go of larger arrays that waiting tokens are views of, as values are of a fused projection."""

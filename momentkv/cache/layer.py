@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device
@@ -150,7 +150,7 @@ class LayerCache(Holdings):
         self.new: NewTokens | None = None
         self.newest_queries: Array = None
         # While set, tokens may be taken back: nothing is observed or evicted.
-        self.recording = self.torn = False
+        self.recording = self.torn = self.frozen = False
         self.refused = 0
         self.budgets: list[int] | None = None if isinstance(self._budget, int) else list(self._budget)
 
@@ -222,6 +222,7 @@ class LayerCache(Holdings):
         check_values(k, v)
         if k.shape[-2] == 0:
             raise ValueError(f"k has shape {tuple(k.shape)}: no tokens to append")
+        self.thaw()
         backend = self.config.backend_of(k)
         k, v = backend.detach(k), backend.detach(v)
         if self.state is None:
@@ -230,7 +231,7 @@ class LayerCache(Holdings):
         for name, old, given in (("k", state.recent_keys, k), ("v", state.recent_values, v)):
             check_like_stored(name, given, old)
         xp = array_namespace(k, v)
-        if self.is_fixed and k.shape[-2] == 1:
+        if self.is_fixed and k.shape[-2] == 1 and self.new is None:
             self.new = arrived(self.config, state, k, v)
             return
         self.state = told(state, self.config.corrects)
@@ -375,21 +376,6 @@ class LayerCache(Holdings):
         """The policy's ranking of the tokens of `view`, shape (batch..., kv_head, n)."""
         state, known = self.stored_state, self.config.correction.known(self.stored_state.evicted)
         return importance_of(self.config, self.view(), known, self.attention_scale, state, newest=self.newest_queries)
-
-    def map(self, function: Callable[[Array], Array]) -> None:
-        """Apply a function to every array: to select, repeat or reorder rows, or to move devices."""
-        if self.state is None:
-            return
-        state, new, newest = self.state.map(function), self.new, self.newest_queries
-        if all(x is y for x, y in zip(state.arrays().values(), self.state.arrays().values(), strict=True)):
-            state = self.state
-        if new is not None:
-            images: dict[str, Any] = {
-                n: function(x) for n, x in new._asdict().items() if x is not None and n != "padded"
-            }
-            new = new._replace(**images)
-        self.state, self.new = state, new
-        self.newest_queries = None if newest is None else function(newest)
 
     def take(self, state: LayerState) -> None:
         """Go on from a state that a cache of these settings had."""

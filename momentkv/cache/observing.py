@@ -7,6 +7,7 @@ from momentkv._rows import take_rows
 from momentkv.backends import ArrayBackend
 from momentkv.backends.base import causal_mask
 from momentkv.cache.config import CacheConfig
+from momentkv.cache.given import as_given
 from momentkv.cache.packing import View
 from momentkv.cache.state import LayerState, NewTokens
 from momentkv.policies import Policy
@@ -67,6 +68,7 @@ def observed(policy: Policy, state: LayerState, weights: Array) -> LayerState:
     return state.changed(attention=layout.pack(score[..., : layout.width]), recent_attention=whole)
 
 
+@as_given
 def observed_queries(
     config: CacheConfig, backend: ArrayBackend, state: LayerState, new: NewTokens, q: Array, scale: float
 ) -> tuple[LayerState, NewTokens]:

@@ -10,6 +10,7 @@ from momentkv.attention import check_keys, check_values, merge
 from momentkv.backends import ArrayBackend
 from momentkv.backends.layout import Layout
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
+from momentkv.cache.given import as_given
 from momentkv.cache.observing import observed, of_real_queries
 from momentkv.cache.queries import remember
 from momentkv.cache.state import LayerState, NewTokens, empty_state, place
@@ -34,6 +35,7 @@ def arrived(config: CacheConfig, state: LayerState, k: Array, v: Array) -> NewTo
     return fresh(config, k, v, positions, padded=True)
 
 
+@as_given
 def decoded(
     config: CacheConfig, state: LayerState, new: NewTokens, q: Array, *, scale: float, expansion: Any
 ) -> tuple[Array, LayerState]:
@@ -61,31 +63,38 @@ def attended(
     seen = new.positions >= 0 if new.padded else None
     if state.is_empty and expansion is None:
         return backend.prefill(q, new.keys, new.values, scale=scale, valid=seen)
-    both = backend.attend_causal(q, new.keys, new.values, scale=scale, valid=seen)
-    if not state.is_empty:
-        stored, _ = backend.attend_stored(q, state.tiers(), scale=scale)
-        both = merge(stored, both)
-    return both.out if expansion is None else backend.correct(both, q, expansion, scale=scale)
+    with backend.as_given():  # a prefill is as the caller has it, in bfloat16 under autocast
+        both = backend.attend_causal(q, new.keys, new.values, scale=scale, valid=seen)
+        if not state.is_empty:
+            stored, _ = backend.attend_stored(q, state.tiers(), scale=scale)
+            both = merge(stored, both)
+        return both.out if expansion is None else backend.correct(both, q, expansion, scale=scale)
 
 
+@as_given
 def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array, *, scale: float) -> LayerState:
     """The state after first and second moment of recent queries, and those for a tolerance, were brought up to date."""
     recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
+    xp = array_namespace(recent)
+    real = None
+    if new.padded or state.padded:
+        real = new.positions[..., -recent.shape[-2] :] >= 0
     if config.tolerance is not None:
         kept = recent
+        if real is not None:  # padding judges nothing
+            judges = xp.repeat(real, recent.shape[-3] // real.shape[-2], axis=-2)
+            kept = xp.where(judges[..., None], recent, xp.full_like(recent, math.nan))
         if state.recent_queries is not None:
-            kept = array_namespace(recent).concat([state.recent_queries, recent], axis=-2)
+            kept = xp.concat([state.recent_queries, kept], axis=-2)
         kept = kept[..., max(kept.shape[-2] - RECENT_QUERIES, 0) :, :]
         state = state.changed(recent_queries=(config.backend_of(q)).copy(kept))
     if not config.remembers_queries:
         return state
-    real = None
-    if new.padded or state.padded:
-        real = new.positions[..., -recent.shape[-2] :] >= 0
     mean, square = remember(recent, real, state.layout.heads, scale, state.query_mean, state.query_square)
     return state.changed(query_mean=mean, query_square=square)
 
 
+@as_given
 def started(config: CacheConfig, k: Array, v: Array, budget: int | tuple[int, ...]) -> tuple[LayerState, list[int]]:
     """The empty state and the budget of each KV head, now that heads and dimensions are known."""
     heads = k.shape[-3]

@@ -212,10 +212,15 @@ def momentkv_mask(
     Raises
     ------
     ValueError
-        If the mask covers fewer tokens than the cache has seen, or hides some that it has stored.
+        If the mask covers fewer tokens than the cache has seen, hides some that it has stored, or has rows for another
+        batch.
     """
     if not torch.compiler.is_compiling():
         _waiting.layer = None  # of a pass that ended before its attention; another one starts
+    if attention_mask is not None and len(attention_mask) != batch_size:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} for a batch of {batch_size}; give each a row"
+        )
     if kv_offset == NEWEST:
         if mask_function is not causal_mask_function or local_size is not None:
             raise ValueError("a step of a static cache got a mask of its own; make the cache with static=False for it")

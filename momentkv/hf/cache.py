@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.backends import ArrayBackend
 from momentkv.cache.allocation import Sharing
@@ -29,6 +29,7 @@ from momentkv.hf.checks import (
 )
 from momentkv.hf.clock import Clock
 from momentkv.hf.files import load, save
+from momentkv.hf.generating import GeneratingCache
 from momentkv.hf.layer import MomentLayer
 from momentkv.hf.lengths import Read
 from momentkv.hf.models import config_of, dtype_of, fingerprint
@@ -44,7 +45,7 @@ from momentkv.statistics.corrections import Correction, CorrectionName
 __all__ = ["MomentCache"]
 
 
-class MomentCache(Cache):
+class MomentCache(GeneratingCache):
     """KV cache with a fixed budget that remembers what it evicts, for ``model.generate(past_key_values=...)``.
 
     Parameters
@@ -210,20 +211,6 @@ class MomentCache(Cache):
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
-    def activate_past_recording(self) -> None:
-        """From now on tokens can be taken back by `crop`: eviction waits for it (called by assisted decoding).
-
-        Until `crop`, the tokens of recorded passes are stored beside the budget: up to ``rollback`` of them, or those
-        of the last pass if they are more. Without `crop` the oldest are settled, so that a cache that goes on without
-        assistance stays bounded. Raises a RuntimeError for a static cache.
-        """
-        if self.static is not None:
-            raise RuntimeError(
-                "a static cache cannot take tokens of a pass back (assisted and prompt-lookup decoding do); make the "
-                "cache with static=False"
-            )
-        super().activate_past_recording()
-
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last ``-tokens_to_remove`` tokens back.
 
@@ -256,6 +243,8 @@ class MomentCache(Cache):
             if compressed:
                 crop(compressed, tokens)
             self.padding.crop(tokens)
+            if tokens:
+                self.forget_ended()
             for layer in sliding:
                 if layer.is_initialized and (tokens or records(layer)):
                     layer.crop(-tokens)
@@ -392,8 +381,7 @@ class MomentCache(Cache):
         with self.passes.all_or_nothing():
             if self._compressed:
                 settle(self._compressed, 0)
-            for layer in self._compressed:
-                layer.ended = None
+            self.forget_ended()
             yield
         if self.static is not None and self.static.runs:
             self.static.set()

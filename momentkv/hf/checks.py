@@ -49,6 +49,7 @@ SHARING = ("uniform", "layers", *SHARING_BY_HEADS, "pyramid")
 # Arguments that reach attention and do not change it: models pass on what they were called with.
 HARMLESS = frozenset(
     {
+        "assistant_tokenizer",
         "cache_position",
         "image_sizes",
         "is_causal",  # SDPA honours it, and a MomentCache refuses it by its value
@@ -61,6 +62,7 @@ HARMLESS = frozenset(
         "position_ids",
         "return_dict",
         "sliding_window",  # the mask has it
+        "tokenizer",  # of stop_strings
         "use_cache",
     }
 )

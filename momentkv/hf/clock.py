@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from momentkv.backends.autocast import without_autocast
 from momentkv.cache.config import CacheConfig
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.state import PACKED
@@ -125,7 +126,8 @@ class Clock:
         Asks the device once.
         """
         self.open = True
-        with torch.inference_mode(False):  # arrays that stay must be ones that may be written in any mode
+        # Arrays that stay must be ones that may be written in any mode.
+        with torch.inference_mode(False), without_autocast():
             for core in self.cores:
                 core.fix()
                 open_to_lengths(core)

@@ -15,6 +15,7 @@ import torch
 from momentkv.backends import BACKENDS, get_backend
 from momentkv.backends.layout import Layout
 from momentkv.cache.layer import LayerCache
+from momentkv.cache.second_reading import RereadBudget
 from momentkv.cache.state import LayerState, empty_state
 from momentkv.codes import AUTO, pair_of_bits
 from momentkv.hf import former
@@ -67,6 +68,8 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
         tensors |= {f"{index}.{name}": x.detach().cpu().contiguous().clone() for name, x in arrays.items()}
     tensors |= cache.padding.tensors()
     one = next(iter(cores.values())).config if cores else None
+    # The policy as it was given: a trial may have taken another share than it has.
+    reread = next((shared for shared in cache.shared_budgets if isinstance(shared, RereadBudget)), None)
     record = {
         "format": FORMAT,
         "model": model_record(cache.config, layer_windows(cache.config)),
@@ -89,14 +92,21 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             "window": one.window,
             "block": one.block,
             "backend": backend_name(one.backend),
-            "policy": described(one.policy, POLICIES),
+            "policy": described(one.policy if reread is None else reread.policy, POLICIES),
             "correction": described(one.correction.exact, KINDS),
         }
         # What few caches have is written for those alone, so that a version without it reads the others.
         bits = AUTO if cache.chooses_bits else one.bits
         exact = None if bits is None else one.exact_window
         beside = next((shared.beside for shared in cache.shared_budgets if shared.beside), None)
-        rare = (("certify", one.certify), ("tolerance", one.tolerance), ("static", cache.static), ("beside", beside))
+        share = None if reread is None or reread.share == reread.policy.share else reread.share
+        rare = (
+            ("certify", one.certify),
+            ("tolerance", one.tolerance),
+            ("static", cache.static),
+            ("beside", beside),
+            ("share", share),
+        )
         few = (("bits", bits), ("exact_window", exact), ("statistics_bits", one.statistics_bits))
         for name, value in (*rare, *few):
             if value is not None:
@@ -135,6 +145,7 @@ def load(
         # Before it was a setting, all of the window was exact.
         settings.setdefault("exact_window", settings.get("window", 0))
         average, beside = settings.pop("average"), whole_number(settings.pop("beside", 0))
+        share = settings.pop("share", None)
         made_with = {name: settings[name] for name in ("policy", "correction", "order") if "policy" in settings}
     if made_with:
         order = made_with["order"]
@@ -146,6 +157,8 @@ def load(
         cache = make(model, settings.pop("budget"), **settings)
         for shared in cache.shared_budgets:
             shared.average, shared.beside = average, beside
+            if share is not None:
+                shared.take_share(share)
         cache.padding.load(tensors, record)
         for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
             arrays = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.split(".", 1)[0] == str(index)}

@@ -61,19 +61,20 @@ class FinishedRows(StoppingCriteria):
         self.cache, self.criteria = cache, list(criteria)
         given = [] if eos_token_id is None else eos_token_id
         self.ends = torch.tensor([given] if isinstance(given, int) else list(given), dtype=torch.int64)
-        self.length = -1
+        # Of the cache, when this was asked last: calls of ``generate``, and tokens that had been read.
+        self.call, self.read = 0, -1
         # Rows that had ended before the newest token.
         self.ended = torch.zeros(0, dtype=torch.bool)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Called by ``generate`` with all tokens so far, before the newest have been read."""
-        rows, length = input_ids.shape
-        if length != self.length + 1 or len(self.ended) != rows:  # another call of generate
+        rows, call, read = len(input_ids), self.cache.calls, int(self.cache.get_seq_length())
+        if (call, read) != (self.call, self.read + 1) or len(self.ended) != rows:  # another call of generate
             self.ended = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
-        self.length = length
+        self.call, self.read = call, read
         for layer in self.cache.layers:
             if isinstance(layer, MomentLayer):
-                layer.ended = (length, self.ended) if bool(self.ended.any()) else None
+                layer.ended = (read + 1, self.ended) if bool(self.ended.any()) else None
         stopped = torch.zeros_like(self.ended)
         for criterion in self.criteria:
             stopped = stopped | criterion(input_ids, scores, **kwargs)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from momentkv.backends.autocast import without_autocast
 from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.step import check_like_stored
 from momentkv.hf.attention import NEWEST, link, linked
-from momentkv.hf.autocast import without_autocast
 from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass, plain_mask, refuse_arguments
 from momentkv.hf.clock import Clock, check_step
 from momentkv.hf.layer_reader import LayerReader
@@ -62,8 +62,6 @@ class MomentLayer(CacheLayerMixin):
         # Of a cache with static=True.
         self.clock: Clock | None = None
         self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None
-        # Whether the last pass was one under `torch.inference_mode`.
-        self.was_inference = False
 
     @property
     def is_compileable(self) -> bool:
@@ -112,7 +110,8 @@ class MomentLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens; the returned keys are theirs, with the link that `momentkv_attention` follows."""
         self.come_to(key_states.device)
-        self.leave_inference_mode()
+        if not torch.compiler.is_compiling():
+            self.core.thaw()
         if self.rereads:
             self.arrived, self.waits = (key_states.detach(), value_states.detach()), key_states.shape[2]
             return link(self, key_states, value_states)
@@ -355,21 +354,6 @@ class MomentLayer(CacheLayerMixin):
             self.core.fixed = None
             with torch.inference_mode(False):
                 self.core.fix()
-
-    def leave_inference_mode(self) -> None:
-        """Make arrays that were made under `torch.inference_mode` ordinary ones, if that has ended since.
-
-        Nothing may be written into them otherwise, and no gradient come through.
-        """
-        core, state = self.core, self.core.state
-        if state is None or torch.compiler.is_compiling():
-            return
-        if torch.is_inference_mode_enabled():
-            self.was_inference = True
-        elif self.was_inference or state.recent_keys.is_inference():
-            self.was_inference = False
-            if any(x.is_inference() for x in core.arrays().values()):
-                self.replace(lambda x: x.clone() if x.is_inference() else x)
 
     def come_to(self, device: torch.device) -> None:
         """Move the state to where new tokens are."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from momentkv.backends.autocast import without_autocast
 from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.joining import evict_together
-from momentkv.hf.autocast import without_autocast
 from momentkv.hf.checks import NAME, records
 from momentkv.hf.clock import Clock
 from momentkv.hf.layer import MomentLayer

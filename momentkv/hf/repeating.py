@@ -16,13 +16,26 @@ MARK = "\N{WHITE STAR}here\N{WHITE STAR}"
 
 
 def around(tokenizer: Any) -> tuple[str, str]:
-    """What a tokenizer's chat template writes before and after a user's words; without one, nothing and a new line."""
+    """What a tokenizer's chat template writes before and after a user's words; without one, nothing and a new line.
+
+    Raises
+    ------
+    ValueError
+        If the template does not write what a user says, given as a text or as a list of parts.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return "", "\n"
-    turn = [{"role": "user", "content": MARK}]
-    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    before, _, after = rendered.partition(MARK)
-    return before, after
+    # Templates of models that see images expect parts, and write nothing of a plain text.
+    for content in (MARK, [{"type": "text", "text": MARK}]):
+        turn = [{"role": "user", "content": content}]
+        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        before, found, after = rendered.partition(MARK)
+        if found:
+            return before, after
+    raise ValueError(
+        f"tokenizer has a chat_template that writes {rendered!r} for what a user says, without the words; give text "
+        "and request as token ids, with the template around them"
+    )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -67,5 +80,7 @@ def request_of(tokenizer: Any, request: str | Sequence[int], first: Sequence[int
         )
     before, after = around(tokenizer)
     opening = encode(tokenizer, before)
-    opens = bool(opening) and list(first[: len(opening)]) == opening
+    begins = list(first[: len(opening)])
+    # The last of them may be one with the text, as two new lines are.
+    opens = bool(opening) and (begins == opening or tokenizer.decode(begins).startswith(before))
     return encode(tokenizer, f"\n\n{request}{after if opens else chr(10) * 2}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from momentkv.backends import get_backend
+from momentkv.backends.autocast import without_autocast
 from momentkv.cache.holdings import NUMBERED
 from momentkv.cache.joining import flush_together, flushed_together
 from momentkv.cache.layer import LayerCache
@@ -52,7 +53,8 @@ def static_step(
         state = core.stored_state
         out = step_in_place(core, state, q, k, v, valid)
         if flushing:
-            flush_together(flushing)
+            with without_autocast():
+                flush_together(flushing)
         return out
     result: torch.Tensor = step_operator(q, k, v, valid, arrays_of(core), number_of(core))
     if flushing:
@@ -110,7 +112,8 @@ def flush_operator(arrays: Sequence[torch.Tensor], numbers: Sequence[int]) -> No
     for core in cores:
         state = core.stored_state
         states.append(state.with_arrays([next(given) for _ in state.arrays()]))
-    overwritten(states, flushed_together(cores, states), get_backend(arrays[0]).overwrite_all)
+    with without_autocast():
+        overwritten(states, flushed_together(cores, states), get_backend(arrays[0]).overwrite_all)
 
 
 @flush_operator.register_fake

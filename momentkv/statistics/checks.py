@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from momentkv._array import Array, array_namespace, check_arrays, concrete
+from momentkv._array import Array, array_namespace, check_arrays, check_broadcast, concrete
 
 if TYPE_CHECKING:
     from momentkv.statistics.moments import Moments
@@ -68,14 +68,23 @@ def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:
         raise ValueError("cannot combine moments with other anchors; gather both around the same one")
 
 
-def checked_decay(gamma: float | Array, weight: Array) -> float | Array:
-    """Factors of decay from 0 to 1, an array of them in the dtype of the weights."""
+def checked_decay(gamma: float | Array, weight: Array) -> Array:
+    """Factors of decay from 0 to 1, in the dtype of the weights; 0 where a weight would lose its digits."""
     if isinstance(gamma, numbers.Real):
         gamma = float(gamma)
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma is {gamma:g}; a decay factor lies between 0 and 1")
-        return gamma
+        xp = array_namespace(weight)
+        return above_subnormal(xp.full_like(weight, gamma), weight)
     xp = check_arrays(moments=weight, gamma=gamma)
+    check_broadcast("gamma", gamma, weight.shape)
     if concrete(gamma) and not bool(xp.all((gamma >= 0) & (gamma <= 1))):
         raise ValueError("gamma has a factor that is not between 0 and 1, where a decay factor lies")
-    return xp.astype(gamma, weight.dtype, copy=False)
+    return above_subnormal(xp.astype(gamma, weight.dtype, copy=False), weight)
+
+
+def above_subnormal(gamma: Array, weight: Array) -> Array:
+    """The factors, 0 where they would leave less weight than has all digits beside the unit roundoff."""
+    xp = array_namespace(weight)
+    limits = xp.finfo(weight.dtype)
+    return xp.where(weight * gamma < limits.smallest_normal / limits.eps, xp.zeros_like(weight), gamma)

@@ -28,7 +28,15 @@ from momentkv.attention import check_values
 from momentkv.statistics.checks import check_estimate, check_fits, check_order, checked_decay
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.extent import Extent, check_orthogonal
-from momentkv.statistics.weights import attended, common_scale, outer, positive, remainder_error, weighted
+from momentkv.statistics.weights import (
+    attended,
+    common_scale,
+    outer,
+    positive,
+    remainder_error,
+    weighted,
+    weighted_mean,
+)
 
 __all__ = ["Moments"]
 
@@ -155,12 +163,9 @@ class Moments:
             log_scale, w = attended(k, w, anchor)
         total = xp.sum(w, axis=-1)
         safe = positive(xp, total)[..., None]
-        wk, wv = w[..., None] * k, w[..., None] * v
-        key_mean, value_mean = xp.sum(wk, axis=-2) / safe, xp.sum(wv, axis=-2) / safe
-        reach = None
-        if extent is not False:
-            like = extent if isinstance(extent, Extent) else None
-            reach = Extent.of_tokens(k, v, w, key_mean, value_mean, like=like)
+        key_mean, value_mean = weighted_mean(w, k, safe), weighted_mean(w, v, safe)
+        like = extent if isinstance(extent, Extent) else None
+        reach = None if extent is False else Extent.of_tokens(k, v, w, key_mean, value_mean, like=like)
         if order == 0:
             return cls(total, key_mean, value_mean, extent=reach, anchor=anchor, log_scale=log_scale)
         deviations = w[..., None] * (v - value_mean[..., None, :])
@@ -336,10 +341,9 @@ class Moments:
         value_key = key_key = extent = None
         if self.value_key is not None and part.value_key is not None:
             value_key = self.value_key - part.value_key - between[..., None, None] * outer(dv, dk)
-            value_key = remains[..., None, None] * value_key
         if self.key_key is not None and part.key_key is not None:
             key_key = self.key_key - part.key_key - between[..., None, None] * outer(dk, dk)
-            key_key = remains[..., None, None] * key_key
+        value_key, key_key = (None if x is None else remains[..., None, None] * x for x in (value_key, key_key))
         if self.extent is not None and part.extent is not None:
             extent = self.extent.downdate(part.extent, left=left, share=share, between=between, step=dv)
         return Moments(left, key_mean, value_mean, value_key, key_key, extent)
@@ -381,15 +385,16 @@ class Moments:
     def decay(self, gamma: float | Array) -> Moments:
         """Multiply every token's weight by ``gamma`` (0 to 1; a number, or an array that broadcasts to ``weight``).
 
+        A head that is left with less weight than 1e-31 (float32; 1e-292 in float64) is empty from then on.
+
         Raises
         ------
         ValueError
-            If a factor is not between 0 and 1.
+            If a factor is not between 0 and 1, or the array does not broadcast.
         """
         gamma = checked_decay(gamma, self.weight)
-        by_matrix: Any = gamma if isinstance(gamma, float) else gamma[..., None, None]
-        value_key = None if self.value_key is None else self.value_key * by_matrix
-        key_key = None if self.key_key is None else self.key_key * by_matrix
+        both = self.value_key, self.key_key
+        value_key, key_key = (None if x is None else x * gamma[..., None, None] for x in both)
         weight = self.weight * gamma
         extent = None if self.extent is None else self.extent.decay(gamma, weight)
         return dataclasses.replace(self, weight=weight, value_key=value_key, key_key=key_key, extent=extent)

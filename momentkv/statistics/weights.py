@@ -7,7 +7,19 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace, check_broadcast, concrete, library, mixed
 
-__all__ = ["attended", "check_spread", "common_scale", "outer", "positive", "remainder_error", "weighted"]
+__all__ = [
+    "attended",
+    "check_spread",
+    "common_scale",
+    "outer",
+    "positive",
+    "remainder_error",
+    "weighted",
+    "weighted_mean",
+]
+
+# Tokens from which on a mean is summed twice: NumPy adds along this axis one after the other.
+LONG = 2**14
 
 
 def weighted(xp: Any, weights: Array, k: Array) -> Array:
@@ -24,7 +36,19 @@ def weighted(xp: Any, weights: Array, k: Array) -> Array:
     if concrete(wrong) and bool(xp.any(wrong)):
         first = float(xp.reshape(weights, (-1,))[int(xp.argmax(xp.astype(xp.reshape(wrong, (-1,)), xp.int32)))])
         raise ValueError(f"weights has an entry {first:g}; every weight must be finite and at least 0")
-    return weights * xp.ones_like(k[..., 0])
+    weights, count = weights * xp.ones_like(k[..., 0]), max(k.shape[-2], 1)
+    if concrete(weights) and bool(xp.any(xp.sum(weights / count, axis=-1) > xp.finfo(weights.dtype).max / count)):
+        raise ValueError(f"weights has a sum that is no number of {weights.dtype}; divide all of them by their largest")
+    return weights
+
+
+def weighted_mean(w: Array, x: Array, total: Array) -> Array:
+    """Mean of vectors (..., n, d) by weights (..., n), whose sums (..., 1) are given."""
+    xp = array_namespace(x)
+    mean = xp.sum(w[..., None] * x, axis=-2) / total
+    if x.shape[-2] > LONG:
+        mean = mean + xp.sum(w[..., None] * (x - mean[..., None, :]), axis=-2) / total
+    return mean
 
 
 def attended(k: Array, weight: Array, anchor: Array) -> tuple[Array, Array]:
