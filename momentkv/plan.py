@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from momentkv._numbers import whole_number
 from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.cache.budget_rules import POSITION_BYTES, Share, TotalBytes, parse_budget
 from momentkv.cache.config import EXACT_WINDOW, exact_tokens
@@ -157,6 +158,13 @@ def plan(
     >>> plan(KNOWN["Llama-3.1-8B"], context=131072, budget="64MiB").budget
     458
     """
+    sizes = (("context", context), ("batch", batch), ("block", block), ("sinks", sinks), ("window", window))
+    for name, value in (*sizes, ("exact_window", exact_window)):
+        whole_number(name, value)
+    if not isinstance(shape, Shape):
+        raise TypeError(f"shape is {shape!r}; find_shape finds that of a name or a config")
+    if exact_window < 0:
+        raise ValueError(f"exact_window is {exact_window}; use 0 or more tokens")
     if context < 1:
         raise ValueError(f"context is {context}; use at least 1 token")
     if batch < 1:

@@ -6,6 +6,8 @@ Refused by type, before anything is computed; the message names the argument, wh
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,11 @@ from libraries import LIBRARIES, Library
 from momentkv import LayerCache, Moments, attend, bounds, correct, estimate, merge
 from momentkv.attention import logits, softmax_state
 from momentkv.backends import get_backend
+from momentkv.codes import Standard, pack, row_bytes, unpack
 from momentkv.diagnostics import eviction_error
+from momentkv.plan import plan
+from momentkv.policies import MomentKV, SnapKV
+from momentkv.shapes import KNOWN
 from momentkv.statistics.corrections import AnchoredSummaries
 from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
 from momentkv.testing.rounding import assert_same
@@ -289,3 +295,30 @@ def test_a_backend_refuses_arrays_of_another_library(backend: str, library: str)
     with pytest.raises(TypeError, match=rf"backend is '{backend}'.*leave backend out"):
         cache.step(a["q"], a["k"], a["v"])
     assert cache.seen == 0
+
+
+NOT_WHOLE = "{} is {}, a float; use a whole number"
+SMALL = np.ones((1, 2, 3, 4), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SnapKV(kernel=1.5), TypeError, NOT_WHOLE.format("kernel", 1.5)),
+        (lambda: SnapKV(kernel=math.nan), TypeError, NOT_WHOLE.format("kernel", "nan")),
+        (lambda: MomentKV(rounds=1.5), TypeError, NOT_WHOLE.format("rounds", 1.5)),
+        (lambda: Summaries.empty(SMALL, SMALL, summaries=1.5), TypeError, NOT_WHOLE.format("summaries", 1.5)),
+        (lambda: Summaries.empty(SMALL, SMALL, rank=True), TypeError, "rank is True; use a whole number"),
+        (lambda: plan("SmolLM2-135M", 1000, 100), TypeError, "shape is 'SmolLM2-135M'; find_shape finds"),
+        (lambda: plan(KNOWN["Llama-3.1-8B"], 1000.5, 100), TypeError, NOT_WHOLE.format("context", 1000.5)),
+        (lambda: plan(KNOWN["Llama-3.1-8B"], 1000, 100, window=1.5), TypeError, NOT_WHOLE.format("window", 1.5)),
+        (lambda: plan(KNOWN["Llama-3.1-8B"], 1000, 100, exact_window=-5), ValueError, "exact_window is -5; use 0"),
+        (lambda: row_bytes(8, 7), ValueError, "bits is 7; use 2, 3, 4, 5, 6, 8 or 16"),
+        (lambda: pack(np.ones((2, 8), dtype=np.uint8), 7), ValueError, "bits is 7; use 2, 3"),
+        (lambda: unpack(np.ones((2, 8), dtype=np.uint8), "four", 8), ValueError, "bits is 'four'; use 2, 3"),
+        (lambda: Standard.of(np.ones((1, 3, 4), dtype=np.int64)), TypeError, "x is int64; means and deviations"),
+    ],
+)
+def test_numbers_that_fit_nothing_are_named_at_once(make: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=re.escape(message)):
+        make()

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from models import left_padded, prompt, tiny
-from transformers import DynamicCache
+from models import GEMMA, HYBRID, SIZES, build, left_padded, prompt, save_with_bytes, tiny
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+)
 
 from momentkv.hf import FinishedRows, MomentCache
 
@@ -135,3 +144,42 @@ def test_models_may_ask_whether_theirs_is_the_first_pass():
         assert cache.is_initialized
         cache.reset()
         assert not cache.is_initialized
+
+
+def test_strings_that_end_a_row_come_with_their_tokenizer(tmp_path: Path):
+    """transformers hands the tokenizer on to the model, whose attention it does not change."""
+    path = save_with_bytes(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model, stock = (
+        AutoModelForCausalLM.from_pretrained(path, attn_implementation=name).eval() for name in ("momentkv", "sdpa")
+    )
+    ids = tokenizer("A text", return_tensors="pt").input_ids
+    last = tokenizer.decode(stock.generate(ids, max_new_tokens=4, **SETTINGS)[0, -1:])
+    for more in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
+        settings = {"stop_strings": [last], "tokenizer": tokenizer, "max_new_tokens": 12} | SETTINGS | more
+        found = model.generate(ids, past_key_values=MomentCache(model, ABOVE), **settings)
+        assert torch.equal(found, stock.generate(ids, **settings))
+
+
+def test_token_types_of_a_text_without_images_change_nothing():
+    text = Gemma3TextConfig(**(SIZES | GEMMA | {"layer_types": HYBRID}))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=SiglipVisionConfig(**sizes, image_size=28, patch_size=14),
+        mm_tokens_per_image=4,
+        image_token_index=96,
+        boi_token_index=95,
+        eoi_token_index=94,
+    )
+    model = build(config, of=AutoModelForImageTextToText)
+    ids, mask = left_padded([prompt(1, 40, 1) % 90, prompt(1, 28, 2) % 90])
+    for given in ({"inputs": ids[:1]}, {"inputs": ids, "attention_mask": mask}):
+        plain = model.generate(**given, past_key_values=MomentCache(model, 40), max_new_tokens=6, **SETTINGS)
+        types = {"token_type_ids": torch.zeros_like(given["inputs"])}
+        typed = model.generate(**given, **types, past_key_values=MomentCache(model, 40), max_new_tokens=6, **SETTINGS)
+        assert torch.equal(typed, plain)
+    types = torch.zeros(1, 40, dtype=torch.long)
+    types[:, 10:14] = 1
+    with torch.no_grad(), pytest.raises(ValueError, match="DynamicCache for images whose tokens see each other"):
+        model.model(ids[:1], token_type_ids=types, past_key_values=MomentCache(model, 40))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import COMPRESSED, FAMILIES, SIZES, build, left_padded, prompt, save_with_bytes, tiny
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from momentkv.hf import MomentCache, read
 from momentkv.hf.layer import MomentLayer
@@ -392,3 +392,29 @@ def test_a_turn_is_open_where_its_beginning_is_one_token_with_the_text():
     assert request_of(Merging(), "Repeat", [0, 2]) == [3]
     assert request_of(Merging(), "Repeat", [1, 2]) == [3]
     assert request_of(Merging(), "Repeat", [2, 0]) == [4]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"chunk": None}, TypeError, "chunk is None"),
+        ({"chunk": 1.5}, TypeError, "chunk is 1.5"),
+        ({"segment": "a"}, TypeError, "segment is 'a'"),
+        ({"segment": 2.5}, TypeError, "segment is 2.5"),
+        ({"request": None}, TypeError, "request is None; give it as text"),
+        ({"request": 5}, TypeError, "request is 5; give it as text"),
+    ],
+)
+def test_what_is_no_number_and_no_request_is_named(options: dict[str, Any], error: type[Exception], message: str):
+    cache = made("llama")
+    with pytest.raises(error, match=message):
+        read_tiny("llama", prompt(1, 90), cache, **options)
+    assert not cache
+
+
+def test_one_reads_into_a_cache_of_momentkv():
+    stock = DynamicCache(config=tiny("llama").config)
+    with pytest.raises(TypeError, match="cache is a DynamicCache; read into a MomentCache"):
+        read(tiny("llama"), prompt(1, 90), stock, twice=False)
+    with pytest.raises(TypeError, match=r"rollback is 1.5, a float"):
+        made("llama", rollback=1.5)

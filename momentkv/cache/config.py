@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from momentkv._array import Array
+from momentkv._numbers import whole_number
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.codes import pair_of_bits
 from momentkv.policies import Policy, check_budget, get_policy
@@ -22,7 +22,6 @@ __all__ = [
     "CacheConfig",
     "exact_tokens",
     "wanted_queries",
-    "whole_number",
 ]
 
 # What `momentkv.hf.MomentCache` asks of each layer by default, where that is not the default of `LayerCache`.
@@ -213,16 +212,6 @@ def make_config(
         statistics_bits=statistics_bits,
         exact_window=exact_window,
     )
-
-
-def whole_number(name: str, value: Any) -> int:
-    """An int of any library's integer, or an error that names the argument."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; use a whole number")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; use a whole number") from None
 
 
 def checked_budget(config: CacheConfig, budget: Any) -> int | tuple[int, ...]:

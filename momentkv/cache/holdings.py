@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device, nbytes
+from momentkv._numbers import whole_number
 from momentkv.attention import check_keys
 from momentkv.backends import get_backend
-from momentkv.cache.config import RECENT_QUERIES, CacheConfig, checked_budget, whole_number
+from momentkv.cache.config import RECENT_QUERIES, CacheConfig, checked_budget
 from momentkv.cache.losses import losses_of
 from momentkv.cache.packing import View, view_of
 from momentkv.cache.queries import query_window

@@ -114,7 +114,14 @@ def row_bytes(d: int, bits: int) -> int:
     >>> [row_bytes(64, bits) for bits in BITS], row_bytes(1, 5)
     ([16, 24, 32, 40, 48, 64, 128], 2)
     """
-    return sum(-(-d * width // 8) for width in PLANES[bits])
+    return sum(-(-d * width // 8) for width in planes_of(bits))
+
+
+def planes_of(bits: int) -> tuple[int, ...]:
+    """Bits of the planes of a code, or an error that says which codes there are."""
+    if whole(bits) not in PLANES:
+        raise ValueError(f"bits is {bits!r}; use {listed(PLANES, 'or')}")
+    return PLANES[bits]
 
 
 def pack(codes: Array, bits: int) -> Array:
@@ -139,7 +146,7 @@ def pack(codes: Array, bits: int) -> Array:
     xp = array_namespace(codes)
     *lead, d = codes.shape
     planes, below = [], bits
-    for width in PLANES[bits]:
+    for width in planes_of(bits):
         below -= width
         plane = xp.astype((codes >> below) & (2**width - 1), xp.uint8)
         count, m = 8 // width, -(-d * width // 8)
@@ -174,7 +181,7 @@ def unpack(packed: Array, bits: int, d: int) -> Array:
     """
     xp = array_namespace(packed)
     codes, start = None, 0
-    for width in PLANES[bits]:
+    for width in planes_of(bits):
         count, m = 8 // width, -(-d * width // 8)
         block = packed[..., start : start + m]
         start += m

@@ -36,6 +36,8 @@ class Standard(NamedTuple):
         they do not vary, it is the deviation that rounding would cause.
         """
         xp = array_namespace(x)
+        if not xp.isdtype(x.dtype, "real floating"):
+            raise TypeError(f"x is {x.dtype}; means and deviations are of floating-point tokens")
         (wide,) = accumulate(xp, x)
         real = xp.ones_like(wide[..., 0]) if mask is None else xp.astype(mask, wide.dtype)
         if mask is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from momentkv._numbers import whole_number
 from momentkv.backends import ArrayBackend
 from momentkv.cache.allocation import Sharing
 from momentkv.cache.budget_rules import TotalBytes
@@ -129,7 +130,7 @@ class MomentCache(GeneratingCache):
         config = whole.get_text_config(decoder=True)
         refuse_architecture(config, whole)
         check_implementation(config)
-        if rollback < 1:
+        if whole_number("rollback", rollback) < 1:
             raise ValueError(f"rollback is {rollback}; use at least 1 token")
         # Tensor parallelism shards KV heads; each rank's cache holds, and shares budgets among, its own.
         self.ranks = int(getattr(model, "_tp_size", None) or 1)

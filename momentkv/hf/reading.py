@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from momentkv._numbers import whole_number
 from momentkv.cache.second_reading import RereadBudget
 from momentkv.hf.cache import MomentCache
 from momentkv.hf.layer_reader import LayerReader
@@ -308,13 +309,15 @@ def check(
     segment: int | None,
 ) -> None:
     """Raise unless a text can be read so."""
+    if not isinstance(cache, MomentCache):
+        raise TypeError(f"cache is a {type(cache).__name__}; read into a MomentCache")
     if not cache.passes.moments:
         raise ValueError("no layer of this model is compressed (all have a sliding window): there is nothing to evict")
     seen = int(cache.get_seq_length())
     if not (isinstance(twice, numbers.Real) and 0 <= twice <= 1):
         raise ValueError(f"twice is {twice!r}; use True, False, or a share of the text from 0 to 1")
     for name, size in (("chunk", chunk), ("segment", segment)):
-        if size is not None and size < 1:
+        if (name, size) != ("segment", None) and whole_number(name, size) < 1:
             raise ValueError(f"{name} is {size}; read at least one token at a time")
     if ids.shape[1] == 0:
         raise ValueError("inputs has no tokens; there is nothing to read")

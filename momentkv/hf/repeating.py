@@ -72,7 +72,9 @@ def request_of(tokenizer: Any, request: str | Sequence[int], first: Sequence[int
         If the request is a text and there is no tokenizer.
     """
     if not isinstance(request, str):
-        return list(request)
+        if not isinstance(request, Sequence | torch.Tensor):
+            raise TypeError(f"request is {request!r}; give it as text, or as token ids ([] for none)")
+        return [int(token) for token in request]
     if tokenizer is None:
         raise ValueError(
             f"request is {request!r}, which only a tokenizer can read; pass tokenizer=, the request as token ids "

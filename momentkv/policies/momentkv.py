@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
+from momentkv._numbers import whole_number
 from momentkv.policies.base import Policy, Tokens
 from momentkv.statistics.weights import positive
 
@@ -45,7 +46,7 @@ class MomentKV(Policy):
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
+        if whole_number("rounds", self.rounds) < 1:
             raise ValueError(f"rounds is {self.rounds}; use at least 1")
 
     def importance(self, tokens: Tokens) -> Array:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device
+from momentkv._numbers import whole_number
 from momentkv.policies.base import Policy, Tokens
 
 __all__ = ["SnapKV", "check_kernel", "pool_neighbours"]
@@ -44,7 +45,7 @@ class SnapKV(Policy):
 
 def check_kernel(kernel: int) -> None:
     """Raise unless a width over positions is odd and positive."""
-    if kernel < 1 or kernel % 2 == 0:
+    if whole_number("kernel", kernel) < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel is {kernel}; use an odd width of at least 1")
 
 

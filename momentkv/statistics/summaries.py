@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 
 from momentkv._array import Array, accumulate, accumulate_as, array_namespace, check_arrays, check_mask, device, nbytes
+from momentkv._numbers import whole_number
 from momentkv.attention import AttentionState, check_values
 from momentkv.statistics.calibration import fitted_strength
 from momentkv.statistics.checks import equal_anchors
@@ -105,15 +106,14 @@ class Summaries:
             If an argument is out of range or shapes do not fit.
         """
         xp = check_values(k, v)
-        d, dv = k.shape[-1], v.shape[-1]
-        if summaries < 1:
+        d, dv, lead = k.shape[-1], v.shape[-1], k.shape[:-2]
+        if whole_number("summaries", summaries) < 1:
             raise ValueError(f"summaries is {summaries}; use at least 1")
-        if not 0 <= rank <= min(d, dv):
+        if not 0 <= whole_number("rank", rank) <= min(d, dv):
             raise ValueError(f"rank is {rank}; use 0 to {min(d, dv)}, the smaller dimension of keys and values")
         if not 0 <= strength <= 1:
             raise ValueError(f"strength is {strength}; use 0 (order 1) to 1")
         k, v = accumulate(xp, k, v)
-        lead = k.shape[:-2]
 
         def full(*shape: int, value: float = 0.0) -> Array:
             return xp.full((*lead, *shape), value, dtype=k.dtype, device=device(k))
