@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,9 +23,13 @@ def without_autocast() -> contextlib.AbstractContextManager[object]:
     False
     """
     casting = [name for name in DEVICES if torch.is_autocast_enabled(name)]
-    if not casting:
-        return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    for name in casting:
-        stack.enter_context(torch.autocast(name, enabled=False))
-    return stack
+    return off(casting) if casting else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def off(devices: Sequence[str]) -> Iterator[None]:
+    """Without autocast on these devices."""
+    with contextlib.ExitStack() as stack:
+        for name in devices:
+            stack.enter_context(torch.autocast(name, enabled=False))
+        yield

@@ -265,7 +265,7 @@ def momentkv_mask(
         return torch.ones((), dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
     masked: torch.Tensor | None = sdpa_mask(q_offset=q_offset, **settings)
     full = local_size is None and kv_offset == 0 and mask_function is not causal_mask_function
-    if full and not takes_whole_masks(config) and not torch.compiler.is_compiling():
+    if full and q_length > 1 and not takes_whole_masks(config) and not torch.compiler.is_compiling():
         # Of a text without images, the token types that a processor gives leave the mask what it is without them.
         settings |= {"mask_function": causal_mask_function, "allow_is_causal_skip": False}
         if masked is not None and torch.equal(masked, sdpa_mask(q_offset=q_offset, **settings)):
