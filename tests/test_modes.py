@@ -27,7 +27,17 @@ def parts(lengths: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"correction": "summaries"}, {"bits": 4}, {"certify": 2}, {"order": None}], ids=str
+    "settings",
+    [
+        {},
+        {"correction": "summaries"},
+        {"bits": 4},
+        {"certify": 2},
+        {"order": None},
+        {"policy": "h2o"},
+        {"policy": "tova"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("static", [False, True])
 def test_steps_do_not_mind_autocast(settings: dict[str, Any], static: bool):

@@ -71,7 +71,6 @@ def attended(
         return both.out if expansion is None else backend.correct(both, q, expansion, scale=scale)
 
 
-@as_given
 def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array, *, scale: float) -> LayerState:
     """The state after first and second moment of recent queries, and those for a tolerance, were brought up to date."""
     recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
