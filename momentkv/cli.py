@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from momentkv import __version__
-from momentkv.evaluation.options import CORRECTIONS, Parser, add_budgets, add_measurements, add_source, command
+from momentkv.evaluation.options import (
+    CORRECTIONS,
+    Parser,
+    add_budgets,
+    add_measurements,
+    add_output,
+    add_source,
+    command,
+)
 
 __all__ = ["main"]
 
@@ -47,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = written(options)
     try:
         check_counts(options)
+        check_output(options)
         status = int(options.run(options))
         sys.stdout.flush()
         return status
@@ -76,6 +85,21 @@ def check_counts(options: argparse.Namespace) -> None:
         for each in values:
             if isinstance(each, int) and each < 1:
                 raise ValueError(f"{name} {verb} {each}; use at least 1")
+    if getattr(options, "skip", 0) < 0:
+        raise ValueError(f"skip is {options.skip}; use 0 or more characters")
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Raise if results would go where something else is, or where their plot goes."""
+    default = Path(getattr(options, "default_output", ""))
+    path = Path(getattr(options, "output", None) or default)
+    if not default.suffix:
+        if default.name and path.is_file():
+            raise ValueError(f"output is {str(path)!r}, which is a file; name a folder")
+    elif path.is_dir():
+        raise ValueError(f"output is {str(path)!r}, which is a folder; name a file, {str(path / default.name)!r} say")
+    elif default.suffix == ".json" and path.suffix == ".png":
+        raise ValueError(f"output is {str(path)!r}, where the plot would go; name a .json for the results")
 
 
 def written(options: argparse.Namespace) -> int | None:
@@ -111,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_budgets(demo, [128, 512])
     demo.add_argument("--question", default='What is the "with" statement used for?', help="asked after the text")
     demo.add_argument("--new-tokens", type=int, default=32, help="tokens to generate a continuation and an answer")
-    demo.add_argument("--output", default="results/demo.png", help="the plot")
+    add_output(demo, "results/demo.png", "the plot")
     demo.set_defaults(run=command("momentkv.demo", "demo"))
 
     add_plan(commands.add_parser("plan", help="the memory that a cache takes, from a model's shape alone"))
@@ -119,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time of decoding and eviction against the copy bandwidth of the device")
     bench.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     bench.add_argument("--threads", type=int, default=1, help="of a CPU")
-    bench.add_argument("--output", default="results/bench.json", help="results; the plot goes beside it")
+    add_output(bench, "results/bench.json", "results; the plot goes beside it")
     bench.set_defaults(run=command("momentkv.evaluation.bench", "bench"))
 
     commands.add_parser("lm-eval", help="the command line of lm_eval, with the model momentkv", add_help=False)

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 from momentkv.cache.config import wanted_queries
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.fidelity import Fidelity, compare
-from momentkv.evaluation.report import progress_bar, show
+from momentkv.evaluation.report import progress_bar, save_figure, show
 from momentkv.evaluation.settings import Setting, empty_cache, setting_of, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.evaluation.steps import Step, Typical, evicted_tokens, typical
@@ -314,7 +314,4 @@ def plot(readings: list[Reading], path: str | Path, title: str) -> Path:
         axis.set_xlabel("cache, MiB (moments counted)")
         axis.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)

@@ -175,7 +175,7 @@ def plan(
         raise ValueError(f"block is {block}; evict at least one token at a time")
     if bits == AUTO:
         raise ValueError(
-            f"bits is {bits!r}: bits are then chosen by what is read, and bytes are the budget's; plan with bits=None"
+            f"bits is {bits!r}: bits are then chosen by what is read, and bytes are the budget's; leave bits out"
         )
     kind = get_correction(correction)
     asked = parse_budget(budget)

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import Library
+import torch
+from libraries import LIBRARIES, Library
+from passes import SIZES, passes
 
 from momentkv import LayerCache, Moments, attend
 from momentkv.testing.rounding import assert_same
@@ -180,3 +182,45 @@ def test_a_turn_of_few_tokens_is_ranked_as_alone(policy: str, backend: Library):
     held, of_one = stored(backend, together), stored(backend, alone)
     assert [{p - 45 if p >= 365 else p for p in head} for head in held] == of_one
     np.testing.assert_allclose(backend.numpy(out)[:1], backend.numpy(expected), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("between", ["append", "attend"])
+def test_tokens_that_wait_in_static_steps_are_not_replaced(library: str, between: str):
+    backend: Library = LIBRARIES[library]
+    caches = [LayerCache(100, static=static, **SIZES) for static in (False, True)]
+    outs = []
+    for cache in caches:
+        first, some, one = ([backend.asarray(x.numpy()) for x in part] for part in passes((10, 3, 1)))
+        cache.step(*first)
+        cache.append(*some[1:])
+        if between == "attend":
+            cache.attend(some[0])
+        cache.append(*one[1:])
+        outs.append(backend.numpy(cache.attend(one[0])))
+        cache.evict()
+        assert (cache.seen, (backend.numpy(cache.positions) >= 0).sum() // 2) == (14, 14)
+    np.testing.assert_allclose(outs[1], outs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_budget_is_not_lowered_while_a_token_waits_for_static_steps():
+    cache, plain = (LayerCache(20, static=True, **SIZES) for _ in range(2))
+    prefill, *steps = passes((60, *[1] * 12))
+    for each in (cache, plain):
+        each.step(*prefill)
+    q, k, v = steps[0]
+    cache.append(k, v)
+    with pytest.raises(ValueError, match=r"budget was set to \[10, 10\] between append and evict.*call evict first"):
+        cache.budget = 10
+    assert cache.budget == 20
+    cache.attend(q)
+    cache.evict()
+    plain.step(q, k, v)
+    for each in (cache, plain):
+        each.budget = 10
+        for step in steps[1:]:
+            each.step(*step)
+    kept = int((cache.positions >= 0).sum()) // 2
+    assert kept + float(cache.moments.weight[0, 0]) == cache.seen == 72
+    for name, x in plain.arrays().items():
+        assert torch.equal(cache.arrays()[name], x), name

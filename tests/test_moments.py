@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -276,3 +277,50 @@ def test_one_of_many_tokens_is_left_exactly(backend: Library):
     zeros, one = (backend.asarray(x((1, n, 1), dtype=np.float32)) for x, n in ((np.zeros, 2_000_000), (np.ones, 1)))
     left = Moments.from_tokens(zeros, zeros, order=0).update(one, one).downdate(zeros, zeros)
     assert backend.numpy(left.weight).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_mean_of_many_tokens_keeps_its_digits(library: str):
+    """Sums of a hundred thousand numbers one after the other lose them, far from zero the most."""
+    backend: Library = LIBRARIES[library]
+    rng = np.random.default_rng(0)
+    k, v = (101 + 0.5 * rng.standard_normal((1, 200_000, 3)) for _ in range(2))
+    moments = Moments.from_tokens(*(backend.asarray(x.astype(np.float32)) for x in (k, v)), order=2)
+    whole = Moments.from_tokens(
+        k.astype(np.float32).astype(np.float64), v.astype(np.float32).astype(np.float64), order=2
+    )
+    for name, limit in (("key_mean", 1e-6), ("value_mean", 1e-6), ("key_key", 1e-3)):
+        exact = getattr(whole, name)
+        assert np.abs(backend.numpy(getattr(moments, name)) - exact).max() <= limit * np.abs(exact).max(), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_head_that_has_faded_is_empty_before_its_weight_loses_digits(dtype: type):
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((1, 2, 30, 4)).astype(dtype) for _ in range(2))
+    limits = np.finfo(dtype)
+    moments = Moments.from_tokens(k, v, order=2, extent=True)
+    weights = [moments.weight]
+    for _ in range(12_000):
+        moments = moments.decay(np.asarray([0.9, 1.0], dtype=dtype))
+        weights.append(moments.weight)
+        if not moments.weight[0, 0]:
+            break
+    fading = np.stack(weights)[:, 0, 0]
+    least = limits.smallest_normal / limits.eps
+    assert fading[-1] == 0 < least <= fading[-2] < 2 * least
+    for before, after in itertools.pairwise(fading[:-1]):
+        assert abs(after - before * dtype(0.9)) <= limits.eps * after
+    assert moments.weight[0, 1] == 30
+    assert moments.expansion().log_weight[0, 0, 0] == -math.inf
+
+
+def test_factors_and_weights_that_do_not_fit_are_refused():
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((1, 2, 6, 4)).astype(np.float32) for _ in range(2))
+    moments = Moments.from_tokens(k, v)
+    for gamma in (np.ones((5, 1, 2)), np.ones((3, 2)), np.ones(3)):
+        with pytest.raises(ValueError, match=r"gamma has shape .* broadcast to \(1, 2\)"):
+            moments.decay(gamma.astype(np.float32))
+    with pytest.raises(ValueError, match="weights has a sum that is no number of float32"):
+        Moments.from_tokens(k, v, weights=np.full(6, 3e38, dtype=np.float32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Callable
@@ -11,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import COMPRESSED, FAMILIES, SIZES, build, left_padded, prompt, save_with_bytes, tiny
-from transformers import AutoTokenizer, DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from models import COMPRESSED, FAMILIES, SIZES, build, left_padded, prompt, tiny
+from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from momentkv.hf import MomentCache, read
 from momentkv.hf.layer import MomentLayer
-from momentkv.hf.repeating import around, read_text, request_of
 from momentkv.hf.stretches import begins_of, most_novel
 
 REQUEST = [5, 7, 11]
@@ -353,45 +351,6 @@ def test_a_text_does_not_stand_where_images_of_another_moved_it(twice: bool, mon
     with pytest.raises(KeyboardInterrupt):
         read(model, ids, MomentCache(model, 60), twice=False, chunk=30, progress=False)
     assert model.model.rope_deltas is kept
-
-
-def test_templates_that_expect_parts_are_asked_with_parts(tmp_path: Path):
-    """As those of models that see images: of a plain text they write nothing."""
-    tokenizer = AutoTokenizer.from_pretrained(save_with_bytes(tmp_path))
-    assert around(tokenizer) == ("", "\n")
-    body = "{{ '<' + m.role + '>' }}WORDS<end>"
-    loop = "{% for m in messages %}" + body + "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    for content in ("{{ m.content }}", "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"):
-        tokenizer.chat_template = loop.replace("WORDS", content)
-        assert around(tokenizer) == ("<user>", "<end><assistant>")
-        ids = read_text(tokenizer, "TEXT")[0][0].tolist()
-        assert tokenizer.decode(ids) == "<user>TEXT"
-        assert tokenizer.decode(request_of(tokenizer, "Repeat.", ids)) == "\n\nRepeat.<end><assistant>"
-    tokenizer.chat_template = loop.replace("WORDS", "")
-    with pytest.raises(ValueError, match=r"chat_template that writes '<user><end><assistant>'.*as token ids"):
-        around(tokenizer)
-
-
-class Merging:
-    """A tokenizer of few tokens, one of which is a new line of the template with one of the text."""
-
-    chat_template = "<user>\\n{{ messages[0].content }}<end>"
-    tokens = ("<user>\n", "<user>\n\n", "text", "\n\nRepeat<end>", "\n\nRepeat\n\n")
-
-    def __call__(self, text: str, **_: Any) -> Any:
-        return argparse.Namespace(input_ids=[self.tokens.index(text)])
-
-    def apply_chat_template(self, turn: Any, **_: Any) -> str:
-        return f"<user>\n{turn[0]['content']}<end>"
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(self.tokens[index] for index in ids)
-
-
-def test_a_turn_is_open_where_its_beginning_is_one_token_with_the_text():
-    assert request_of(Merging(), "Repeat", [0, 2]) == [3]
-    assert request_of(Merging(), "Repeat", [1, 2]) == [3]
-    assert request_of(Merging(), "Repeat", [2, 0]) == [4]
 
 
 @pytest.mark.parametrize(

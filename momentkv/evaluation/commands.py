@@ -13,7 +13,7 @@ from momentkv import __version__
 from momentkv.evaluation.fidelity import measure
 from momentkv.evaluation.gap import measure_gap
 from momentkv.evaluation.report import environment, progress_bar, read_json, save_figure, show, write_json
-from momentkv.evaluation.settings import CHOICES, Setting, bytes_as_tokens, setting_of, settings_grid
+from momentkv.evaluation.settings import CHOICES, Setting, bytes_as_tokens, check_evicts, setting_of, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, digest_of, load_model, load_text, tokenize
 from momentkv.evaluation.split import REPORT_TEXTS, roles_of, said_of
 
@@ -106,7 +106,7 @@ def fidelity(options: argparse.Namespace) -> int:
     lines = fidelity_lines(rows)
     show(console, fidelity_table(lines, title=title, bits=options.bytes))
     for line in said_of(roles):
-        console.print(line, soft_wrap=True)
+        console.print(line)
     plot = save_figure(plot_kl(lines, bits=options.bytes, title=title), path.with_suffix(".png"))
     console.print(f"results: {path}   plot: {plot}", soft_wrap=True)
     return 0
@@ -198,7 +198,12 @@ def finished(path: str | Path, protocol: dict[str, Any]) -> list[dict[str, Any]]
     """
     if not Path(path).exists():
         return []
-    content = read_json(path)
+    content: Any = read_json(path)
+    if not (isinstance(content, dict) and "protocol" in content and "rows" in content):
+        raise ValueError(
+            f"output is {str(path)!r}, which holds something else than results; name another file, or discard what it "
+            "holds with --fresh"
+        )
     if content["protocol"] != protocol:
         raise ValueError(
             f"output {str(path)!r} holds results of another protocol ({differing(content['protocol'], protocol)}); "
@@ -230,6 +235,7 @@ def gap(options: argparse.Namespace) -> int:
     from momentkv.evaluation.report_plots import plot_gaps
 
     console = Console()
+    check_evicts(options)
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     said = load_text(options.text)
@@ -255,7 +261,7 @@ def gap(options: argparse.Namespace) -> int:
     means = content["mean"]
     console.print(f"[bold]{title}[/]")
     for line in said_of(content["roles"]):
-        console.print(line, soft_wrap=True)
+        console.print(line)
     console.print(f"evicted mass w_E               mean {means['evicted_mass']:.3f}")
     console.print(f"cos(o_E, o_R)                  mean {means['cosine']:+.3f}")
     console.print(f"relative error, plain          mean {means['plain']:.3f}")

@@ -113,7 +113,7 @@ def needles(options: argparse.Namespace) -> int:
     lines = needle_lines(needles_of(rows))
     show(console, needles_table(lines, title=title, bits=options.bytes))
     for line in said_of(roles):
-        console.print(line, soft_wrap=True)
+        console.print(line)
     figure = plot_found(lines, bits=options.bytes, title=title)
     console.print(f"results: {path}   plot: {save_figure(figure, path.with_suffix('.png'))}", soft_wrap=True)
     return 0

@@ -11,7 +11,7 @@ from momentkv.cache.config import EXACT_WINDOW
 from momentkv.policies import POLICIES
 from momentkv.statistics.corrections import CORRECTIONS as NAMES
 
-__all__ = ["CORRECTIONS", "Parser", "add_budgets", "add_measurements", "add_source", "command"]
+__all__ = ["CORRECTIONS", "Parser", "add_budgets", "add_measurements", "add_output", "add_source", "command"]
 
 CORRECTIONS = [name for name in NAMES if name != "moments"]  # which is "order-1"
 # Those that a command which reads a text once can measure.
@@ -125,7 +125,7 @@ def add_measurements(kinds: Any) -> None:
     gap = kinds.add_parser("gap", help="evicted mass, direction and error by layer and head (the paper's Figure 2)")
     add_source(gap, context=4096, following=128)
     add_method(gap, budget=128, policy="momentkv", correction="order-1", corrections=CORRECTIONS[1:])
-    gap.add_argument("--output", default="results/gap.json", help="data; the plot goes beside it")
+    add_output(gap, "results/gap.json", "data; the plot goes beside it")
     gap.set_defaults(run=command("momentkv.evaluation.commands", "gap"))
 
     trust = kinds.add_parser("trust", help="certified and estimated error of every head against the true one")
@@ -136,7 +136,7 @@ def add_measurements(kinds: Any) -> None:
         metavar="M",
         help="instead of both: one of --methods of evaluate fidelity, default@4 say",
     )
-    trust.add_argument("--output", default="results/trust.json", help="data; the plot goes beside it")
+    add_output(trust, "results/trust.json", "data; the plot goes beside it")
     trust.set_defaults(run=command("momentkv.evaluation.trust", "trust"))
 
     stream = kinds.add_parser("stream", help="error of every head over a long decode with eviction")
@@ -153,7 +153,7 @@ def add_measurements(kinds: Any) -> None:
         help=f"of {', '.join(CORRECTIONS)}",
     )
     stream.add_argument("--chunk", type=int, default=512, help="tokens a chunk of the chunked prefill")
-    stream.add_argument("--output", default="results/stream.json", help="results")
+    add_output(stream, "results/stream.json", "results")
     stream.set_defaults(run=command("momentkv.evaluation.stream", "stream"))
 
     speed = kinds.add_parser("speed", help="decode tokens/s and peak memory against the full cache")
@@ -163,7 +163,7 @@ def add_measurements(kinds: Any) -> None:
     speed.add_argument("--steps", type=int, default=96, help="tokens decoded with each cache")
     speed.add_argument("--chunk", type=int, default=512, help="tokens of the context read at once")
     speed.add_argument("--threads", type=int, default=1, help="of the processor, for one step")
-    speed.add_argument("--output", default="results/speed.json", help="results")
+    add_output(speed, "results/speed.json", "results")
     speed.set_defaults(run=command("momentkv.evaluation.speed", "speed"))
 
     suite = kinds.add_parser("suite", help="all that the report needs, one measurement after the other; resumes")
@@ -178,19 +178,19 @@ def add_measurements(kinds: Any) -> None:
         help="one or more, as the other commands take them; each has a folder of its own",
     )
     add_bytes(suite)
-    suite.add_argument("--output", default="results/suite", help="folder of results; the report goes there, too")
+    add_output(suite, "results/suite", "folder of results; the report goes there, too")
     suite.set_defaults(run=command("momentkv.evaluation.suite", "suite"), resumes=True)
 
     report = kinds.add_parser("report", help="one page of all results: tables, plots, intervals, commands")
     report.add_argument("results", nargs="*", default=["results"], metavar="RESULTS", help="files or folders")
-    report.add_argument("--output", default="results/report", help="folder of report.html, report.md and plots")
+    add_output(report, "results/report", "folder of report.html, report.md and plots")
     report.set_defaults(run=command("momentkv.evaluation.report_page", "report"))
 
     tradeoff = kinds.add_parser("tradeoff", help="KL against needles found, from the results of both")
     tradeoff.add_argument("fidelity", metavar="FIDELITY", help="JSON that `momentkv evaluate fidelity` wrote")
     tradeoff.add_argument("needles", metavar="NEEDLES", help="JSON that `momentkv evaluate needles` wrote")
     tradeoff.add_argument("--length", type=int, help="haystacks of so many tokens alone (default: all)")
-    tradeoff.add_argument("--output", default="results/tradeoff.png", help="the plot")
+    add_output(tradeoff, "results/tradeoff.png", "the plot")
     tradeoff.set_defaults(run=command("momentkv.evaluation.tradeoff", "tradeoff"))
 
 
@@ -306,8 +306,14 @@ def add_method(
     parser.add_argument("--correction", default=correction, choices=corrections, help="what stands for evicted tokens")
 
 
+def add_output(parser: argparse.ArgumentParser, default: str, what: str) -> None:
+    """Where a command writes: a file whose kind its name shows, or a folder."""
+    parser.add_argument("--output", default=default, help=what)
+    parser.set_defaults(default_output=default)
+
+
 def add_results(parser: argparse.ArgumentParser, output: str) -> None:
     """Options of a command that resumes from its results when it is run again."""
-    parser.add_argument("--output", default=output, help="results; the plot goes beside it")
+    add_output(parser, output, "results; the plot goes beside it")
     parser.add_argument("--fresh", action="store_true", help="discard results of an interrupted run in that file")
     parser.set_defaults(resumes=True)

@@ -19,6 +19,7 @@ __all__ = [
     "environment",
     "progress_bar",
     "read_json",
+    "read_text",
     "save_figure",
     "show",
     "tokens_in",
@@ -79,16 +80,33 @@ def environment() -> dict[str, str]:
 def write_json(path: str | Path, content: dict[str, Any]) -> Path:
     """Write a result, whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ValueError(f"output is {str(path)!r}, which cannot be written ({error.strerror}); name another") from None
     return path
+
+
+def read_text(path: str | Path) -> str:
+    """What a file says, or an error that names it."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{str(path)!r} is no text in UTF-8; convert it, or name another file") from None
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}); name another file") from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read what `write_json` wrote."""
-    content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    said = read_text(path)
+    try:
+        content: dict[str, Any] = json.loads(said)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON, or was cut off ({error}); delete it, or name another") from None
     return content
 
 
@@ -112,6 +130,8 @@ def tokens_in(bits: int | None) -> str:
 def save_figure(figure: Any, path: str | Path, *, dpi: int = 150) -> Path:
     """Write a figure of matplotlib, into a folder that is made where it is missing."""
     path = Path(path)
+    if not path.suffix:
+        path = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ __all__ = [
     "TRIAL",
     "Setting",
     "bytes_as_tokens",
+    "check_evicts",
     "empty_cache",
     "moment_tokens",
     "setting_of",
@@ -294,3 +296,12 @@ def empty_cache(
         rollback=rollback,
         bits=setting.bits,
     )
+
+
+def check_evicts(options: argparse.Namespace) -> None:
+    """Raise if a budget has room for the whole context, so that there is nothing to measure."""
+    if options.budget >= options.context:
+        raise ValueError(
+            f"budget is {options.budget}, but the context has {options.context} tokens, none of which would be "
+            "evicted; use a smaller one"
+        )

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from momentkv.evaluation.report import read_text
 from momentkv.evaluation.split import REPORT_TEXTS
 from momentkv.hf import NAME
 
@@ -112,7 +113,7 @@ def load_text(source: str | Path) -> str:
     """
     path = Path(source)
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     names = str(source).split("+")
     if all(name in topics for name in names):
         return "\n\n".join(topics[name] for name in names)

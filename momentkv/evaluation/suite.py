@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -200,7 +199,7 @@ def complete(path: Path, command: list[str]) -> bool:
         return False
     try:
         content: dict[str, Any] = read_json(path)
-    except json.JSONDecodeError:
+    except ValueError:
         return False
     version = content.get("protocol", content).get("momentkv")
     same = content.get("command") == shlex.join(["momentkv", *command])

@@ -9,6 +9,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from momentkv.evaluation.gather import kind_of_result
 from momentkv.evaluation.lines import Row, fidelity_lines, needle_lines, needles_of
 from momentkv.evaluation.report import bits_of, empty_table, read_json, save_figure, show, tokens_in
 
@@ -57,10 +58,19 @@ def beaten(point: Any, rivals: pd.DataFrame) -> bool:
     return bool(((as_good["kl"] < point.kl) | (as_good["found"] > point.found)).any())
 
 
+def results_of(options: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """Results of one kind, named by the option of that name."""
+    path = getattr(options, kind)
+    content = read_json(path)
+    if kind_of_result(content) != kind:
+        raise ValueError(f"{kind} is {path!r}, which momentkv evaluate {kind} did not write; name what it wrote")
+    return content
+
+
 def tradeoff(options: argparse.Namespace) -> int:
     """Join the results of ``evaluate fidelity`` and ``evaluate needles``; print a table and draw the plane."""
     console = Console()
-    fidelity, needles = read_json(options.fidelity), read_json(options.needles)
+    fidelity, needles = (results_of(options, kind) for kind in ("fidelity", "needles"))
     models = {x["protocol"]["model"] for x in (fidelity, needles)}
     if len(models) > 1:
         raise ValueError(f"the results are of different models, {' and '.join(sorted(models))}; measure one")

@@ -20,7 +20,7 @@ from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import retained_mask
 from momentkv.evaluation.report import environment, save_figure, write_json
-from momentkv.evaluation.settings import CHOICES, DEFAULT, Setting, empty_cache, setting_of
+from momentkv.evaluation.settings import CHOICES, DEFAULT, Setting, check_evicts, empty_cache, setting_of
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
 from momentkv.statistics.expansion import Expansion
@@ -231,6 +231,8 @@ def setting_asked(options: argparse.Namespace) -> Setting:
 def trust(options: argparse.Namespace) -> int:
     """Measure certificates and estimates; write data and a plot, print a summary."""
     setting = setting_asked(options)
+    if setting.bits is None:  # else tokens are rounded, whether any goes or not
+        check_evicts(options)
     console = Console()
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)

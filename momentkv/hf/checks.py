@@ -149,7 +149,7 @@ def has_read(cache: Any) -> bool:
     """
     if limit_of(cache.config) is not None and not torch.compiler.is_compiling():
         _asked.add(cache)
-    return any(layer.is_initialized for layer in cache.layers)
+    return cache.is_initialized
 
 
 def check_new_keys(cache: Any, keys: torch.Tensor) -> None:

@@ -37,7 +37,8 @@ class FinishedRows(StoppingCriteria):
     Notes
     -----
     For greedy and sampled generation; beam search drops ended rows itself. Needed only if the cache is used again. Then
-    pass a mask with zeros at that padding in the next turn.
+    pass a mask with zeros at that padding in the next turn. Before transformers 5.17, make one for each call of
+    ``generate``.
 
     Examples
     --------

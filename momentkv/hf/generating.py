@@ -19,7 +19,7 @@ class GeneratingCache(Cache):
     Attributes
     ----------
     calls : int
-        Of ``generate``, that this cache was passed to.
+        Of ``generate``, that this cache was passed to. Before transformers 5.17, which tells the cache, it stays 0.
     """
 
     calls = 0
@@ -37,7 +37,8 @@ class GeneratingCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether it has read any tokens: models ask whether theirs is the first pass."""
-        return any(layer.is_initialized for layer in self.layers)
+        # Stock layers that were reset are initialized yet in older versions, and hold zeros.
+        return any(layer.is_initialized and getattr(layer, "cumulative_length", 1) for layer in self.layers)
 
     def forget_ended(self) -> None:
         """Forget which rows have ended: those of another call of ``generate`` have not."""

@@ -1,0 +1,123 @@
+"""Files that commands read and write: what is none of theirs is named before a model is loaded, and left as it is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from momentkv.cli import main
+from momentkv.evaluation.report import save_figure
+
+MODULES = ("commands", "needles", "trust", "sources")
+FIDELITY = ["fidelity", "--context", "200", "--following", "40", "--budgets", "64", "--methods", "snapkv/none"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files of several kinds, in a folder where no model can be loaded."""
+    for name in MODULES:
+        module = importlib.import_module(f"momentkv.evaluation.{name}")
+        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bytes.txt").write_bytes(b"\x89\xb8\xff")
+    (tmp_path / "cut.json").write_text('{"protocol": ')
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    (tmp_path / "folder").mkdir()
+    fidelity: Any = {"protocol": {"model": "m"}, "rows": [{"kl": 1.0, "text": "t"}]}
+    (tmp_path / "fidelity.json").write_text(json.dumps(fidelity))
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*FIDELITY, "--output", "x.png"], "output is 'x.png', where the plot would go; name a .json"),
+        (["needles", "--output", "x.png"], "output is 'x.png', where the plot would go"),
+        (["trust", "--output", "x.png"], "output is 'x.png', where the plot would go"),
+        (
+            [*FIDELITY, "--output", "folder"],
+            "output is 'folder', which is a folder; name a file, 'folder/fidelity.json'",
+        ),
+        (["tradeoff", "fidelity.json", "fidelity.json", "--output", "folder"], "output is 'folder', which is a folder"),
+        (["report", "fidelity.json", "--output", "bytes.txt"], "output is 'bytes.txt', which is a file; name a folder"),
+        ([*FIDELITY, "--skip", "-3"], "skip is -3; use 0 or more characters"),
+        (["trust", "--context", "200", "--budget", "300"], "budget is 300, but the context has 200 tokens"),
+        (["gap", "--context", "200", "--budget", "200"], "budget is 200, but the context has 200 tokens"),
+        (
+            ["tradeoff", "fidelity.json", "other.json"],
+            "needles is 'other.json', which momentkv evaluate needles did not",
+        ),
+        (
+            ["tradeoff", "list.json", "fidelity.json"],
+            "fidelity is 'list.json', which momentkv evaluate fidelity did not",
+        ),
+        (["tradeoff", "fidelity.json", "fidelity.json"], "needles is 'fidelity.json', which momentkv evaluate needles"),
+        (["tradeoff", "fidelity.json", "none.json"], "'none.json' cannot be read (No such file or directory)"),
+        (["tradeoff", "cut.json", "fidelity.json"], "'cut.json' is no JSON, or was cut off"),
+        (["report", "cut.json"], "'cut.json' is no JSON, or was cut off"),
+        (["report", "bytes.txt"], "'bytes.txt' is no text in UTF-8"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_is_no_file_of_a_command_is_named(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["evaluate", *arguments]) == 1
+    assert message in said(capsys)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("list.json", "output is 'list.json', which holds something else than results"),
+        ("other.json", "output is 'other.json', which holds something else than results"),
+        ("cut.json", "'cut.json' is no JSON, or was cut off"),
+    ],
+)
+def test_results_are_not_gone_on_with_from_another_file(
+    output: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The one that is there stays; ``--fresh`` alone would discard it."""
+    commands = importlib.import_module("momentkv.evaluation.commands")
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(commands, "measure", lambda *_, **__: pytest.fail("something was measured"))
+    before = (folder / output).read_bytes()
+    assert main(["evaluate", *FIDELITY, "--text", "compound", "--output", output]) == 1
+    assert message in said(capsys)
+    assert (folder / output).read_bytes() == before
+
+
+def test_a_text_that_is_none_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    commands = importlib.import_module("momentkv.evaluation.commands")
+    monkeypatch.setattr(commands, "load_model", lambda *_: (None, None))
+    assert main(["evaluate", *FIDELITY, "--text", "bytes.txt"]) == 1
+    assert "'bytes.txt' is no text in UTF-8; convert it, or name another file" in said(capsys)
+
+
+def test_a_plot_is_where_it_is_said_to_be(tmp_path: Path):
+    for name in ("plot", "plot.png", "plot.svg"):
+        path = save_figure(Figure(), tmp_path / name)
+        assert path.suffix in (".png", ".svg")
+        assert path.is_file()
+
+
+def test_results_that_cannot_be_written_say_where(tmp_path: Path):
+    report = importlib.import_module("momentkv.evaluation.report")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output is '.*file/x.json', which cannot be written"):
+        report.write_json(tmp_path / "file" / "x.json", {})
