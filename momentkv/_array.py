@@ -33,6 +33,7 @@ __all__ = [
     "check_mask",
     "concrete",
     "device",
+    "index_dtype",
     "inverse_factor",
     "is_torch_array",
     "nbytes",
@@ -40,6 +41,11 @@ __all__ = [
 
 # Arrays of any library: the array API has no common base class to name here.
 Array = Any
+
+
+def index_dtype(xp: Any) -> Any:
+    """The dtype that a library takes indices in."""
+    return xp.__array_namespace_info__().default_dtypes()["indexing"]
 
 
 def accumulation_dtype(xp: Any, *dtypes: Any) -> Any:

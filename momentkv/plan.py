@@ -10,7 +10,7 @@ from momentkv._numbers import whole_number
 from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.cache.budget_rules import POSITION_BYTES, Share, TotalBytes, parse_budget
 from momentkv.cache.config import EXACT_WINDOW, exact_tokens
-from momentkv.codes import AUTO, pair_of_bits, record_bytes
+from momentkv.codes import AUTO, order_bytes, pair_of_bits, record_bytes
 from momentkv.policies import Policy, check_budget, get_policy
 from momentkv.shapes import KNOWN, Shape, find_shape, shape_from_config
 from momentkv.statistics.corrections import Correction, get_correction
@@ -192,6 +192,9 @@ def plan(
     anchor = 2 * d * 4 if kind.anchored else 0
     queries = 2 * d * 4 if get_policy(policy).needs_queries else anchor
     state = state_bytes(kind, d=d, statistics_bits=statistics_bits) - anchor
+    standards = 0
+    if bits is not None:  # mean and deviation of keys, deviation of values
+        standards = 3 * token // 2 + (order_bytes(pair_of_bits(bits)[0], d) if queries else 0)
     exact, least = exact_tokens(bits, sinks=sinks, window=window, exact_window=exact_window), sinks + window + 1
     if isinstance(asked, Share):
         tokens = asked.tokens(context, least)
@@ -202,7 +205,7 @@ def plan(
             heads=heads,
             token=record + POSITION_BYTES + score,
             exact=token + POSITION_BYTES + score,
-            state=state + queries + 2 * POSITION_BYTES + (0 if bits is None else 3 * token // 2),
+            state=state + queries + 2 * POSITION_BYTES + standards,
             beside=sliding * longest * token,
             block=block,
             recent=exact + block,
@@ -216,7 +219,7 @@ def plan(
     recent = exact + block  # always there; so few tokens are all in it
     waiting = block if context >= recent else recent - retained
     coded = max(0, retained - exact) if context >= recent else 0
-    standards = 3 * token // 2 if bits is not None and coded else 0
+    standards = standards if coded else 0
     bounded = sliding * min(context, longest)
     equivalent = token_equivalents(kind, d=d, itemsize=itemsize, statistics_bits=statistics_bits)
     return Plan(

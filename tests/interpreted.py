@@ -90,7 +90,7 @@ def unpacking_kernel(
     least: tl.constexpr = low if low > 0 else high
     word: tl.constexpr = 8 // least * width
     nn, xx = tl.arange(0, 16), tl.arange(0, block)
-    levels = levels_of(records, nn, nn < tokens, one, dtype, d, high, low, width, block)
+    levels = levels_of(records, nn, nn < tokens, one, dtype, d, high, low, width, d * (high + low) // 8 // width, block)
     channel = xx % word // width * (d * least // 8) + xx // word * width + in_word(xx % width, width)
     there = (nn < tokens)[:, None] & (xx // word * width < d * least // 8)[None, :]
     tl.store(out + nn[:, None] * d + channel[None, :], levels.to(tl.float32), mask=there)

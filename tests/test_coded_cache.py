@@ -17,6 +17,8 @@ from momentkv.testing.rounding import assert_same
 
 D, DV, KV_HEADS, GROUP, ROWS = 16, 8, 2, 2, 2
 SETTINGS: dict[str, Any] = {"sinks": 1, "window": 3, "exact_window": 1, "block": 4}
+# The second remembers queries, by which channels of keys are graded; the first does not.
+POLICIES = pytest.mark.parametrize("policy", ["momentkv", "expected-attention"])
 LENGTHS = {"prefill": [40, *[1] * 12], "decode": [1] * 40, "chunks": [3, 20, 1, 1, 9, *[1] * 9]}
 
 
@@ -56,15 +58,18 @@ def records(cache: LayerCache) -> dict[tuple[int, int, int], bytes]:
     return found
 
 
+@POLICIES
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("budget", [10, (8, 15)], ids=["equal", "ragged"])
-def test_steps_attend_to_the_tokens_that_the_cache_shows(backend: Library, lengths: str, padded: bool, budget: Any):
+def test_steps_attend_to_the_tokens_that_the_cache_shows(
+    backend: Library, lengths: str, padded: bool, budget: Any, policy: str
+):
     if backend.compiles and lengths != "prefill":
         pytest.skip("compiles every shape anew: the others are other shapes alone")
     q, k, v = tokens(sum(LENGTHS[lengths]))
     valid = valid_of(padded, k.shape[-2])
-    cache = LayerCache(budget, bits=(5, 4), **SETTINGS)
+    cache = LayerCache(budget, bits=(5, 4), policy=policy, **SETTINGS)
     for part in parts(LENGTHS[lengths]):
         given = [backend.asarray(x[..., part, :]) for x in (q, k, v)]
         held = [] if cache.state is None else [backend.numpy(x) for x in (cache.keys, cache.values, cache.positions)]
@@ -85,13 +90,14 @@ def test_steps_attend_to_the_tokens_that_the_cache_shows(backend: Library, lengt
         np.testing.assert_allclose(out[real], exact[real], rtol=0, atol=1e-11 * np.abs(values).max())
 
 
+@POLICIES
 @pytest.mark.parametrize("budget", [10, (8, 15)], ids=["equal", "ragged"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_tokens_that_stay_retained_keep_their_codes_bit_for_bit(budget: Any, padded: bool, lengths: str):
+def test_tokens_that_stay_retained_keep_their_codes_bit_for_bit(budget: Any, padded: bool, lengths: str, policy: str):
     q, k, v = tokens(sum(LENGTHS[lengths]))
     valid = valid_of(padded, k.shape[-2])
-    cache, before, stayed = LayerCache(budget, bits=4, **SETTINGS), {}, 0
+    cache, before, stayed = LayerCache(budget, bits=4, policy=policy, **SETTINGS), {}, 0
     for part in parts(LENGTHS[lengths]):
         early = np.full((ROWS, KV_HEADS), not cache.has_evicted)
         if cache.state is not None and cache.state.early is not None:
@@ -105,12 +111,13 @@ def test_tokens_that_stay_retained_keep_their_codes_bit_for_bit(budget: Any, pad
     assert stayed
 
 
+@POLICIES
 @pytest.mark.parametrize("shorter", [1, 3, 7, 10, 12])
 @pytest.mark.parametrize(("static", "budget"), [(False, 12), (True, 12), (True, (8, 15))])
-def test_a_row_is_coded_as_it_would_be_alone(budget: Any, shorter: int, static: bool):
+def test_a_row_is_coded_as_it_would_be_alone(budget: Any, shorter: int, static: bool, policy: str):
     """Beside one that evicts long before it: by what its own tokens are like, when its own recent ones run full."""
     q, k, v = tokens(70)
-    caches = [LayerCache(budget, bits=3, static=static, **SETTINGS) for _ in range(2)]
+    caches = [LayerCache(budget, bits=3, static=static, policy=policy, **SETTINGS) for _ in range(2)]
     first, valid = 20, np.ones((2, 1, 20), dtype=bool)
     valid[1, :, : first - shorter] = False
     caches[0].step(q[..., :first, :], k[..., :first, :], v[..., :first, :], valid=valid)
@@ -155,10 +162,11 @@ def test_an_exact_window_that_is_none_is_refused_by_name(value: Any, error: type
         LayerCache(12, bits=3, **SETTINGS | {"exact_window": value})
 
 
+@POLICIES
 @pytest.mark.parametrize("bits", BITS)
-def test_retained_tokens_are_within_half_a_step(bits: int):
+def test_retained_tokens_are_within_half_a_step(bits: int, policy: str):
     q, k, v = tokens(50)
-    cache = LayerCache(30, bits=(bits, bits), **SETTINGS)
+    cache = LayerCache(30, bits=(bits, bits), policy=policy, **SETTINGS)
     cache.step(q, k, v)
     state = cache.state
     assert state is not None
@@ -199,9 +207,10 @@ def test_bytes_are_those_of_codes_steps_and_standards(bits: int, dtype: Any):
     assert cache.nbytes == ROWS * KV_HEADS * (records + recent + (2 * D + DV) * size)
 
 
-def test_rows_may_be_selected_and_copies_go_on_alike():
+@POLICIES
+def test_rows_may_be_selected_and_copies_go_on_alike(policy: str):
     q, k, v = tokens(60)
-    one = LayerCache(12, bits=4, **SETTINGS)
+    one = LayerCache(12, bits=4, policy=policy, **SETTINGS)
     one.step(q[..., :40, :], k[..., :40, :], v[..., :40, :])
     other, swapped, kept = copy.deepcopy(one), copy.deepcopy(one), one.snapshot()
     swapped.map(lambda x: x[::-1])
@@ -215,9 +224,10 @@ def test_rows_may_be_selected_and_copies_go_on_alike():
     assert_same(again[-1], out)
 
 
-def test_tokens_taken_back_leave_records_alone():
+@POLICIES
+def test_tokens_taken_back_leave_records_alone(policy: str):
     q, k, v = tokens(60)
-    cache = LayerCache(12, bits=4, **SETTINGS)
+    cache = LayerCache(12, bits=4, policy=policy, **SETTINGS)
     cache.step(q[..., :40, :], k[..., :40, :], v[..., :40, :])
     before = records(cache)
     cache.step(q[..., 40:43, :], k[..., 40:43, :], v[..., 40:43, :])
@@ -226,10 +236,11 @@ def test_tokens_taken_back_leave_records_alone():
     assert cache.seen == 40
 
 
-def test_when_a_layer_first_evicts_all_its_tokens_say_what_they_are_like():
+@POLICIES
+def test_when_a_layer_first_evicts_all_its_tokens_say_what_they_are_like(policy: str):
     """A standard of the first few tokens would be one of few."""
     q, k, v = tokens(60)
-    cache = LayerCache(40, bits=4, **SETTINGS)
+    cache = LayerCache(40, bits=4, policy=policy, **SETTINGS)
     for part in parts([10, *[1] * 50]):
         cache.step(q[..., part, :], k[..., part, :], v[..., part, :])
         if not cache.has_evicted:
@@ -238,12 +249,13 @@ def test_when_a_layer_first_evicts_all_its_tokens_say_what_they_are_like():
     np.testing.assert_allclose(cache.state.key_mean, k[..., :44, :].mean(-2), atol=0.2 * k.std(-2).max())
 
 
+@POLICIES
 @pytest.mark.parametrize("library", ["torch"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_half_precision_holds_the_standard_in_its_own_dtype(library: str, dtype: str):
+def test_half_precision_holds_the_standard_in_its_own_dtype(library: str, dtype: str, policy: str):
     lib = LIBRARIES[library]
     q, k, v = (lib.asarray(x, dtype) for x in tokens(60))
-    cache = LayerCache(12, bits=4, **SETTINGS)
+    cache = LayerCache(12, bits=4, policy=policy, **SETTINGS)
     for part in parts([40, *[1] * 20]):
         out = cache.step(q[..., part, :], k[..., part, :], v[..., part, :])
     held = cache.arrays()

@@ -51,7 +51,7 @@ def test_no_component_is_off_by_more_than_half_a_step(backend: Library, case: Ca
     standard = standard_of(backend, k)
     codes, step = few.encode(backend.asarray(k), standard, bits)
     mean, deviation, step, given = (
-        backend.numpy(x) for x in (*standard, step, few.decode(codes, step, standard, bits))
+        backend.numpy(x) for x in (*standard[:2], step, few.decode(codes, step, standard, bits))
     )
     u = unit(case.dtype)
     size = np.abs(k) + np.abs(mean)[..., None, :]

@@ -34,7 +34,7 @@ def read(cache: LayerCache, k: np.ndarray, v: np.ndarray, chunk: int) -> None:
 def error(x: np.ndarray, standard: Standard, bits: int) -> np.ndarray:
     """Root mean square of what records lose, in deviations of the tokens' own standard."""
     own = Standard.of(x, centred=standard.mean is not None)
-    lost = standard.restore(coarse(standard.standardise(x), bits)) - x
+    lost = standard.restore(coarse(standard.standardise(x), standard, bits)) - x
     return np.sqrt(np.mean((lost / own.deviation[..., None, :]) ** 2, axis=(-2, -1)))
 
 
@@ -73,7 +73,7 @@ def test_coding_anew_what_was_coded_gives_nothing_back_and_adds_an_error(away: f
         return np.sqrt(np.mean(((x - after) / fresh.deviation[..., None, :]) ** 2, axis=(-2, -1)))
 
     def read_back(x: np.ndarray, by: Standard) -> np.ndarray:
-        return by.restore(coarse(by.standardise(x), 5))
+        return by.restore(coarse(by.standardise(x), by, 5))
 
     once = read_back(after, standard)
     left, again, new = lost(once), lost(read_back(once, fresh)), lost(read_back(after, fresh))

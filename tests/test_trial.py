@@ -12,7 +12,6 @@ import torch
 from models import COMPRESSED, left_padded, prompt, tiny
 from test_read import REQUEST, contents, interrupted, made, read_tiny
 
-from momentkv.cache.coded_budget import CODES
 from momentkv.hf import MomentCache
 from momentkv.hf.layer import MomentLayer
 from momentkv.hf.reading import Reading
@@ -229,7 +228,6 @@ def test_a_trial_needs_something_to_choose_and_an_empty_cache():
 
 def test_one_goes_downhill_from_where_one_begins():
     costs = {3: 5.0, 4: 3.0, 5: 4.0, 6: 1.0, 8: 0.0}
-    assert len(CODES) == len(costs)
     for start, end in ((4, 4), (6, 8), (3, 4), (8, 8)):
         assert climb(list(costs), start, lambda x: torch.tensor([costs[x]] * 3)) == end
     # With one case there is no error of the mean, and equal costs are no fall.

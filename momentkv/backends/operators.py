@@ -53,6 +53,7 @@ def decode_on_cuda(
     value_deviation: torch.Tensor | None = None,
     key_bits: int = 0,
     value_bits: int = 0,
+    channel_order: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`decode` with expansion and coding in parts; without logits, an empty tensor in their place."""
     from momentkv.backends.triton.decode import decode_triton
@@ -60,7 +61,16 @@ def decode_on_cuda(
     expansion = assemble(
         log_weight, key_mean, value_mean, anchor, slope, slope_left, slope_right, variance, strength, cap
     )
-    coding = coding_of(key_step, value_step, channel_mean, channel_deviation, value_deviation, key_bits, value_bits)
+    coding = coding_of(
+        key_step,
+        value_step,
+        channel_mean,
+        channel_deviation,
+        value_deviation,
+        key_bits,
+        value_bits,
+        channel_order,
+    )
     with torch.cuda.device(q.device):
         recent = together(recent_keys, recent_values, recent_valid)
         out, lse, logits = decode_triton(
@@ -153,11 +163,14 @@ def coding_of(
     spread: Tensor | None = None,
     key_bits: int = 0,
     value_bits: int = 0,
+    order: Tensor | None = None,
 ) -> Coding | None:
     """The coding that an operator was given in parts, or None; the dispatcher leaves out what is as by default."""
     if key_step is None:
         return None
-    return Coding((key_bits, value_bits), key_step, value_step, Standard(mean, deviation), Standard(None, spread))
+    return Coding(
+        (key_bits, value_bits), key_step, value_step, Standard(mean, deviation, order), Standard(None, spread)
+    )
 
 
 def parts_of(coding: Coding | None) -> tuple[Any, ...]:
@@ -165,7 +178,8 @@ def parts_of(coding: Coding | None) -> tuple[Any, ...]:
     if coding is None:
         return ()
     of_keys, of_values = coding.key_standard, coding.value_standard
-    return (coding.key_step, coding.value_step, *of_keys, of_values.deviation, *coding.bits)
+    mean, deviation, order = of_keys
+    return (coding.key_step, coding.value_step, mean, deviation, of_values.deviation, *coding.bits, order)
 
 
 def reads_codes(coding: Coding, dtype: torch.dtype) -> bool:
@@ -323,7 +337,7 @@ def check_codes(
             "8, in float32 at most 128: use momentkv.codes.attend_codes"
         )
     lead, n, d = tuple(starts.shape), k.shape[0], q.shape[-1]
-    dv, (mean, deviation) = coding.value_standard.deviation.shape[-1], coding.key_standard
+    dv, (mean, deviation, order) = coding.value_standard.deviation.shape[-1], coding.key_standard
     for name, x, shape, dtypes in (
         ("q", q, tuple(q.shape), DTYPES),
         ("k", k, (n, row_bytes(d, coding.bits[0])), (torch.uint8,)),
@@ -332,6 +346,7 @@ def check_codes(
         ("value_step", coding.value_step, (n,), (torch.float16,)),
         ("mean of key_standard", mean, (*lead, d), DTYPES),
         ("deviation of key_standard", deviation, (*lead, d), DTYPES),
+        ("order of key_standard", order, (*lead, d), (torch.uint8,)),
         ("deviation of value_standard", coding.value_standard.deviation, (*lead, dv), DTYPES),
     ):
         if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes):

@@ -8,7 +8,7 @@ import torch
 
 from momentkv.attention import AttentionState
 from momentkv.backends.layout import Tiers
-from momentkv.codes import PLANES, Coded, Coding, centre, unpack
+from momentkv.codes import GRADES, PLANES, Coded, Coding, Standard, centre, less_centre, row_bytes, unpack
 
 __all__ = ["attend_logits", "attend_packed", "attend_records", "logits_of", "unpack_words"]
 
@@ -56,14 +56,15 @@ def attend_records(
 
 def logits_of(q: torch.Tensor, coded: Coded, *, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Logits (..., kv_head, group * q_len, n) of all tokens; ``-inf`` where the mask is False."""
-    (mean, deviation), of_key = coded.key_standard, coded.bits[0]
+    of_keys, of_key = coded.key_standard, coded.bits[0]
+    mean, deviation = of_keys.mean, of_keys.deviation
     dtype = torch.float64 if torch.float64 in (q.dtype, deviation.dtype) else torch.float32
     *batch, kv_heads, n, _ = coded.keys.shape
     q_len, d = q.shape[-2], deviation.shape[-1]
     folded = q.to(dtype).reshape(*batch, kv_heads, -1, d) * scale
-    tilted = folded * deviation.to(dtype)[..., None, :]
-    zero = centre(of_key) * tilted.sum(-1, keepdim=True)
-    products = [torch.matmul(tilted, numbers(coded.keys, block, of_key, d, dtype).mT) for block in blocks_of(n)]
+    tilted = in_order(folded * deviation.to(dtype)[..., None, :], of_keys)
+    zero = (less_centre(of_key, of_keys, tilted) * tilted).sum(-1, keepdim=True)
+    products = [torch.matmul(tilted, numbers(coded.keys, block, of_key, of_keys, dtype).mT) for block in blocks_of(n)]
     logits = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)) - zero
     logits = logits * coded.key_step.to(dtype)[..., None, :]
     if mean is not None:
@@ -85,19 +86,19 @@ def blocks_of(n: int) -> list[slice]:
 
 def attend_logits(logits: torch.Tensor, q: torch.Tensor, coded: Coded) -> tuple[AttentionState, torch.Tensor]:
     """Attention state and weights of the logits that `logits_of` gave of the same."""
-    (middle, spread), of_value, n, dtype = coded.value_standard, coded.bits[1], logits.shape[-1], logits.dtype
-    heads, dv = q.shape[:-1], spread.shape[-1]
+    of_values, of_value, n, dtype = coded.value_standard, coded.bits[1], logits.shape[-1], logits.dtype
+    middle, spread, heads = of_values.mean, of_values.deviation, q.shape[:-1]
     lse = torch.logsumexp(logits, dim=-1, keepdim=True)
     # A query that sees nothing has lse = -inf; shifting by 0 instead leaves all its weights at zero.
     weights = torch.exp(logits - lse.nan_to_num(neginf=0.0))
     part = weights * coded.value_step.to(dtype)[..., None, :]
     out = part.sum(-1, keepdim=True) * -centre(of_value)
     for block in blocks_of(n):
-        out = out + torch.matmul(part[..., block], numbers(coded.values, block, of_value, dv, dtype))
+        out = out + torch.matmul(part[..., block], numbers(coded.values, block, of_value, of_values, dtype))
     out = out * spread.to(dtype)[..., None, :]
     if middle is not None:
         out = out + weights.sum(-1, keepdim=True) * middle.to(dtype)[..., None, :]
-    state = AttentionState(out.reshape(*heads, dv), lse.reshape(heads))
+    state = AttentionState(out.reshape(*heads, spread.shape[-1]), lse.reshape(heads))
     group = q.shape[-3] // logits.shape[-3]
     return state, weights.reshape(*logits.shape[:-2], group, q.shape[-2], n)
 
@@ -110,14 +111,16 @@ def attend_packed(
     Codes of all heads are unpacked at once; logits lie in a rectangle (batch, kv_head, group * q_len, width).
     """
     layout, (of_key, of_value) = tiers.layout, coding.bits
-    (mean, deviation), (_, spread) = coding.key_standard, coding.value_standard
+    of_keys, of_values = coding.key_standard, coding.value_standard
+    mean, deviation, spread = of_keys.mean, of_keys.deviation, of_values.deviation
     dtype = torch.float64 if torch.float64 in (q.dtype, deviation.dtype) else torch.float32
     batch, d, dv, heads = q.shape[0], deviation.shape[-1], spread.shape[-1], q.shape[:-1]
     folded = q.to(dtype).reshape(batch, layout.heads, -1, d) * scale
-    tilted = folded * deviation.to(dtype)[..., None, :]
+    tilted = in_order(folded * deviation.to(dtype)[..., None, :], of_keys)
+    everything = slice(0, tiers.keys.shape[-2])
     keys, values = (
-        unpack_words(x.contiguous(), bits, size).to(dtype)
-        for x, bits, size in ((tiers.keys, of_key, d), (tiers.values, of_value, dv))
+        numbers(x, everything, bits, standard, dtype)
+        for x, bits, standard in ((tiers.keys, of_key, of_keys), (tiers.values, of_value, of_values))
     )
     logits = tilted.new_zeros((*tilted.shape[:-1], layout.width))
     spans = [(start, start + width, width) for start, width in zip(layout.starts, layout.widths, strict=True)]
@@ -126,7 +129,7 @@ def attend_packed(
     key_step, value_step = (
         layout.rectangle(x, vectors=False).to(dtype)[..., None, :] for x in (coding.key_step, coding.value_step)
     )
-    logits = (logits - centre(of_key) * tilted.sum(-1, keepdim=True)) * key_step
+    logits = (logits - (less_centre(of_key, of_keys, tilted) * tilted).sum(-1, keepdim=True)) * key_step
     if mean is not None:
         logits = logits + torch.matmul(folded, mean.to(dtype)[..., None])
     there = layout.beside(q, "real") if tiers.valid is None else tiers.valid
@@ -146,6 +149,21 @@ def attend_packed(
     return state, weights.reshape(batch, layout.heads, -1, heads[-1], layout.width)
 
 
-def numbers(packed: torch.Tensor, block: slice, bits: int, d: int, dtype: torch.dtype) -> torch.Tensor:
-    """Codes of a block of tokens in the dtype that products are taken in."""
-    return unpack_words(packed[..., block, :].contiguous(), bits, d).to(dtype)
+def in_order(x: torch.Tensor, standard: Standard) -> torch.Tensor:
+    """`momentkv.codes.Standard.ordered`, of queries."""
+    if standard.order is None:
+        return x
+    return x.gather(-1, standard.order.to(torch.int64)[..., None, :].expand_as(x))
+
+
+def numbers(packed: torch.Tensor, block: slice, bits: int, standard: Standard, dtype: torch.dtype) -> torch.Tensor:
+    """Codes of a block of tokens in the dtype that products are taken in, channels as they lie in records."""
+    packed, d = packed[..., block, :], standard.deviation.shape[-1]
+    if standard.order is None:
+        return unpack_words(packed.contiguous(), bits, d).to(dtype)
+    half, (fine, rough) = d // 2, GRADES[bits]
+    first = row_bytes(half, fine)
+    out = packed.new_empty((*packed.shape[:-1], d), dtype=dtype)
+    out[..., :half] = unpack_words(packed[..., :first].contiguous(), fine, half)
+    out[..., half:] = unpack_words(packed[..., first:].contiguous(), rough, half)
+    return out

@@ -133,6 +133,7 @@ def code_error(step: Array, standard: Standard, bits: int, *, stored: Any) -> Ar
     standard : Standard
         Of shape (..., d).
     bits : int
+        Of a channel; where channels are graded, on average.
     stored : dtype
         Of tokens as they came and as they are read back.
 
@@ -143,13 +144,14 @@ def code_error(step: Array, standard: Standard, bits: int, *, stored: Any) -> Ar
     """
     xp = array_namespace(step)
     dtype = accumulation_dtype(xp, standard.deviation.dtype)
-    wide, step = standard.map(lambda x: xp.astype(x, dtype)), xp.astype(step, dtype)[..., None]
+    deviation, step = xp.astype(standard.deviation, dtype), xp.astype(step, dtype)[..., None]
     u, of_stored = (float(xp.finfo(kind).eps) / 2 for kind in (dtype, stored))
+    bits += standard.order is not None  # the finer of graded channels
     clipped, step = step >= MOST, xp.where(step >= MOST, xp.zeros_like(step), step)
-    size = 2.0 ** (bits - 1) * step * wide.deviation
-    if wide.mean is not None:
-        size = size + xp.abs(wide.mean)
-    error = step / 2 * wide.deviation * (1 + 2.0 ** (bits + 3) * u) + (of_stored + 4 * u) * size
+    size = 2.0 ** (bits - 1) * step * deviation
+    if standard.mean is not None:
+        size = size + xp.abs(xp.astype(standard.mean, dtype))
+    error = step / 2 * deviation * (1 + 2.0 ** (bits + 3) * u) + (of_stored + 4 * u) * size
     error = error + (float(xp.finfo(dtype).smallest_normal) + of_stored * float(xp.finfo(stored).smallest_normal))
     error = xp.where(step == 0, xp.zeros_like(error), error)
     return xp.where(clipped, xp.full_like(error, math.inf), error)

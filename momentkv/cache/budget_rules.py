@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from momentkv._array import Array
 from momentkv.cache.config import CacheConfig
-from momentkv.codes import record_bytes
+from momentkv.codes import USUAL, order_bytes, record_bytes
 from momentkv.statistics.moments import Moments
 
 __all__ = ["BudgetRule", "Share", "TotalBytes", "budget_from_text", "bytes_beside", "parse_budget"]
@@ -107,6 +107,8 @@ class TotalBytes(BudgetRule):
             state += 2 * k.shape[-1] * sum_bytes(k, v)
         if config.bits is not None or whole:
             state += pair + k.shape[-1] * k.dtype.itemsize  # mean and deviation of keys, deviation of values
+            if config.remembers_queries:
+                state += order_bytes((config.bits or USUAL)[0], k.shape[-1])
             if config.certify is not None:
                 state += 2 * (k.shape[-1] + v.shape[-1]) * sum_bytes(k, v)  # what codes have lost
         return self.retained(

@@ -10,14 +10,12 @@ from momentkv._array import Array, array_namespace
 from momentkv.cache.allocation import Rule, SharedBudget, budget_grid, refine, share_budget
 from momentkv.cache.curves import error_at, measured_errors
 from momentkv.cache.layer import LayerCache
-from momentkv.codes import pair_of_bits, record_bytes
+from momentkv.codes import USUAL, pair_of_bits, record_bytes
 
 __all__ = ["CODES", "EVICTION_COUNTS", "UNFORETOLD", "CodedBudget", "chosen_code", "expected_error", "shared_error"]
 
-# Bits of keys and of values that are offered.
-CODES = tuple(map(pair_of_bits, (3, 4, 5, 6, 8)))
-# Where nothing can be measured.
-USUAL = pair_of_bits(4)
+# Bits of keys and of values that are offered, in the order of their bytes.
+CODES = tuple(map(pair_of_bits, (3, (4, 3), 4, (5, 4), 5, 6, 8)))
 # How many times as much an error of eviction counts as one of rounding that is as large for the newest queries.
 # Rounding errs in another direction for each token, head and layer, so that much of it cancels; eviction does not.
 EVICTION_COUNTS = 8.0

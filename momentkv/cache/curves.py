@@ -129,7 +129,7 @@ def measured_errors(
         expansion = correction.expansion(evicted) if state.has_evicted or budget < n else None
         errors.append(error(kept, expansion))
         if budget == at:
-            tokens = rounded_tokens(view, order[..., : min(budget, n)], codes, config)
+            tokens = rounded_tokens(view, order[..., : min(budget, n)], codes, config, state.query_square)
             rounded = [error(attended(*each), expansion) for each in tokens]
     by_row = xp.stack([*errors[::-1], *rounded])  # (budget or code, row, kv_head)
     counts = xp.all(xp.isfinite(by_row), axis=(0, 2))[:, None]
@@ -141,20 +141,20 @@ def measured_errors(
 
 
 def rounded_tokens(
-    view: View, slots: Array, codes: Sequence[tuple[int, int]], config: CacheConfig
+    view: View, slots: Array, codes: Sequence[tuple[int, int]], config: CacheConfig, queries: Array | None
 ) -> Iterator[tuple[Array, Array, Array]]:
     """For each code, keys, values and positions of some slots as they are read; sinks and the newest stay exact."""
     xp = array_namespace(slots)
     real = view.positions >= 0
     keys, values, positions = ranked(view, slots)
-    standards = Standard.of(view.keys, real), Standard.of(view.values, real, centred=False)
-    scaled = [standard.standardise(x) for standard, x in zip(standards, (keys, values), strict=True)]
+    plain = Standard.of(view.keys, real), Standard.of(view.values, real, centred=False)
     kept = protected(view.positions, sinks=config.sinks, window=config.exact_with(codes) - config.sinks)
     exact = xp.take_along_axis(kept, slots, axis=-1)[..., None]
     for bits in codes:
+        standards = plain[0].graded(bits[0], queries), plain[1]
         read = (
-            xp.where(exact, x, xp.astype(standard.restore(coarse(z, number)), x.dtype))
-            for x, z, standard, number in zip((keys, values), scaled, standards, bits, strict=True)
+            xp.where(exact, x, xp.astype(standard.restore(coarse(standard.standardise(x), standard, number)), x.dtype))
+            for x, standard, number in zip((keys, values), standards, bits, strict=True)
         )
         yield (*read, positions)
 

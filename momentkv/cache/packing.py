@@ -228,7 +228,7 @@ def recorded(pool: Pool, index: Array) -> dict[str, Array]:
     for name in ("key_step", "value_step"):
         x = getattr(pool, name)
         arrays[name] = xp.take_along_axis(xp.reshape(x, (*x.shape[:-2], heads * width)), source, axis=-1)
-    arrays["key_mean"], arrays["key_deviation"] = pool.key_standard
+    arrays["key_mean"], arrays["key_deviation"], arrays["key_order"] = pool.key_standard
     return arrays | {"value_deviation": pool.value_standard.deviation}
 
 

@@ -64,10 +64,10 @@ def pool_of(
         Whether the standard is made anew, and all records with it: of all heads, or of those where it is True.
     """
     xp = array_namespace(keys)
-    coding = None if renew is True else state.coding()
+    coding, bits = None if renew is True else state.coding(), layout.bits or (0, 0)
     n, first, width = keys.shape[-2], min(state.layout.sinks, state.filled), 0
     if coding is None:
-        standards, enters = standards_of(keys, values, real), retained
+        standards, enters = standards_of(keys, values, real, bits[0], state.query_square), retained
     else:
         standards, width = (coding.key_standard, coding.value_standard), state.layout.width
         slot = xp.arange(n, dtype=xp.int32, device=device(keys))
@@ -75,13 +75,15 @@ def pool_of(
     # Only tokens that change their tier are coded: at most so many of any head.
     most = max(1, min(layout.width, n - width - stay))
     if coding is not None and not isinstance(renew, bool):
-        anew, (of_keys, of_values) = renew[..., None], standards_of(keys, values, real)
+        # Heads of a file whose channels are not graded stay like each other.
+        queries = None if coding.key_standard.order is None else state.query_square
+        anew, (of_keys, of_values) = renew[..., None], standards_of(keys, values, real, bits[0], queries)
         standards = of_keys.where(anew, standards[0]), of_values.where(anew, standards[1])
         enters, most = enters | (retained & anew), max(1, min(layout.width, n))
     index = xp.argsort(xp.astype(~enters, xp.int8), axis=-1, stable=True)[..., :most]
     records = [
-        encode(take_rows(x, index), standard, bits)
-        for x, standard, bits in zip((keys, values), standards, layout.bits or (), strict=True)
+        encode(take_rows(x, index), standard, number)
+        for x, standard, number in zip((keys, values), standards, bits, strict=True)
     ]
     (key_codes, key_step), (value_codes, value_step) = records
     source = xp.cumulative_sum(xp.astype(enters, index.dtype), axis=-1) - 1
@@ -101,10 +103,14 @@ def pool_of(
     return Pool(key_codes, value_codes, key_step, value_step, *standards, source)
 
 
-def standards_of(keys: Array, values: Array, real: Array) -> tuple[Standard, Standard]:
-    """What the tokens at hand, those where ``real`` is True, are coded by."""
+def standards_of(
+    keys: Array, values: Array, real: Array, bits: int, queries: Array | None
+) -> tuple[Standard, Standard]:
+    """What the tokens at hand, those where ``real`` is True, are coded by: keys in so many bits, given what is known of
+    recent queries, their mean square.
+    """
     # Tokens that are attended to for want of others have values near zero, which must stay so.
-    return Standard.of(keys, real), Standard.of(values, real, centred=False)
+    return Standard.of(keys, real).graded(bits, queries), Standard.of(values, real, centred=False)
 
 
 def renewal(config: CacheConfig, state: LayerState, cut: Array, *, alike: bool, goes: bool) -> tuple[bool | Array, Any]:

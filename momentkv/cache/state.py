@@ -91,6 +91,7 @@ class LayerState:
     value_step: Any = None
     key_mean: Any = None
     key_deviation: Any = None
+    key_order: Any = None
     value_deviation: Any = None
     early: Any = None
     key_loss: Any = None
@@ -180,7 +181,7 @@ class LayerState:
         """How retained tokens are read, where they are records; None where they are vectors, or there are none."""
         if self.layout.bits is None or self.key_mean is None:
             return None
-        standards = Standard(self.key_mean, self.key_deviation), Standard(None, self.value_deviation)
+        standards = Standard(self.key_mean, self.key_deviation, self.key_order), Standard(None, self.value_deviation)
         return Coding(self.layout.bits, self.key_step, self.value_step, *standards)
 
     def retained(self) -> tuple[Array, Array]:
@@ -217,8 +218,8 @@ class LayerState:
 # Array fields, in the order of the class: what is saved, moved and counted.
 ARRAYS = (
     "recent_keys", "recent_values", "recent_positions", "recent_count", "keys", "values", "positions", "counts",
-    "key_step", "value_step", "key_mean", "key_deviation", "value_deviation", "early", "key_loss", "value_loss",
-    "recent_attention", "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
+    "key_step", "value_step", "key_mean", "key_deviation", "key_order", "value_deviation", "early", "key_loss",
+    "value_loss", "recent_attention", "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
 )  # fmt: skip
 
 # Those that have an axis of packed slots, of all heads, where others have one of heads: behind that of rows.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from momentkv._array import Array, accumulate, array_namespace, device
 from momentkv.attention import AttentionState, group_queries, masked, softmax_weights, ungroup_queries
 from momentkv.codes.packing import unpack
-from momentkv.codes.records import Coded, centre
+from momentkv.codes.records import Coded, centre, less_centre, unpacked
 
 __all__ = ["BLOCK", "attend_codes"]
 
@@ -40,17 +40,17 @@ def attend_codes(q: Array, coded: Coded, *, scale: float, mask: Array | None = N
     """
     xp = array_namespace(q)
     (of_key, of_value), n, q_heads, q_len = coded.bits, coded.keys.shape[-2], q.shape[-3], q.shape[-2]
-    kv_heads, (mean, deviation), of_values = coded.keys.shape[-3], coded.key_standard, coded.value_standard
-    d, dv = deviation.shape[-1], of_values.deviation.shape[-1]
-    q, deviation = accumulate(xp, q, deviation)
+    kv_heads, of_keys, of_values = coded.keys.shape[-3], coded.key_standard, coded.value_standard
+    mean, dv = of_keys.mean, of_values.deviation.shape[-1]
+    q, deviation = accumulate(xp, q, of_keys.deviation)
     dtype = q.dtype
     folded = group_queries(q, kv_heads) * scale
     shift = 0.0 if mean is None else xp.matmul(folded, xp.astype(mean, dtype)[..., None])
-    folded = folded * deviation[..., None, :]
-    zero = centre(of_key) * xp.sum(folded, axis=-1, keepdims=True)
+    folded = of_keys.ordered(folded * deviation[..., None, :])
+    zero = xp.sum(less_centre(of_key, of_keys, folded) * folded, axis=-1, keepdims=True)
     logits, blocks = [], [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
     for block in blocks:
-        codes = xp.astype(unpack(coded.keys[..., block, :], of_key, d), dtype)
+        codes = xp.astype(unpacked(coded.keys[..., block, :], of_keys, of_key), dtype)
         step = xp.astype(coded.key_step[..., block], dtype)[..., None, :]
         logits.append((xp.matmul(folded, xp.matrix_transpose(codes)) - zero) * step + shift)
     lead = (*folded.shape[:-2], q_heads // kv_heads, q_len, n)

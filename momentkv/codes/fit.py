@@ -43,7 +43,7 @@ def misfit(x: Array, standard: Standard, mask: Array | None = None) -> Array:
     >>> [round(float(misfit(x + away, standard)), 1) for away in (0, 4, 16)]
     [1.0, 2.9, 9.5]
     """
-    xp = array_namespace(x)
+    xp, standard = array_namespace(x), standard.even()
     own = Standard.of(x, mask, centred=standard.mean is not None)
     largest = []
     for one in (standard, own):

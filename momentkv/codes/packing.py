@@ -16,14 +16,20 @@ from momentkv._array import Array, array_namespace, device
 __all__ = [
     "AUTO",
     "BITS",
+    "GRADES",
     "PLANES",
     "SPLIT",
+    "USUAL",
     "bits_as_text",
     "bits_from_text",
+    "can_grade",
+    "order_bytes",
     "pack",
+    "pack_graded",
     "pair_of_bits",
     "row_bytes",
     "unpack",
+    "unpack_graded",
 ]
 
 # Bits chosen by measured error; see `momentkv.cache.coded_budget`.
@@ -31,9 +37,13 @@ AUTO: Literal["auto"] = "auto"
 # Bits of the planes of a code, the most significant first.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,), 16: (8, 8)}
 BITS = tuple(PLANES)
+# Bits of the finer and of the coarser half of a key's channels where they are graded, by their average. No code has 7.
+GRADES = {3: (4, 2), 4: (5, 3), 5: (6, 4)}
 # Bits of keys and of values, by their average. An error in a key moves the weights of all tokens. An error in a value
 # is averaged with others. So up to 5, keys get bits from values.
 SPLIT = {3: (4, 2), 4: (5, 3), 5: (6, 4), 6: (6, 6), 8: (8, 8), 16: (16, 16)}
+# Where nothing is said or measured.
+USUAL = SPLIT[4]
 
 
 def pair_of_bits(bits: object) -> tuple[int, int]:
@@ -122,6 +132,45 @@ def planes_of(bits: int) -> tuple[int, ...]:
     if whole(bits) not in PLANES:
         raise ValueError(f"bits is {bits!r}; use {listed(PLANES, 'or')}")
     return PLANES[bits]
+
+
+def can_grade(bits: int, d: int) -> bool:
+    """Whether channels may have graded codes of so many bits on average: in as many bytes as even ones.
+
+    Examples
+    --------
+    >>> can_grade(5, 64), can_grade(5, 8), can_grade(8, 64)
+    (True, False, False)
+    """
+    return bits in GRADES and d % 16 == 0
+
+
+def order_bytes(bits: int, d: int) -> int:
+    """Bytes that say which channels have more bits, of a KV head; 0 where they cannot be graded.
+
+    Examples
+    --------
+    >>> order_bytes(5, 64), order_bytes(8, 64)
+    (64, 0)
+    """
+    return d * (1 if d <= 256 else 4) if can_grade(bits, d) else 0
+
+
+def pack_graded(codes: Array, bits: int) -> Array:
+    """Codes of ``bits`` bits on average, more in the first half of the channels and fewer in the second, as bytes.
+
+    As `pack` packs each half, one behind the other.
+    """
+    xp, half = array_namespace(codes), codes.shape[-1] // 2
+    fine, rough = GRADES[bits]
+    return xp.concat([pack(codes[..., :half], fine), pack(codes[..., half:], rough)], axis=-1)
+
+
+def unpack_graded(packed: Array, bits: int, d: int) -> Array:
+    """The inverse of `pack_graded`."""
+    xp, half, (fine, rough) = array_namespace(packed), d // 2, GRADES[bits]
+    first = row_bytes(half, fine)
+    return xp.concat([unpack(packed[..., :first], fine, half), unpack(packed[..., first:], rough, half)], axis=-1)
 
 
 def pack(codes: Array, bits: int) -> Array:

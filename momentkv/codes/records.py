@@ -12,11 +12,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, accumulation_dtype, array_namespace
-from momentkv.codes.packing import pack, row_bytes, unpack
+from momentkv._array import Array, accumulation_dtype, array_namespace, device
+from momentkv.codes.packing import GRADES, pack, pack_graded, row_bytes, unpack, unpack_graded
 from momentkv.codes.standard import Standard
 
-__all__ = ["MOST", "Coded", "Coding", "centre", "coarse", "decode", "encode", "record_bytes", "step_dtype"]
+__all__ = [
+    "MOST",
+    "Coded",
+    "Coding",
+    "centre",
+    "coarse",
+    "decode",
+    "encode",
+    "less_centre",
+    "record_bytes",
+    "step_dtype",
+    "unpacked",
+]
 
 # Steps of 16 bits: the smallest that has full precision, and the largest.
 LEAST, MOST = 2.0**-14, 65504.0
@@ -32,6 +44,21 @@ def step_dtype(xp: Any) -> Any:
 def centre(bits: int) -> float:
     """What is subtracted of a code: levels lie around zero, and none is zero."""
     return 2.0 ** (bits - 1) - 0.5
+
+
+def less_centre(bits: int, standard: Standard, like: Array) -> Any:
+    """`centre`, or where channels are graded an array (d,) of it, in the order and dtype of the levels ``like``."""
+    if standard.order is None:
+        return centre(bits)
+    xp, half = array_namespace(like), standard.order.shape[-1] // 2
+    parts = (xp.full((half,), centre(each), dtype=like.dtype, device=device(like)) for each in GRADES[bits])
+    return xp.concat(list(parts))
+
+
+def unpacked(codes: Array, standard: Standard, bits: int) -> Array:
+    """Codes (..., d) of records (..., bytes), channels as they lie there."""
+    d = standard.deviation.shape[-1]
+    return unpack(codes, bits, d) if standard.order is None else unpack_graded(codes, bits, d)
 
 
 def encode(x: Array, standard: Standard, bits: int) -> tuple[Array, Array]:
@@ -65,23 +92,27 @@ def encode(x: Array, standard: Standard, bits: int) -> tuple[Array, Array]:
     True
     """
     xp = array_namespace(x)
-    codes, step = levels(standard.standardise(x), bits)
-    return pack(xp.astype(codes, xp.int32), bits), step
+    z = standard.ordered(standard.standardise(x))
+    middle = less_centre(bits, standard, z)
+    codes, step = levels(z, middle)
+    codes = xp.astype(codes + middle, xp.int32)
+    return (pack if standard.order is None else pack_graded)(codes, bits), step
 
 
-def levels(z: Array, bits: int) -> tuple[Array, Array]:
-    """Codes of standardised tokens, whole numbers of their own dtype, and steps."""
+def levels(z: Array, middle: Any) -> tuple[Array, Array]:
+    """Codes of standardised tokens, less their centre ``middle``, in the tokens' own dtype; and steps."""
     xp = array_namespace(z)
-    top = xp.max(xp.abs(z), axis=-1)
+    top = xp.max(xp.abs(z) / (middle + 0.5), axis=-1)
     finite = xp.isfinite(top)
-    step = xp.clip(xp.where(finite, top, xp.ones_like(top)) * (UP * 2.0 ** (1 - bits)), LEAST, MOST)
+    step = xp.clip(xp.where(finite, top, xp.ones_like(top)) * UP, LEAST, MOST)
     step = xp.astype(step, step_dtype(xp))
     z = xp.where(finite[..., None], z, xp.zeros_like(z))
-    codes = xp.floor(z / xp.astype(step, z.dtype)[..., None] + 2.0 ** (bits - 1))
-    return xp.clip(codes, 0.0, 2.0**bits - 1), xp.where(finite, step, xp.full_like(step, float("nan")))
+    codes = xp.floor(z / xp.astype(step, z.dtype)[..., None]) + 0.5
+    middle = xp.zeros_like(codes) + middle
+    return xp.maximum(xp.minimum(codes, middle), -middle), xp.where(finite, step, xp.full_like(step, float("nan")))
 
 
-def coarse(z: Array, bits: int) -> Array:
+def coarse(z: Array, standard: Standard, bits: int) -> Array:
     """Standardised tokens as they would be read from records of that many bits; no record is made.
 
     Examples
@@ -89,21 +120,22 @@ def coarse(z: Array, bits: int) -> Array:
     >>> import numpy as np
     >>> x = np.random.default_rng(0).normal(size=(100, 8))
     >>> standard = Standard.of(x)
-    >>> read = standard.restore(coarse(standard.standardise(x), 4))
+    >>> read = standard.restore(coarse(standard.standardise(x), standard, 4))
     >>> bool((read == decode(*encode(x, standard, 4), standard, 4)).all())
     True
     """
     xp = array_namespace(z)
-    codes, step = levels(z, bits)
-    return (codes - centre(bits)) * xp.astype(step, z.dtype)[..., None]
+    codes, step = levels(standard.ordered(z), less_centre(bits, standard, z))
+    return standard.disordered(codes * xp.astype(step, z.dtype)[..., None])
 
 
 def decode(codes: Array, step: Array, standard: Standard, bits: int) -> Array:
     """Tokens (..., n, d) of records, in the accumulation dtype of the standard."""
     xp = array_namespace(codes, step)
     dtype = accumulation_dtype(xp, standard.deviation.dtype)
-    levels = xp.astype(unpack(codes, bits, standard.deviation.shape[-1]), dtype) - centre(bits)
-    return standard.restore(levels * xp.astype(step, dtype)[..., None])
+    levels = xp.astype(unpacked(codes, standard, bits), dtype)
+    levels = (levels - less_centre(bits, standard, levels)) * xp.astype(step, dtype)[..., None]
+    return standard.restore(standard.disordered(levels))
 
 
 class Coded(NamedTuple):

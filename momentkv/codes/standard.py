@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace
+from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, index_dtype
+from momentkv._rows import inverse_permutation
+from momentkv.codes.packing import can_grade
 
 __all__ = ["Standard"]
 
 # The deviation of a channel is at least the first share of its mean, and the second share of the largest deviation of
 # all channels. Less would be rounding, and a channel that never varied may do so later.
 LEAST_OF_MEAN, LEAST_OF_ALL = 2.0**-10, 2.0**-14
+# Graded channels of the finer half have two bits more than the others: a quarter of the step.
+FINER = 0.25
 
 
 class Standard(NamedTuple):
@@ -22,11 +26,15 @@ class Standard(NamedTuple):
     mean : array, shape (..., d), or None
         None for zero.
     deviation : array, shape (..., d)
-        Root of the mean square of the distance from that mean; positive.
+        Root of the mean square of the distance from that mean; positive. A quarter of it in the finer half of graded
+        channels, so that one step is the unit of all codes of a token.
+    order : int array, shape (..., d), or None
+        Where channels are graded: those of the finer half, then those of the coarser one, as they lie in a record.
     """
 
     mean: Array | None
     deviation: Array
+    order: Array | None = None
 
     @classmethod
     def of(cls, x: Array, mask: Array | None = None, *, centred: bool = True) -> Standard:
@@ -59,17 +67,72 @@ class Standard(NamedTuple):
         deviation = xp.astype(deviation, x.dtype)
         return cls(mean, xp.where(deviation > 0, deviation, xp.ones_like(deviation)))
 
+    def graded(self, bits: int, queries: Array | None) -> Standard:
+        """The same with more bits for the half of a key's channels in which rounding costs more, fewer for the others.
+
+        Parameters
+        ----------
+        bits : int
+            Of a channel, on average.
+        queries : array, shape (..., d), or None
+            Mean square of the queries that meet the keys. What rounding costs in a channel is that, times the square of
+            its deviation. Where it is not finite, it counts as zero.
+
+        Returns
+        -------
+        Standard
+            As it is, where nothing is known of the queries or where there is no such code: `can_grade`.
+        """
+        d = self.deviation.shape[-1]
+        if queries is None or not can_grade(bits, d):
+            return self
+        xp = array_namespace(self.deviation)
+        known = xp.where(xp.isfinite(queries), queries, xp.zeros_like(queries))
+        cost = xp.sqrt(known) * xp.astype(self.deviation, queries.dtype)  # its root, which does not overflow
+        order = xp.argsort(-cost, axis=-1, stable=True)
+        finer = inverse_permutation(order) < d // 2
+        least = xp.finfo(self.deviation.dtype).smallest_normal
+        fine = xp.clip(FINER * self.deviation, float(least), None)
+        return Standard(
+            self.mean, xp.where(finer, fine, self.deviation), xp.astype(order, xp.uint8 if d <= 256 else xp.int32)
+        )
+
+    def even(self) -> Standard:
+        """The same with as many bits for every channel."""
+        if self.order is None:
+            return self
+        xp = array_namespace(self.deviation)
+        finer = inverse_permutation(self.places()) < self.deviation.shape[-1] // 2
+        return Standard(self.mean, xp.where(finer, self.deviation / FINER, self.deviation))
+
+    def places(self) -> Array:
+        """The order as an index."""
+        xp = array_namespace(self.order)
+        return xp.astype(self.order, index_dtype(xp))
+
+    def ordered(self, x: Array) -> Array:
+        """Channels of ``x`` (..., n, d) as they lie in records."""
+        if self.order is None:
+            return x
+        xp = array_namespace(x)
+        return xp.take_along_axis(x, xp.broadcast_to(self.places()[..., None, :], x.shape), axis=-1)
+
+    def disordered(self, x: Array) -> Array:
+        """The inverse of `ordered`."""
+        if self.order is None:
+            return x
+        xp = array_namespace(x)
+        back = inverse_permutation(self.places())
+        return xp.take_along_axis(x, xp.broadcast_to(back[..., None, :], x.shape), axis=-1)
+
     def map(self, function: Callable[[Array], Array]) -> Standard:
-        """The images of mean and deviation."""
-        return Standard(None if self.mean is None else function(self.mean), function(self.deviation))
+        """The images of its arrays."""
+        return Standard(*(None if x is None else function(x) for x in self))
 
     def where(self, mask: Array, other: Standard) -> Standard:
-        """Mean and deviation from here where a mask (..., 1) is True, and another's elsewhere."""
+        """From here where a mask (..., 1) is True, and another's elsewhere; both around a mean, and graded, or not."""
         xp = array_namespace(mask)
-        mean = self.mean
-        if mean is not None and other.mean is not None:
-            mean = xp.where(mask, mean, other.mean)
-        return Standard(mean, xp.where(mask, self.deviation, other.deviation))
+        return Standard(*(None if x is None else xp.where(mask, x, y) for x, y in zip(self, other, strict=True)))
 
     def standardise(self, x: Array) -> Array:
         """Tokens (..., n, d) in deviations from the mean."""
@@ -89,5 +152,5 @@ class Standard(NamedTuple):
         """Mean and deviation (..., 1, d), to compute with tokens ``x``."""
         xp = array_namespace(x)
         dtype = accumulation_dtype(xp, x.dtype, self.deviation.dtype)
-        wide = self.map(lambda y: xp.astype(y, dtype)[..., None, :])
-        return wide.mean, wide.deviation
+        mean = None if self.mean is None else xp.astype(self.mean, dtype)[..., None, :]
+        return mean, xp.astype(self.deviation, dtype)[..., None, :]

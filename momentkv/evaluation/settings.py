@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from momentkv.cache.accounting import token_equivalents
 from momentkv.cache.config import EXACT_WINDOW, exact_tokens
-from momentkv.codes import AUTO, bits_as_text, bits_from_text, record_bytes
+from momentkv.codes import AUTO, USUAL, bits_as_text, bits_from_text, order_bytes, record_bytes
 from momentkv.hf import MomentCache
 from momentkv.hf.checks import SHARING, SHARING_BY_HEADS
 from momentkv.policies import POLICIES, Policy, get_policy
@@ -172,11 +172,17 @@ def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None) 
     cost = token_equivalents(
         setting.kind, order=setting.order, d=head_dim(model), itemsize=itemsize, statistics_bits=16
     )
-    counted = get_correction(setting.kind, order=setting.order).anchored
-    if get_policy(setting.policy).needs_queries and not counted:
+    counted, needed = (
+        get_correction(setting.kind, order=setting.order).anchored,
+        get_policy(setting.policy).needs_queries,
+    )
+    if needed and not counted:
         cost += STATISTIC_BYTES / itemsize  # mean and variance are as many numbers as a token has
     if setting.bits is not None:
         cost += 1.5  # mean and deviation of every channel of keys, deviation of every one of values
+        if counted or needed:
+            d, bits = head_dim(model), USUAL if isinstance(setting.bits, str) else setting.bits
+            cost += order_bytes(bits[0], d) / (2 * d * itemsize)
     return math.ceil(cost)
 
 

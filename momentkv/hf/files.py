@@ -36,7 +36,7 @@ KINDS = {correction.name: type(correction) for correction in CORRECTIONS.values(
 NUMBERS = ("seen", "filled", "padded", "has_evicted")
 # Arrays that a state of the same settings may have or not, and their axes.
 OPTIONAL = {"clock": 1, "ticks": 2, "early": 2, "query_mean": 3, "query_square": 3, "recent_queries": 4}
-OPTIONAL |= dict.fromkeys(("key_mean", "key_deviation", "value_deviation"), 3)
+OPTIONAL |= dict.fromkeys(("key_mean", "key_deviation", "key_order", "value_deviation"), 3)
 OPTIONAL |= dict.fromkeys(("key_loss", "value_loss"), 4)
 
 
@@ -216,6 +216,11 @@ def check_state(core: LayerCache, state: LayerState) -> None:
         x = getattr(state, name)
         if x is not None and (x.ndim != axes or x.shape[0] != k.shape[0]):
             raise ValueError(f"{name} has shape {tuple(x.shape)}")
+    order = state.key_order
+    if order is not None:
+        channels = torch.arange(order.shape[-1], dtype=torch.int64)
+        if order.shape[-1] != k.shape[-1] or bool((order.to(torch.int64).sort(-1).values != channels).any()):
+            raise ValueError("key_order is no order of the channels of a key")
     if config.certify is not None and state.key_mean is not None and None in (state.key_loss, state.value_loss):
         raise ValueError("what codes have lost is missing, without which nothing is certified")
     if len([whole_number(x) for x in core.budgets or []]) != layout.heads:

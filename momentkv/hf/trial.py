@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from momentkv.cache.coded_budget import CODES, USUAL
+from momentkv.cache.coded_budget import CODES
 from momentkv.cache.rereading import take_scores
 from momentkv.cache.second_reading import RereadBudget
+from momentkv.codes import USUAL
 
 if TYPE_CHECKING:
     from momentkv.hf.reading import Reading

@@ -22,6 +22,9 @@ def records_of(
     k = (k + torch.from_numpy(2 * rng.standard_normal(k.shape[-1])).to(k.dtype)) * spread[0]
     v = v * spread[1]
     standards = Standard.of(k, valid), Standard.of(v, valid, centred=False)
+    if rng.integers(2):  # as where a cache remembers its queries
+        queries = torch.from_numpy(np.exp(rng.standard_normal(standards[0].deviation.shape)))
+        standards = standards[0].graded(bits[0], queries), standards[1]
     (keys, key_step), (values, value_step) = (
         encode(x, standard, each) for x, standard, each in zip((k, v), standards, bits, strict=True)
     )
@@ -50,14 +53,15 @@ def magnitudes(
     if coding is None:
         return q, k
     mean, deviation = (
-        np.zeros(1) if x is None else np.asarray(x.double().cpu())[..., None, :] for x in coding.key_standard
+        np.zeros(1) if x is None else np.asarray(x.double().cpu())[..., None, :] for x in coding.key_standard[:2]
     )
+    finest = coding.bits[0] + (coding.key_standard.order is not None)
     relative = 2.0**-24 * (k.shape[-1] + 4)
     apart = np.abs(k - mean)
     coded = np.abs(mean) + apart * (1.0 + 2.0**-23 / relative)
     if not halves:
         return q, coded
-    coded = coded + apart * (QUERY / relative) + FRONT * 2.0 ** coding.bits[0] * step[..., None] * deviation
+    coded = coded + apart * (QUERY / relative) + FRONT * 2.0**finest * step[..., None] * deviation
     group = q.shape[-3] // k.shape[-3]
     largest = (q * np.repeat(deviation, group, axis=-3)).max(-1, keepdims=True)
     lost = 2.0**-25 / relative * (apart / deviation).sum(-1, keepdims=True)

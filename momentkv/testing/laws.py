@@ -15,7 +15,7 @@ from momentkv import attention, bounds, correction
 from momentkv.attention import AttentionState
 from momentkv.bounds import functions, rounding
 from momentkv.bounds.theorems import Interval
-from momentkv.codes import BITS, Standard, centre, encode, unpack
+from momentkv.codes import BITS, Standard, encode, less_centre, unpacked
 from momentkv.statistics.moments import Moments
 from momentkv.testing.adversaries import Batch
 from momentkv.testing.truth import LONG, UNIT, Floats, Outcome, Truth, above, norm
@@ -164,15 +164,18 @@ def check_b12(t: Truth, batch: Batch, rng: np.random.Generator) -> Outcome:
     """Theorem B12, of keys in codes of every number of bits."""
     bits = int(rng.choice(BITS))
     standard = Standard.of(batch.k)
+    if rng.integers(2):  # of two widths, where there are
+        standard = standard.graded(bits, np.mean(batch.q**2, axis=-2))
     codes, step = encode(batch.k, standard, bits)
-    mean, deviation, delta = (np.asarray(x).astype(LONG) for x in (*standard, step))
-    level = unpack(codes, bits, batch.k.shape[-1]).astype(LONG) - centre(bits)
+    mean, deviation, delta = (np.asarray(x).astype(LONG) for x in (*standard[:2], step))
+    level = unpacked(codes, standard, bits).astype(LONG)
+    level = standard.disordered(level - less_centre(bits, standard, level))
     off = mean[:, None] + deviation[:, None] * level * delta[..., None] - batch.k
     moved = np.abs((t.query[:, None] * off).sum(axis=-1))
     length = (np.abs(t.query) * deviation).sum(axis=-1)
     # Rounding of z and of its quotient by the step, in the dtype of the keys; and that of this check.
     u = float(np.finfo(batch.dtype).eps) / 2
-    size = deviation[:, None] * (delta * 2.0**bits)[..., None] + np.abs(batch.k) + np.abs(mean)[:, None]
+    size = deviation[:, None] * (delta * 2.0 ** (bits + 1))[..., None] + np.abs(batch.k) + np.abs(mean)[:, None]
     slack = (np.abs(t.query)[:, None] * size).sum(axis=-1) * (4 * u + 64 * UNIT)
     each = above(moved, bounds.logit_from_step(length[:, None], delta), slack)
     return Outcome(np.asarray(each.violated.any(axis=-1)), each.tightness)

@@ -116,9 +116,8 @@ class Build(NamedTuple):
             words.append(f"dv {known['DV']}")
         words.append(f"tile {known['BLOCK_M']} x {known['BLOCK_N']}")
         if known["CODED"]:
-            words.append(
-                f"codes of {known['KEY_HIGH'] + known['KEY_LOW']}/{known['VALUE_HIGH'] + known['VALUE_LOW']} bits"
-            )
+            keys, rough, values = (known[f"{part}_HIGH"] + known[f"{part}_LOW"] for part in ("KEY", "ROUGH", "VALUE"))
+            words.append(f"codes of {keys}{f' and {rough}' if rough else ''}/{values} bits")
         if known["SUMMARIES"]:
             words.append(f"summaries {known['SUMMARIES']}")
         if known["RANK"]:

@@ -12,6 +12,9 @@ unpacks a word of the narrowest plane, and those of the wider one that hold the 
 by side, as *places*: place ``x`` holds channel ``e // W * WIDE + x // E * W + in_word(e % W)`` with ``e = x % E``,
 where a word of the narrowest plane, which has WIDE bytes, holds E codes. Nothing moves between threads; the query is
 read in that order, and the output put back into its own.
+
+Where channels of keys are graded, a record holds the finer half of them, then the coarser one, as two such records of
+half the channels. The query is read in two parts, in the order of its head, and products of both are added up.
 """
 
 from __future__ import annotations
@@ -166,17 +169,19 @@ def levels_of(
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
     W: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Codes less their centre and plus what is `kept`, place by place, of the tokens ``at``.
 
-    HIGH + LOW bits in two planes, or in one. The bits of a code become digits of a number; nothing is converted from an
-    integer. ``one`` is 1, which only the device knows: of two constants, the assembler makes an instruction each.
+    HIGH + LOW bits of D channels in two planes, or in one, at every STRIDE-th word. The bits of a code become digits of
+    a number; nothing is converted from an integer. ``one`` is 1, which only the device knows: of two constants, the
+    assembler makes an instruction each.
     """
     LEAST: tl.constexpr = LOW if LOW > 0 else HIGH
     WORDS: tl.constexpr = D * LEAST // 8 // W
     ww = tl.arange(0, BLOCK // (8 // LEAST * W))
-    places = records + at[:, None] * (D * (HIGH + LOW) // 8 // W) + ww[None, :]
+    places = records + at[:, None] * STRIDE + ww[None, :]
     there = valid[:, None] & (ww < WORDS)[None, :]
     # The wider plane in parts as wide as the narrower one, which lies behind it.
     tiles = ()
@@ -201,6 +206,45 @@ def product(a, b, c, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def query_of(
+    Q,
+    MEAN,
+    DEVIATION,
+    ORDER,
+    head,
+    rr,
+    rm,
+    rows,
+    scale,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LEAST: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scaled queries times deviations, place by place, of so many channels of a record; and their products with means.
+
+    Queries are columns.
+    """
+    E: tl.constexpr = 8 // LEAST * W
+    xx = tl.arange(0, BLOCK)
+    byte = in_word(xx % W, W)
+    dd = xx % E // W * (CHANNELS * LEAST // 8) + xx // E * W + byte
+    dm = xx // E * W < CHANNELS * LEAST // 8
+    if ORDER is not None:
+        dd = tl.load(ORDER + head * D + FIRST + dd, mask=dm, other=0).to(tl.int32)
+    q = tl.load(Q + (head * rows + rr[None, :]) * D + dd[:, None], mask=rm[None, :] & dm[:, None], other=0.0)
+    q = q.to(tl.float32) * scale
+    shift = tl.zeros([q.shape[1]], tl.float32)
+    if MEAN is not None:
+        mean = tl.load(MEAN + head * D + dd, mask=dm, other=0.0)
+        shift = tl.sum(q * mean.to(tl.float32)[:, None], 0)
+    deviation = tl.load(DEVIATION + head * D + dd, mask=dm, other=0.0)
+    return q * deviation.to(tl.float32)[:, None], shift
+
+
+@triton.jit
 def attend_codes(
     Q,
     KEYS,
@@ -209,6 +253,7 @@ def attend_codes(
     VALUE_STEP,
     MEAN,
     DEVIATION,
+    ORDER,
     SPREAD,
     LOGITS,
     head,
@@ -230,6 +275,8 @@ def attend_codes(
     BLOCK_V: tl.constexpr,
     KEY_HIGH: tl.constexpr,
     KEY_LOW: tl.constexpr,
+    ROUGH_HIGH: tl.constexpr,
+    ROUGH_LOW: tl.constexpr,
     VALUE_HIGH: tl.constexpr,
     VALUE_LOW: tl.constexpr,
     KEY_W: tl.constexpr,
@@ -245,26 +292,35 @@ def attend_codes(
     dtype: tl.constexpr = Q.dtype.element_ty
     # In its own units a query fits into float16, which has more digits than bfloat16.
     query_dtype: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.float16
-    KEY_LEAST: tl.constexpr = KEY_LOW if KEY_LOW > 0 else KEY_HIGH
-    E: tl.constexpr = 8 // KEY_LEAST * KEY_W
-    xx = tl.arange(0, BLOCK_D)
-    byte = in_word(xx % KEY_W, KEY_W)
-    dd = xx % E // KEY_W * (D * KEY_LEAST // 8) + xx // E * KEY_W + byte
-    dm = xx // E * KEY_W < D * KEY_LEAST // 8
-    q = tl.load(Q + (head * rows + rr[None, :]) * D + dd[:, None], mask=rm[None, :] & dm[:, None], other=0.0)
-    q = q.to(tl.float32) * scale
-    shift = tl.zeros([BLOCK_M], tl.float32)
-    if MEAN is not None:
-        mean = tl.load(MEAN + head * D + dd, mask=dm, other=0.0)
-        shift = tl.sum(q * mean.to(tl.float32)[:, None], 0)
-    deviation = tl.load(DEVIATION + head * D + dd, mask=dm, other=0.0)
-    q *= deviation.to(tl.float32)[:, None]
+    # Of the first KEY_D channels of a record, and where these are the finer half, of the others.
+    GRADED: tl.constexpr = ROUGH_HIGH > 0
+    KEY_D: tl.constexpr = D // 2 if GRADED else D
+    BLOCK_K: tl.constexpr = max(16, BLOCK_D // 2) if GRADED else BLOCK_D
+    LEAST_FINE: tl.constexpr = KEY_LOW if KEY_LOW > 0 else KEY_HIGH
+    LEAST_ROUGH: tl.constexpr = ROUGH_LOW if ROUGH_LOW > 0 else ROUGH_HIGH
+    BEHIND: tl.constexpr = KEY_D * (KEY_HIGH + KEY_LOW) // 8 // KEY_W
+    STRIDE: tl.constexpr = BEHIND + KEY_D * (ROUGH_HIGH + ROUGH_LOW) // 8 // KEY_W
+    VALUE_STRIDE: tl.constexpr = DV * (VALUE_HIGH + VALUE_LOW) // 8 // VALUE_W
+    q, shift = query_of(
+        Q, MEAN, DEVIATION, ORDER, head, rr, rm, rows, scale, D, 0, KEY_D, LEAST_FINE, KEY_W, BLOCK_K
+    )  # fmt: skip
+    largest = tl.max(tl.abs(q), 0)
+    rough = q
+    if GRADED:
+        rough, others = query_of(
+            Q, MEAN, DEVIATION, ORDER, head, rr, rm, rows, scale, D, KEY_D, KEY_D, LEAST_ROUGH, KEY_W, BLOCK_K
+        )  # fmt: skip
+        shift += others
+        largest = tl.maximum(largest, tl.max(tl.abs(rough), 0))
     # In units of the power of two below its largest, so that halves neither overflow nor lose digits.
-    unit = (tl.max(tl.abs(q), 0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     unit = tl.where(unit > 0.0, unit, 1.0)
     q = (q / unit[None, :]).to(query_dtype)
     KEPT: tl.constexpr = kept(KEY_HIGH, KEY_LOW, KEY_W, query_dtype)
     zero = tl.sum(q.to(tl.float32), 0) * -KEPT
+    if GRADED:
+        rough = (rough / unit[None, :]).to(query_dtype)
+        zero -= tl.sum(rough.to(tl.float32), 0) * kept(ROUGH_HIGH, ROUGH_LOW, KEY_W, query_dtype)
     # To base 2.
     unit *= 1.4426950408889634
     shift *= 1.4426950408889634
@@ -273,8 +329,8 @@ def attend_codes(
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
     # Offsets in 64 bits: a packed cache of many heads has more than 2**31 bytes.
-    keys = KEYS + first * (D * (KEY_HIGH + KEY_LOW) // 8 // KEY_W)
-    values = VALUES + first * (DV * (VALUE_HIGH + VALUE_LOW) // 8 // VALUE_W)
+    keys = KEYS + first * STRIDE
+    values = VALUES + first * VALUE_STRIDE
     nn = begin + tl.arange(0, BLOCK_N)
     last = tl.minimum(count, end)
     # Steps are read a tile ahead: two bytes a thread are too few for a copy that does not wait.
@@ -283,8 +339,13 @@ def attend_codes(
     for start in range(begin, end, BLOCK_N):
         nn = start + tl.arange(0, BLOCK_N)
         valid = nn < last
-        levels = levels_of(keys, nn, valid, one, query_dtype, D, KEY_HIGH, KEY_LOW, KEY_W, BLOCK_D)
+        levels = levels_of(keys, nn, valid, one, query_dtype, KEY_D, KEY_HIGH, KEY_LOW, KEY_W, STRIDE, BLOCK_K)
         products = product(levels, q, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+        if GRADED:
+            levels = levels_of(
+                keys + BEHIND, nn, valid, one, query_dtype, KEY_D, ROUGH_HIGH, ROUGH_LOW, KEY_W, STRIDE, BLOCK_K
+            )
+            products = product(levels, rough, products, PRECISION)
         if KEPT > 0.0:
             products += zero[None, :]
         powers = products * (key_step.to(tl.float32)[:, None] * unit[None, :]) + shift[None, :]
@@ -298,7 +359,7 @@ def attend_codes(
         # Added up over the tokens of a tile at the end.
         total = total * fade[None, :] + weights
         weights = (weights * value_step.to(tl.float32)[:, None]).to(dtype)
-        levels = levels_of(values, nn, valid, one, dtype, DV, VALUE_HIGH, VALUE_LOW, VALUE_W, BLOCK_V)
+        levels = levels_of(values, nn, valid, one, dtype, DV, VALUE_HIGH, VALUE_LOW, VALUE_W, VALUE_STRIDE, BLOCK_V)
         acc *= fade[None, :]
         if kept(VALUE_HIGH, VALUE_LOW, VALUE_W, dtype) > 0.0:
             # Tile by tile, for what is left grows with the tokens.

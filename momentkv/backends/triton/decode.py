@@ -10,7 +10,7 @@ import triton
 from momentkv.backends.layout import Recent
 from momentkv.backends.triton.decode_kernel import combine_kernel, decode_kernel
 from momentkv.backends.triton.tuned import Choice, Choices, Family, chosen
-from momentkv.codes import PLANES, Coding
+from momentkv.codes import GRADES, PLANES, Coding
 from momentkv.statistics.expansion import Expansion
 
 __all__ = [
@@ -144,17 +144,21 @@ def estimate_flags(expansion: Expansion | None) -> dict[str, Any]:
 
 def code_flags(coding: Coding | None, d: int, dv: int) -> dict[str, Any]:
     """Compile-time arguments that say how records are read."""
+    of_keys, of_rough, of_values, size = 0, 0, 0, d
+    if coding is not None:
+        of_keys, of_values = coding.bits
+        if coding.key_standard.order is not None:
+            (of_keys, of_rough), size = GRADES[of_keys], d // 2
     flags: dict[str, Any] = {"CODED": coding is not None}
-    for part, bits, size in zip(("KEY", "VALUE"), (0, 0) if coding is None else coding.bits, (d, dv), strict=True):
-        high, low = (*PLANES[bits], 0)[:2] if bits else (0, 0)
-        flags |= {f"{part}_HIGH": high, f"{part}_LOW": low, f"{part}_W": word_bytes(bits, size) if bits else 0}
-    return flags
+    for part, bits in (("KEY", of_keys), ("ROUGH", of_rough), ("VALUE", of_values)):
+        flags[f"{part}_HIGH"], flags[f"{part}_LOW"] = (*PLANES[bits], 0)[:2] if bits else (0, 0)
+    return flags | {"KEY_W": word_bytes((of_keys, of_rough), size), "VALUE_W": word_bytes((of_values,), dv)}
 
 
-def word_bytes(bits: int, size: int) -> int:
-    """Bytes of the words that planes of so many channels are read in: each plane is made of whole ones."""
-    narrowest = size * PLANES[bits][-1] // 8
-    return next(width for width in (4, 2, 1) if narrowest % width == 0)
+def word_bytes(codes: tuple[int, ...], size: int) -> int:
+    """Bytes of the words that planes of so many channels are read in: each plane is made of whole ones; 0 for none."""
+    narrowest = [size * PLANES[bits][-1] // 8 for bits in codes if bits]
+    return next(width for width in (4, 2, 1) if all(n % width == 0 for n in narrowest)) if narrowest else 0
 
 
 def as_words(records: torch.Tensor, coding: Coding | None, width: int) -> torch.Tensor:
@@ -294,6 +298,7 @@ def decode_launches(
         "VALUE_STEP": None if coding is None else coding.value_step,
         "MEAN": None if coding is None else coding.key_standard.mean,
         "DEVIATION": None if coding is None else coding.key_standard.deviation,
+        "ORDER": None if coding is None else coding.key_standard.order,
         "SPREAD": None if coding is None else coding.value_standard.deviation,
         "RECENT_K": None if recent is None else recent.keys,
         "RECENT_V": None if recent is None else recent.values,

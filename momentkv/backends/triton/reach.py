@@ -19,7 +19,7 @@ from momentkv.backends.torch import decode_tiers
 from momentkv.backends.triton.builds import Build, build_of
 from momentkv.backends.triton.decode import Launch, decode_launches
 from momentkv.backends.triton.tuned import Choices
-from momentkv.codes import BITS, SPLIT, Coding, Standard, row_bytes
+from momentkv.codes import BITS, SPLIT, Coding, Standard, can_grade, row_bytes
 from momentkv.statistics.corrections import CORRECTIONS, AnchoredSummaries
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
@@ -81,14 +81,17 @@ def without_data(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def tiers_of(dtype: torch.dtype, d: int, batch: int, layout: Layout, *, masked: bool) -> Tiers:
-    """Stored tokens, without data."""
+def tiers_of(dtype: torch.dtype, d: int, batch: int, layout: Layout, *, masked: bool, graded: bool = True) -> Tiers:
+    """Stored tokens, without data; the channels of their keys are graded where they can be."""
     recent, slots = (batch, layout.heads, layout.recent), (batch, sum(layout.widths))
     coding, key, value = None, (d, dtype), (d, dtype)
     if layout.bits is not None:
         key_step, value_step = (without_data(*slots, dtype=torch.float16) for _ in range(2))
         mean, deviation, spread = (without_data(batch, layout.heads, d, dtype=dtype) for _ in range(3))
-        coding = Coding(layout.bits, key_step, value_step, Standard(mean, deviation), Standard(None, spread))
+        order = None
+        if graded and can_grade(layout.bits[0], d):
+            order = without_data(batch, layout.heads, d, dtype=torch.uint8)
+        coding = Coding(layout.bits, key_step, value_step, Standard(mean, deviation, order), Standard(None, spread))
         key, value = ((row_bytes(d, bits), torch.uint8) for bits in layout.bits)
     return Tiers(
         recent_keys=without_data(*recent, d, dtype=dtype),
@@ -160,8 +163,10 @@ def reachable(dtypes: tuple[torch.dtype, ...] = DTYPES, dimensions: tuple[int, .
                         if dtype == torch.float32 and d > 128:  # read by plain operators
                             continue
                         layout = Layout(1, 65, (width,) * KV_HEADS, bits)
-                        tiers = tiers_of(dtype, d, BATCH, layout, masked=masked)
-                        found += launches_of(tiers, expansion, group, scored=scored)
+                        # Channels are graded where queries are remembered: by every cache that has summaries.
+                        for graded in {can_grade(bits[0], d), name == "summaries" and can_grade(bits[0], d)}:
+                            tiers = tiers_of(dtype, d, BATCH, layout, masked=masked, graded=graded)
+                            found += launches_of(tiers, expansion, group, scored=scored)
                     continue
                 q = without_data(BATCH, KV_HEADS * group, 1, d, dtype=dtype)
                 with Calls() as calls:

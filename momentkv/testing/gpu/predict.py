@@ -113,7 +113,8 @@ def asked(launch: Launch) -> int:
     width = 8 * launch.arguments["K"].element_size()
     bits = sizes["D"] * width + sizes["DV"] * width
     if sizes["CODED"]:
-        bits = sizes["D"] * (sizes["KEY_HIGH"] + sizes["KEY_LOW"])
+        halves = sizes["KEY_HIGH"] + sizes["KEY_LOW"], sizes["ROUGH_HIGH"] + sizes["ROUGH_LOW"]
+        bits = sizes["D"] * (sum(halves) / 2 if halves[1] else halves[0])
         bits += sizes["DV"] * (sizes["VALUE_HIGH"] + sizes["VALUE_LOW"])
     return int((launch.options["num_stages"] - 1) * sizes["BLOCK_N"] * bits / 8 / 2)
 
