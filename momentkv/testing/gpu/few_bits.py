@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from momentkv.backends.operators import decode
-from momentkv.codes import SPLIT, Coding, Standard, record_bytes, row_bytes
+from momentkv.codes import SPLIT, Coding, Standard, can_grade, record_bytes, row_bytes
 from momentkv.evaluation.layer_times import Shape, measure, of_copy
 from momentkv.testing.gpu.layers import sizes_of
 from momentkv.testing.gpu.parts import Row
@@ -36,11 +36,14 @@ def records(
     keys, values = rows(bits[0]), rows(bits[1])
     key_step, value_step = (torch.full((n,), 2.0**-each, dtype=torch.float16, device=device) for each in bits)
     mean, deviation, spread = (torch.ones(*lead, d, dtype=dtype, device=device) for _ in range(3))
+    order = None  # of channels, as where queries are remembered
+    if can_grade(bits[0], d):
+        order = torch.arange(d - 1, -1, -1, dtype=torch.uint8, device=device).expand(*lead, d).contiguous()
     return (
         keys,
         values,
         {
-            "coding": Coding(bits, key_step, value_step, Standard(mean, deviation), Standard(None, spread)),
+            "coding": Coding(bits, key_step, value_step, Standard(mean, deviation, order), Standard(None, spread)),
             "starts": torch.arange(heads, device=device).reshape(lead) * shape.budget,
             "counts": torch.full(lead, shape.budget, dtype=torch.int32, device=device),
             "capacity": shape.budget,
