@@ -17,6 +17,7 @@ from models import FAMILIES, SIZES, build, left_padded, prompt, tiny
 from transformers import LlamaConfig
 
 from momentkv import Tokens
+from momentkv.codes import Standard
 from momentkv.hf import CacheFileError, MomentCache, files
 from momentkv.policies import H2O, POLICIES, Policy
 from momentkv.statistics.corrections import AnchoredSummaries, PaperMoments
@@ -358,6 +359,34 @@ def test_codes_whose_losses_are_missing_are_refused_where_they_must_be_certified
     path.write_bytes(rewritten(path.read_bytes(), forget, sign=True))
     with pytest.raises(CacheFileError, match="what codes have lost is missing"):
         MomentCache.load(path, tiny("llama"))
+
+
+@pytest.mark.parametrize("order", [lambda x: x.clamp(max=3), lambda x: x[..., :8]], ids=["twice", "short"])
+def test_an_order_of_channels_that_is_none_is_refused(order: Any, tmp_path: Path):
+    path = tmp_path / "cache"
+    read(tiny("llama"), bits=4).save(path)
+
+    def change(record: Any, tensors: Any) -> None:
+        tensors["0.key_order"] = order(tensors["0.key_order"]).contiguous()
+
+    path.write_bytes(rewritten(path.read_bytes(), change, sign=True))
+    with pytest.raises(CacheFileError, match="key_order is no order of the channels of a key"):
+        MomentCache.load(path, tiny("llama"))
+
+
+@pytest.mark.parametrize("budget", [16, "30KiB"])
+def test_files_of_before_channels_were_graded_go_on_with_as_many_bits_for_all(
+    budget: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, path = tiny("llama"), tmp_path / "cache"
+    with monkeypatch.context() as before:
+        before.setattr(Standard, "graded", lambda self, bits, queries: self)
+        cache = read(model, budget, bits=4)
+        cache.save(path)
+    assert "0.key_order" not in safetensors.torch.load_file(path)
+    loaded = MomentCache.load(path, model)
+    assert_same(state(loaded), state(cache))
+    assert torch.equal(go_on(model, loaded, 30)[1], go_on(model, cache, 30)[1])
 
 
 def test_evidence_of_another_order_is_refused(tmp_path: Path):
