@@ -12,6 +12,7 @@ from momentkv import LayerCache
 from momentkv import codes as few
 from momentkv.attention import attend
 from momentkv.bounds.rounding import code_error
+from momentkv.cache.curves import measured_errors
 
 DIMENSIONS = [16, 64, 80]
 
@@ -57,6 +58,18 @@ def test_records_take_as_many_bytes_and_are_read_back_within_half_a_step(backend
     fine, rough = np.split(backend.numpy(few.unpacked(codes, standard, bits)).astype(int), 2, axis=-1)
     assert (fine.max(), rough.max()) <= tuple(2**each - 1 for each in few.GRADES[bits])
     assert fine.max() > 2**bits - 1
+
+
+@pytest.mark.parametrize("bits", few.GRADES)
+def test_the_bound_counts_what_the_largest_code_of_the_finer_half_loses_where_it_is_stored(bits: int):
+    k, queries = keys_of(16)
+    standard = few.Standard.of(k.astype(np.float32), centred=False).graded(bits, queries)
+    step = np.full((2,), 0.5, dtype=np.float16)
+    of_step = 0.25 * standard.deviation.astype(float)
+    stored = code_error(step, standard, bits, stored=np.float16) - of_step
+    fine, rough = ((2**each - 1) * of_step for each in few.GRADES[bits])
+    largest = np.where(standard.deviation < standard.even().deviation, fine, rough)
+    assert (stored >= 2.0**-11 * largest).all()
 
 
 @pytest.mark.parametrize("bits", few.GRADES)
@@ -153,6 +166,21 @@ def test_a_cache_grades_by_the_queries_that_it_remembers(backend: Library, budge
     assert not hasattr(cache_of(backend, budget, None)[0].state.key_order, "shape")
     fits = [backend.numpy(x) for x in cache.misfit()]
     assert all(((x > 0.8) & (x < 1.3)).all() for x in fits)
+
+
+def test_bits_are_chosen_by_what_graded_codes_lose(backend: Library):
+    rng = np.random.default_rng(5)
+    k, v = rng.normal(size=(2, 1, 2, 60, 16))
+    q = rng.normal(size=(1, 4, 60, 16)) * np.exp(2 * np.random.default_rng(6).normal(size=16))
+    cache = LayerCache(60, keep_queries=True, **SETTINGS)
+    cache.append(backend.asarray(k), backend.asarray(v))
+    cache.attend(backend.asarray(q))
+    codes = [(5, 16), (6, 16)]
+    graded = np.asarray(measured_errors(cache, [60], codes=codes, at=60)[1])
+    cache.state = cache.state.changed(query_square=None)
+    even = np.asarray(measured_errors(cache, [60], codes=codes, at=60)[1])
+    assert (graded[0] < 0.7 * even[0]).all()
+    np.testing.assert_array_equal(graded[1], even[1])
 
 
 def test_without_queries_every_channel_has_as_many_bits(backend: Library):

@@ -10,6 +10,7 @@ from heads import heads_of
 from models import SIZES, VOCABULARY, build, left_padded, prompt, tiny
 from transformers import DynamicCache, Gemma4TextConfig
 
+from momentkv.cache.budget_rules import TotalBytes
 from momentkv.hf import CacheSummary, MomentCache
 from momentkv.policies import H2O
 from momentkv.trust import trust
@@ -59,6 +60,29 @@ def test_a_total_in_bytes_is_never_exceeded_and_well_used(family: str, kind: str
     assert max(sizes) <= total
     assert max(sizes) > 0.7 * total
     assert all(part.has_evicted for part in parts(cache))
+
+
+@pytest.mark.parametrize("bits", [4, 6, None])
+@torch.no_grad()
+def test_the_least_total_for_so_many_tokens_is_what_they_take(bits: int | None):
+    """To the byte: means, deviations and the order of channels included."""
+    model = tiny("llama")
+    cache = MomentCache(model, "40KiB", bits=bits, sharing="uniform", **SMALL)
+    model(prompt(1, 400), past_key_values=cache)
+    core = next(iter(cache.moment_layers.values()))
+    k, v, layers = core.state.recent_keys, core.state.recent_values, len(cache.moment_layers)
+
+    def tokens(total: int) -> int:
+        return TotalBytes(total, "").tokens(core.config, layers, k, v, 0)
+
+    wanted = tokens(40 * 1024)
+    least = next(total for total in range(40 * 1024, 0, -1) if tokens(total - 1) < wanted)
+    cache, sizes = MomentCache(model, f"{least}B", bits=bits, sharing="uniform", **SMALL), []
+    model(prompt(1, 400), past_key_values=cache)
+    for _ in range(2 * SMALL["block"]):
+        model(prompt(1, 1), past_key_values=cache)
+        sizes.append(cache.nbytes)
+    assert least - 8 * layers < max(sizes) <= least
 
 
 def test_a_total_in_bytes_holds_for_every_turn_and_prefill_in_chunks():
