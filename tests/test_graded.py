@@ -187,3 +187,25 @@ def test_without_queries_every_channel_has_as_many_bits(backend: Library):
     cache, _ = cache_of(backend, 24, 4, policy="snapkv", correction="moments", order=None)
     assert cache.state.key_step is not None
     assert cache.state.key_order is None
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_row_that_is_coded_anew_beside_even_records_gets_such_records(static: bool, monkeypatch: pytest.MonkeyPatch):
+    """As in a file of before: heads of a layer are read alike."""
+    rng = np.random.default_rng(8)
+    q, k, v = (rng.normal(size=(2, heads, 70, 16)) for heads in (4, 2, 2))
+    valid = np.arange(20) >= np.asarray([[[0]], [[9]]])
+    settings: dict[str, Any] = {"policy": "expected-attention", "sinks": 1, "window": 3, "exact_window": 1, "block": 4}
+    outputs = []
+    for always in (False, True):
+        with monkeypatch.context() as before:
+            before.setattr(few.Standard, "graded", lambda self, bits, queries: self)
+            cache = LayerCache(12, bits=3, static=static, **settings)
+            cache.step(q[..., :20, :], k[..., :20, :], v[..., :20, :], valid=valid)
+            assert cache.state.early is not None
+            if always:
+                outputs.append([cache.step(*(x[..., t : t + 1, :] for x in (q, k, v))) for t in range(20, 70)])
+        if not always:
+            outputs.append([cache.step(*(x[..., t : t + 1, :] for x in (q, k, v))) for t in range(20, 70)])
+        assert cache.state.key_order is None
+    np.testing.assert_array_equal(*outputs)
