@@ -70,8 +70,22 @@ def test_a_total_below_the_least_is_refused():
 
 
 def test_grids_rise_and_leave_room_for_sinks_and_window():
-    assert budget_grid(100, 34) == [40, 100, 250, 625]
-    assert budget_grid(40, 40) == [40, 100, 250]
+    assert budget_grid(100, 34, 1000) == [40, 100, 250, 625]
+    assert budget_grid(40, 40, 1000) == [40, 100, 250]
+
+
+@pytest.mark.parametrize("average", range(40, 4200, 37))
+@pytest.mark.parametrize("read", [200, 1000, 4096])
+def test_grids_end_with_all_tokens_and_keep_away_from_them_before(average: int, read: int):
+    """At a few tokens less than all the error is next to nothing, and no power of the budget leads there."""
+    grid = budget_grid(average, 34, read)
+    assert grid == sorted(set(grid))
+    assert average in grid
+    if average < read:
+        assert grid[-1] <= read
+        within = [budget for budget in grid if average < budget < read]
+        assert all(read - budget >= 0.1 * (read - average) - 1 for budget in within)
+        assert (grid[-1] == read) == (6.25 * average > read)
 
 
 ONE = AnchoredSummaries(summaries=1, rank=0, calibrated=False)
@@ -118,6 +132,10 @@ def test_refined_curves_pass_through_what_was_measured_and_never_rise():
     assert budgets == sorted(set(budgets))
     assert errors == sorted(errors, reverse=True)
     assert errors[budgets.index(85)] == pytest.approx(0.01)
+    # Towards nothing in proportion: a head that needs all of its tokens is not thought to do with some.
+    assert errors[1:][budgets[1:].index(next(b for b in budgets if b > 85)) :] == pytest.approx(
+        [0.01 * (212 - budget) / (212 - 85) for budget in budgets if budget > 85]
+    )
 
 
 @pytest.mark.parametrize("correction", ["moments", "summaries"])

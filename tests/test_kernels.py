@@ -39,7 +39,11 @@ def builds() -> list[Build]:
 
 # The default, codes of unequal bits, and more summaries than go through at once.
 HOLDING = [
-    *(f"bf16, d {d}, {kind}" for d in (128, 256) for kind in ("summaries 12", "codes of 5/3 bits", "summaries 40")),
+    *(
+        f"bf16, d {d}, {kind}"
+        for d in (128, 256)
+        for kind in ("summaries 12", "codes of 6 and 4/3 bits", "summaries 40")
+    ),
     "fp32, d 256, summaries 40",
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from momentkv import LayerCache
 from momentkv.cache.allocation import SharedBudget
-from momentkv.cache.coded_budget import chosen_code
+from momentkv.cache.coded_budget import CodedBudget, chosen_code
 from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
 from momentkv.cache.second_reading import RereadBudget, by_threshold, error_at, looked_for, places_of
@@ -129,13 +131,14 @@ def test_a_later_prefill_shares_anew_and_scores_have_stayed():
     assert len(before & after) > 10
 
 
-def test_after_a_second_reading_nothing_of_the_text_is_unforetold():
+def test_after_a_second_reading_nothing_of_the_text_is_unforetold(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CodedBudget, "unforetold", 5.0)
     caches = [waiting(layer, exact_window=2) for layer in range(2)]
     shared = RereadBudget(caches, chooses_bits=True)
-    shared.average = 20
+    shared.average = 14
     ranked = [shared.importance(cache) for cache in caches]
-    code, tokens = chosen_code(caches, ranked, 20, unforetold=0.0)
-    assert chosen_code(caches, ranked, 20)[0] != code
+    code, tokens = chosen_code(caches, ranked, 14, unforetold=0.0)
+    assert chosen_code(caches, ranked, 14, unforetold=5.0)[0] != code
     for cache in caches:
         shared.evict(cache)
     assert {cache.config.bits for cache in caches} == {code}
@@ -164,4 +167,6 @@ def test_errors_between_measured_budgets_are_powers():
         [1, 1, 0.1, 0.05, 0.05]
     )
     assert error_at(grid, curve, 30) == pytest.approx(1 / 3)
-    assert error_at(grid, [1.0, 0.0, 0.0], 500) == pytest.approx(1e-12)
+    assert error_at(grid, [1.0, 0.5, 0.0], 550) == pytest.approx(0.25)
+    assert error_at(grid, [1.0, 0.0, 0.0], 500) == 0
+    assert math.isnan(error_at(grid, [1.0, math.nan, 0.1], 50))

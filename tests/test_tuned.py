@@ -224,7 +224,7 @@ def test_a_kind_is_compiled_with_all_that_takes_room(monkeypatch: pytest.MonkeyP
     for kind, parts in (
         (KIND, [", masked, scored", "counted, packed, scored"]),
         (KIND._replace(estimate="moments"), ["full slope", "full variance"]),
-        (KIND._replace(estimate="summaries", coded=True), ["summaries 12", "8/8 bits", "5/3 bits"]),
+        (KIND._replace(estimate="summaries", coded=True), ["summaries 12", "8/8 bits", "6 and 4/3 bits"]),
     ):
         choice = kind.builtin[1]._replace(tokens=32, num_warps=8)
         builds = builds_of(kind, choice)

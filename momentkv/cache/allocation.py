@@ -10,7 +10,7 @@ from typing import Literal
 
 from momentkv._array import Array
 from momentkv.cache.competition import whole_shares
-from momentkv.cache.curves import error_curves
+from momentkv.cache.curves import error_at, error_curves
 from momentkv.cache.layer import LayerCache
 
 __all__ = [
@@ -24,8 +24,9 @@ __all__ = [
 ]
 
 Sharing = Literal["uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"]
-# Budgets that errors are measured at, as multiples of the average, and steps between them that are interpolated.
-MULTIPLES = (0.4, 1.0, 2.5, 6.25)
+# Budgets that errors are measured at, as multiples of the average, each with the share of the tokens beyond the
+# average that it takes at most; and steps between them that are interpolated.
+MULTIPLES = ((0.4, 0.0), (1.0, 0.0), (2.5, 0.6), (6.25, 0.9))
 STEPS = 4
 # How many times fewer tokens than the average PyramidKV gives to the last layer, as in its paper.
 STEEPNESS = 20
@@ -146,7 +147,7 @@ def minimise_error(
     Rows of a batch whose errors are not finite are left out. If no row has finite errors, each share is the average.
     """
     config = caches[0].config
-    grid = budget_grid(average, config.protected + 1)
+    grid = budget_grid(average, config.protected + 1, importances[0].shape[-1])
     fine: list[int] = []
     curves: list[list[float] | None] = []
     for cache, importance in zip(caches, importances, strict=True):
@@ -204,36 +205,41 @@ def pyramid_budgets(average: int, layers: int, *, sinks: int = 1, window: int = 
     return [sinks + window + share for share in whole_shares(shares, free * layers)]
 
 
-def budget_grid(average: int, least: int) -> list[int]:
+def budget_grid(average: int, least: int, read: int, multiples: Sequence[tuple[float, float]] = MULTIPLES) -> list[int]:
     """Budgets to measure errors at: from 0.4 to 6.25 times the average, none below ``least``.
+
+    Where that is more than the tokens that there are, ``read``, the last one is all of them, which err by nothing; and
+    those before keep away from it. For an error of next to nothing says little of what fewer tokens lose.
 
     Examples
     --------
-    >>> budget_grid(100, 50)
+    >>> budget_grid(100, 50, 4000)
     [50, 100, 250, 625]
+    >>> budget_grid(1600, 50, 4000)
+    [640, 1600, 3040, 3760, 4000]
     """
-    return sorted({max(least, round(multiple * average)) for multiple in MULTIPLES})
+    beyond = max(0, read - average)
+    points = {
+        max(least, round(min(multiple * average, average + share * beyond) if multiple > 1 else multiple * average))
+        for multiple, share in multiples
+    }
+    return sorted(points | {read} if multiples[-1][0] * average > read > average else points)
 
 
 def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list[float]]:
-    """Put ``STEPS`` steps between the budgets of a grid, with errors interpolated as powers of the budget.
+    """Put ``STEPS`` steps between the budgets of a grid, with errors interpolated as by `error_at`.
 
     Examples
     --------
     >>> refine([16, 256], [1.0, 0.0625])
     ([16, 32, 64, 128, 256], [1.0, 0.5, 0.25, 0.125, 0.0625])
     """
-    # An error of zero has no logarithm; so small a one is as good.
-    tiny = 1e-12
-    budgets, errors = [grid[0]], [max(curve[0], tiny)]
-    for (low, high), (first, last) in zip(itertools.pairwise(grid), itertools.pairwise(curve), strict=True):
-        for step in range(1, STEPS + 1):
-            budget = round(low * (high / low) ** (step / STEPS))
-            if budget > budgets[-1]:
-                position = math.log(budget / low) / math.log(high / low)
-                budgets.append(budget)
-                errors.append(max(first, tiny) ** (1 - position) * max(last, tiny) ** position)
-    return budgets, errors
+    budgets = [grid[0]]
+    for low, high in itertools.pairwise(grid):
+        steps = (round(low * (high / low) ** (step / STEPS)) for step in range(1, STEPS + 1))
+        budgets += [budget for budget in steps if budget > low]
+    budgets = sorted(set(budgets))
+    return budgets, [error_at(grid, curve, budget) for budget in budgets]
 
 
 def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: int) -> list[int]:

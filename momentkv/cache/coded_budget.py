@@ -130,7 +130,7 @@ def chosen_code(
     tokens = bought(caches[0], average, beside)
     if config.bits is not None:
         return config.bits, tokens(config.bits)
-    grid = budget_grid(tokens(USUAL), config.protected + 1)
+    grid = budget_grid(tokens(USUAL), config.protected + 1, importances[0].shape[-1])
     eviction, rounding = list[list[float]](), [0.0] * len(CODES)
     for cache, importance in zip(caches, importances, strict=True):
         curves, rounded = measured_errors(cache, grid, importance, codes=CODES, at=tokens(USUAL))

@@ -174,17 +174,19 @@ def error_curve(cache: LayerCache, grid: Sequence[int], importance: Array | None
 def error_at(grid: Sequence[int], curve: Sequence[float], budget: int) -> float:
     """The error at a budget, as a power of it between budgets of the grid; at the ends it does not change.
 
+    Towards an error of zero, which is no power, it falls in proportion.
+
     Examples
     --------
-    >>> error_at([16, 64], [1.0, 0.25], 32), error_at([16, 64], [1.0, 0.25], 8)
-    (0.5, 1.0)
+    >>> error_at([16, 64], [1.0, 0.25], 32), error_at([16, 64], [1.0, 0.25], 8), error_at([16, 64], [1.0, 0.0], 40)
+    (0.5, 1.0, 0.5)
     """
-    # An error of zero has no logarithm; so small a one is as good.
-    tiny = 1e-12
     if budget <= grid[0]:
         return curve[0]
     for (low, high), (first, last) in zip(itertools.pairwise(grid), itertools.pairwise(curve), strict=True):
         if budget <= high:
+            if not last > 0:
+                return first * (high - budget) / (high - low) if last == 0 else math.nan
             part = math.log(budget / low) / math.log(high / low)
-            return max(first, tiny) ** (1 - part) * max(last, tiny) ** part
+            return first ** (1 - part) * last**part
     return curve[-1]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device
-from momentkv.cache.allocation import minimise_error, share_budget
+from momentkv.cache.allocation import MULTIPLES, budget_grid, minimise_error, share_budget
 from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.competition import candidates, finite_rows, whole_shares, wins
 from momentkv.cache.curves import error_at, error_curves
@@ -21,7 +21,7 @@ from momentkv.policies.twice import Twice, largest_changes
 __all__ = ["RereadBudget", "by_threshold", "chosen_first", "places_of"]
 
 # Budgets that errors are measured at, as multiples of the average.
-MULTIPLES = (0.4, 1.0, 2.5, 6.25, 16.0)
+WIDER = (*MULTIPLES, (16.0, 0.97))
 # Tokens beside those of the second reading that are offered to a head, as parts of the average: finely, where most are.
 EXTRAS = (0, *(0.05 * 1.25**step for step in range(24)))
 
@@ -214,7 +214,7 @@ def extra_tokens(
     if total < 1:
         return [0] * heads
     fixed = caches[0].config.protected
-    grid = sorted({max(fixed + 1, round(multiple * average)) for multiple in MULTIPLES})
+    grid = budget_grid(average, fixed + 1, importances[0].shape[-1], WIDER)
     extras = sorted({round(part * average) for part in EXTRAS})
     curves = []
     for cache, importance, own in zip(caches, importances, chosen, strict=True):
