@@ -318,7 +318,7 @@ def test_two_copies_of_one_document_answer_alike():
     [
         {"bits": 4},
         {"bits": "auto"},
-        {"budget": "40KiB"},
+        {"budget": "28KiB"},
         {},
         {"certify": 2},
         {"correction": "moments"},

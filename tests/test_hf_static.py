@@ -243,7 +243,8 @@ def test_generate_compiles_two_graphs_without_a_break(settings: dict[str, Any], 
 @pytest.mark.parametrize("settings", [{}, PAPER | {"policy": "h2o"}, {"sharing": "layers"}, CODED], ids=str)
 def test_prompts_of_all_lengths_and_all_caches_share_two_graphs(settings: dict[str, Any], dynamo: Any):
     """Heads retain other numbers of tokens after each, and every cache has a number of its own."""
-    model = build(FAMILIES["llama"]())
+    # Digits enough that what a compiler rounds otherwise changes no code of a token.
+    model = build(FAMILIES["llama"](), dtype="float64")
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     config._compile_all_devices = True
     widths = set()
@@ -253,7 +254,7 @@ def test_prompts_of_all_lengths_and_all_caches_share_two_graphs(settings: dict[s
         expected = generate(model, dynamic, ids, torch.ones_like(ids), new=STEPS)
         with torch._dynamo.config.patch(error_on_recompile=dynamo["stats"]["unique_graphs"] == 2):
             compiled = generate(model, static, ids, torch.ones_like(ids), new=STEPS, compile_config=config)
-        assert_same(expected, compiled, tolerance=2e-5)
+        assert_same(expected, compiled)
         assert dynamo["stats"]["unique_graphs"] == 2
         assert static.static is not None
         widths |= {core.stored_state.layout.widths for core in static.static.cores}
