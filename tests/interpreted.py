@@ -16,13 +16,15 @@ import triton.language as tl
 
 from momentkv import LayerCache
 from momentkv.backends.operators import EXPANSION, assemble, coding_of, together
+from momentkv.backends.operators import decode as decode_operator
+from momentkv.backends.plain import decode_plain
 from momentkv.backends.triton import decode
 from momentkv.backends.triton.codes_kernel import in_word, kept, levels_of
 from momentkv.backends.triton.decode import WORDS, code_flags, decode_triton
 from momentkv.backends.triton.reach import Calls
 from momentkv.backends.triton.tuned import Choice, candidates
 from momentkv.cache.config import MODEL_DEFAULTS
-from momentkv.codes import BITS, Coding, Standard, centre, pack
+from momentkv.codes import BITS, Coding, Standard, centre, encode, pack
 from momentkv.testing.coded import FRONT
 from momentkv.testing.decoding import Decode, decode_cases, expected, f64, logits_error, make
 from momentkv.testing.gpu import tuning
@@ -113,6 +115,36 @@ def test_levels_are_codes_less_their_centre_and_what_is_kept(d: int, bits: int, 
     assert levels.tolist() == (codes - centre(bits) + left).tolist()
     assert 2 * left <= FRONT * 2**bits
     assert (left > 0) == (width == 4 and dtype != tl.float32 and (bits, dtype) != (8, tl.bfloat16))
+
+
+@pytest.mark.parametrize(("d", "lopsided"), [(64, True), (272, False)])
+@pytest.mark.parametrize("bits", [(3, 4), (5, 3)], ids=str)
+def test_graded_keys_of_lopsided_queries_and_of_many_channels_are_read(d: int, lopsided: bool, bits: tuple[int, int]):
+    """Queries that meet the coarser half alone fit into halves, too; more channels than a byte counts have an order."""
+    rng = np.random.default_rng(0)
+    k, v = (torch.from_numpy(rng.standard_normal((1, 2, 9, d))) for _ in range(2))
+    of_keys = Standard.of(k * 1000).graded(bits[0], torch.from_numpy(np.exp(rng.standard_normal((1, 2, d)))))
+    of_values = Standard.of(v, centred=False)
+    assert of_keys.order.dtype == (torch.uint8 if d <= 256 else torch.int32)
+    (keys, key_step), (values, value_step) = (
+        encode(x, standard, each) for x, standard, each in zip((k * 1000, v), (of_keys, of_values), bits, strict=True)
+    )
+    q = torch.from_numpy(rng.standard_normal((1, 2, 1, d)))
+    if lopsided:
+        coarser = of_keys.order[..., d // 2 :].to(torch.int64)
+        q = torch.zeros_like(q).scatter(-1, coarser[..., None, :], 1e4 * q)
+    standards = (each.map(lambda x: x.half() if x.is_floating_point() else x) for each in (of_keys, of_values))
+    flat = [x.flatten(0, 2) for x in (keys, values, key_step, value_step)]
+    coding = Coding(bits, flat[2], flat[3], *standards)
+    given = (q.half(), flat[0], flat[1], None, torch.full((1, 2), 9, dtype=torch.int32), torch.tensor([[0, 9]]), 9)
+    scale = 1.0 if lopsided else 1e-3
+    found = decode_triton(*given, None, None, scale, False, coding=coding)
+    exact = decode_plain(*given, None, None, scale, False, coding)
+    for one, other in zip(found[:2], exact[:2], strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=4e-3, atol=4e-3)
+    places = {"counts": given[4], "starts": given[5], "capacity": 9}
+    asked = decode_operator(q.half(), *flat[:2], scale=scale, coding=coding, **places)  # which checks what it is given
+    torch.testing.assert_close(asked[0], exact[0], rtol=0, atol=0, equal_nan=False)
 
 
 # Of a few kinds of launches, sizes that differ in what an interpreter knows: tokens of a tile, parts of the sequence.

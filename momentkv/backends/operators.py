@@ -346,7 +346,7 @@ def check_codes(
         ("value_step", coding.value_step, (n,), (torch.float16,)),
         ("mean of key_standard", mean, (*lead, d), DTYPES),
         ("deviation of key_standard", deviation, (*lead, d), DTYPES),
-        ("order of key_standard", order, (*lead, d), (torch.uint8,)),
+        ("order of key_standard", order, (*lead, d), (torch.uint8, torch.int32)),
         ("deviation of value_standard", coding.value_standard.deviation, (*lead, dv), DTYPES),
     ):
         if x is not None and (tuple(x.shape) != shape or x.dtype not in dtypes):

@@ -44,6 +44,8 @@ class LayerState:
         Of these codes.
     key_mean, key_deviation, value_deviation : array, shape (..., kv_head, d) or (..., kv_head, dv), or None
         What tokens are coded by, once there are any: see `momentkv.codes`.
+    key_order : int array, shape (..., kv_head, d), or None
+        Channels of keys as they lie in records, where they are graded: see `momentkv.codes.Standard`.
     early : bool array, shape (..., kv_head), or None
         Where rows may differ in when they evict, or steps are static: heads that have evicted nothing since their
         tokens were first coded, and code them anew when they do. None where that is as ``has_evicted`` says.

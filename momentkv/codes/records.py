@@ -3,8 +3,9 @@ r"""Records: a token as whole numbers and one step, which say nothing of any oth
 $$ z = (x - m) / \sigma, \qquad z \approx \delta\,(c - 2^{b-1} + 1/2), \qquad c \in \{0, \dots, 2^b - 1\} $$
 
 with mean $m$ (of keys; zero for values) and deviation $\sigma$ of each channel (`Standard`), and of each
-token the step $\delta = 2^{1-b} \max_c |z_c|$, rounded up to 16 bits. No component is off by more than half a
-step.
+token the step $\delta = 2^{1-b} \max_c |z_c|$, rounded up to 16 bits. Where channels are graded, half of them have
+$b + 1$ bits and a quarter of their deviation for $\sigma$, the others $b - 1$; the step is the least that reaches all.
+No component is off by more than half a step.
 Derivation: docs/derivations/codes.md.
 """
 
