@@ -1,11 +1,42 @@
-"""Numbers that callers give."""
+"""Numbers, choices of two and objects that callers give."""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
-__all__ = ["whole_number"]
+import numpy as np
+
+__all__ = ["check_kind", "flag", "whole_number"]
+
+
+def check_kind(kind: type, **values: Any) -> None:
+    """Raise unless all arguments are of a class.
+
+    Examples
+    --------
+    >>> from momentkv import AttentionState
+    >>> check_kind(AttentionState, retained=(1, 2))
+    Traceback (most recent call last):
+    TypeError: retained is a tuple; use AttentionState
+    """
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}; use {kind.__name__}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, or an error that names the argument: a word such as "no" would pass for True.
+
+    Examples
+    --------
+    >>> flag("static", "no")
+    Traceback (most recent call last):
+    TypeError: static is 'no'; use True or False
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}; use True or False")
+    return bool(value)
 
 
 def whole_number(name: str, value: Any) -> int:

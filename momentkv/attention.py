@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, accumulate, array_namespace, check_arrays, check_mask, device
+from momentkv._numbers import check_kind
 from momentkv._typing import ArrayObject
 
 __all__ = ["AttentionState", "attend", "group_queries", "logits", "merge", "softmax_state", "ungroup_queries"]
@@ -226,6 +227,11 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     -------
     AttentionState
 
+    Raises
+    ------
+    TypeError
+        If one of them is no `AttentionState`.
+
     Notes
     -----
     Derivation: docs/derivations/attention-algebra.md. The rule is that of FlashAttention (arXiv 2205.14135) and of
@@ -241,6 +247,7 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     >>> bool(np.allclose(whole.out, parts.out) and np.allclose(whole.lse, parts.lse))
     True
     """
+    check_kind(AttentionState, a=a, b=b)
     xp = check_arrays(**{"a.out": a.out, "a.lse": a.lse, "b.out": b.out, "b.lse": b.lse})
     out_a, lse_a, out_b, lse_b = accumulate(xp, a.out, a.lse, b.out, b.lse)
     top = xp.maximum(lse_a, lse_b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, cast, overload
 
 from momentkv._array import Array
+from momentkv._numbers import check_kind
 from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, merge
 from momentkv.bounds import output_error
@@ -67,6 +68,8 @@ def estimate(
     ValueError
         If shapes do not fit, ``order`` is higher than the moments' own, ``strength`` is out of range, or an argument is
         given that the statistics have already.
+    TypeError
+        If ``moments`` stand for no tokens.
 
     Notes
     -----
@@ -85,6 +88,10 @@ def estimate(
     >>> state.out.tolist(), state.lse.tolist()
     ([[[5.0]]], [[2.0]])
     """
+    if not callable(getattr(moments, "expansion", None)):
+        raise TypeError(
+            f"moments is a {type(moments).__name__}; use Moments, Summaries or another state that has an expansion"
+        )
     return estimate_expansion(q, moments.expansion(order=order, strength=strength), scale=scale)
 
 
@@ -159,6 +166,8 @@ def correct(
     ------
     ValueError
         As `estimate`, or if a bound is wanted and the moments have no extent.
+    TypeError
+        As `estimate`, or if ``retained`` is no `AttentionState`.
 
     Notes
     -----
@@ -175,6 +184,7 @@ def correct(
     >>> float(np.linalg.norm(corrected - exact)) < 0.1 * float(np.linalg.norm(retained.out - exact))
     True
     """
+    check_kind(AttentionState, retained=retained)
     state = merge(retained, estimate(q, moments, order=order, scale=scale, strength=strength))
     if not certify:
         return state

@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace, device
+from momentkv._numbers import check_kind
 from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, check_keys, group_queries, ungroup_queries
 from momentkv.bounds import output_error, output_from_codes, read
@@ -99,6 +100,8 @@ def estimated_error(
     The form is that of Gaussian logits. How well it ranks the true errors of a real model is measured by
     ``momentkv evaluate trust``; see docs/certificates.md.
     """
+    check_kind(AttentionState, retained=retained)
+    check_kind(Moments, moments=moments)
     xp = array_namespace(q, moments.weight)
     r = read(q, moments, scale=scale)
     out, lse = grouped(retained.out, moments), grouped(retained.lse[..., None], moments)[..., 0]

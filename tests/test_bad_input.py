@@ -19,10 +19,12 @@ from libraries import LIBRARIES, Library
 from momentkv import LayerCache, Moments, attend, bounds, correct, estimate, merge
 from momentkv.attention import logits, softmax_state
 from momentkv.backends import get_backend
+from momentkv.cache.accounting import state_bytes, token_equivalents
 from momentkv.codes import Standard, pack, row_bytes, unpack
 from momentkv.diagnostics import eviction_error
 from momentkv.plan import plan
 from momentkv.policies import MomentKV, SnapKV
+from momentkv.policies.select import retain
 from momentkv.shapes import KNOWN
 from momentkv.statistics.corrections import AnchoredSummaries
 from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
@@ -317,8 +319,62 @@ SMALL = np.ones((1, 2, 3, 4), dtype=np.float32)
         (lambda: pack(np.ones((2, 8), dtype=np.uint8), 7), ValueError, "bits is 7; use 2, 3"),
         (lambda: unpack(np.ones((2, 8), dtype=np.uint8), "four", 8), ValueError, "bits is 'four'; use 2, 3"),
         (lambda: Standard.of(np.ones((1, 3, 4), dtype=np.int64)), TypeError, "x is int64; means and deviations"),
+        (lambda: state_bytes("none", d=0), ValueError, "d is 0; a key and a value have at least one number"),
+        (lambda: state_bytes("moments", d=8, dv=0), ValueError, "dv is 0; a key and a value have at least one number"),
+        (lambda: token_equivalents("none", d=8, itemsize=0), ValueError, "itemsize is 0; a number takes at least"),
+        (lambda: LayerCache(8, window=2, static="no"), TypeError, "static is 'no'; use True or False"),
+        (lambda: LayerCache(8, window=2, keep_queries=1), TypeError, "keep_queries is 1; use True or False"),
+        (lambda: LayerCache(8, window=2, backend=3), TypeError, "backend is 3; use the name of one"),
+        (lambda: LayerCache(8, window=2, policy=[]), ValueError, "policy is []; use one of"),
+        (lambda: LayerCache(8, window=2, correction=[]), ValueError, "correction is []; use one of none"),
     ],
 )
 def test_numbers_that_fit_nothing_are_named_at_once(make: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize(
+    ("importance", "positions", "error", "message"),
+    [
+        (np.ones((2, 5)), np.arange(5), ValueError, "importance has shape (2, 5) and positions (5,); both must be"),
+        (np.ones(()), np.ones(()), ValueError, "importance has shape () and positions (); both must be"),
+        (np.ones(5), np.arange(5.0), ValueError, "positions is float64; use whole numbers"),
+        (np.ones(5), torch.arange(5), TypeError, "importance is an array of numpy, positions one of torch"),
+        ([1.0] * 5, np.arange(5), TypeError, "importance is a list; pass an array"),
+    ],
+)
+def test_tokens_cannot_be_ranked_by_what_is_not_of_them(
+    importance: Any, positions: Any, error: type[Exception], message: str
+):
+    with pytest.raises(error, match=re.escape(message)):
+        retain(importance, positions, budget=3, sinks=1, window=1)
+
+
+# Functions of a state of attention or of evicted tokens, and the name of that argument.
+OF_STATES: dict[str, tuple[Callable[[Any, Arrays], Any], str]] = {
+    "merge, first": (lambda x, a: merge(x, retained(a)), "a"),
+    "merge, second": (lambda x, a: merge(retained(a), x), "b"),
+    "correct, retained": (lambda x, a: correct(x, a["q"], evicted(a)), "retained"),
+    "correct, moments": (lambda x, a: correct(retained(a), a["q"], x), "moments"),
+    "estimate": (lambda x, a: estimate(a["q"], x), "moments"),
+    "moments, merge": (lambda x, a: evicted(a).merge(x), "other"),
+    "summaries, merge": (lambda x, a: summaries(a).merge(x, window(a)), "other"),
+    "lse interval": (lambda x, a: bounds.lse_interval(a["q"], x), "moments"),
+    "value error": (lambda x, a: bounds.value_error(a["q"], x, a["out"]), "moments"),
+    "output error, retained": (lambda x, a: bounds.output_error(x, a["q"], evicted(a), a["out"]), "retained"),
+    "output error, moments": (lambda x, a: bounds.output_error(retained(a), a["q"], x, a["out"]), "moments"),
+    "parts, retained": (lambda x, a: bounds.output_error_of_parts(x, a["q"], evicted(a), a["out"]), "retained"),
+    "parts, moments": (lambda x, a: bounds.output_error_of_parts(retained(a), a["q"], x, a["out"]), "parts"),
+    "estimated error, retained": (lambda x, a: estimated_error(x, a["q"], evicted(a)), "retained"),
+    "estimated error, moments": (lambda x, a: estimated_error(retained(a), a["q"], x), "moments"),
+    "restore": (lambda x, a: LayerCache(8, window=2).restore(x), "snapshot"),
+}
+
+
+@pytest.mark.parametrize("bad", [None, (1, 2), {}, np.ones((2, 4))], ids=["None", "tuple", "dict", "array"])
+@pytest.mark.parametrize("call", OF_STATES)
+def test_what_is_no_state_is_refused_by_name(call: str, bad: Any):
+    of_state, name = OF_STATES[call]
+    with pytest.raises(TypeError, match=rf"^{name} is a {type(bad).__name__}"):
+        of_state(bad, good())

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from momentkv._array import Array, array_namespace, check_arrays
+from momentkv._numbers import check_kind
 from momentkv.attention import AttentionState, default_scale, group_queries, ungroup_queries
 from momentkv.bounds.functions import safe_ratio
 from momentkv.bounds.reading import CompactSlope, Reading, read, read_grouped
@@ -79,6 +80,7 @@ def value_error(
     array, shape (..., q_head, q_len)
         For the empty set the norm of the estimate, which should be zero.
     """
+    check_kind(Moments, moments=moments)
     check_arrays(moments=moments.weight, estimate=estimate)
     reading = read(q, moments, scale=scale, slope=slope)
     bound = value_bound(reading, grouped(estimate, moments))
@@ -117,6 +119,8 @@ def output_error(
     The bound is sound, and nearly sharp for what the state holds. It says something while the logits of the evicted
     tokens vary little (a standard deviation up to about 0.3). See docs/certificates.md.
     """
+    check_kind(AttentionState, retained=retained)
+    check_kind(Moments, moments=moments)
     check_arrays(moments=moments.weight, retained=retained.out, output=output)
     reading = read(q, moments, scale=scale, slope=slope)
     out, lse = grouped(retained.out, moments), grouped(retained.lse[..., None], moments)[..., 0]
@@ -150,6 +154,8 @@ def output_error_of_parts(
     In the maximum, every part is at one end of its mass. Dinkelbach's iteration (1967, *Management Science* 13) finds
     which. What the last step leaves open is added, so that the bound holds after any number of steps.
     """
+    check_kind(AttentionState, retained=retained)
+    check_kind(Moments, parts=parts)
     xp = check_arrays(q=q, parts=parts.weight, retained=retained.out, output=output)
     d, kv_heads = parts.key_mean.shape[-1], parts.weight.shape[-2]
     scaled = group_queries(xp.astype(q, parts.key_mean.dtype, copy=False), kv_heads)

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace, check_arrays
+from momentkv._numbers import check_kind
 from momentkv.attention import default_scale, group_queries
 from momentkv.bounds.rounding import FUNCTION, state_error, unit
 from momentkv.bounds.theorems import (
@@ -114,6 +115,7 @@ def read(q: Array, moments: Moments, *, scale: float | None = None, slope: Compa
     ValueError
         If the moments have no extent.
     """
+    check_kind(Moments, moments=moments)
     xp = check_arrays(q=q, moments=moments.weight)
     d = moments.key_mean.shape[-1]
     if q.ndim < 3 or q.shape[-1] != d:

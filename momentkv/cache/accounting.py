@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from momentkv._numbers import whole_number
 from momentkv.statistics.corrections import Correction, get_correction
 from momentkv.statistics.moments import Moments
 
@@ -33,6 +34,11 @@ def state_bytes(
     statistics_bits : {None, 16}
         As a cache takes it.
 
+    Raises
+    ------
+    ValueError
+        If a dimension is less than 1, or another argument none that a cache takes.
+
     Notes
     -----
     What is not in 16 bits is float32 whatever the cache stores (float64 beside a float64 cache). Derivation:
@@ -47,7 +53,11 @@ def state_bytes(
     >>> state_bytes("none", d=64, certify=0) == 4 * (1 + 64 + 64 + 64 + 64 + 7)
     True
     """
-    k, v = (np.zeros((0, size), dtype=np.float32) for size in (d, dv or d))
+    d, dv = whole_number("d", d), whole_number("dv", d if dv is None else dv)
+    for name, size in (("d", d), ("dv", dv)):
+        if size < 1:
+            raise ValueError(f"{name} is {size}; a key and a value have at least one number")
+    k, v = (np.zeros((0, size), dtype=np.float32) for size in (d, dv))
     evidence = 0 if certify is None else Moments.empty(k, v, order=certify, extent=True).nbytes
     kind = get_correction(correction, order=order, bits=statistics_bits)
     queries = 2 * d * k.itemsize if kind.anchored else 0
@@ -83,5 +93,7 @@ def token_equivalents(
     >>> round(token_equivalents("summaries", d=64, itemsize=2, statistics_bits=16), 1)
     17.7
     """
+    if whole_number("itemsize", itemsize) < 1:
+        raise ValueError(f"itemsize is {itemsize}; a number takes at least one byte")
     total = state_bytes(correction, order=order, d=d, dv=dv, statistics_bits=statistics_bits)
     return total / ((d + (dv or d)) * itemsize)

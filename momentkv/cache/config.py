@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from momentkv._array import Array
-from momentkv._numbers import whole_number
+from momentkv._numbers import flag, whole_number
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.codes import pair_of_bits
 from momentkv.policies import Policy, check_budget, get_policy
@@ -188,6 +188,7 @@ def make_config(
         raise ValueError(
             f"tolerance is {tolerance!r} with certify={certify}; it must be at least 0 and needs certify=0, 1 or 2"
         )
+    static, keep_queries = flag("static", static), flag("keep_queries", keep_queries)
     if tolerance is not None and static:
         raise ValueError(
             f"tolerance is {tolerance} with static=True; a refused eviction needs room that static steps do not have: "
@@ -195,6 +196,10 @@ def make_config(
         )
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale is {scale!r}; use a positive, finite factor on q . k, or None for 1 / sqrt(d)")
+    if backend is not None and not isinstance(backend, (str, ArrayBackend)):
+        raise TypeError(
+            f"backend is {backend!r}; use the name of one, an ArrayBackend object, or None: the arrays then choose it"
+        )
     coded = None if bits is None else pair_of_bits(bits)
     return CacheConfig(
         policy=get_policy(policy),

@@ -374,6 +374,8 @@ class Holdings:
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to a state that `snapshot` gave, of this cache or another."""
+        if not isinstance(snapshot, dict) or not self.__dict__.keys() <= snapshot.keys():
+            raise TypeError(f"snapshot is a {type(snapshot).__name__} of something else; use what snapshot() returned")
         self.torn = False
         # The arrays of static steps, and what operators know a cache by, are its own.
         own = () if snapshot["number"] == self.number else ("fixed", "number", "handle")

@@ -120,6 +120,6 @@ def get_policy(policy: str | Policy) -> Policy:
         if observes is not None and (not isinstance(observes, numbers.Integral) or observes < 0):
             raise ValueError(f"policy is {policy}, whose observes is {observes!r}; use a whole number, or None for all")
         return policy
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"policy is {policy!r}; use one of {', '.join(sorted(POLICIES))}, or a Policy object")
     return POLICIES[policy]()

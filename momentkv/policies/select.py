@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from momentkv._array import Array, array_namespace, concrete, device
+from momentkv._array import Array, array_namespace, concrete, device, mixed
 from momentkv._typing import ArrayObject
 
 __all__ = ["Selection", "check_budget", "kept", "retain"]
@@ -52,6 +52,13 @@ def retain(
     -------
     Selection
 
+    Raises
+    ------
+    ValueError
+        If shapes or dtypes do not fit, or the budget is less than what always stays.
+    TypeError
+        If the budget is neither a whole number nor an array of them, or the arrays are of several libraries.
+
     Examples
     --------
     >>> import numpy as np
@@ -60,7 +67,7 @@ def retain(
     >>> chosen.indices.tolist(), chosen.evicted.tolist()
     ([[0, 2, 4]], [[False, True, False, True, False]])
     """
-    xp = array_namespace(importance, positions)
+    xp = check_ranked(importance, positions)
     if isinstance(budget, numbers.Integral):
         budget = int(budget)
         if budget < sinks + window:
@@ -80,6 +87,22 @@ def retain(
     indices = xp.argsort(xp.where(retained, slots, slots + n), axis=-1, stable=True)[..., :width]
     filled = xp.arange(width, device=device(counts)) < counts[..., None]
     return Selection(indices, filled, valid & ~retained)
+
+
+def check_ranked(importance: Any, positions: Any) -> Any:
+    """Raise unless each importance has a position, a whole number; returns their namespace."""
+    try:
+        xp = array_namespace(importance, positions)
+    except TypeError:
+        raise TypeError(mixed({"importance": importance, "positions": positions})) from None
+    if not importance.ndim or importance.shape != positions.shape:
+        raise ValueError(
+            f"importance has shape {tuple(importance.shape)} and positions {tuple(positions.shape)}; both must be "
+            "(..., kv_head, n)"
+        )
+    if not xp.isdtype(positions.dtype, "integral"):
+        raise ValueError(f"positions is {positions.dtype}; use whole numbers, negative for empty slots")
+    return xp
 
 
 def ranking(importance: ArrayObject, positions: ArrayObject, *, sinks: int, window: int) -> Array:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from momentkv._array import Array, array_namespace, check_arrays, check_broadcast, concrete
+from momentkv._numbers import check_kind
 
 if TYPE_CHECKING:
     from momentkv.statistics.moments import Moments
@@ -41,6 +42,7 @@ def check_estimate(order: int, strength: float, most: int) -> None:
 
 def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:
     """Raise unless two sets of moments can be combined: of the same fields, shapes, dtypes and anchor."""
+    check_kind(type(one), other=other)
     check_arrays(**{"the one's weight": one.weight, "the other's": other.weight})
     if (one.anchor is None) != (other.anchor is None):
         raise ValueError("cannot combine moments with and without anchor; build both with the same anchor=")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 
 from momentkv._array import Array, accumulate, accumulate_as, array_namespace, check_arrays, check_mask, device, nbytes
-from momentkv._numbers import whole_number
+from momentkv._numbers import check_kind, whole_number
 from momentkv.attention import AttentionState, check_values
 from momentkv.statistics.calibration import fitted_strength
 from momentkv.statistics.checks import equal_anchors
@@ -211,11 +211,11 @@ class Summaries:
         ValueError
             If the anchors differ or shapes do not fit.
         """
+        check_kind(Summaries, other=other)
         xp = check_arrays(**{"the one's anchor": self.anchor, "the other's": other.anchor})
-        if self.anchor.dtype != other.anchor.dtype:
-            raise ValueError(
-                f"cannot merge summaries of {self.anchor.dtype} and of {other.anchor.dtype}; cast one with map()"
-            )
+        mine, theirs = self.anchor.dtype, other.anchor.dtype
+        if mine != theirs:
+            raise ValueError(f"cannot merge summaries of {mine} and of {theirs}; cast one with map()")
         alike = self.anchor.shape == other.anchor.shape and self.value_mean.shape[-1] == other.value_mean.shape[-1]
         if not alike or not equal_anchors(self.anchor, other.anchor):
             raise ValueError(

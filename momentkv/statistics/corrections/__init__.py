@@ -61,7 +61,7 @@ def get_correction(correction: str | Correction, *, order: int | None = 1, bits:
     if order not in (None, 0, 1):
         raise ValueError(f"order is {order!r}; use None (plain eviction), 0 or 1")
     if not isinstance(correction, Correction):
-        if correction not in CORRECTIONS:
+        if not isinstance(correction, str) or correction not in CORRECTIONS:
             raise ValueError(
                 f"correction is {correction!r}; use one of {', '.join(CORRECTIONS)}, or a Correction object"
             )
