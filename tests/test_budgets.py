@@ -65,7 +65,7 @@ def test_a_layer_without_error_gets_the_least():
 
 
 def test_a_total_below_the_least_is_refused():
-    with pytest.raises(ValueError, match="total is 7, but 2 layers need at least 4"):
+    with pytest.raises(ValueError, match="total is 7, but 2 layers need at least 8 tokens together"):
         share_budget([[1.0, 0.5, 0.1]] * 2, GRID, 7)
 
 

@@ -14,7 +14,14 @@ from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.coded_budget import CodedBudget, chosen_code
 from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
-from momentkv.cache.second_reading import RereadBudget, by_threshold, error_at, looked_for, places_of
+from momentkv.cache.second_reading import (
+    RereadBudget,
+    by_threshold,
+    error_at,
+    looked_for,
+    places_of,
+    water_level,
+)
 from momentkv.policies import Twice
 
 SINKS, WINDOW, AVERAGE, COUNT = 1, 4, 30, 150
@@ -97,22 +104,58 @@ def test_each_head_keeps_what_the_second_reading_chose_for_it(share: float, corr
         assert budgets == [FIXED + count for count in places]
 
 
-def test_the_rest_goes_where_it_lowers_the_measured_error():
-    """Of two heads, one needs no more tokens: the queries attend to its sink alone."""
+def one_head_needs_tokens(average: int, share: float, scores: np.ndarray) -> LayerCache:
+    """A layer of two heads; the newest queries of the second attend to its sink alone."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, heads, COUNT, 8)) for heads in (4, 2, 2))
     q[:, 2:], k[:, 1, 0] = 1.0, 20.0
     settings = {"sinks": SINKS, "window": WINDOW, "block": 1, "keep_queries": True, "correction": "none"}
-    cache = LayerCache(AVERAGE, policy=Twice(share=0.5), **settings)
+    cache = LayerCache(average, policy=Twice(share=share), **settings)
     cache.append(k, v)
     cache.attend(q)
-    take_scores(cache, rng.random((1, 2, COUNT)))
+    take_scores(cache, scores)
+    return cache
+
+
+def test_the_rest_goes_where_it_lowers_the_measured_error():
+    cache = one_head_needs_tokens(AVERAGE, 0.5, np.random.default_rng(1).random((1, 2, COUNT)))
     chosen = places_of([cache], [looked_for(cache)], AVERAGE - FIXED)
     needs = [curve[0] for curve in error_curves(cache, [AVERAGE])]
     assert needs[1] < 1e-6 < needs[0]
     RereadBudget([cache]).evict(cache)
     assert cache.budgets[0] > FIXED + chosen[0] + (AVERAGE - FIXED) // 2
     assert sum(cache.budgets) <= 2 * AVERAGE
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_no_head_is_left_with_nothing_because_its_newest_queries_need_nothing(share: float):
+    """Nor does the other get more than all tokens: what it cannot use goes to those that can."""
+    average = 80
+    scores = np.random.default_rng(1).random((1, 2, COUNT)) * np.array([1.0, 1e-9])[:, None]
+    cache = one_head_needs_tokens(average, share, scores)
+    RereadBudget([cache]).evict(cache)
+    assert min(cache.budgets) == cache.budgets[1] >= round(average**2 / COUNT) > FIXED + 1
+    assert max(cache.budgets) <= COUNT
+
+
+def test_what_heads_get_in_any_case_is_scaled_to_the_total():
+    average, scores = 80, np.random.default_rng(1).random((1, 2, COUNT)) * np.array([1.0, 1e-9])[:, None]
+    cache = one_head_needs_tokens(average, 0.95, scores)
+    RereadBudget([cache]).evict(cache)
+    rest = 2 * (average - FIXED) - math.floor(0.95 * 2 * (average - FIXED))
+    # The second reading has chosen one token of that head, and all that is left fills it.
+    assert cache.budgets[1] == FIXED + 1 + rest < average**2 / COUNT
+    assert sum(cache.budgets) == 2 * average
+
+
+@given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=5), total=st.integers(0, 200), most=st.integers(0, 60))
+def test_heads_fill_to_one_level_and_the_total_goes_as_far_as_it_can(counts: list[int], total: int, most: int):
+    def filled(level: int) -> int:
+        return sum(max(0, level - count) for count in counts)
+
+    level = water_level(counts, total, most)
+    assert filled(level) <= total
+    assert level == most or filled(level + 1) > total
 
 
 def test_a_later_prefill_shares_anew_and_scores_have_stayed():

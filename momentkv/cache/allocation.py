@@ -21,6 +21,7 @@ __all__ = [
     "pyramid_budgets",
     "refine",
     "share_budget",
+    "share_on_grids",
 ]
 
 Sharing = Literal["uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"]
@@ -243,10 +244,7 @@ def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list
 
 
 def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: int) -> list[int]:
-    """Budgets of layers that make the sum of their errors small, within a total.
-
-    Greedy on the lower convex hull of each curve: always the step that removes the most error per token; the last step
-    gets what is left. Optimal for the hulls (docs/derivations/eviction.md).
+    """Budgets of layers that make the sum of their errors small, within a total: `share_on_grids` on one grid for all.
 
     Parameters
     ----------
@@ -272,17 +270,32 @@ def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: 
     >>> share_budget([[1.0, 0.2, 0.05], [0.5, 0.4, 0.3]], [10, 20, 40], 60)
     [40, 20]
     """
-    if total < grid[0] * len(curves):
-        raise ValueError(
-            f"total is {total}, but {len(curves)} layers need at least {grid[0]} tokens each; use a larger budget"
-        )
+    return share_on_grids(curves, [grid] * len(curves), total)
+
+
+def share_on_grids(curves: Sequence[Sequence[float]], grids: Sequence[Sequence[int]], total: int) -> list[int]:
+    """`share_budget` where each layer has budgets of its own to choose from.
+
+    Greedy on the lower convex hull of each curve: always the step that removes the most error per token; the last step
+    gets what is left. Optimal for the hulls (docs/derivations/eviction.md).
+
+    Examples
+    --------
+    >>> share_on_grids([[1.0, 0.2, 0.05], [0.5]], [[10, 20, 40], [5]], 60)
+    [40, 5]
+    """
     level = [0] * len(curves)
-    budgets = [grid[0]] * len(curves)
+    budgets = [grid[0] for grid in grids]
     left = total - sum(budgets)
+    if left < 0:
+        raise ValueError(
+            f"total is {total}, but {len(curves)} layers need at least {sum(budgets)} tokens together; use a larger "
+            "budget"
+        )
     queue: list[tuple[float, int, int]] = []
 
     def offer(layer: int) -> None:
-        here, curve = level[layer], curves[layer]
+        here, curve, grid = level[layer], curves[layer], grids[layer]
         steps = [
             ((curve[here] - curve[there]) / (grid[there] - grid[here]), -there) for there in range(here + 1, len(grid))
         ]
@@ -296,7 +309,7 @@ def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: 
         gain, layer, there = heapq.heappop(queue)
         if gain >= 0:
             break
-        cost = min(grid[there] - grid[level[layer]], left)
+        cost = min(grids[layer][there] - grids[layer][level[layer]], left)
         budgets[layer] += cost
         left -= cost
         level[layer] = there

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device
-from momentkv.cache.allocation import MULTIPLES, budget_grid, minimise_error, share_budget
+from momentkv.cache.allocation import MULTIPLES, budget_grid, minimise_error, share_on_grids
 from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.competition import candidates, finite_rows, whole_shares, wins
 from momentkv.cache.curves import error_at, error_curves
@@ -209,18 +210,45 @@ def extra_tokens(
     total: int,
     average: int,
 ) -> list[int]:
-    """Tokens for each head beside those that are chosen already, that make the sum of the measured errors small."""
+    """Tokens for each head beside those that are chosen already, that make the sum of the measured errors small.
+
+    No head is left with less than a part of the average, as far as the total goes: its newest queries do not show all
+    that it is needed for. That part is the part of the text that is retained on average, so that heads may differ much
+    where little is retained, and little where much is.
+    """
     heads = sum(map(len, chosen))
     if total < 1:
         return [0] * heads
-    fixed = caches[0].config.protected
-    grid = budget_grid(average, fixed + 1, importances[0].shape[-1], WIDER)
-    extras = sorted({round(part * average) for part in EXTRAS})
-    curves = []
-    for cache, importance, own in zip(caches, importances, chosen, strict=True):
-        for curve, count in zip(error_curves(cache, grid, importance), own, strict=True):
-            curves.append([error_at(grid, curve, fixed + count + extra) for extra in extras])
-    known = [curve for curve in curves if all(map(math.isfinite, curve))]
+    fixed, read = caches[0].config.protected, importances[0].shape[-1]
+    grid = budget_grid(average, fixed + 1, read, WIDER)
+    curves = [
+        curve
+        for cache, importance in zip(caches, importances, strict=True)
+        for curve in error_curves(cache, grid, importance)
+    ]
+    counts = [fixed + count for own in chosen for count in own]
+    finite = [all(map(math.isfinite, curve)) for curve in curves]
     even = total // heads
-    shares = iter(share_budget(known, extras, total - even * (heads - len(known))) if known else ())
-    return [next(shares) if all(map(math.isfinite, curve)) else even for curve in curves]
+    known = [(curve, count) for curve, count, is_known in zip(curves, counts, finite, strict=True) if is_known]
+    rest = total - even * (heads - len(known))
+    least = water_level([count for _, count in known], rest, round(average * average / read))
+    grids = [
+        sorted({min(max(round(part * average), least - count), read - count) for part in EXTRAS}) for _, count in known
+    ]
+    errors = [
+        [error_at(grid, curve, count + extra) for extra in extras]
+        for (curve, count), extras in zip(known, grids, strict=True)
+    ]
+    shares = iter(share_on_grids(errors, grids, rest))
+    return [next(shares) if is_known else even for is_known in finite]
+
+
+def water_level(counts: Sequence[int], total: int, most: int) -> int:
+    """The level, at most ``most``, up to which a total fills heads that have some tokens each.
+
+    Examples
+    --------
+    >>> water_level([10, 30, 80], 30, 100), water_level([10, 30, 80], 30, 20)
+    (35, 20)
+    """
+    return bisect.bisect_right(range(most + 1), total, key=lambda level: sum(max(0, level - x) for x in counts)) - 1
