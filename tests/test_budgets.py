@@ -12,7 +12,7 @@ from models import prompt, tiny
 
 from momentkv import AttentionState, LayerCache
 from momentkv.backends import get_backend
-from momentkv.cache.allocation import budget_grid, refine, share_budget
+from momentkv.cache.allocation import budget_grid, refine, share_budget, share_on_grids, water_level
 from momentkv.cache.curves import error_curve, error_curves
 from momentkv.hf import MomentCache
 from momentkv.statistics.corrections import AnchoredSummaries
@@ -62,6 +62,25 @@ def test_greedy_is_optimal_on_convex_curves_where_the_last_step_fits(seed: int, 
 
 def test_a_layer_without_error_gets_the_least():
     assert share_budget([[0.0, 0.0, 0.0], [1.0, 0.5, 0.1]], GRID, 14) == [4, 10]
+
+
+def test_what_lowers_no_error_goes_to_those_that_have_least():
+    assert share_budget([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], GRID, 14) == [7, 7]
+    assert share_budget([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], GRID, 30) == [10, 10]  # no more than the grid has
+    assert share_on_grids([[0.0, 0.0], [0.0], [1.0, 0.5]], [[2, 9], [3], [4, 8]], 20) == [9, 3, 8]
+
+
+@given(
+    heads=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 60)), min_size=1, max_size=5), total=st.integers(0, 200)
+)
+def test_heads_fill_to_one_level_and_the_total_goes_as_far_as_it_can(heads: list[tuple[int, int]], total: int):
+    def taken(level: int) -> int:
+        return sum(max(0, min(level, top) - count) for count, top in heads)
+
+    counts, tops = zip(*heads, strict=True)
+    level = water_level(counts, total, tops)
+    assert taken(level) <= total
+    assert level == max(tops) or taken(level + 1) > total
 
 
 def test_a_total_below_the_least_is_refused():

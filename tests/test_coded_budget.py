@@ -26,6 +26,7 @@ from momentkv.cache.coded_budget import (
     tokens_read,
 )
 from momentkv.cache.curves import error_at, error_curves, measured_errors
+from momentkv.cache.second_reading import least_share
 from momentkv.codes import Standard, decode, encode, pair_of_bits, record_bytes
 
 SINKS, WINDOW, EXACT, AVERAGE, COUNT, D = 1, 4, 2, 40, 200, 8
@@ -73,22 +74,25 @@ def test_all_records_take_at_most_the_bytes_of_the_average_at_full_precision(see
         assert stored == [min(COUNT, budget) for budget in cache.budgets]
 
 
+@pytest.mark.parametrize("begin", [None, lambda tokens: least_share(tokens, FIXED + 1, COUNT)])
 @pytest.mark.parametrize("unforetold", [0.0, UNFORETOLD, 0.5])
 @pytest.mark.parametrize("average", [7, 9, 12, 16, 22, 30, 40])
-def test_the_code_has_the_least_of_the_errors_that_it_names(average: int, unforetold: float):
+def test_the_code_has_the_least_of_the_errors_that_it_names(average: int, unforetold: float, begin):
     """By hand: each code's own curves at its own budget, shared, what rounding adds at the usual one, and the rest."""
     caches = [waiting(layer)[0] for layer in range(3)]
     importances = [cache.importance() for cache in caches]
-    code, tokens = chosen_code(caches, importances, average, unforetold=unforetold)
+    code, tokens = chosen_code(caches, importances, average, unforetold=unforetold, least=begin)
     room = (average - AS_IS) * TOKEN
     usual = AS_IS + room // record_bytes(D, D, pair_of_bits(4))
+    bought = {each: AS_IS + room // record_bytes(D, D, each) for each in CODES}
     grid = budget_grid(usual, FIXED + 1, importances[0].shape[-1])
+    least = {each: grid[0] if begin is None else begin(most) for each, most in bought.items()}
     curves = [x for c, i in zip(caches, importances, strict=True) for x in error_curves(c, grid, i)]
-    fine = refine(grid, curves[0])[0]
-    refined = [refine(grid, curve)[1] for curve in curves]
     found = {}
     for each in CODES:
-        most = max(fine[0], AS_IS + room // record_bytes(D, D, each))
+        fine = sorted({least[each], *(budget for budget in refine(grid, curves[0])[0] if budget > least[each])})
+        refined = [[error_at(grid, curve, budget) for budget in fine] for curve in curves]
+        most = max(fine[0], bought[each])
         shares = share_budget(refined, fine, most * len(curves))
         evicted = sum(error_at(fine, y, b) for b, y in zip(shares, refined, strict=True))
         rounded = [
@@ -96,10 +100,10 @@ def test_the_code_has_the_least_of_the_errors_that_it_names(average: int, unfore
         ]
         place = grid.index(usual)
         more = [x - y[place] for x, y in zip([x for own in rounded for x in own], curves, strict=True)]
-        away = max(0.0, 1 - (AS_IS + room // record_bytes(D, D, each)) / COUNT)
+        away = max(0.0, 1 - bought[each] / COUNT)
         found[each] = EVICTION_COUNTS * evicted + sum(max(0.0, x) for x in more) + 6 * unforetold * away
     assert code == min(found, key=found.__getitem__)
-    assert tokens == AS_IS + room // record_bytes(D, D, code)
+    assert tokens == bought[code]
     assert len({round(x, 6) for x in found.values()}) == len(CODES)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
@@ -22,6 +23,7 @@ __all__ = [
     "refine",
     "share_budget",
     "share_on_grids",
+    "water_level",
 ]
 
 Sharing = Literal["uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"]
@@ -227,20 +229,24 @@ def budget_grid(average: int, least: int, read: int, multiples: Sequence[tuple[f
     return sorted(points | {read} if multiples[-1][0] * average > read > average else points)
 
 
-def refine(grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list[float]]:
+def refine(grid: Sequence[int], curve: Sequence[float], least: int | None = None) -> tuple[list[int], list[float]]:
     """Put ``STEPS`` steps between the budgets of a grid, with errors interpolated as by `error_at`.
+
+    They begin at the first of the grid, or at ``least``.
 
     Examples
     --------
     >>> refine([16, 256], [1.0, 0.0625])
     ([16, 32, 64, 128, 256], [1.0, 0.5, 0.25, 0.125, 0.0625])
+    >>> refine([16, 256], [1.0, 0.0625], 8)[0], refine([16, 256], [1.0, 0.0625], 100)[0]
+    ([8, 16, 32, 64, 128, 256], [100, 128, 256])
     """
-    budgets = [grid[0]]
+    first = grid[0] if least is None else least
+    budgets = {first, *grid}
     for low, high in itertools.pairwise(grid):
-        steps = (round(low * (high / low) ** (step / STEPS)) for step in range(1, STEPS + 1))
-        budgets += [budget for budget in steps if budget > low]
-    budgets = sorted(set(budgets))
-    return budgets, [error_at(grid, curve, budget) for budget in budgets]
+        budgets |= {round(low * (high / low) ** (step / STEPS)) for step in range(1, STEPS)}
+    fine = sorted(budget for budget in budgets if budget >= first)
+    return fine, [error_at(grid, curve, budget) for budget in fine]
 
 
 def share_budget(curves: Sequence[Sequence[float]], grid: Sequence[int], total: int) -> list[int]:
@@ -277,7 +283,8 @@ def share_on_grids(curves: Sequence[Sequence[float]], grids: Sequence[Sequence[i
     """`share_budget` where each layer has budgets of its own to choose from.
 
     Greedy on the lower convex hull of each curve: always the step that removes the most error per token; the last step
-    gets what is left. Optimal for the hulls (docs/derivations/eviction.md).
+    gets what is left, and what lowers no error any more goes to those that have least. Optimal for the hulls
+    (docs/derivations/eviction.md).
 
     Examples
     --------
@@ -314,4 +321,21 @@ def share_on_grids(curves: Sequence[Sequence[float]], grids: Sequence[Sequence[i
         left -= cost
         level[layer] = there
         offer(layer)
-    return budgets
+    # What lowers no error is not thrown away: it fills those that have least.
+    even = water_level(budgets, left, [grid[-1] for grid in grids])
+    return [max(budget, min(even, grid[-1])) for budget, grid in zip(budgets, grids, strict=True)]
+
+
+def water_level(counts: Sequence[int], total: int, tops: Sequence[int]) -> int:
+    """The level up to which a total fills heads that have some tokens each, none of them above its top.
+
+    Examples
+    --------
+    >>> water_level([10, 30, 80], 30, [100] * 3), water_level([10, 30, 80], 30, [20, 100, 100])
+    (35, 50)
+    """
+
+    def taken(level: int) -> int:
+        return sum(max(0, min(level, top) - count) for count, top in zip(counts, tops, strict=True))
+
+    return bisect.bisect_right(range(max(tops, default=0) + 1), total, key=taken) - 1

@@ -40,10 +40,12 @@ class CodedBudget(SharedBudget):
     beside : int
         Bytes of a token beside its key and value that then count.
     unforetold : float
+    least : callable or None
         See `chosen_code`.
     """
 
     unforetold = UNFORETOLD
+    least: Callable[[int], int] | None = None
 
     def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool, chooses_bits: bool) -> None:
         super().__init__(caches, rule, by_head=by_head)
@@ -66,7 +68,9 @@ class CodedBudget(SharedBudget):
         """Tokens that each KV head may retain on average, in the bits that are chosen for them now."""
         if not self.chooses_bits:
             return super().tokens(waiting, importances)
-        code, tokens = chosen_code(waiting, importances, self.average, beside=self.beside, unforetold=self.unforetold)
+        code, tokens = chosen_code(
+            waiting, importances, self.average, beside=self.beside, unforetold=self.unforetold, least=self.least
+        )
         for each in waiting:
             each.code(code)
         return tokens
@@ -97,6 +101,7 @@ def chosen_code(
     *,
     beside: int = 0,
     unforetold: float = UNFORETOLD,
+    least: Callable[[int], int] | None = None,
 ) -> tuple[tuple[int, int], int]:
     """The code that makes the errors to be expected least within the bytes of a budget at full precision.
 
@@ -113,6 +118,9 @@ def chosen_code(
         Bytes of a token beside its key and value that count.
     unforetold : float
         Part of later outputs that is of tokens which the newest queries do not foretell.
+    least : callable, optional
+        From tokens on average to those that each KV head gets in any case; by default the least that errors are
+        measured at.
 
     Returns
     -------
@@ -144,7 +152,7 @@ def chosen_code(
     read = tokens_read(caches[0])
     errors = [
         expected_error(
-            shared_error(grid, eviction, tokens(code)),
+            shared_error(grid, eviction, tokens(code), least(tokens(code)) if least else grid[0]),
             rounded,
             unforetold=unforetold * len(eviction),
             kept=tokens(code) / read,
@@ -162,16 +170,18 @@ def tokens_read(cache: LayerCache) -> float:
     return float(xp.sum(positions >= 0)) / math.prod(positions.shape[:-1])
 
 
-def shared_error(grid: Sequence[int], eviction: Sequence[Sequence[float]], average: int) -> float:
-    """What the errors of eviction of all heads amount to, shared as well as can be.
+def shared_error(grid: Sequence[int], eviction: Sequence[Sequence[float]], average: int, least: int) -> float:
+    """What the errors of eviction of all heads amount to, shared as well as can be, with ``least`` for each at least.
 
     Examples
     --------
-    >>> round(shared_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 25), 6)
+    >>> round(shared_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 25, 10), 6)
     0.25
+    >>> round(shared_error([10, 20, 40], [[1.0, 0.5, 0.25], [0.0, 0.0, 0.0]], 25, 20), 6)
+    0.333333
     """
-    fine, _ = refine(grid, eviction[0])
-    curves = [refine(grid, curve)[1] for curve in eviction]
+    fine, _ = refine(grid, eviction[0], least)
+    curves = [refine(grid, curve, least)[1] for curve in eviction]
     total = max(average, fine[0]) * len(curves)
     shares = share_budget(curves, fine, total)
     return sum(map(error_at, [fine] * len(curves), curves, shares))
