@@ -5,8 +5,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import numpy as np
-
 __all__ = ["check_kind", "flag", "whole_number"]
 
 
@@ -34,9 +32,9 @@ def flag(name: str, value: Any) -> bool:
     Traceback (most recent call last):
     TypeError: static is 'no'; use True or False
     """
-    if not isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; use True or False")
-    return bool(value)
+    return value
 
 
 def whole_number(name: str, value: Any) -> int:
