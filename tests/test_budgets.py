@@ -12,7 +12,7 @@ from models import prompt, tiny
 
 from momentkv import AttentionState, LayerCache
 from momentkv.backends import get_backend
-from momentkv.cache.allocation import budget_grid, refine, share_budget, share_on_grids, water_level
+from momentkv.cache.allocation import budget_grid, least_share, refine, share_budget, share_on_grids, water_level
 from momentkv.cache.curves import error_curve, error_curves
 from momentkv.hf import MomentCache
 from momentkv.statistics.corrections import AnchoredSummaries
@@ -91,6 +91,14 @@ def test_a_total_below_the_least_is_refused():
 def test_grids_rise_and_leave_room_for_sinks_and_window():
     assert budget_grid(100, 34, 1000) == [40, 100, 250, 625]
     assert budget_grid(40, 40, 1000) == [40, 100, 250]
+
+
+def test_each_share_gets_the_part_of_the_average_that_is_retained_of_all():
+    """Of all that was read, not of what is stored: later chunks of a text are shared as freely as the first."""
+    assert least_share(500, 34, 1000) == 250
+    assert least_share(500, 34, 5000) == 50
+    assert least_share(500, 34, 50_000) == 34
+    assert least_share(500, 34, 400) == 500
 
 
 @pytest.mark.parametrize("average", range(40, 4200, 37))

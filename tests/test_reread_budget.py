@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 
 from momentkv import LayerCache
 from momentkv.cache.allocation import SharedBudget
-from momentkv.cache.coded_budget import CODES, CodedBudget, chosen_code
+from momentkv.cache.coded_budget import CodedBudget, chosen_code
 from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
 from momentkv.cache.second_reading import (
     RereadBudget,
     by_threshold,
     error_at,
-    least_share,
     looked_for,
     places_of,
 )
@@ -148,14 +147,6 @@ def test_what_heads_get_in_any_case_is_scaled_to_the_total():
     assert sum(cache.budgets) == 2 * average
 
 
-def test_each_head_gets_the_part_of_the_average_that_is_retained_of_all():
-    """Of all that was read, not of what is stored: later chunks of a text are shared as freely as the first."""
-    assert least_share(500, 34, 1000) == 250
-    assert least_share(500, 34, 5000) == 50
-    assert least_share(500, 34, 50_000) == 34
-    assert least_share(500, 34, 400) == 500
-
-
 def test_a_later_prefill_shares_anew_and_scores_have_stayed():
     cache = waiting(0)
     shared = RereadBudget([cache])
@@ -184,19 +175,6 @@ def test_after_a_second_reading_nothing_of_the_text_is_unforetold(monkeypatch: p
         shared.evict(cache)
     assert {cache.config.bits for cache in caches} == {code}
     assert sum(sum(cache.budgets) for cache in caches) <= 4 * tokens
-
-
-def test_bits_are_chosen_for_the_shares_that_heads_then_get(monkeypatch: pytest.MonkeyPatch):
-    """Where some head needs nothing, it matters what each gets in any case."""
-    caches = [waiting(layer, exact_window=2) for layer in range(2)]
-    shared = RereadBudget(caches, chooses_bits=True)
-    begun = []
-    monkeypatch.setattr(shared, "least", lambda average: begun.append(average) or FIXED + 1)
-    for cache in caches:
-        shared.evict(cache)
-    # Once for each code that is offered, and once for the budgets.
-    assert len(begun) == len(CODES) + 1
-    assert begun == sorted(begun[:-1], reverse=True) + begun[-1:]
 
 
 def test_nan_of_a_row_stops_no_other():

@@ -18,6 +18,7 @@ __all__ = [
     "SharedBudget",
     "Sharing",
     "budget_grid",
+    "least_share",
     "minimise_error",
     "pyramid_budgets",
     "refine",
@@ -151,6 +152,7 @@ def minimise_error(
     """
     config = caches[0].config
     grid = budget_grid(average, config.protected + 1, importances[0].shape[-1])
+    least = least_share(average, config.protected + 1, caches[0].seen)
     fine: list[int] = []
     curves: list[list[float] | None] = []
     for cache, importance in zip(caches, importances, strict=True):
@@ -158,7 +160,7 @@ def minimise_error(
         if not by_head:
             measured = [[sum(errors) / len(errors) for errors in zip(*measured, strict=True)]]
         for curve in measured:
-            fine, refined = refine(grid, curve)
+            fine, refined = refine(grid, curve, least)
             curves.append(refined if all(map(math.isfinite, curve)) else None)
     known = [curve for curve in curves if curve is not None]
     shares = iter(share_budget(known, fine, average * len(known)))
@@ -227,6 +229,20 @@ def budget_grid(average: int, least: int, read: int, multiples: Sequence[tuple[f
         for multiple, share in multiples
     }
     return sorted(points | {read} if multiples[-1][0] * average > read > average else points)
+
+
+def least_share(average: int, least: int, seen: int) -> int:
+    """What each share gets in any case: that part of the average which the average is of all tokens ``seen``.
+
+    Not below ``least``. For the newest queries do not show all that a head is needed for: where little is retained,
+    heads may differ much, and little where much is.
+
+    Examples
+    --------
+    >>> least_share(400, 50, 4000), least_share(2000, 50, 4000)
+    (50, 1000)
+    """
+    return max(least, round(min(1.0, average / seen) * average))
 
 
 def refine(grid: Sequence[int], curve: Sequence[float], least: int | None = None) -> tuple[list[int], list[float]]:

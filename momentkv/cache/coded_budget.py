@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from momentkv._array import Array, array_namespace
-from momentkv.cache.allocation import Rule, SharedBudget, budget_grid, refine, share_budget
+from momentkv.cache.allocation import Rule, SharedBudget, budget_grid, least_share, refine, share_budget
 from momentkv.cache.curves import error_at, measured_errors
 from momentkv.cache.layer import LayerCache
 from momentkv.codes import USUAL, pair_of_bits, record_bytes
@@ -40,12 +40,10 @@ class CodedBudget(SharedBudget):
     beside : int
         Bytes of a token beside its key and value that then count.
     unforetold : float
-    least : callable or None
         See `chosen_code`.
     """
 
     unforetold = UNFORETOLD
-    least: Callable[[int], int] | None = None
 
     def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool, chooses_bits: bool) -> None:
         super().__init__(caches, rule, by_head=by_head)
@@ -68,9 +66,7 @@ class CodedBudget(SharedBudget):
         """Tokens that each KV head may retain on average, in the bits that are chosen for them now."""
         if not self.chooses_bits:
             return super().tokens(waiting, importances)
-        code, tokens = chosen_code(
-            waiting, importances, self.average, beside=self.beside, unforetold=self.unforetold, least=self.least
-        )
+        code, tokens = chosen_code(waiting, importances, self.average, beside=self.beside, unforetold=self.unforetold)
         for each in waiting:
             each.code(code)
         return tokens
@@ -101,7 +97,6 @@ def chosen_code(
     *,
     beside: int = 0,
     unforetold: float = UNFORETOLD,
-    least: Callable[[int], int] | None = None,
 ) -> tuple[tuple[int, int], int]:
     """The code that makes the errors to be expected least within the bytes of a budget at full precision.
 
@@ -118,9 +113,6 @@ def chosen_code(
         Bytes of a token beside its key and value that count.
     unforetold : float
         Part of later outputs that is of tokens which the newest queries do not foretell.
-    least : callable, optional
-        From tokens on average to those that each KV head gets in any case; by default the least that errors are
-        measured at.
 
     Returns
     -------
@@ -152,7 +144,7 @@ def chosen_code(
     read = tokens_read(caches[0])
     errors = [
         expected_error(
-            shared_error(grid, eviction, tokens(code), least(tokens(code)) if least else grid[0]),
+            shared_error(grid, eviction, tokens(code), least_share(tokens(code), config.protected + 1, caches[0].seen)),
             rounded,
             unforetold=unforetold * len(eviction),
             kept=tokens(code) / read,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device
-from momentkv.cache.allocation import MULTIPLES, budget_grid, minimise_error, share_on_grids, water_level
+from momentkv.cache.allocation import MULTIPLES, budget_grid, least_share, minimise_error, share_on_grids, water_level
 from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.competition import candidates, finite_rows, whole_shares, wins
 from momentkv.cache.curves import error_at, error_curves
@@ -18,7 +18,7 @@ from momentkv.policies.novelty import ranks
 from momentkv.policies.select import protected
 from momentkv.policies.twice import Twice, largest_changes
 
-__all__ = ["RereadBudget", "by_threshold", "chosen_first", "least_share", "places_of"]
+__all__ = ["RereadBudget", "by_threshold", "chosen_first", "places_of"]
 
 # Budgets that errors are measured at, as multiples of the average.
 WIDER = (*MULTIPLES, (16.0, 0.97))
@@ -161,11 +161,6 @@ class RereadBudget(CodedBudget):
         super().reset()
         self.take_share(self.policy.share)
 
-    def least(self, average: int) -> int:
-        """`least_share` of an average."""
-        first = self.caches[0]
-        return least_share(average, first.config.protected + 1, first.seen)
-
     def importance(self, cache: LayerCache) -> Array:
         """What `Twice` ranks tokens by that the second reading did not choose."""
         config = dataclasses.replace(cache.config, policy=Twice.beside)
@@ -190,8 +185,7 @@ class RereadBudget(CodedBudget):
             chosen_first(score, own, rest, competing(each))
             for each, score, own, rest in zip(waiting, scores, chosen, ranked, strict=True)
         ]
-        left = total - sum(map(sum, chosen))
-        more = iter(extra_tokens(waiting, importances, chosen, left, average, self.least(average)))
+        more = iter(extra_tokens(waiting, importances, chosen, total - sum(map(sum, chosen)), average))
         for each, importance, own in zip(waiting, importances, chosen, strict=True):
             each.budgets = [fixed + count + next(more) for count in own]
             each.evict(importance)
@@ -208,31 +202,16 @@ def competing(cache: LayerCache) -> Array:
     return (positions >= 0) & ~protected(positions, sinks=config.sinks, window=config.window)
 
 
-def least_share(average: int, least: int, seen: int) -> int:
-    """What each head gets in any case: that part of the average which the average is of all tokens ``seen``.
-
-    Not below ``least``. For the newest queries do not show all that a head is needed for: where little is retained,
-    heads may differ much, and little where much is.
-
-    Examples
-    --------
-    >>> least_share(400, 50, 4000), least_share(2000, 50, 4000)
-    (50, 1000)
-    """
-    return max(least, round(min(1.0, average / seen) * average))
-
-
 def extra_tokens(
     caches: Sequence[LayerCache],
     importances: Sequence[Array],
     chosen: Sequence[Sequence[int]],
     total: int,
     average: int,
-    least: int,
 ) -> list[int]:
     """Tokens for each head beside those that are chosen already, that make the sum of the measured errors small.
 
-    No head is left with fewer than ``least``, as far as the total goes.
+    No head is left with less than its `least_share`, as far as the total goes.
     """
     heads = sum(map(len, chosen))
     if total < 1:
@@ -249,7 +228,8 @@ def extra_tokens(
     even = total // heads
     known = [(curve, count) for curve, count, is_known in zip(curves, counts, finite, strict=True) if is_known]
     rest = total - even * (heads - len(known))
-    least = water_level([count for _, count in known], rest, [least] * len(known))
+    most = least_share(average, fixed + 1, caches[0].seen)
+    least = water_level([count for _, count in known], rest, [most] * len(known))
     grids = [
         sorted({min(max(round(part * average), least - count), stored - count) for part in EXTRAS})
         for _, count in known
