@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from momentkv import LayerCache
-from momentkv.cache.allocation import SharedBudget
+from momentkv.cache.allocation import SharedBudget, least_share, minimise_error
 from momentkv.cache.coded_budget import CodedBudget, chosen_code
 from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
@@ -21,7 +22,7 @@ from momentkv.cache.second_reading import (
     looked_for,
     places_of,
 )
-from momentkv.policies import Twice
+from momentkv.policies import Policy, Twice, get_policy
 
 SINKS, WINDOW, AVERAGE, COUNT = 1, 4, 30, 150
 FIXED = SINKS + WINDOW
@@ -103,16 +104,20 @@ def test_each_head_keeps_what_the_second_reading_chose_for_it(share: float, corr
         assert budgets == [FIXED + count for count in places]
 
 
-def one_head_needs_tokens(average: int, share: float, scores: np.ndarray) -> LayerCache:
-    """A layer of two heads; the newest queries of the second attend to its sink alone."""
+def one_head_needs_tokens(
+    average: int, share: float, scores: np.ndarray, needless: Sequence[int] = (1,), policy: Policy | None = None
+) -> LayerCache:
+    """A layer of two heads; the newest queries of the second, or of others, attend to its sink alone."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, heads, COUNT, 8)) for heads in (4, 2, 2))
-    q[:, 2:], k[:, 1, 0] = 1.0, 20.0
+    for head in needless:
+        q[:, 2 * head : 2 * head + 2], k[:, head, 0] = 1.0, 20.0
     settings = {"sinks": SINKS, "window": WINDOW, "block": 1, "keep_queries": True, "correction": "none"}
-    cache = LayerCache(average, policy=Twice(share=share), **settings)
+    cache = LayerCache(average, policy=policy or Twice(share=share), **settings)
     cache.append(k, v)
     cache.attend(q)
-    take_scores(cache, scores)
+    if policy is None:
+        take_scores(cache, scores)
     return cache
 
 
@@ -135,6 +140,33 @@ def test_no_head_is_left_with_nothing_because_its_newest_queries_need_nothing(sh
     RereadBudget([cache]).evict(cache)
     assert min(cache.budgets) == cache.budgets[1] >= round(average**2 / COUNT) > FIXED + 1
     assert max(cache.budgets) <= COUNT
+
+
+def test_no_head_gets_more_than_all_tokens_and_the_others_get_what_is_left():
+    average, scores = 90, np.random.default_rng(1).random((1, 2, COUNT))
+    caches = [one_head_needs_tokens(average, 0.05, scores, needless) for needless in ((1,), (0, 1))]
+    shared = RereadBudget(caches)
+    for cache in caches:
+        shared.evict(cache)
+    budgets = [budget for cache in caches for budget in cache.budgets]
+    assert budgets[0] == max(budgets) == COUNT
+    assert sum(budgets) >= 4 * average - 4
+    assert min(budgets) > round(average**2 / COUNT)
+
+
+def test_after_one_reading_too_each_head_gets_the_part_that_is_retained_of_all_that_was_read():
+    average = 80
+    cache = one_head_needs_tokens(average, 0.0, np.zeros(0), policy=get_policy("expected-attention"))
+    shared = SharedBudget([cache], minimise_error, by_head=True)
+    shared.evict(cache)
+    assert cache.budgets == [2 * average - least_share(average, FIXED + 1, COUNT), round(average**2 / COUNT)]
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((1, heads, 60, 8)) for heads in (4, 2, 2))
+    q[:, 2:] = 1.0
+    cache.append(k, v)
+    cache.attend(q)
+    shared.evict(cache)
+    assert cache.budgets[1] == round(average**2 / (COUNT + 60))
 
 
 def test_what_heads_get_in_any_case_is_scaled_to_the_total():
