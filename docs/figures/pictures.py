@@ -186,7 +186,7 @@ def draw_held_out(theme: Theme) -> Figure:
             ("momentkv/order-1", "MomentKV (the paper)", theme.order_1, "s-"),
             ("default", "momentkv", theme.evicted, "D-"),
             ("default@auto", "momentkv, bits='auto'", theme.summaries, "o-"),
-            ("twice@tried", "read twice, with a trial", theme.summaries, "o:"),
+            ("twice@auto", "the same, read twice", theme.summaries, "o:"),
         ),
         (0.0001, 0.6),
     )
