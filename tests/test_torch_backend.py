@@ -20,7 +20,6 @@ from momentkv.backends import get_backend, plain, records
 from momentkv.backends import torch as torch_backend
 from momentkv.backends.base import ArrayBackend
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.backends.records import unpack_words
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import oracle
@@ -239,13 +238,41 @@ def test_every_backend_decodes_alike():
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("bits", few.BITS)
-@pytest.mark.parametrize("d", [1, 7, 16, 64, 80, 96, 128])
-def test_words_unpack_to_what_bytes_do(bits: int, d: int):
+@pytest.mark.parametrize(
+    ("d", "bits", "graded"),
+    [
+        (d, bits, graded)
+        for d in (1, 7, 16, 64, 80, 96, 128)
+        for bits in few.BITS
+        for graded in ((False, True) if few.can_grade(bits, d) else (False,))
+    ],
+)
+def test_sums_of_masked_bytes_are_codes(d: int, bits: int, graded: bool):
     codes = torch.randint(0, 2**bits, (2, 5, d), dtype=torch.int32, generator=torch.Generator().manual_seed(d))
-    packed = few.pack(codes, bits)
-    assert torch.equal(unpack_words(packed, bits, d).int(), codes)
-    assert torch.equal(unpack_words(packed[:, ::2], bits, d).int(), codes[:, ::2])
+    if graded:
+        most = torch.repeat_interleave(torch.tensor([2**each for each in few.GRADES[bits]]), d // 2)
+        codes %= most
+    packed = (few.pack_graded if graded else few.pack)(codes, bits)
+    how = records.reading(bits, d, graded, torch.float32, packed.device)
+    for x, expected in ((packed, codes), (packed[:, ::2], codes[:, ::2])):
+        read = records.from_numbers(records.numbers(x, slice(0, 5), how, torch.float32), how)
+        assert torch.equal(read.int(), expected)
+    middle = [few.centre(each) for each in (few.GRADES[bits] if graded else (bits, bits))]
+    assert how.centre.tolist() == [middle[2 * channel >= d] for channel in range(d)]
+
+
+def test_a_reading_made_without_gradients_serves_those_who_want_them():
+    records.reading.cache_clear()
+    coded = few.encode(
+        torch.randn(1, 2, 9, 16), standard := few.Standard.of(torch.randn(1, 2, 9, 16), centred=False), 3
+    )
+    records_of_both = few.Coded((3, 3), coded[0], coded[0], coded[1], coded[1], standard, standard)
+    with torch.inference_mode():
+        records.attend_records(torch.randn(1, 2, 1, 16), records_of_both, scale=1.0)
+    q = torch.randn(1, 2, 1, 16, requires_grad=True)
+    records.attend_records(q, records_of_both, scale=1.0)[0].out.sum().backward()
+    assert q.grad is not None
+    assert bool((q.grad != 0).any())
 
 
 @pytest.mark.parametrize("masked", [False, True])
