@@ -10,7 +10,7 @@ import pytest
 from models import save_with_bytes
 from transformers import AutoTokenizer
 
-from momentkv.hf.repeating import around, read_text, request_of
+from momentkv.hf.repeating import around, opens_turn, read_text, request_of
 
 
 def test_templates_that_expect_parts_are_asked_with_parts(tmp_path: Path):
@@ -24,7 +24,10 @@ def test_templates_that_expect_parts_are_asked_with_parts(tmp_path: Path):
         assert around(tokenizer) == ("<user>", "<end><assistant>")
         ids = read_text(tokenizer, "TEXT")[0][0].tolist()
         assert tokenizer.decode(ids) == "<user>TEXT"
-        assert tokenizer.decode(request_of(tokenizer, "Repeat.", ids)) == "\n\nRepeat.<end><assistant>"
+        assert (
+            tokenizer.decode(request_of(tokenizer, "Repeat.", opens_turn(tokenizer, ids)))
+            == "\n\nRepeat.<end><assistant>"
+        )
     tokenizer.chat_template = loop.replace("WORDS", "")
     with pytest.raises(ValueError, match=r"chat_template that writes '<user><end><assistant>'.*as token ids"):
         around(tokenizer)
@@ -47,6 +50,6 @@ class Merging:
 
 
 def test_a_turn_is_open_where_its_beginning_is_one_token_with_the_text():
-    assert request_of(Merging(), "Repeat", [0, 2]) == [3]
-    assert request_of(Merging(), "Repeat", [1, 2]) == [3]
-    assert request_of(Merging(), "Repeat", [2, 0]) == [4]
+    for first, opens in (([0, 2], True), ([1, 2], True), ([2, 0], False)):
+        assert opens_turn(Merging(), first) is opens
+        assert request_of(Merging(), "Repeat", opens) == ([3] if opens else [4])

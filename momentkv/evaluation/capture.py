@@ -18,7 +18,7 @@ from momentkv.hf import MomentCache, read
 from momentkv.hf.attention import link, stock_attention
 from momentkv.hf.building import layer_kinds
 from momentkv.hf.reading import CHUNK, Piece, Reading
-from momentkv.hf.repeating import REQUEST, request_of
+from momentkv.hf.repeating import REQUEST, opens_turn, request_of
 
 __all__ = ["Attended", "CaptureCache", "capture_again", "read_anew", "replay", "replay_tried"]
 
@@ -177,7 +177,7 @@ def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokeniz
         core.append(layer.keys, layer.values)
     captured.store_windows(cache)
     with Reading(model, cache, Piece(ids, None, 0), CHUNK, trial) as reading:
-        reading.read_again(request_of(tokenizer, REQUEST, ids[0].tolist()))
+        reading.read_again(request_of(tokenizer, REQUEST, opens_turn(tokenizer, ids[0].tolist())))
     captured.scores = reading.scores
     if reading.trial is not None:
         captured.early_scores = dict(zip(captured.scores, reading.trial.scores, strict=True))

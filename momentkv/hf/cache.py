@@ -144,6 +144,8 @@ class MomentCache(GeneratingCache):
         self.config, self.rollback, self.chooses_bits = config, rollback, plan.chooses_bits
         self.budget, self.sharing, self.rule, self.least = budget, plan.sharing, plan.rule, plan.least
         self.tried: list[Tried] = []
+        # After so many tokens, a user's turn that `read` began is still open.
+        self.turn: int | None = None
         self.fingerprint, self.dtype = fingerprint(model), dtype_of(model)
         compressed = self._compressed
         self.shared_budgets: list[CodedBudget] = shared_budgets(compressed, plan)
@@ -290,7 +292,7 @@ class MomentCache(GeneratingCache):
         super().reset()
         self.padding.reset()
         self.passes.reset()
-        self.tried = []
+        self.tried, self.turn = [], None
         for shared in self.shared_budgets:
             shared.reset()
 

@@ -85,6 +85,8 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
         "padding": cache.padding.codes is not None,
         "layers": layers,
     }
+    if cache.turn is not None:
+        record["turn"] = cache.turn
     if one is not None:
         record["settings"] |= {
             "order": one.order,
@@ -160,6 +162,7 @@ def load(
             if share is not None:
                 shared.take_share(share)
         cache.padding.load(tensors, record)
+        cache.turn = None if record.get("turn") is None else whole_number(record["turn"])
         for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
             arrays = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.split(".", 1)[0] == str(index)}
             if "parts" in stored:

@@ -172,7 +172,7 @@ class MomentLayer(CacheLayerMixin):
             out = core.attend(query, valid=valid)
             self.waits = 0
             if self.reader is not None:
-                self.reader.read(query, padded=valid is not None)
+                self.reader.read(query, valid)
                 core.release_projections()
             elif core.recording:
                 # Of padded rows, the newest tokens may lie anywhere.

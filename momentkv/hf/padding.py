@@ -58,6 +58,20 @@ class Padding:
             codes = torch.where(ended, PAD, codes)
         self.codes = torch.cat([codes.to(device), fresh], dim=1)
 
+    def before(self, ids: torch.Tensor, mask: torch.Tensor | None, seen: int) -> torch.Tensor | None:
+        """The mask (batch, seen + n) of the first tokens and new ones ``ids`` (batch, n), of which ``mask`` is known.
+
+        None where no token is padding, or where the rows are not those that were read.
+        """
+        codes = self._codes_of(seen)
+        if codes is not None and codes.shape[0] != ids.shape[0]:
+            return mask
+        if not seen or (mask is None and codes is None):
+            return mask
+        new = torch.ones_like(ids) if mask is None else mask
+        old = new.new_ones(ids.shape[0], seen) if codes is None else codes.ne(PAD).to(new)
+        return torch.cat([old, new], dim=1)
+
     def crop(self, tokens: int) -> None:
         """Forget the last tokens."""
         if self.codes is not None and tokens:

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from momentkv._numbers import whole_number
 from momentkv.cache.second_reading import RereadBudget
 from momentkv.hf.cache import MomentCache
+from momentkv.hf.inputs import first_ids, ids_of
 from momentkv.hf.layer_reader import LayerReader
-from momentkv.hf.repeating import REQUEST, read_text, request_of
+from momentkv.hf.repeating import REQUEST, opens_turn, request_of
 from momentkv.hf.stretches import LEAD, parts, passes_of
 from momentkv.hf.trial import Trial
 
@@ -72,7 +73,8 @@ def read(
         With ``attn_implementation="momentkv"``, that the cache was made for.
     inputs : str, sequence of str, int tensor (batch, n), or what a tokenizer returns
         A text is the beginning of a user's turn if the tokenizer has a chat template; a question may follow. Several
-        are padded at the left. After tokens that the cache has read, these are the new ones.
+        are padded at the left. After tokens that the cache has read, these are the new ones: a text directly after
+        another goes on with it, in the same turn.
     cache : MomentCache
         To read twice, its policy must be ``"twice"`` or ``"second-reading"``.
     twice : bool or float
@@ -82,7 +84,7 @@ def read(
     tokenizer : PreTrainedTokenizer, optional
         Reads texts, and the request.
     attention_mask : int tensor, shape (batch, seen + n), optional
-        Zero for padding.
+        Zero for padding. Texts bring their own.
     request : str or sequence of int
         What the model is told before each part of the text. Ids need no tokenizer, and ``[]`` says nothing.
     chunk : int
@@ -104,8 +106,8 @@ def read(
     Raises
     ------
     ValueError
-        If there is nothing to read, no tokenizer for a text, a policy that does not look at a second reading, or a
-        trial of nothing.
+        If there is nothing to read, no tokenizer for a text or a mask beside it, a policy that does not look at a
+        second reading, or a trial of nothing.
     RuntimeError
         If recorded passes wait for `MomentCache.crop`.
     KeyboardInterrupt
@@ -120,26 +122,32 @@ def read(
 
     Source: KVzip (arXiv 2505.23416). Derivation: docs/derivations/second-reading.md.
     """
-    ids, mask = ids_of(inputs, tokenizer, attention_mask)
-    seen, n = int(cache.get_seq_length()), ids.shape[1]
+    if not isinstance(cache, MomentCache):
+        raise TypeError(f"cache is a {type(cache).__name__}; read into a MomentCache")
+    seen = int(cache.get_seq_length())
+    goes_on = 0 < seen == cache.turn
+    ids, mask = ids_of(inputs, tokenizer, attention_mask, cache, goes_on=goes_on)
+    n = ids.shape[1]
     check(cache, ids, mask, twice=twice, chunk=chunk, segment=segment)
     if trial:
         check_trial(cache, ids, mask, twice=twice, segment=segment, trial=trial)
     share = float(twice)
     whole = None if mask is None or bool(mask.all()) else mask.to(model.device)
-    asked = request_of(tokenizer, request, first_ids(ids, whole)) if share else []
+    opens = goes_on or (tokenizer is not None and opens_turn(tokenizer, first_ids(ids, whole)))
+    asked = request_of(tokenizer, request, opens) if share else []
     if share:
         chunk = chunk_within(model, seen + n, len(asked) + LEAD, chunk)
     ids = ids.to(model.device)
     pieces = []
     for start, stop in parts(n, segment or n):
         pieces.append(Piece(ids[:, start:stop], None if whole is None else whole[:, : seen + stop], seen + start))
+    total = n + sum(round(share * piece.ids.shape[1]) for piece in pieces)
     before, tried = cache.passes.held(), cache.tried
     try:
         with (
             torch.no_grad(),
             own_positions(model, seen),
-            tqdm(total=n + round(share * n), unit="token", delay=PATIENCE, leave=False, disable=not progress) as bar,
+            tqdm(total=total, unit="token", delay=PATIENCE, leave=False, disable=not progress) as bar,
         ):
             for piece in pieces:
                 with Reading(model, cache, piece, chunk, trial) as reading:
@@ -158,6 +166,7 @@ def read(
             state = f"holds the {seen} tokens that it held" if seen else "is empty"
             raise KeyboardInterrupt(f"reading was interrupted: the cache {state}, and the model is unchanged") from None
         raise
+    cache.turn = seen + n if opens else None
     return cache
 
 
@@ -195,6 +204,8 @@ class Reading:
         self.layers = cache.passes.moments
         self.readers = [LayerReader(layer.core) for layer in self.layers]
         self.takes_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # Some count positions behind that of padding unless they are told them, as `generate` does, from 0.
+        self.tells_positions = any(hasattr(x, "create_position_ids_from_input_ids") for x in model.modules())
         self.trial = Trial(self, trial) if trial else None
 
     def __enter__(self) -> Reading:
@@ -262,8 +273,11 @@ class Reading:
         if self.takes_logits:
             options["logits_to_keep"] = ids.shape[1] if logits else 1
         if mask is not None:
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :].contiguous()
             options |= {"attention_mask": mask, "position_ids": positions}
+        elif self.tells_positions:
+            start, new = int(self.cache.get_seq_length()), ids.shape[1]
+            options["position_ids"] = torch.arange(start, start + new, device=ids.device).expand(len(ids), -1)
         found: torch.Tensor = self.model(ids, **options).logits
         return found
 
@@ -281,24 +295,6 @@ class Reading:
             layer.evict()
 
 
-def ids_of(inputs: Any, tokenizer: Any, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ids (batch, n) and the attention mask of whatever a text was given as."""
-    texts = isinstance(inputs, str) or (
-        isinstance(inputs, Sequence) and bool(inputs) and all(isinstance(text, str) for text in inputs)
-    )
-    if texts:
-        if tokenizer is None:
-            raise ValueError("inputs is text, which only a tokenizer can read; pass tokenizer=, or token ids")
-        return read_text(tokenizer, inputs)
-    if not isinstance(inputs, torch.Tensor) and hasattr(inputs, "keys"):
-        mask = inputs.get("attention_mask") if mask is None else mask
-        inputs = inputs["input_ids"]
-    if not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.is_floating_point():
-        given = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
-        raise ValueError(f"inputs is {given}; give text, or token ids as a tensor of shape (batch, tokens)")
-    return inputs, mask
-
-
 def check(
     cache: MomentCache,
     ids: torch.Tensor,
@@ -309,8 +305,6 @@ def check(
     segment: int | None,
 ) -> None:
     """Raise unless a text can be read so."""
-    if not isinstance(cache, MomentCache):
-        raise TypeError(f"cache is a {type(cache).__name__}; read into a MomentCache")
     if not cache.passes.moments:
         raise ValueError("no layer of this model is compressed (all have a sliding window): there is nothing to evict")
     seen = int(cache.get_seq_length())
@@ -371,14 +365,6 @@ def check_trial(
             f'trial is {trial}, but there is nothing to choose; make the cache with bits="auto", or with '
             'policy="twice" and budgets by heads'
         )
-
-
-def first_ids(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
-    """Ids of the first row that are no padding."""
-    row = ids[0]
-    real = row if mask is None else row[mask[0, -ids.shape[1] :].bool()]
-    first: list[int] = real.tolist()
-    return first
 
 
 def chunk_within(model: Any, length: int, beside: int, chunk: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["REQUEST", "around", "encode", "read_text", "request_of"]
+__all__ = ["REQUEST", "around", "encode", "opens_turn", "read_text", "request_of"]
 
 # The wording of KVzip (arXiv 2505.23416).
 REQUEST = "Repeat the previous context exactly."
@@ -43,14 +43,31 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def read_text(tokenizer: Any, texts: str | Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_text(
+    tokenizer: Any, texts: str | Sequence[str], *, after: bool = False, goes_on: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids of a text, or of several as a batch padded at the left, and its attention mask.
 
     With a chat template, a text is the beginning of what a user says, and the turn stays open: a question follows.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizer
+    texts : str or sequence of str
+    after : bool
+        Other tokens are before it: no special token stands for the beginning of a sequence.
+    goes_on : bool
+        The text goes on with what a user says: nothing of the template is before it.
+
+    Returns
+    -------
+    ids : int tensor, shape (batch, n)
+    mask : int tensor, shape (batch, n), or None
+        Zero for padding; None where there is none.
     """
-    before = around(tokenizer)[0]
+    before = "" if goes_on else around(tokenizer)[0]
     rows = [texts] if isinstance(texts, str) else list(texts)
-    special = not getattr(tokenizer, "chat_template", None)
+    special = not (after or goes_on or getattr(tokenizer, "chat_template", None))
     encoded = [list(tokenizer(before + row, add_special_tokens=special, verbose=False).input_ids) for row in rows]
     longest = max(map(len, encoded), default=0)
     pad = tokenizer.pad_token_id or 0
@@ -60,11 +77,20 @@ def read_text(tokenizer: Any, texts: str | Sequence[str]) -> tuple[torch.Tensor,
     return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in encoded])
 
 
-def request_of(tokenizer: Any, request: str | Sequence[int], first: Sequence[int]) -> list[int]:
-    """Ids of a request after a text whose first ids are given.
+def opens_turn(tokenizer: Any, first: Sequence[int]) -> bool:
+    """Whether a text, whose first ids are given, begins as what a user says does in the chat template."""
+    before = around(tokenizer)[0]
+    opening = encode(tokenizer, before)
+    begins = list(first[: len(opening)])
+    # The last of them may be one with the text, as two new lines are.
+    return bool(opening) and (begins == opening or bool(tokenizer.decode(begins).startswith(before)))
 
-    A text that begins as the chat template does is an open turn of the user: the request ends it, and the answer,
-    which is the repeated text, begins.
+
+def request_of(tokenizer: Any, request: str | Sequence[int], opens: bool) -> list[int]:
+    """Ids of a request after a text.
+
+    Where the text ``opens`` a turn of the user, the request ends it, and the answer, which is the repeated text,
+    begins.
 
     Raises
     ------
@@ -80,9 +106,5 @@ def request_of(tokenizer: Any, request: str | Sequence[int], first: Sequence[int
             f"request is {request!r}, which only a tokenizer can read; pass tokenizer=, the request as token ids "
             "([] for none), or twice=False"
         )
-    before, after = around(tokenizer)
-    opening = encode(tokenizer, before)
-    begins = list(first[: len(opening)])
-    # The last of them may be one with the text, as two new lines are.
-    opens = bool(opening) and (begins == opening or tokenizer.decode(begins).startswith(before))
-    return encode(tokenizer, f"\n\n{request}{after if opens else chr(10) * 2}")
+    after = around(tokenizer)[1] if opens else "\n\n"
+    return encode(tokenizer, f"\n\n{request}{after}")

@@ -1,0 +1,50 @@
+"""What is to be read: token ids and a mask, of whatever a text was given as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from momentkv.hf.cache import MomentCache
+from momentkv.hf.repeating import read_text
+
+__all__ = ["first_ids", "ids_of"]
+
+
+def ids_of(
+    inputs: Any, tokenizer: Any, mask: torch.Tensor | None, cache: MomentCache, *, goes_on: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids (batch, n) of whatever a text was given as, and the attention mask over all that the cache has read and them.
+
+    A text ``goes_on`` with the one that the cache has read last.
+    """
+    texts = isinstance(inputs, str) or (
+        isinstance(inputs, Sequence) and bool(inputs) and all(isinstance(text, str) for text in inputs)
+    )
+    if texts:
+        if tokenizer is None:
+            raise ValueError("inputs is text, which only a tokenizer can read; pass tokenizer=, or token ids")
+        if mask is not None:
+            raise ValueError("attention_mask is given beside texts, which bring their own; leave it out")
+        seen = int(cache.get_seq_length())
+        ids, own = read_text(tokenizer, inputs, after=bool(seen), goes_on=goes_on)
+        return ids, cache.padding.before(ids, own, seen)
+    if not isinstance(inputs, torch.Tensor) and hasattr(inputs, "keys"):
+        mask = inputs.get("attention_mask") if mask is None else mask
+        inputs = inputs["input_ids"]
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attention_mask is a {type(mask).__name__}; give a tensor of shape (batch, tokens), or None")
+    if not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.is_floating_point():
+        given = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        raise ValueError(f"inputs is {given}; give text, or token ids as a tensor of shape (batch, tokens)")
+    return inputs, mask
+
+
+def first_ids(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+    """Ids of the first row that are no padding."""
+    row = ids[0]
+    real = row if mask is None else row[mask[0, -ids.shape[1] :].bool()]
+    first: list[int] = real.tolist()
+    return first
