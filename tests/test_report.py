@@ -429,3 +429,13 @@ def test_the_committed_page_is_that_of_the_committed_results():
                 assert all((ROOT / "docs" / "assets" / f"{stem}-{ground}.svg").is_file() for ground in GROUNDS)
     assert pictures
     assert markdown_of(summary, pictures, "assets/").partition("\n")[2].strip() in page
+
+
+def test_the_committed_results_are_of_the_committed_files_and_of_texts_that_chose_nothing():
+    data = ROOT / "docs" / "data"
+    summary = read_json(data / "evaluation" / "summary.json")
+    files = [data / source["file"] for source in summary["sources"]]
+    assert json.loads(json.dumps(gather(results_in(files)))) == summary
+    roles = [role for file in files for role in read_json(file).get("roles", {}).values()]
+    assert len(roles) > 12
+    assert all(role["part"] == "reporting" and not role["chose"] for role in roles)

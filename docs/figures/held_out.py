@@ -51,7 +51,7 @@ SELECTIONS = ("snapkv/none", "expected-attention/none", "momentkv/none")
 OURS = ("default", "default@4", "default@auto", "default@tried", "twice@4", "twice@auto", "twice@tried")
 SHOWN = (
     *SELECTIONS, "momentkv/order-1", "kvzip/none", "kvpress AdaKV(SnapKV)", "kvpress AdaKV(ExpectedAttention)",
-    "kvpress ExpectedAttention", "kvpress KVzip", "snapkv/none@4", *OURS,
+    "kvpress ExpectedAttention", "kvpress KVzip", "snapkv/none@4", "expected-attention/none@4", *OURS,
 )  # fmt: skip
 BOLD = ("default", "default@auto", "default@tried", "twice@auto", "twice@tried")
 

@@ -34,7 +34,7 @@ def complaints(rehearse: bool) -> Iterator[Row]:
 
 
 def checked() -> None:
-    """The cases: ragged, masked, packed, parted; every kind of estimate."""
+    """The cases: ragged, masked, packed, parted, in few bits; every kind of estimate."""
     import torch
 
     from momentkv.testing.decoding import Decode
@@ -45,6 +45,7 @@ def checked() -> None:
         Decode(d=96, dtype=half, estimate="summaries x 12", splits=3, counted=True, scored=True),
         Decode(d=64, dtype=half, estimate="order 1", masked=True, splits=1),
         Decode(d=128, dtype=half, estimate="order 2", packed=True, splits=2),
+        Decode(d=64, dtype=half, estimate="summaries x 12", packed=True, counted=True, bits=(5, 3), splits=2),
     ):
         print(case, error_of(case, "cuda"))
 
