@@ -82,6 +82,7 @@ def test_demo_reads_a_text_and_answers(
         ("plain eviction", "64"),
         *(("paper's moments", "46"), ("summaries", "55"), ("the default", "55")),
     ]
+    assert [row[0] for row in rows[5:]] == ["in few bits", "read twice"]
     assert rows[0][3] == "100"
     # 64 tokens and a block of 32, of 600, are 16 %; positions and scores add 1.6 % to a token.
     share = {row[0]: float(row[3]) for row in rows}
