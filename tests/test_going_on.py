@@ -116,8 +116,9 @@ def test_masks_that_do_not_belong_to_what_is_read_are_refused(reader: argparse.N
         reader.read(FIRST, attention_mask=torch.ones(1, 3))
     with pytest.raises(TypeError, match="attention_mask is a list"):
         reader.read(prompt(1, 9), attention_mask=[[1] * 9])
-    with pytest.raises(ValueError, match="attention_mask has shape"):
-        reader.read(["a", "bc", "d"], reader.read(["Short. ", FIRST]))
+    for texts in (["Short. ", FIRST], [FIRST, FIRST]):
+        with pytest.raises(ValueError, match="3 rows arrive at a cache that holds 2"):
+            reader.read(["a", "bc", "d"], reader.read(texts))
 
 
 def test_of_a_padded_batch_no_more_queries_are_kept_than_are_needed(monkeypatch: pytest.MonkeyPatch):

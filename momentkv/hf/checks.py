@@ -20,6 +20,7 @@ __all__ = [
     "check_new_keys",
     "check_new_tokens",
     "check_pass",
+    "check_rows",
     "check_sharing",
     "check_sliding",
     "check_some_tokens",
@@ -159,7 +160,12 @@ def check_new_keys(cache: Any, keys: torch.Tensor) -> None:
             "the model is on the meta device, where tensors have a shape and no numbers; load its weights before it "
             "reads with a MomentCache: from_pretrained does, after to_empty() load_state_dict()"
         )
-    rows, new = next((rows_of(layer) for layer in cache.layers if layer.is_initialized), None), keys.shape[0]
+    check_rows(cache, keys.shape[0])
+
+
+def check_rows(cache: Any, new: int) -> None:
+    """Raise where so many rows are not those that a cache holds."""
+    rows = next((rows_of(layer) for layer in cache.layers if layer.is_initialized), None)
     if rows is not None and new != rows:
         whole = new // rows if new % rows == 0 else 0
         remedy = (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from momentkv.hf.cache import MomentCache
+from momentkv.hf.checks import check_rows
 from momentkv.hf.repeating import read_text
 
 __all__ = ["first_ids", "ids_of"]
@@ -30,6 +31,7 @@ def ids_of(
             raise ValueError("attention_mask is given beside texts, which bring their own; leave it out")
         seen = int(cache.get_seq_length())
         ids, own = read_text(tokenizer, inputs, after=bool(seen), goes_on=goes_on)
+        check_rows(cache, ids.shape[0])
         return ids, cache.padding.before(ids, own, seen)
     if not isinstance(inputs, torch.Tensor) and hasattr(inputs, "keys"):
         mask = inputs.get("attention_mask") if mask is None else mask

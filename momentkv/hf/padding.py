@@ -61,11 +61,9 @@ class Padding:
     def before(self, ids: torch.Tensor, mask: torch.Tensor | None, seen: int) -> torch.Tensor | None:
         """The mask (batch, seen + n) of the first tokens and new ones ``ids`` (batch, n), of which ``mask`` is known.
 
-        None where no token is padding, or where the rows are not those that were read.
+        None where no token is padding.
         """
         codes = self._codes_of(seen)
-        if codes is not None and codes.shape[0] != ids.shape[0]:
-            return mask
         if not seen or (mask is None and codes is None):
             return mask
         new = torch.ones_like(ids) if mask is None else mask
