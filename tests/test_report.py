@@ -371,7 +371,7 @@ def test_a_file_is_complete_for_its_command_alone(tmp_path: Path):
     path = written(tmp_path / "x.json", [], complete=True, command="momentkv a b")
     content = read_json(path)
     assert not complete(path, ["a", "b"])  # another version
-    content["protocol"]["momentkv"] = module.__version__
+    content["protocol"]["momentkv"] = module.code_version()
     write_json(path, content)
     assert complete(path, ["a", "b"])
     assert not complete(path, ["a", "c"])

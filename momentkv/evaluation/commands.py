@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from momentkv import __version__
+from momentkv.evaluation.code import code_version
 from momentkv.evaluation.fidelity import measure
 from momentkv.evaluation.gap import measure_gap
 from momentkv.evaluation.report import environment, progress_bar, read_json, save_figure, show, write_json
@@ -55,7 +55,7 @@ def fidelity(options: argparse.Namespace) -> int:
         "sinks": 1,
         **always_of(options),
         "head_error": f"at every {ERRORS_EVERY}-th following token",
-        "momentkv": __version__,
+        "momentkv": code_version(),
     }
     rows = [] if options.fresh else finished(options.output, protocol)
     done = {(row["text"], row["policy"], row["correction"], row["bytes_as_tokens"]) for row in rows}
@@ -249,7 +249,7 @@ def gap(options: argparse.Namespace) -> int:
     content = {
         "command": options.command,
         "complete": True,
-        "momentkv": __version__,
+        "momentkv": code_version(),
         "model": name,
         "text": short,
         "roles": roles_of({short: said}),

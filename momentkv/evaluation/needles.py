@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from momentkv import __version__
 from momentkv.cache.config import EXACT_WINDOW
+from momentkv.evaluation.code import code_version
 from momentkv.evaluation.commands import called, check_methods, finished, grid_of, in_segments, save
 from momentkv.evaluation.haystack import KEYS, TASKS, Haystack, make_haystack
 from momentkv.evaluation.report import progress_bar, save_figure, show, write_json
@@ -65,7 +65,7 @@ def needles(options: argparse.Namespace) -> int:
         "sinks": 1,
         "window": 32,
         "exact_window": EXACT_WINDOW,
-        "momentkv": __version__,
+        "momentkv": code_version(),
     }
     # Made before any is measured, so that one that does not fit is refused at once.
     with console.status("making haystacks"):

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from momentkv import __version__
+from momentkv.evaluation.code import code_version
 from momentkv.evaluation.gather import COUNTED, called
 from momentkv.evaluation.processes import interrupts_later
 from momentkv.evaluation.report import read_json
@@ -194,7 +194,7 @@ def command_of(measurement: Measurement, folder: Path, model: str, options: argp
 
 
 def complete(path: Path, command: list[str]) -> bool:
-    """Whether a file has all results of a command, of this version."""
+    """Whether a file has all results of a command, of this code."""
     if not path.exists():
         return False
     try:
@@ -203,7 +203,7 @@ def complete(path: Path, command: list[str]) -> bool:
         return False
     version = content.get("protocol", content).get("momentkv")
     same = content.get("command") == shlex.join(["momentkv", *command])
-    return bool(content.get("complete")) and same and version == __version__
+    return bool(content.get("complete")) and same and version == code_version()
 
 
 def progress_of(state: dict[str, str], folder: Path) -> Group:

@@ -18,7 +18,7 @@ import torch
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
-from momentkv import __version__
+from momentkv.evaluation.code import code_version
 from momentkv.evaluation.commands import check_methods, finished, grid_of, save
 from momentkv.evaluation.lm_eval.shared import SharedLM
 from momentkv.evaluation.report import progress_bar, save_figure, show
@@ -69,7 +69,7 @@ def tasks(options: argparse.Namespace) -> int:
         "sinks": 1,
         "window": options.window,
         "exact_window": options.exact_window,
-        "momentkv": __version__,
+        "momentkv": code_version(),
     }
     path = Path(options.output)
     rows = [] if options.fresh else finished(path, protocol)
