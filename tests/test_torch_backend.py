@@ -253,7 +253,7 @@ def test_sums_of_masked_bytes_are_codes(d: int, bits: int, graded: bool):
         most = torch.repeat_interleave(torch.tensor([2**each for each in few.GRADES[bits]]), d // 2)
         codes %= most
     packed = (few.pack_graded if graded else few.pack)(codes, bits)
-    how = records.reading(bits, d, graded, torch.float32, packed.device)
+    how = records.masked_bytes(bits, d, graded, torch.float32, packed.device)
     for x, expected in ((packed, codes), (packed[:, ::2], codes[:, ::2])):
         read = records.from_numbers(records.numbers(x, slice(0, 5), how, torch.float32), how)
         assert torch.equal(read.int(), expected)
@@ -262,7 +262,7 @@ def test_sums_of_masked_bytes_are_codes(d: int, bits: int, graded: bool):
 
 
 def test_a_reading_made_without_gradients_serves_those_who_want_them():
-    records.reading.cache_clear()
+    records.masked_bytes.cache_clear()
     coded = few.encode(
         torch.randn(1, 2, 9, 16), standard := few.Standard.of(torch.randn(1, 2, 9, 16), centred=False), 3
     )

@@ -19,7 +19,7 @@ WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 BLOCK = 8192
 
 
-class Reading(NamedTuple):
+class MaskedBytes(NamedTuple):
     """How the bytes of a record become numbers whose weighted sums are the codes of its channels.
 
     What lies in the low bits of a byte is had by a mask, without a shift: with a code ``x`` of ``w`` bits at place
@@ -48,14 +48,14 @@ class Reading(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def reading(bits: int, d: int, graded: bool, dtype: torch.dtype, where: torch.device) -> Reading:
-    """The reading of records of ``d`` codes, to compute in ``dtype``."""
+def masked_bytes(bits: int, d: int, graded: bool, dtype: torch.dtype, where: torch.device) -> MaskedBytes:
+    """How records of ``d`` codes are read, to compute in ``dtype``."""
     with torch.inference_mode(False):  # the next to ask may want gradients
         return made(bits, d, graded, dtype, where)
 
 
-def made(bits: int, d: int, graded: bool, dtype: torch.dtype, where: torch.device) -> Reading:
-    """`reading`, not remembered."""
+def made(bits: int, d: int, graded: bool, dtype: torch.dtype, where: torch.device) -> MaskedBytes:
+    """`masked_bytes`, not remembered."""
     halves = tuple((each, d // 2) for each in GRADES[bits]) if graded else ((bits, d),)
     terms, size, first = list[tuple[int, int, int, float]](), 0, 0  # byte, mask, channel, factor
     middle = list[float]()
@@ -79,7 +79,7 @@ def made(bits: int, d: int, graded: bool, dtype: torch.dtype, where: torch.devic
     for byte, mask, channel, factor in terms:
         sums[column[mask, byte // wide] + byte % wide][channel] += factor
     masks = [int.from_bytes(bytes([mask]) * wide, "little", signed=wide > 1) for mask, _ in pairs]
-    return Reading(
+    return MaskedBytes(
         WORDS[wide],
         torch.tensor([word for _, word in pairs], device=where),
         torch.tensor(masks, dtype=WORDS[wide], device=where),
@@ -88,10 +88,10 @@ def made(bits: int, d: int, graded: bool, dtype: torch.dtype, where: torch.devic
     )
 
 
-def reading_of(bits: int, standard: Standard, dtype: torch.dtype) -> Reading:
-    """That of the records of a standard."""
+def masked_bytes_of(bits: int, standard: Standard, dtype: torch.dtype) -> MaskedBytes:
+    """Of the records of a standard."""
     deviation = standard.deviation
-    return reading(bits, deviation.shape[-1], standard.order is not None, dtype, deviation.device)
+    return masked_bytes(bits, deviation.shape[-1], standard.order is not None, dtype, deviation.device)
 
 
 def attend_records(
@@ -104,7 +104,7 @@ def attend_records(
 def logits_of(q: torch.Tensor, coded: Coded, *, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Logits (..., kv_head, group * q_len, n) of all tokens; ``-inf`` where the mask is False."""
     dtype, n = dtype_of(q, coded.key_standard), coded.keys.shape[-2]
-    how = reading_of(coded.bits[0], coded.key_standard, dtype)
+    how = masked_bytes_of(coded.bits[0], coded.key_standard, dtype)
     asked, zero, shift = asked_of(q, coded.key_standard, how, scale)
     products = [torch.matmul(asked, numbers(coded.keys, block, how, dtype).mT) for block in blocks_of(n)]
     logits = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)) + zero
@@ -130,7 +130,7 @@ def attend_logits(logits: torch.Tensor, q: torch.Tensor, coded: Coded) -> tuple[
     """Attention state and weights of the logits that `logits_of` gave of the same."""
     of_values, of_value, n, dtype = coded.value_standard, coded.bits[1], logits.shape[-1], logits.dtype
     middle, spread, heads = of_values.mean, of_values.deviation, q.shape[:-1]
-    how = reading_of(of_value, of_values, dtype)
+    how = masked_bytes_of(of_value, of_values, dtype)
     weights, lse = softmax(logits)
     part = weights * coded.value_step.to(dtype)[..., None, :]
     products = [torch.matmul(part[..., block], numbers(coded.values, block, how, dtype)) for block in blocks_of(n)]
@@ -153,7 +153,7 @@ def attend_packed(
     layout, of_keys, of_values = tiers.layout, coding.key_standard, coding.value_standard
     dtype, spread, heads = dtype_of(q, of_keys), of_values.deviation, q.shape[:-1]
     everything = slice(0, tiers.keys.shape[-2])
-    of_key, of_value = (reading_of(*each, dtype) for each in zip(coding.bits, (of_keys, of_values), strict=True))
+    of_key, of_value = (masked_bytes_of(*each, dtype) for each in zip(coding.bits, (of_keys, of_values), strict=True))
     keys, values = numbers(tiers.keys, everything, of_key, dtype), numbers(tiers.values, everything, of_value, dtype)
     key_step, value_step = (x.to(dtype)[:, None] for x in (coding.key_step, coding.value_step))
     asked, zero, shift = asked_of(q, of_keys, of_key, scale)
@@ -189,7 +189,7 @@ def dtype_of(q: torch.Tensor, standard: Standard) -> torch.dtype:
 
 
 def asked_of(
-    q: torch.Tensor, standard: Standard, how: Reading, scale: float
+    q: torch.Tensor, standard: Standard, how: MaskedBytes, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Queries (..., kv_head, group * q_len, columns) of the `numbers` of keys, and two terms (..., 1) of their logits.
 
@@ -211,7 +211,7 @@ def in_order(x: torch.Tensor, standard: Standard) -> torch.Tensor:
     return x.gather(-1, standard.order.to(torch.int64)[..., None, :].expand_as(x))
 
 
-def numbers(packed: torch.Tensor, block: slice, how: Reading, dtype: torch.dtype) -> torch.Tensor:
+def numbers(packed: torch.Tensor, block: slice, how: MaskedBytes, dtype: torch.dtype) -> torch.Tensor:
     """Of a block of tokens, the numbers (..., n, columns) whose sums are its codes, channels as they lie in records."""
     packed = packed[..., block, :].contiguous()
     if how.sums is None:
@@ -219,7 +219,7 @@ def numbers(packed: torch.Tensor, block: slice, how: Reading, dtype: torch.dtype
     return (packed.view(how.dtype).index_select(-1, how.words) & how.masks).view(torch.uint8).to(dtype)
 
 
-def from_numbers(out: torch.Tensor, how: Reading) -> torch.Tensor:
+def from_numbers(out: torch.Tensor, how: MaskedBytes) -> torch.Tensor:
     """Sums of `numbers` as sums of codes."""
     return out if how.sums is None else torch.matmul(out, how.sums)
 
