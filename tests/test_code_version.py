@@ -20,4 +20,5 @@ def test_results_say_by_which_code(tmp_path: Path):
     assert same == digest({"b/c.py": "2", "a.py": "1", "b/d.txt": "no code"})
     others = ({"a.py": "1", "b/c.py": "3"}, {"a.py": "1", "b/e.py": "2"}, {"a.py": "12", "b/c.py": ""}, {"a.py": "1"})
     assert len({same, *map(digest, others)}) == 5
+    assert digest({"a.py": "1b/c.py2"}) != same  # the same letters one behind the other
     assert code_version() == f"{momentkv.__version__}+{digest_of(Path(momentkv.__file__).parent)}"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import SIZES, build, left_padded, prompt, save_with_bytes, tiny
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 
 from momentkv.hf import MomentCache, read, reading
@@ -80,6 +81,15 @@ def test_no_sequence_begins_within_another():
     tokenizer.pad_token_id = 1
     assert read_text(tokenizer, "a")[0].tolist() == [[0, 97]]
     assert read_text(tokenizer, "a", after=True)[0].tolist() == [[97]]
+
+
+def test_a_text_after_another_begins_no_sequence(reader: argparse.Namespace):
+    reader.tokenizer.chat_template = None
+    reader.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", 0)]
+    )
+    cache = reader.read(SECOND, reader.read(FIRST))
+    assert cache.get_seq_length() == 1 + len(FIRST) + len(SECOND)
 
 
 def test_a_reading_that_fails_does_not_open_a_turn(reader: argparse.Namespace, monkeypatch: pytest.MonkeyPatch):

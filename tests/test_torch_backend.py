@@ -299,6 +299,38 @@ def test_records_are_attended_to_as_by_the_reference(
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_records_of_unequal_heads_are_attended_to_as_by_the_reference(padded: bool):
+    generator = torch.Generator().manual_seed(0)
+    cache = LayerCache([60, 24], policy="snapkv", bits=4, window=8, block=8)
+    q, k, v = (torch.randn(2, heads, 150, 16, generator=generator) for heads in (4, 2, 2))
+    valid = torch.ones(2, 1, 150, dtype=torch.bool)
+    valid[0, :, :110] = not padded  # fewer tokens than the wider head has room for
+    cache.step(q, 3 + k, v, valid=valid if padded else None)
+    tiers = cache.state.tiers()
+    assert tiers.coding is not None
+    assert tiers.coding.key_standard.mean is not None
+    assert not tiers.layout.equal
+    assert (tiers.valid is not None) == padded
+    if tiers.valid is not None:  # nothing may be read of slots that hold no token
+        packed = tiers.layout.pack(~tiers.valid)
+        nothing = {x: getattr(tiers.coding, x).masked_fill(packed, torch.nan) for x in ("key_step", "value_step")}
+        tiers = tiers._replace(coding=tiers.coding._replace(**nothing))
+    state, weights = records.attend_packed(q[:, :, -2:], tiers, tiers.coding, scale=0.3)
+    for head in range(2):
+        one, asked = tiers.records(tiers.coding, head), q[:, 2 * head : 2 * head + 2, -2:]
+        width = tiers.layout.widths[head]
+        mask = None if tiers.valid is None else tiers.valid[:, head, None, None, None, :width]
+        steps = {x: getattr(one, x).nan_to_num(0.0) for x in ("key_step", "value_step")}
+        exact, shares = few.attend_codes(asked.double(), one._replace(**steps), scale=0.3, mask=mask)
+        for x, y in (
+            (state.out[:, 2 * head : 2 * head + 2], exact.out),
+            (state.lse[:, 2 * head : 2 * head + 2], exact.lse),
+            (weights[:, head, ..., :width], shares[:, 0]),
+        ):
+            torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-5)
+
+
 class Largest(TorchDispatchMode):
     """The largest tensor that any operator makes."""
 
