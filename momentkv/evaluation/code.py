@@ -8,7 +8,7 @@ from pathlib import Path
 
 import momentkv
 
-__all__ = ["code_version", "digest_of"]
+__all__ = ["code_version", "digest_of_source"]
 
 
 @lru_cache(maxsize=1)
@@ -21,10 +21,10 @@ def code_version() -> str:
     >>> version == momentkv.__version__, len(digest)
     (True, 8)
     """
-    return f"{momentkv.__version__}+{digest_of(Path(momentkv.__file__).parent)}"
+    return f"{momentkv.__version__}+{digest_of_source(Path(momentkv.__file__).parent)}"
 
 
-def digest_of(folder: Path) -> str:
+def digest_of_source(folder: Path) -> str:
     """Eight digits of a hash of all Python files of a folder, names included."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
