@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from momentkv import __version__
 from momentkv.evaluation.options import (
@@ -181,15 +182,20 @@ def add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of keys and values"
     )
-    plan.add_argument("--bits", metavar="N", help="of retained tokens (3, 4, 5, 6, 8, 16), or of keys and values (4/3)")
+    plan.add_argument(
+        "--bits",
+        metavar="N",
+        help="of retained tokens (3, 4, 5, 6, 8, 16), of keys and values (4/3), auto, or none, which is as they come "
+        "(default: auto where the budget is in bytes, else none)",
+    )
     plan.set_defaults(run=run_plan)
 
 
 def run_plan(options: argparse.Namespace) -> int:
     """Run ``momentkv plan``, which needs neither torch nor transformers for what it knows."""
     from momentkv.cache.budget_rules import budget_from_text
-    from momentkv.codes import bits_from_text
-    from momentkv.plan import Shape, find_shape, plan, table_of, table_of_known
+    from momentkv.codes import AUTO, bits_from_text
+    from momentkv.plan import Shape, find_shape, plan, plan_codes, table_of, table_of_codes, table_of_known
 
     if options.list:
         print(table_of_known())
@@ -207,16 +213,13 @@ def run_plan(options: argparse.Namespace) -> int:
         raise ValueError(f"there is no MODEL, and {', '.join(missing)} are missing; give them all, or a model")
     else:
         name, shape = "a model of these numbers", Shape(**numbers)
-    result = plan(
-        shape,
-        options.context,
-        budget_from_text(options.budget),
-        correction=options.correction,
-        batch=options.batch,
-        dtype=options.dtype,
-        bits=None if options.bits is None else bits_from_text(options.bits),
-    )
-    print(table_of(result, name))
+    budget = budget_from_text(options.budget)
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("correction", "batch", "dtype")}
+    bits = None if options.bits in (None, "none") else bits_from_text(options.bits)
+    if bits == AUTO or (options.bits is None and isinstance(budget, str)):  # as `momentkv.hf.MomentCache` has it
+        print(table_of_codes(plan_codes(shape, options.context, budget, **settings), name))
+    else:
+        print(table_of(plan(shape, options.context, budget, bits=bits, **settings), name))
     return 0
 
 

@@ -11,7 +11,7 @@ from momentkv.cache.config import CacheConfig
 from momentkv.codes import USUAL, order_bytes, record_bytes
 from momentkv.statistics.moments import Moments
 
-__all__ = ["BudgetRule", "Share", "TotalBytes", "budget_from_text", "bytes_beside", "parse_budget"]
+__all__ = ["BudgetRule", "Share", "TotalBytes", "budget_from_text", "bytes_beside", "parse_budget", "tokens_bought"]
 
 POSITION_BYTES = 4
 
@@ -185,6 +185,27 @@ def sum_bytes(k: Array, v: Array) -> int:
 def bytes_beside(config: CacheConfig, k: Array, v: Array) -> int:
     """Bytes that each stored token takes beside its key and value: its position and what a policy observes."""
     return POSITION_BYTES + (sum_bytes(k, v) if config.observes else 0)
+
+
+def tokens_bought(average: int, *, exact: int, token: int, record: int, least: int) -> int:
+    """Tokens of a few bits for the bytes of an average at full precision, exact ones and ``least`` in any case.
+
+    Parameters
+    ----------
+    average, exact, least : int
+        Tokens for each KV head: at full precision, those that stay so, and those that are always retained.
+    token, record : int
+        Bytes of a token at full precision and in few bits, with all that counts beside.
+
+    Examples
+    --------
+    >>> tokens_bought(100, exact=10, token=40, record=10, least=34)
+    370
+    >>> tokens_bought(30, exact=9, token=4, record=6, least=34)
+    34
+    """
+    # Records of very short vectors take more than the vectors; sinks, window and a token are retained all the same.
+    return max(least, exact + (average - exact) * token // record)
 
 
 def parse_budget(budget: object) -> int | list[int] | BudgetRule:

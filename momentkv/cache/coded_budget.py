@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from momentkv._array import Array, array_namespace
 from momentkv.cache.allocation import Rule, SharedBudget, budget_grid, least_share, refine, share_budget
+from momentkv.cache.budget_rules import tokens_bought
 from momentkv.cache.curves import error_at, measured_errors
 from momentkv.cache.layer import LayerCache
 from momentkv.codes import USUAL, pair_of_bits, record_bytes
@@ -83,11 +84,14 @@ def bought(cache: LayerCache, average: int, beside: int) -> Callable[[tuple[int,
     """From a code to the tokens of it that a KV head gets for the bytes of an average at full precision."""
     config, state = cache.config, cache.stored_state
     k, v = state.recent_keys, state.recent_values
-    exact, d, dv = config.exact_with(USUAL), k.shape[-1], v.shape[-1]
-    room = (average - exact) * (d * k.dtype.itemsize + dv * v.dtype.itemsize + beside)
-    # Records of very short vectors take more than the vectors; sinks, window and a token are retained all the same.
-    least = config.protected + 1
-    return lambda code: max(least, exact + room // (record_bytes(d, dv, code) + beside))
+    d, dv = k.shape[-1], v.shape[-1]
+    return lambda code: tokens_bought(
+        average,
+        exact=config.exact_with(USUAL),
+        token=d * k.dtype.itemsize + dv * v.dtype.itemsize + beside,
+        record=record_bytes(d, dv, code) + beside,
+        least=config.protected + 1,
+    )
 
 
 def chosen_code(
