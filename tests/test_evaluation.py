@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,13 +314,21 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
     assert read_json(path) == {"rows": 1}
 
 
-def test_texts_are_files_or_topics(tmp_path: Path):
+def test_texts_are_files_topics_or_modules(tmp_path: Path):
     path = tmp_path / "own.txt"
     path.write_text("Wörter", encoding="utf-8")
     assert load_text(path) == load_text(str(path)) == "Wörter"
     assert all(len(load_text(name)) > 20_000 for name in REPORT_TEXTS)
-    with pytest.raises(ValueError, match=r"text is 'no such text'.*typesseq"):
-        load_text("no such text")
+    for name in ("no such text", "argparse", "sys.py", "numpy.py", "os.path.py", "argparse.txt", ".py"):
+        with pytest.raises(ValueError, match=rf"text is '{name}'.*typesseq"):
+            load_text(name)
+
+
+def test_modules_of_the_standard_library_are_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert load_text("argparse.py") == inspect.getsource(argparse)
+    monkeypatch.chdir(tmp_path)
+    Path("argparse.py").write_text("a file of one's own comes first", encoding="utf-8")
+    assert load_text("argparse.py") == "a file of one's own comes first"
 
 
 def letters(text: str, **_: Any) -> SimpleNamespace:

@@ -210,7 +210,8 @@ def add_source(parser: argparse.ArgumentParser, *, context: int, following: int,
         parser.add_argument(
             "--text",
             nargs="+",
-            help="files or topics of Python's language reference, of which + joins several (default: four of them)",
+            help="files, topics of Python's language reference, of which + joins several, or modules of its library, "
+            "as argparse.py (default: four topics and that module)",
         )
     else:
         parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -97,18 +98,20 @@ def located(name: str) -> tuple[str, str | None]:
 
 
 def load_text(source: str | Path) -> str:
-    """Text of a file, or of topics of Python's language reference by their names, joined by ``+``.
+    """Text of a file; of topics of Python's language reference, joined by ``+``; or of a module, as ``argparse.py``.
 
     Raises
     ------
     ValueError
-        If it is neither.
+        If it is none of these: modules are those of Python's standard library that are written in Python.
 
     Examples
     --------
     >>> load_text("compound").splitlines()[0]
     'Compound statements'
     >>> len(load_text("calls+import")) > len(load_text("calls"))
+    True
+    >>> "class ArgumentParser" in load_text("argparse.py")
     True
     """
     path = Path(source)
@@ -117,10 +120,23 @@ def load_text(source: str | Path) -> str:
     names = str(source).split("+")
     if all(name in topics for name in names):
         return "\n\n".join(topics[name] for name in names)
+    module = source_of(str(source))
+    if module is not None:
+        return read_text(module)
     raise ValueError(
-        f"text is {str(source)!r}, which is neither a file nor a topic of Python's language reference; "
-        f"use a path, or some of {', '.join(REPORT_TEXTS)}"
+        f"text is {str(source)!r}, which is neither a file, nor a topic of Python's language reference, nor a module "
+        f"of its library as 'argparse.py'; use a path, or some of {', '.join(REPORT_TEXTS)}"
     )
+
+
+def source_of(name: str) -> Path | None:
+    """The file of a module of Python's standard library, by a name such as ``argparse.py``, if there is one."""
+    module, _, rest = name.partition(".")
+    if rest != "py" or module not in sys.stdlib_module_names:
+        return None
+    spec = importlib.util.find_spec(module)
+    path = Path(spec.origin) if spec is not None and spec.origin else Path()
+    return path if path.name == name and path.is_file() else None
 
 
 def digest_of(ids: torch.Tensor) -> str:

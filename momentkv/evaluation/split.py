@@ -10,12 +10,13 @@ from typing import Any, Literal, NamedTuple
 __all__ = ["REPORT_HAYSTACK", "REPORT_TEXTS", "Role", "role_of", "roles_of", "said_of"]
 
 Part = Literal["choosing", "reporting", "unnamed"]
-# What the suite reads: topics that come with every Python, one text of each four to six thousand words.
+# What the suite reads: topics and a module that come with every Python, one text of each four to six thousand words.
 REPORT_TEXTS = (
     "string-methods",
     "typesseq",
     "assignment+comparisons+execmodel",
     "strings+import+calls+operator-summary",
+    "argparse.py",
 )
 REPORT_HAYSTACK = "assignment+comparisons+execmodel+strings+import+calls"
 
