@@ -1,6 +1,6 @@
 """Needles asked of kvpress's presses: the same haystacks as `momentkv evaluate needles`, token for token.
 
-Run: momentkv evaluate needles --haystack types --lengths 1000 --samples 8 --write-haystacks results/haystacks.json
+Run: momentkv evaluate needles --lengths 1000 --samples 8 --question unseen --write-haystacks results/haystacks.json
      python examples/kvpress_needles.py results/haystacks.json [--budgets 128 256] [--presses SnapKV KeyDiff]
 
 It runs in the environment of `kvpress_peers.py`, which says how presses are called and how tokens after the context see
