@@ -14,7 +14,8 @@ from totals import Points, assert_totals, formula, formula_error, window_of
 
 from momentkv import Moments, attend, estimate
 from momentkv.backends import get_backend
-from momentkv.statistics.summaries import CAP, QueryWindow, Summaries, estimate_summaries
+from momentkv.statistics.calibration import CAP
+from momentkv.statistics.summaries import QueryWindow, Summaries, estimate_summaries
 from momentkv.testing import oracle
 from momentkv.testing.rounding import assert_same, assert_within, attention_error, estimate_error, moments_error, unit
 from momentkv.testing.strategies import MASKS, Case, cases, numbers, shape, some_tokens

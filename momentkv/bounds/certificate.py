@@ -228,8 +228,8 @@ def rounding_of_output(r: Reading, out: Array, output: Array, share: Array) -> A
     size = norm(out) + norm(output) + norm(r.value_mean) + r.radius
     xp = array_namespace(share)
     spread = u * (64 + out.shape[-1]) * size
-    # An empty set adds nothing whose share could be off.
-    moved = xp.where(share > 0, share_from_mass(r.base_error) * apart, xp.zeros_like(apart))
+    # An empty set adds nothing whose share could be off; another does, also where its share has underflowed.
+    moved = xp.where(r.base > -math.inf, share_from_mass(r.base_error) * apart, xp.zeros_like(apart))
     return moved + xp.minimum(share + share_from_mass(r.base_error), xp.ones_like(share)) * r.value_error + spread
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from momentkv._array import Array, array_namespace
-from momentkv.statistics.weights import positive
 
 __all__ = ["eta", "excess", "two_point"]
 
@@ -58,7 +57,7 @@ def two_point(end: Array, deviation: Array) -> Array:
         Not negative; 0 where either is zero.
     """
     xp = array_namespace(end, deviation)
-    some = (end != 0) & (deviation > 0)
+    some = ~((end == 0) | (deviation <= 0))  # and what is no number stays none
     one = xp.ones_like(end)
     c = xp.where(some, end, one)
     ratio = xp.where(some, deviation, one) / c
@@ -84,6 +83,7 @@ def two_point(end: Array, deviation: Array) -> Array:
 
 
 def safe_ratio(a: Array, b: Array) -> Array:
-    """``a / b``, and 0 where ``b`` is not positive."""
+    """``a / b``, and 0 where ``b`` is 0 or less; what is no number stays none."""
     xp = array_namespace(a, b)
-    return xp.where(b > 0, a / positive(xp, b), xp.zeros_like(a))
+    nothing = b <= 0
+    return xp.where(nothing, xp.zeros_like(a), a / xp.where(nothing, xp.ones_like(b), b))

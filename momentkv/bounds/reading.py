@@ -166,10 +166,9 @@ def read_grouped(queries: Array, moments: Moments, slope: CompactSlope | None = 
     off = length * (error.key_mean + u * (3 * d + 20) * error.key_size)[..., None] + subtraction
     ball = range_from_anchor(along(extent.key_anchor - moments.key_mean), length, per_query(extent.key_radius))
     logits = Interval(ball.low - off, ball.high + off)
-    if moments.key_key is None:
-        # Nothing is known of the variance but what the range says.
-        deviation = Interval(xp.zeros_like(length), xp.sqrt(-logits.low) * xp.sqrt(logits.high))
-    else:
+    # Nothing is known of the variance but what the range says.
+    deviation = Interval(xp.zeros_like(length), xp.sqrt(-logits.low) * xp.sqrt(logits.high))
+    if moments.key_key is not None:
         spread = xp.matmul(queries, moments.key_key / weight[..., None, None])
         square = xp.sum(spread * queries, axis=-1)
         rest = (
@@ -178,7 +177,13 @@ def read_grouped(queries: Array, moments: Moments, slope: CompactSlope | None = 
             * (error.key_key + (u * (2 * d + 8) + error.weight) * error.key_spread * error.key_spread)[..., None]
         )
         zero = xp.zeros_like(square)
-        deviation = Interval(xp.sqrt(xp.maximum(square - rest, zero)), xp.sqrt(xp.maximum(square + rest, zero)))
+        # Nor where products of keys have left the range of the dtype.
+        known = xp.isfinite(square) & xp.isfinite(rest)
+        square, rest = (xp.where(known, x, zero) for x in (square, rest))
+        deviation = Interval(
+            xp.sqrt(xp.maximum(square - rest, zero)),
+            xp.where(known, xp.sqrt(xp.maximum(square + rest, zero)), deviation.high),
+        )
         ratio = per_query(
             xp.where(extent.least_weight > 0, moments.weight / positive(xp, extent.least_weight), math.inf)
         )
@@ -196,7 +201,7 @@ def read_grouped(queries: Array, moments: Moments, slope: CompactSlope | None = 
     surplus = xp.where(extent.least_weight > 0, moments.weight / positive(xp, extent.least_weight), math.inf)
     surplus = surplus * (1 + error.weight + u * (8 + 2 * extent.merges))
     surplus = xp.maximum(surplus - 1, xp.zeros_like(surplus))
-    several = xp.where(trace > 0, xp.sqrt(trace) * xp.sqrt(surplus), xp.zeros_like(trace))
+    several = xp.where(trace <= 0, xp.zeros_like(trace), xp.sqrt(trace) * xp.sqrt(surplus))
     radius = xp.minimum(radius, several + error.value_mean)
     occupied = moments.weight > 0
     radius = xp.where(occupied, radius, xp.zeros_like(radius))

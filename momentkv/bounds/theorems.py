@@ -79,7 +79,8 @@ def range_from_deviation(deviation: Array, ratio: Array) -> Interval:
     """
     xp = array_namespace(deviation, ratio)
     surplus = xp.maximum(ratio - 1, xp.zeros_like(ratio))
-    reach = xp.where(deviation > 0, deviation * xp.sqrt(surplus), xp.zeros_like(deviation))
+    # Where all are at the mean nothing is known of the ratio, which may be infinite.
+    reach = xp.where(deviation <= 0, xp.zeros_like(deviation), deviation * xp.sqrt(surplus))
     return Interval(-reach, reach)
 
 

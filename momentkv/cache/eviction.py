@@ -25,6 +25,11 @@ from momentkv.trust import trust_of
 __all__ = ["Totals", "evicted_state", "importance_of", "kept_by_rank"]
 
 
+def view_is_padded(state: LayerState | None, new: NewTokens | None) -> bool:
+    """Whether some slots of what is stored and of what has come may hold no token, as far as the host knows."""
+    return (state is not None and state.padded) or (new is not None and new.padded)
+
+
 class Totals:
     """Tokens of each KV head as the host knows them: the least and the most of any row.
 
@@ -32,8 +37,7 @@ class Totals:
     """
 
     def __init__(self, state: LayerState | None, new: NewTokens | None, heads: int) -> None:
-        padded = (state is not None and state.padded) or (new is not None and new.padded)
-        if not padded:
+        if not view_is_padded(state, new):
             stored = [0] * heads if state is None else [width + state.filled for width in state.layout.widths]
             self.most = self.least = [n + (0 if new is None else new.length) for n in stored]
             return
@@ -215,9 +219,13 @@ def evicted_state(
     evicted, evidence, attention = state.evicted, state.evidence, view.attention
     positions, refused, cut = view.positions, dict[int, float](), xp.zeros_like(full)
     alike, fills = totals is not None and totals.even, None
-    if config.bits is not None and (config.static or not alike):
+    padded = view_is_padded(stored, new)
+    if config.bits is not None and (config.static or padded or not alike):
         # Where rows or heads differ, each passes tokens on when its own recent ones run full, as it would alone.
         fills = (counts if totals is not None else state.ticks) - state.counts >= config.recent
+        if alike and not config.static:
+            # Rows that are padded alike do so together, but not when the slots of their padding run full.
+            alike, fills = (True, None) if bool(xp.all(fills)) else (False, fills)
     if due:
         limits = xp.where(full, xp.minimum(counts, 0 * counts + budget), counts)
         rounds = config.policy.rounds if config.corrects and most > config.block else 1
@@ -299,7 +307,7 @@ def settle(
         if totals is None:
             raise ValueError("totals is None, which only static steps do without")
         widths, filled = widths_of(totals.most, budgets, config.exact)
-        padded = not totals.even or min(totals.most) < filled
+        padded = fills is not None or not totals.even or min(totals.most) < filled
         if padded:
             widths = tuple(max(0, min(n, b) - beside) for n, b in zip(totals.most, budgets, strict=True))
     if padded:

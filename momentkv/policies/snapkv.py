@@ -73,14 +73,17 @@ def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:
     score = xp.take_along_axis(xp.where(real, score, 0.0), order, axis=-1)
     place = xp.take_along_axis(positions, order, axis=-1)
 
-    def shifted(x: Array) -> Array:
-        """By -half to half slots, shape (kernel, ..., n); zeros come in."""
+    def shifted(x: Array) -> list[Array]:
+        """By -half to half slots, each of shape (..., n); zeros come in."""
         edge = xp.zeros((*x.shape[:-1], half), dtype=x.dtype, device=device(x))
         wide = xp.concat([edge, x, edge], axis=-1)
-        return xp.stack([wide[..., shift : shift + n] for shift in range(kernel)])
+        return [wide[..., shift : shift + n] for shift in range(kernel)]
 
-    near = xp.abs(shifted(place) - place) <= half
-    pooled = xp.sum(xp.where(near, shifted(score), 0.0), axis=0) / kernel
+    # One after the other: the order of a sum along an axis depends on how rows lie, and would break ties by it.
+    pooled = xp.zeros_like(score)
+    for own, other in zip(shifted(score), shifted(place), strict=True):
+        pooled = pooled + xp.where(xp.abs(other - place) <= half, own, 0.0)
+    pooled = pooled / kernel
     # A token is where as many real ones precede it.
     back = xp.cumulative_sum(xp.astype(real, order.dtype), axis=-1, include_initial=True)[..., :-1]
     return xp.where(real, xp.take_along_axis(pooled, back, axis=-1), 0.0)

@@ -6,15 +6,32 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from momentkv._array import Array, check_arrays
+from momentkv._array import Array, array_namespace, check_arrays
 from momentkv.attention import default_scale, group_queries, log_sum_exp, logits
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.weights import positive
+from momentkv.statistics.window import QueryWindow
 
 if TYPE_CHECKING:
     from momentkv.statistics.summaries import Summaries
 
-__all__ = ["fitted_strength"]
+__all__ = ["CAP", "fitted_strength", "gain_cap", "refitted_cap"]
+
+# No query is credited with more than so many times the mean variance gain of the window. A quadratic has no bound.
+CAP = 3.0
+
+
+def gain_cap(strength: Array, key_variance: Array, query_variance: Array) -> Array:
+    """Largest gain that is credited, shape (...): so many times its mean over queries of that variance."""
+    return CAP * 0.5 * strength * array_namespace(strength).sum(key_variance * query_variance, axis=-1)
+
+
+def refitted_cap(summaries: Summaries, strength: Array, q: Array, *, scale: float | None) -> Array:
+    """The cap in proportion to a new strength; where the old one was 0, that of the queries which it was fitted to."""
+    xp, before = array_namespace(strength), summaries.strength
+    variance = QueryWindow.from_queries(q, summaries.anchor.shape[-2], scale=scale).variance
+    anew = gain_cap(strength, summaries.key_variance, xp.astype(variance, strength.dtype, copy=False))
+    return xp.where(before > 0, summaries.cap * (strength / positive(xp, before)), anew)
 
 
 def fitted_strength(summaries: Summaries, q: Array, k: Array, *, scale: float | None, mask: Array | None) -> Array:

@@ -63,9 +63,8 @@ def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:
                 f"{tuple(theirs.shape)} there; batch, KV heads and dimensions must be equal"
             )
         if mine is not None and mine.dtype != theirs.dtype:
-            raise ValueError(
-                f"cannot combine moments: {name} is {mine.dtype} here and {theirs.dtype} there; cast one with map()"
-            )
+            remedy = "cast one with map()" if one.extent is None else "build both from tokens of one dtype"
+            raise ValueError(f"cannot combine moments: {name} is {mine.dtype} here and {theirs.dtype} there; {remedy}")
     if one.anchor is not None and not equal_anchors(one.anchor, other.anchor):
         raise ValueError("cannot combine moments with other anchors; gather both around the same one")
 
@@ -86,7 +85,7 @@ def checked_decay(gamma: float | Array, weight: Array) -> Array:
 
 
 def above_subnormal(gamma: Array, weight: Array) -> Array:
-    """The factors, 0 where they would leave less weight than has all digits beside the unit roundoff."""
+    """The factors, 0 where they would leave less weight than has all digits beside the unit roundoff; 1 stays 1."""
     xp = array_namespace(weight)
     limits = xp.finfo(weight.dtype)
-    return xp.where(weight * gamma < limits.smallest_normal / limits.eps, xp.zeros_like(weight), gamma)
+    return xp.where((gamma < 1) & (weight * gamma < limits.smallest_normal / limits.eps), xp.zeros_like(weight), gamma)

@@ -119,8 +119,22 @@ class Extent:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def map(self, function: Callable[[Array], Array]) -> Extent:
-        """Apply a function to every array."""
-        return Extent(**{name: function(x) for name, x in self.arrays().items()})
+        """Apply a function to every array.
+
+        Raises
+        ------
+        ValueError
+            If it changes the dtype: errors are counted in the roundoff of the one that the moments were summed in.
+        """
+        changed = Extent(**{name: function(x) for name, x in self.arrays().items()})
+        before, after = self.key_radius, changed.key_radius
+        if array_namespace(before).finfo(before.dtype).eps != array_namespace(after).finfo(after.dtype).eps:
+            raise ValueError(
+                f"moments with an extent were summed in {before.dtype}, and so their errors are counted, but map() "
+                f"makes them {after.dtype}; build them anew from tokens, or drop the extent with "
+                "dataclasses.replace(moments, extent=None)"
+            )
+        return changed
 
     def merge(self, other: Extent, *, share: Array, between: Array, step: Array) -> Extent:
         """Extent of the union of two disjoint sets.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from momentkv._array import Array, accumulate, accumulate_as, array_namespace, check_arrays, check_mask, device, nbytes
 from momentkv._numbers import check_kind, whole_number
 from momentkv.attention import AttentionState, check_values
-from momentkv.statistics.calibration import fitted_strength
+from momentkv.statistics.calibration import fitted_strength, gain_cap, refitted_cap
 from momentkv.statistics.checks import equal_anchors
 from momentkv.statistics.clustering import low_rank
 from momentkv.statistics.expansion import Expansion, estimate_expansion
@@ -26,9 +26,6 @@ from momentkv.statistics.weights import positive
 from momentkv.statistics.window import QueryWindow
 
 __all__ = ["QueryWindow", "Summaries", "estimate_summaries"]
-
-# No query is credited with more than so many times the mean variance gain of the window. A quadratic has no bound.
-CAP = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,8 +281,7 @@ class Summaries:
             As in `momentkv.attention.attend`; the mask is broadcastable to (..., kv_head, n).
         """
         strength = fitted_strength(self, q, k, scale=scale, mask=mask)
-        ratio = strength / positive(array_namespace(strength), self.strength)
-        return dataclasses.replace(self, strength=strength, cap=self.cap * ratio)
+        return dataclasses.replace(self, strength=strength, cap=refitted_cap(self, strength, q, scale=scale))
 
     def pooled(self) -> Moments:
         """Weight and means of all tokens together, as moments of order 0: what policies measure novelty against."""
@@ -366,7 +362,7 @@ class Summaries:
             key_variance=variance,
             slope_left=left,
             slope_right=right,
-            cap=CAP * 0.5 * self.strength * xp.sum(variance * deviation * deviation, axis=-1),
+            cap=gain_cap(self.strength, variance, deviation * deviation),
         )
 
 

@@ -96,6 +96,7 @@ def common_scale(
     for w, scale in sets:
         below = xp.where(w > 0, scale, zero) - xp.where(w > 0, top, zero)
         check_spread(below)
+        check_kept(w, below)
         factors.append(xp.exp(below) if not concrete(below) or bool(xp.any(below != 0)) else None)
     return top, factors[0], factors[1]
 
@@ -110,6 +111,21 @@ def check_spread(below: Array) -> None:
         raise ValueError(
             f"log-weights at the anchor spread by {-least:.0f} nats, and {below.dtype} resolves {-limit:.0f}; use "
             "float64, or an anchor nearer to zero"
+        )
+
+
+def check_kept(weight: Array, below: Array) -> None:
+    """Raise where a set's weight times ``exp(below)`` would have too few digits to be kept, and be taken for none."""
+    if 0 in below.shape or not concrete(weight, below):
+        return
+    xp = array_namespace(below)
+    limits, zero = xp.finfo(below.dtype), xp.zeros_like(below)
+    least = float(xp.min(xp.where((weight > 0) & (below < 0), below + xp.log(positive(xp, weight)), zero)))
+    limit = math.log(float(limits.smallest_normal) / float(limits.eps))
+    if least < limit:
+        raise ValueError(
+            f"log-weights at the anchor of one set are {-least:.0f} nats below the other's largest, and {below.dtype} "
+            f"resolves {-limit:.0f}; use float64, or an anchor nearer to zero"
         )
 
 
