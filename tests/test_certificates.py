@@ -325,9 +325,7 @@ def test_a_million_tokens_folded_block_by_block_in_float32():
     state = Moments.empty(k, v, order=2, extent=True)
     for start in range(0, n, block):
         state = state.update(k[:, start : start + block], v[:, start : start + block])
-    batch = Moments.from_tokens(
-        k.astype(np.float64), v.astype(np.float64), order=2, extent=state.extent.map(np.float64)
-    )
+    batch = Moments.from_tokens(k.astype(np.float64), v.astype(np.float64), order=2)
     for name in ("weight", "key_mean", "value_mean", "value_key", "key_key"):
         one, other = getattr(state, name), getattr(batch, name)
         scale = np.abs(batch.key_key).max() if name == "value_key" else np.abs(other).max()

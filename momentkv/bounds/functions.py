@@ -54,10 +54,10 @@ def two_point(end: Array, deviation: Array) -> Array:
     Returns
     -------
     array
-        Not negative; 0 where either is zero.
+        Not negative; 0 where either is zero, NaN where one is.
     """
     xp = array_namespace(end, deviation)
-    some = ~((end == 0) | (deviation <= 0))  # and what is no number stays none
+    some, unknown = (end != 0) & (deviation > 0), xp.isnan(end) | xp.isnan(deviation)
     one = xp.ones_like(end)
     c = xp.where(some, end, one)
     ratio = xp.where(some, deviation, one) / c
@@ -79,7 +79,8 @@ def two_point(end: Array, deviation: Array) -> Array:
     logs = [xp.where(big, common, common + log_ratio), xp.where(big, common + log_ratio, common)]
     far = xp.where(large, xp.logaddexp(logs[0] + c, logs[1] + other), xp.zeros_like(c))
     value = xp.where(large, far, small_log)
-    return xp.where(some, xp.maximum(value, xp.zeros_like(value)), xp.zeros_like(value))
+    value = xp.where(some, xp.maximum(value, xp.zeros_like(value)), xp.zeros_like(value))
+    return xp.where(unknown, xp.full_like(value, math.nan), value)
 
 
 def safe_ratio(a: Array, b: Array) -> Array:

@@ -143,6 +143,8 @@ class MomentCache(GeneratingCache):
         super().__init__(layers=plan.layers(rollback))
         self.config, self.rollback, self.chooses_bits = config, rollback, plan.chooses_bits
         self.budget, self.sharing, self.rule, self.least = budget, plan.sharing, plan.rule, plan.least
+        # What a file says of all caches, those without a compressed layer among them.
+        self.protected = {"sinks": sinks, "window": window, "block": block}
         self.tried: list[Tried] = []
         # After so many tokens, a user's turn that `read` began is still open.
         self.turn: int | None = None
@@ -235,8 +237,10 @@ class MomentCache(GeneratingCache):
         """
         tokens = waiting_tokens(tokens_to_remove)
         self.passes.undo()
-        compressed = self._compressed
-        if tokens and tokens == int(self.get_seq_length()):
+        compressed, seen = self._compressed, int(self.get_seq_length())
+        if tokens > seen:
+            raise ValueError(f"crop(-{tokens}): the cache has read {seen} tokens only; crop at most those")
+        if tokens and tokens == seen:
             self.reset()
             return
         check_crop(compressed, tokens)
@@ -289,12 +293,13 @@ class MomentCache(GeneratingCache):
 
     def reset(self) -> None:
         """Forget all tokens and moments, and what each layer's share of the budget was."""
-        super().reset()
-        self.padding.reset()
+        with self.passes.all_or_nothing():
+            super().reset()
+            self.padding.reset()
+            for shared in self.shared_budgets:
+                shared.reset()
         self.passes.reset()
         self.tried, self.turn = [], None
-        for shared in self.shared_budgets:
-            shared.reset()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to a safetensors file that `load` reads, whole or not at all.

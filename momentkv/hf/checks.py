@@ -101,10 +101,11 @@ def check_new_tokens(position_ids: Any, new: int, seen: int) -> None:
         return
     if new == seen - 1 and position_ids.device.type != "cpu":
         return  # a single token must not wait for the device
-    if bool((position_ids[:, -1] < new).any()):
+    if bool(((position_ids[:, -1] < new) | (position_ids[:, 0] == 0)).any()):
         raise ValueError(
             f"{seen - new} tokens arrive at positions of the {new} tokens that the cache has read: generate() reads "
-            f"some or all of its input once more when the cache has read as many; {LONGER}"
+            "some or all of its input once more when the cache has read as many, and all of it at every step with "
+            f"use_cache=False; {LONGER}"
         )
 
 

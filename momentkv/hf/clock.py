@@ -27,9 +27,6 @@ class Beat:
         self.flushes = flushes
         self.next: Beat = self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Beat:
-        return self  # never changed once the ring is closed
-
 
 def ring(block: int, flushes: Sequence[int], first: Sequence[bool] = ()) -> Beat:
     """The beat before the first step of a ring in which the given steps (from 1 to ``block``) flush.
@@ -96,6 +93,22 @@ class Clock:
         self.runs = False
         # Whether a step has changed some layers in place and not all of them.
         self.open = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the ring itself, each beat of which holds all that follow: pickle would go down all of them."""
+        line, places, beat = list[bool](), dict[int, int](), self.before
+        while id(beat) not in places:
+            places[id(beat)] = len(line)
+            line.append(beat.flushes)
+            beat = beat.next
+        return vars(self) | {"before": (line, places[id(beat)]), "beat": places[id(self.beat)]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        line, again = state["before"]
+        beats = [Beat(flushes) for flushes in line]
+        for one, other in itertools.pairwise([*beats, beats[again]]):
+            one.next = other
+        vars(self).update(state | {"before": beats[0], "beat": beats[state["beat"]]})
 
     def tick(self) -> None:
         """Begin a step."""

@@ -16,12 +16,13 @@ from momentkv.backends import BACKENDS, get_backend
 from momentkv.backends.layout import Layout
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.second_reading import RereadBudget
-from momentkv.cache.state import LayerState, empty_state
+from momentkv.cache.state import LayerState, below, empty_state
 from momentkv.codes import AUTO, pair_of_bits
 from momentkv.hf import former
 from momentkv.hf.building import layer_windows
-from momentkv.hf.checks import check_implementation, refuse_architecture, rows_of
+from momentkv.hf.checks import check_implementation, records, refuse_architecture, rows_of
 from momentkv.hf.former import CacheFileError, statistics
+from momentkv.hf.layer import MomentLayer
 from momentkv.hf.models import DIMENSIONS, config_of, dtype_of, fingerprint, model_record
 from momentkv.hf.storage import KEY, digest, malformed, read, write
 from momentkv.policies import POLICIES, Policy
@@ -79,6 +80,7 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             "budget": cache.budget,
             "sharing": cache.sharing,
             "rollback": cache.rollback,
+            **cache.protected,
             "average": cache.shared_budgets[0].average if cache.shared_budgets else None,
         },
         "seen": int(cache.get_seq_length()),
@@ -90,9 +92,6 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
     if one is not None:
         record["settings"] |= {
             "order": one.order,
-            "sinks": one.sinks,
-            "window": one.window,
-            "block": one.block,
             "backend": backend_name(one.backend),
             "policy": described(one.policy if reread is None else reread.policy, POLICIES),
             "correction": described(one.correction.exact, KINDS),
@@ -121,13 +120,21 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
 def check_settled(cache: Any) -> None:
     """Raise where something waits for another call; a pass that failed half-way leaves no trace in the file."""
     cache.passes.undo()
-    if any(layer.passes for layer in cache.layers if hasattr(layer, "passes")):
+    check_alike(cache.layers, int(cache.get_seq_length()))
+    if any(waits(layer) for layer in cache.layers):
         raise RuntimeError("save: recorded passes wait for crop; call cache.crop(0) first, so that their tokens stay")
     if getattr(cache, "ranks", 1) > 1:
         raise RuntimeError(
             "save: this cache holds one rank's heads of a tensor-parallel model, and files of parts are not supported; "
             "read the text with the model on one device to save it"
         )
+
+
+def waits(layer: Any) -> bool:
+    """Whether a layer keeps recorded tokens that `crop` may take back."""
+    if isinstance(layer, MomentLayer):
+        return bool(layer.passes)
+    return records(layer) and layer.is_initialized and layer.keys.shape[2] >= layer.sliding_window
 
 
 def load(
@@ -188,7 +195,9 @@ def check_alike(layers: Any, seen: Any) -> None:
 
 def restore(core: LayerCache, held: Mapping[str, Any], arrays: Mapping[str, torch.Tensor], path: Any) -> None:
     """Give a layer's cache the state that a file holds."""
-    core.budgets, core.scale, core.refused = held["budgets"], held["scale"], held["refused"]
+    if held["budgets"] is not None:  # else they are what the cache is made with
+        core.budgets = held["budgets"]
+    core.scale, core.refused = held["scale"], held["refused"]
     if held.get("bits") is not None:
         core.code(pair_of_bits(held["bits"]))
     if not arrays:
@@ -200,6 +209,9 @@ def restore(core: LayerCache, held: Mapping[str, Any], arrays: Mapping[str, torc
     numbers = {name: held[name] for name in NUMBERS}
     state = LayerState(**own, **numbers, evicted=evicted, evidence=evidence, layout=layout)
     check_state(core, state)
+    # Slots behind the last token may hold one of a step that failed.
+    used = below(state.recent_count, layout.recent)
+    state = state.changed(recent_positions=torch.where(used, state.recent_positions, -1))
     core.take(state)
     for name, positions in (("positions", state.positions), ("recent_positions", state.recent_positions)):
         if bool(((positions < -1) | (positions >= core.seen)).any()):

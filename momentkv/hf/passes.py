@@ -291,9 +291,10 @@ class PassKeeper:
     def never_came(self, index: int) -> str:
         """Message for a layer that no pass has brought any tokens."""
         return (
-            f"passes end without layer {index}, which has never stored a token: either they were interrupted, and then "
-            "read their tokens again, as the cache is what it was before them; or this model has a layer without "
-            "attention there, and its config.layer_types does not say so; then use a DynamicCache for this model"
+            f"passes end without layer {index}, which has never stored a token: either they failed there, for want of "
+            "memory or interrupted, and then read any tokens now, as the cache is what it was before them and this is "
+            "said once; or this model has a layer without attention there, and its config.layer_types does not say so; "
+            "then use a DynamicCache for this model"
         )
 
     def never_reached(self, index: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from momentkv._numbers import whole_number
 from momentkv.cache.config import wanted_queries
 from momentkv.cache.layer import LayerCache
 
@@ -48,7 +49,7 @@ class Recorded(Protocol):
 
 def waiting_tokens(tokens_to_remove: int) -> int:
     """Number of tokens that ``crop`` of transformers asks to remove."""
-    if tokens_to_remove > 0:
+    if whole_number("tokens_to_remove", tokens_to_remove) > 0:
         raise ValueError(
             f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number, as transformers does"
         )
