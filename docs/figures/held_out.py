@@ -34,6 +34,14 @@ LATER_COLUMNS = [("Qwen 1.5B", budget) for budget in (128, 256, 512)]
 # Most of its layers have a sliding window; two of the texts.
 WINDOWS = "held-out-gemma-3-270m.json"
 
+# Texts that anybody has, looked at once.
+PACKAGED = {
+    "SmolLM2": ("packaged-smollm2.json",),
+    "Qwen": ("packaged-qwen.json",),
+    "Qwen 1.5B": ("packaged-qwen-1.5b.json",),
+}
+PACKAGED_TEXTS = {"argparse.py": "code", "lee_background.cor": "news"}
+
 # One selection, and what stands for what it evicts.
 CORRECTIONS = {"SmolLM2": ("summaries-smollm2.json",), "Qwen": ("summaries-qwen.json",)}
 CALLED = {
@@ -102,6 +110,7 @@ def tables() -> dict[str, str]:
             ],
             LATER_COLUMNS + [("part of the best", budget) for _, budget in LATER_COLUMNS],
         ),
+        "on texts of packages": of_packages(),
         "with sliding windows": with_windows(),
         "corrections": of_corrections("kl"),
         "errors of heads": of_corrections("head_error"),
@@ -138,6 +147,20 @@ def with_moments() -> str:
     )
 
 
+def of_packages() -> str:
+    """KL on each text that comes with Python or a package, of three models."""
+    found = measured(PACKAGED, texts=PACKAGED_TEXTS)
+    columns = [(model, budget) for model in PACKAGED for budget in (128, 256, 512)]
+    rows = []
+    for method in SHOWN:
+        for text, name in PACKAGED_TEXTS.items():
+            cells = [found.get((*column[:1], method, column[1]), {}).get(text) for column in columns]
+            if any(cell is not None for cell in cells):
+                first = f"{called(method)} | {name}" if name == "code" else f" | {name}"
+                rows.append((first, ["" if x is None else number(x, 3).removeprefix("0") for x in cells]))
+    return table("KL | ", rows, columns)
+
+
 def with_windows() -> str:
     """KL on each text of a model of which most layers have a sliding window."""
     rows = json.loads((DOCS / "data" / WINDOWS).read_text(encoding="utf-8"))["rows"]
@@ -154,15 +177,17 @@ def with_windows() -> str:
     )
 
 
-def measured(files: Mapping[str, Sequence[str]] = FILES, measure: str = "kl") -> Found:
-    """The results of all files, by a measure."""
+def measured(
+    files: Mapping[str, Sequence[str]] = FILES, measure: str = "kl", *, texts: Mapping[str, str] = TEXTS
+) -> Found:
+    """The results of all files, by a measure, of what was measured on all texts."""
     found: Found = {}
     for model, names in files.items():
         for name in names:
             for row in json.loads((DOCS / "data" / name).read_text(encoding="utf-8"))["rows"]:
                 cell = (model, row.get("method") or row["policy"], row["bytes_as_tokens"])
                 found.setdefault(cell, {})[row["text"]] = row[measure]
-    return {cell: kl for cell, kl in found.items() if kl.keys() == TEXTS.keys()}
+    return {cell: kl for cell, kl in found.items() if kl.keys() == texts.keys()}
 
 
 def selections(found: Found, model: str, budget: int) -> list[dict[str, float]]:

@@ -136,8 +136,9 @@ def plan(
 
     Notes
     -----
-    Exact after a prompt and in all later steps. Memory outside the cache is not counted: while a prompt is read in one
-    pass, each layer holds all of it until it is cut to the budget.
+    Exact after a prompt and in all later steps; a bound while fewer tokens have been read than the budget and a block,
+    in several passes. Memory outside the cache is not counted: while a prompt is read in one pass, each layer holds all
+    of it until it is cut to the budget.
 
     Examples
     --------
