@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
+from collections.abc import Collection
 from typing import Any
 
-__all__ = ["check_kind", "flag", "whole_number"]
+__all__ = ["check_kind", "flag", "is_one_of", "real_number", "whole_number"]
 
 
 def check_kind(kind: type, **values: Any) -> None:
@@ -35,6 +37,31 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; use True or False")
     return value
+
+
+def is_one_of(choices: Collection[float], value: Any) -> bool:
+    """Whether a value of any kind is one of some numbers; an array, which ``in`` would ask element by element, is none.
+
+    Examples
+    --------
+    >>> is_one_of((0, 1, 2), 2), is_one_of((0, 1, 2), [2])
+    (True, False)
+    """
+    return isinstance(value, numbers.Real) and value in choices
+
+
+def real_number(name: str, value: Any) -> float:
+    """A number as it was given, or an error that names the argument.
+
+    Examples
+    --------
+    >>> real_number("share", None)
+    Traceback (most recent call last):
+    TypeError: share is None, a NoneType; use a number
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; use a number")
+    return value  # type: ignore[return-value]
 
 
 def whole_number(name: str, value: Any) -> int:

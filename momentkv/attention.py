@@ -8,6 +8,7 @@ momentkv, the estimate of evicted tokens included, is such a state. Logs are nat
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, accumulate, array_namespace, check_arrays, check_mask, device
@@ -50,7 +51,7 @@ def group_queries(q: ArrayObject, kv_heads: int) -> Array:
         If the number of query heads is no multiple of ``kv_heads``.
     """
     *batch, q_heads, q_len, d = q.shape
-    if kv_heads == 0 or q_heads % kv_heads:
+    if kv_heads < 1 or q_heads % kv_heads:
         raise ValueError(
             f"q has {q_heads} query heads, which is no multiple of the {kv_heads} KV heads of k and v; "
             "pass q_head = kv_head * group"
@@ -85,8 +86,7 @@ def logits(q: ArrayObject, k: ArrayObject, *, scale: float | None = None, mask: 
     q, k = accumulate(xp, q, k)
     kv_heads, n, d = k.shape[-3:]
     q_heads, q_len = q.shape[-3], q.shape[-2]
-    scale = default_scale(d) if scale is None else scale
-    products = xp.matmul(group_queries(q, kv_heads) * scale, xp.matrix_transpose(k))
+    products = xp.matmul(group_queries(q, kv_heads) * scale_of(scale, d), xp.matrix_transpose(k))
     return masked(xp.reshape(products, (*products.shape[:-2], q_heads // kv_heads, q_len, n)), mask)
 
 
@@ -187,7 +187,8 @@ def attend(
     Raises
     ------
     ValueError
-        If head counts or dimensions do not fit each other, or an array is not of floating point, a mask not bool.
+        If head counts or dimensions do not fit each other, an array is not of floating point, a mask not bool, or
+        ``scale`` is no positive, finite number.
     TypeError
         If arguments are arrays of several libraries, or no arrays.
 
@@ -231,6 +232,8 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     ------
     TypeError
         If one of them is no `AttentionState`.
+    ValueError
+        If shapes do not fit.
 
     Notes
     -----
@@ -249,6 +252,7 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
     """
     check_kind(AttentionState, a=a, b=b)
     xp = check_arrays(**{"a.out": a.out, "a.lse": a.lse, "b.out": b.out, "b.lse": b.lse})
+    check_alike(a=a, b=b)
     out_a, lse_a, out_b, lse_b = accumulate(xp, a.out, a.lse, b.out, b.lse)
     top = xp.maximum(lse_a, lse_b)
     shift = xp.where(top > -math.inf, top, xp.zeros_like(top))
@@ -263,7 +267,45 @@ def merge(a: AttentionState, b: AttentionState) -> AttentionState:
 
 def default_scale(d: int) -> float:
     """``1 / sqrt(d)``."""
+    if d == 0:
+        raise ValueError("the head dimension is 0, of which 1 / sqrt(d) is no number; give scale=, or longer keys")
     return 1.0 / math.sqrt(d)
+
+
+def check_scale(scale: Any) -> None:
+    """Raise unless a factor on ``q . k`` is None or a positive, finite number."""
+    # Compared as it is: converted, a number that torch.compile has as a symbol would be compiled for each value.
+    if scale is not None and not (isinstance(scale, numbers.Real) and 0 < scale < math.inf):  # type: ignore[operator]
+        raise ValueError(f"scale is {scale!r}; use a positive, finite factor on q . k, or None for 1 / sqrt(d)")
+
+
+def scale_of(scale: float | None, d: int) -> float:
+    """The factor on ``q . k``, checked: `default_scale` where none is given."""
+    check_scale(scale)
+    return default_scale(d) if scale is None else scale
+
+
+def check_alike(**states: AttentionState) -> None:
+    """Raise unless two states are of the same queries: values of one dimension, and shapes that broadcast."""
+    (name, one), (other_name, other) = states.items()
+    for of, state in states.items():
+        if state.out.shape[:-1] != state.lse.shape:
+            raise ValueError(
+                f"{of}.out has shape {tuple(state.out.shape)} but {of}.lse has {tuple(state.lse.shape)}; they must be "
+                "(..., q_head, q_len, dv) and (..., q_head, q_len)"
+            )
+    if one.out.shape != other.out.shape and (
+        one.out.shape[-1] != other.out.shape[-1] or not broadcastable(one.lse.shape, other.lse.shape)
+    ):
+        raise ValueError(
+            f"{name}.out has shape {tuple(one.out.shape)} but {other_name}.out has {tuple(other.out.shape)}; both must "
+            "be of the same queries and of values of one dimension, (..., q_head, q_len, dv)"
+        )
+
+
+def broadcastable(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether arrays of two shapes broadcast together."""
+    return all(a == b or 1 in (a, b) for a, b in zip(reversed(one), reversed(other), strict=False))
 
 
 def check_keys(q: ArrayObject, k: ArrayObject) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, cast, overload
 
-from momentkv._array import Array
-from momentkv._numbers import check_kind
+from momentkv._array import Array, check_arrays
+from momentkv._numbers import check_kind, flag
 from momentkv._typing import ArrayObject
-from momentkv.attention import AttentionState, merge
+from momentkv.attention import AttentionState, check_alike, merge
 from momentkv.bounds import output_error
 from momentkv.statistics.expansion import Expandable, estimate_expansion
 from momentkv.statistics.moments import Moments
@@ -51,8 +51,8 @@ def estimate(
     moments : Moments, Summaries, Expansion or another Expandable
         With leading axes ``(..., kv_head)``. The formula above is that of `Moments`; every other has its own.
     order : {0, 1, 2}, optional
-        0 takes the value mean; 1, the default, adds the first-order change with the query (the paper's method); 2 also
-        adds the gain in mass from the variance of the logits.
+        0 takes the value mean; 1 adds the first-order change with the query (the paper's method); 2 also adds the gain
+        in mass from the variance of the logits. By default 1, or 0 where the moments are of order 0.
     scale : float, optional
         Factor ``s`` on ``q . k``; ``1 / sqrt(d)`` by default. Must be the one that attention uses.
     strength : float, optional
@@ -66,10 +66,10 @@ def estimate(
     Raises
     ------
     ValueError
-        If shapes do not fit, ``order`` is higher than the moments' own, ``strength`` is out of range, or an argument is
-        given that the statistics have already.
+        If shapes do not fit, ``order`` is higher than the moments' own, ``strength`` or ``scale`` is out of range, or
+        an argument is given that the statistics have already.
     TypeError
-        If ``moments`` stand for no tokens.
+        If ``moments`` stand for no tokens, or ``strength`` is no number.
 
     Notes
     -----
@@ -165,9 +165,9 @@ def correct(
     Raises
     ------
     ValueError
-        As `estimate`, or if a bound is wanted and the moments have no extent.
+        As `estimate`, or if ``retained`` is of other shapes, or a bound is wanted and the moments have no extent.
     TypeError
-        As `estimate`, or if ``retained`` is no `AttentionState`.
+        As `estimate`, or if ``retained`` is no `AttentionState`, or ``certify`` neither True nor False.
 
     Notes
     -----
@@ -185,12 +185,15 @@ def correct(
     True
     """
     check_kind(AttentionState, retained=retained)
-    state = merge(retained, estimate(q, moments, order=order, scale=scale, strength=strength))
-    if not certify:
-        return state
-    if getattr(moments, "extent", None) is None:
+    if flag("certify", certify) and getattr(moments, "extent", None) is None:
         raise ValueError(
             f"certify is True, but the {type(moments).__name__} given as moments have no extent, without which nothing "
             "bounds the error; use Moments.from_tokens(..., extent=True), or leave certify out"
         )
+    evicted = estimate(q, moments, order=order, scale=scale, strength=strength)
+    check_arrays(**{"retained.out": retained.out, "retained.lse": retained.lse, "moments": evicted.lse})
+    check_alike(retained=retained, estimate=evicted)
+    state = merge(retained, evicted)
+    if not certify:
+        return state
     return Certified(state, output_error(retained, q, cast("Moments", moments), state.out, scale=scale))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace, check_mask
 from momentkv._typing import ArrayObject
-from momentkv.attention import AttentionState, check_values, default_scale, logits, merge, softmax_state
+from momentkv.attention import AttentionState, check_values, logits, merge, scale_of, softmax_state
 from momentkv.correction import correct
 from momentkv.statistics.expansion import Expandable
 from momentkv.statistics.moments import Moments
@@ -84,7 +84,7 @@ def eviction_error(
     """
     xp = check_values(k, v)
     check_mask("retained", retained, k.shape[:-1], k)
-    scale = default_scale(k.shape[-1]) if scale is None else scale
+    scale = scale_of(scale, k.shape[-1])
     products = logits(q, k, scale=scale, mask=mask)
     hidden = xp.full_like(products, -float("inf"))
     kept = retained[..., None, None, :]

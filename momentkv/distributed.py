@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from momentkv._numbers import check_kind
 from momentkv.attention import AttentionState
 from momentkv.statistics.moments import Moments
 from momentkv.statistics.summaries import QueryWindow, Summaries
@@ -42,12 +43,16 @@ def merge_states(state: AttentionState, group: Any = None) -> AttentionState:
     ------
     RuntimeError
         If no process group is initialised.
+    TypeError
+        If ``state`` is no `AttentionState`, or its arrays are not of PyTorch.
 
     Notes
     -----
     Two all-reduces: of ``lse`` (maximum), and of ``out`` and weight together. Equal to `momentkv.attention.merge` of
     the ranks' states to rounding; the order of the sum is the backend's.
     """
+    check_kind(AttentionState, state=state)
+    check_tensors(out=state.out, lse=state.lse)
     check_group()
     out, lse = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in state)
     top = lse.clone()
@@ -85,12 +90,16 @@ def merge_moments(moments: Moments, group: Any = None) -> Moments:
     ------
     ValueError
         If the moments are of order 2, or have an extent or an anchor.
+    TypeError
+        If ``moments`` are no `Moments`, or its arrays are not of PyTorch.
 
     Notes
     -----
     Two all-reduces, the second one with order 1 only: means first, then deviations from them, so that nothing cancels.
     Equal to `Moments.merge` in any order, to rounding.
     """
+    check_kind(Moments, moments=moments)
+    check_tensors(**moments.arrays())
     for name in ("key_key", "extent", "anchor"):
         if getattr(moments, name) is not None:
             raise ValueError(
@@ -128,11 +137,19 @@ def merge_summaries(summaries: Summaries, window: QueryWindow, group: Any = None
     Summaries
         The same on every rank: the ranks' summaries merged in order of rank.
 
+    Raises
+    ------
+    TypeError
+        If ``summaries`` or ``window`` is of another kind, or its arrays are not of PyTorch.
+
     Notes
     -----
     One all-gather of every array. As an update is, a merge of summaries is an approximation: weights, means and
     variances of all tokens are kept, the grouping is made anew.
     """
+    check_kind(Summaries, summaries=summaries)
+    check_kind(QueryWindow, window=window)
+    check_tensors(**summaries.arrays(), **{"window.mean": window.mean, "window.variance": window.variance})
     check_group()
     ranks = dist.get_world_size(group)
     fields: dict[str, list[torch.Tensor]] = {}
@@ -147,6 +164,15 @@ def merge_summaries(summaries: Summaries, window: QueryWindow, group: Any = None
     for part in parts[1:]:
         whole = whole.merge(part, window)
     return whole
+
+
+def check_tensors(**arrays: Any) -> None:
+    """Raise unless all arrays are tensors, which collectives need."""
+    for name, x in arrays.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"{name} is a {type(x).__name__}; collectives need torch.Tensor: convert the state with map()"
+            )
 
 
 def check_group() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from momentkv._numbers import whole_number
 
 __all__ = ["KNOWN", "Shape", "find_shape", "shape_from_config"]
 
@@ -38,6 +41,8 @@ class Shape:
     ------
     ValueError
         If the numbers do not fit each other.
+    TypeError
+        If one is no whole number.
 
     Examples
     --------
@@ -53,6 +58,8 @@ class Shape:
     sliding_window: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            whole_number(field.name, getattr(self, field.name))
         if self.full_layers == -1:
             object.__setattr__(self, "full_layers", self.layers)
         for name in ("layers", "kv_heads", "q_heads", "head_dim"):
@@ -168,12 +175,12 @@ def known_ids() -> Iterator[tuple[str, str]]:
 IDS = dict(known_ids())
 
 
-def find_shape(model: str) -> Shape:
+def find_shape(model: str | os.PathLike[str]) -> Shape:
     """Shape of a model: from a file or directory, one of the known models, or by transformers.
 
     Parameters
     ----------
-    model : str
+    model : str or path
         A ``config.json`` or the directory it is in; a name of `KNOWN` or the Hugging Face id of one, in any case; or
         any other Hugging Face id, if transformers is installed.
 
@@ -181,6 +188,8 @@ def find_shape(model: str) -> Shape:
     ------
     ValueError
         If there is no such model, or its cache has another shape than `momentkv.hf.MomentCache` supports.
+    TypeError
+        If ``model`` is neither a name nor a path.
     ModuleNotFoundError
         If transformers would be needed and is not installed.
 
@@ -189,7 +198,12 @@ def find_shape(model: str) -> Shape:
     >>> find_shape("qwen/qwen3-4b-instruct-2507") == KNOWN["Qwen3-4B"]
     True
     """
-    path = Path(model)
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"model is {model!r}, a {type(model).__name__}; use the name of a model or the path of a config.json, or "
+            "Shape(...) of its sizes"
+        )
+    path, model = Path(model), str(model)
     if path.is_dir():
         path /= "config.json"
         if not path.is_file():
@@ -245,13 +259,17 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
     ------
     ValueError
         If an entry is missing, or layers are of a kind that `momentkv.hf.MomentCache` does not support.
+    TypeError
+        If ``config`` is no mapping.
 
     Examples
     --------
     >>> shape_from_config({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64})
     Shape(layers=2, kv_heads=4, q_heads=4, head_dim=16, full_layers=2, sliding_window=0)
     """
+    check_mapping("config", config)
     config = config.get("text_config") or config
+    check_mapping("text_config", config)
     for name, what in REFUSED.items():
         if config.get(name):
             raise ValueError(
@@ -275,6 +293,15 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
         full_layers=types.count("full_attention"),
         sliding_window=max(windows, default=0),
     )
+
+
+def check_mapping(name: str, config: Any) -> None:
+    """Raise unless this can be the contents of a ``config.json``."""
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"{name} is {config!r}, a {type(config).__name__}; use the contents of a config.json as a dict, or give "
+            "find_shape its path"
+        )
 
 
 def entry(config: Mapping[str, Any], name: str) -> int:

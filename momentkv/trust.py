@@ -15,7 +15,7 @@ from momentkv._numbers import check_kind
 from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, check_keys, group_queries, ungroup_queries
 from momentkv.bounds import output_error, output_from_codes, read
-from momentkv.bounds.certificate import grouped, share_interval
+from momentkv.bounds.certificate import arrays_of, check_outputs, grouped, share_interval
 from momentkv.bounds.rounding import attention_error, state_error, unit
 from momentkv.bounds.theorems import Interval
 from momentkv.statistics.moments import Moments
@@ -104,6 +104,7 @@ def estimated_error(
     check_kind(Moments, moments=moments)
     xp = array_namespace(q, moments.weight)
     r = read(q, moments, scale=scale)
+    check_outputs(q, moments, **arrays_of(retained))
     out, lse = grouped(retained.out, moments), grouped(retained.lse[..., None], moments)[..., 0]
     deviation = 0.5 * (r.deviation.low + r.deviation.high)
     kappa = xp.minimum(0.5 * deviation * deviation, MOST_GAIN * xp.ones_like(deviation))
@@ -130,7 +131,9 @@ def trust(cache: Any, q: ArrayObject) -> Trust:
     Raises
     ------
     ValueError
-        If the cache keeps no evidence.
+        If the cache keeps no evidence, or ``q`` does not fit it.
+    TypeError
+        If ``cache`` is none.
 
     Examples
     --------
@@ -144,6 +147,9 @@ def trust(cache: Any, q: ArrayObject) -> Trust:
     >>> report.certified.shape, bool((report.certified < 0.1).all())
     ((1, 4, 1), True)
     """
+    # No isinstance: the class of a cache is above this module, which it imports.
+    if not hasattr(cache, "state"):
+        raise TypeError(f"cache is a {type(cache).__name__}; use a LayerCache made with certify=")
     state = cache.state
     if state is None or state.evidence is None:
         raise ValueError("the cache keeps no evidence of what it evicted; make it with certify=0, 1 or 2 and fill it")

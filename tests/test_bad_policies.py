@@ -1,17 +1,21 @@
-"""A policy that gives no ranking is refused by name, and nothing is half changed; nor is a good one blamed."""
+"""A policy that gives no ranking, or is given no numbers, is refused by name, and nothing is half changed."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from libraries import Library
 
 from momentkv import POLICIES, LayerCache, Policy, Tokens
 from momentkv._array import array_namespace
+from momentkv.policies.select import retain
 
 SIZES: dict[str, Any] = {"sinks": 1, "window": 4, "block": 3}
 
@@ -118,3 +122,81 @@ def test_no_policy_of_ours_is_blamed_for_numbers_near_the_end_of_their_dtype(nam
         for n in (30, 1, 1, 1, 1):
             cache.step(*((rng.standard_normal((2, heads, n, 4)) * scale).astype("float32") for heads in (4, 2, 2)))
     assert cache.stored < 13
+
+
+def chosen(budget: Any = 3, **sizes: Any) -> Any:
+    places = np.arange(5)[None] + np.zeros((2, 1), dtype=int)
+    return retain(places * 1.0, places, **{"budget": budget, "sinks": 1, "window": 1, **sizes})
+
+
+BUDGETS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "floats": (lambda: chosen(np.asarray([2.5, 3.0])), TypeError, "budget is float64 of shape (2,); use whole numbers"),
+    "negative": (lambda: chosen(np.asarray([3, -2])), ValueError, "budget is -2, less than sinks and window, 1 + 1"),
+    "less": (lambda: chosen(np.asarray([3, 1])), ValueError, "budget is 1, less than sinks and window, 1 + 1"),
+    "shape": (lambda: chosen(np.asarray([3, 3, 3])), ValueError, "budget has shape (3,), which does not broadcast to"),
+    "axes": (
+        lambda: chosen(np.full((3, 2), 3)),
+        ValueError,
+        "budget has shape (3, 2), which does not broadcast to (2,)",
+    ),
+    "library": (lambda: chosen(torch.tensor([3, 3])), TypeError, "budget is an array of torch, positions one of numpy"),
+    "True": (lambda: chosen(True, sinks=0), TypeError, "budget is True; use a whole number"),
+    "sinks": (lambda: chosen(sinks=-1), ValueError, "sinks is -1; it cannot be negative"),
+    "half": (lambda: chosen(sinks=1.5), TypeError, "sinks is 1.5, a float; use a whole number"),
+    "window": (lambda: chosen(window=None), TypeError, "window is None, a NoneType; use a whole number"),
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_budgets_are_refused_by_name(name: str):
+    call, error, message = BUDGETS[name]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_budgets_of_whole_numbers_hold_for_each_head():
+    assert chosen(np.asarray([3, 2])).evicted.sum(-1).tolist() == [2, 3]
+    assert chosen(np.int64(2)).evicted.sum(-1).tolist() == [3, 3]
+
+
+WHOLE, NUMBER, TRUE = "use a whole number", "use a number", "use True or False"
+
+
+@pytest.mark.parametrize(
+    ("policy", "argument", "bad", "remedy"),
+    [
+        ("caote", "fast", "no", TRUE),
+        ("caote", "fast", np.True_, TRUE),
+        ("caote", "observes", "x", WHOLE),
+        ("caote", "observes", 2.5, WHOLE),
+        ("criticalkv", "observes", "x", WHOLE),
+        ("criticalkv", "first", None, NUMBER),
+        ("criticalkv", "first", "x", NUMBER),
+        ("criticalkv", "epsilon", None, NUMBER),
+        ("criticalkv", "epsilon", [1], NUMBER),
+        ("leverage", "values", "no", TRUE),
+        ("leverage", "centred", 0, TRUE),
+        ("expected-attention", "values", None, TRUE),
+        ("random", "seed", None, WHOLE),
+        ("random", "seed", 2.5, WHOLE),
+        ("lagkv", "lag", None, WHOLE),
+        ("lagkv", "lag", 2.5, WHOLE),
+        ("balanced", "novelty", None, NUMBER),
+        ("balanced", "novelty", "x", NUMBER),
+        ("twice", "share", None, NUMBER),
+        ("twice", "share", True, NUMBER),
+    ],
+)
+def test_policies_refuse_by_name_when_they_are_made(policy: str, argument: str, bad: Any, remedy: str):
+    with pytest.raises(TypeError, match=rf"^{argument} is {re.escape(repr(bad))}.*{remedy}"):
+        POLICIES[policy](**{argument: bad})  # type: ignore[arg-type]
+
+
+def test_a_criticalkv_of_infinite_attention_is_refused():
+    with pytest.raises(ValueError, match="epsilon is inf; use a share of attention, finite"):
+        POLICIES["criticalkv"](epsilon=math.inf)  # type: ignore[call-arg]
+
+
+def test_policies_take_any_librarys_numbers():
+    assert POLICIES["balanced"](novelty=np.float32(0.5)).novelty == 0.5  # type: ignore[call-arg, attr-defined]
+    assert POLICIES["random"](seed=np.int64(3)).seed == 3  # type: ignore[call-arg, attr-defined]

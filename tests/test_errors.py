@@ -74,7 +74,10 @@ CASES: dict[str, tuple[Maker, list[str]]] = {
     "decay: high": (lambda: moments().decay(1.5), ["gamma is 1.5"]),
     "decay: negative": (lambda: moments().decay(-0.5), ["gamma is -0.5"]),
     "estimate: order": (lambda: estimate(zeros(2, 1, 4), moments(), order=2), ["order is 2"]),
-    "estimate: order of moments": (lambda: estimate(zeros(2, 1, 4), moments(order=0)), ["order is 1", "of order 0"]),
+    "estimate: order of moments": (
+        lambda: estimate(zeros(2, 1, 4), moments(order=0), order=1),
+        ["order is 1", "of order 0"],
+    ),
     "estimate: dimension": (lambda: estimate(zeros(2, 1, 5), moments()), ["q has shape (2, 1, 5)", "4"]),
     "estimate: axes": (lambda: estimate(zeros(1, 4), moments()), ["q has shape (1, 4)"]),
     "estimate: head groups": (lambda: estimate(zeros(3, 1, 4), moments()), ["q has 3 ", "2 KV heads"]),

@@ -7,9 +7,9 @@ from typing import Any
 
 from momentkv._array import Array, array_namespace, check_arrays
 from momentkv._numbers import check_kind
-from momentkv.attention import AttentionState, default_scale, group_queries, ungroup_queries
+from momentkv.attention import AttentionState, broadcastable, group_queries, ungroup_queries
 from momentkv.bounds.functions import safe_ratio
-from momentkv.bounds.reading import CompactSlope, Reading, read, read_grouped
+from momentkv.bounds.reading import CompactSlope, Reading, read, read_grouped, scaled_queries
 from momentkv.bounds.rounding import unit
 from momentkv.bounds.theorems import (
     Interval,
@@ -79,10 +79,18 @@ def value_error(
     -------
     array, shape (..., q_head, q_len)
         For the empty set the norm of the estimate, which should be zero.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, the moments have no extent, or ``scale`` is no positive, finite number.
+    TypeError
+        If an argument is of another kind, or the arrays are of several libraries.
     """
     check_kind(Moments, moments=moments)
     check_arrays(moments=moments.weight, estimate=estimate)
     reading = read(q, moments, scale=scale, slope=slope)
+    check_outputs(q, moments, estimate=estimate)
     bound = value_bound(reading, grouped(estimate, moments))
     return ungroup_queries(bound[..., None], q.shape[-3], q.shape[-2])[..., 0]
 
@@ -114,6 +122,13 @@ def output_error(
         of ``retained`` is not, since what it was computed from is not seen here: see
         `momentkv.bounds.rounding.attention_error`.
 
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, the moments have no extent, or ``scale`` is no positive, finite number.
+    TypeError
+        If an argument is of another kind, or the arrays are of several libraries.
+
     Notes
     -----
     The bound is sound, and nearly sharp for what the state holds. It says something while the logits of the evicted
@@ -121,8 +136,9 @@ def output_error(
     """
     check_kind(AttentionState, retained=retained)
     check_kind(Moments, moments=moments)
-    check_arrays(moments=moments.weight, retained=retained.out, output=output)
+    check_arrays(moments=moments.weight, **arrays_of(retained), output=output)
     reading = read(q, moments, scale=scale, slope=slope)
+    check_outputs(q, moments, **arrays_of(retained), output=output)
     out, lse = grouped(retained.out, moments), grouped(retained.lse[..., None], moments)[..., 0]
     bound = output_bound(reading, out, lse, grouped(output, moments))
     return ungroup_queries(bound[..., None], q.shape[-3], q.shape[-2])[..., 0]
@@ -149,6 +165,13 @@ def output_error_of_parts(
     -------
     array, shape (..., q_head, q_len)
 
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, the moments have no extent, or ``scale`` is no positive, finite number.
+    TypeError
+        If an argument is of another kind, or the arrays are of several libraries.
+
     Notes
     -----
     In the maximum, every part is at one end of its mass. Dinkelbach's iteration (1967, *Management Science* 13) finds
@@ -156,11 +179,16 @@ def output_error_of_parts(
     """
     check_kind(AttentionState, retained=retained)
     check_kind(Moments, parts=parts)
-    xp = check_arrays(q=q, parts=parts.weight, retained=retained.out, output=output)
-    d, kv_heads = parts.key_mean.shape[-1], parts.weight.shape[-2]
-    scaled = group_queries(xp.astype(q, parts.key_mean.dtype, copy=False), kv_heads)
-    scaled = scaled * (default_scale(d) if scale is None else scale)
-    r = read_grouped(scaled[..., None, :, :], parts)
+    xp = check_arrays(q=q, parts=parts.weight, **arrays_of(retained), output=output)
+    # Moments without an axis of parts would have their batch taken for heads.
+    if parts.weight.ndim != q.ndim - 1:
+        raise ValueError(
+            f"parts has weights of shape {tuple(parts.weight.shape)} but q has shape {tuple(q.shape)}; moments of "
+            "parts have the axes (..., kv_head, parts): stack the sets along a last axis, or of one use output_error"
+        )
+    kv_heads = parts.weight.shape[-2]
+    r = read_grouped(scaled_queries(q, parts, kv_heads, scale)[..., None, :, :], parts)
+    check_outputs(q, parts, **arrays_of(retained), output=output)
 
     def fold(x: Array) -> Array:
         return group_queries(xp.astype(x, parts.key_mean.dtype, copy=False), kv_heads)
@@ -168,6 +196,23 @@ def output_error_of_parts(
     out, lse, estimate = fold(retained.out), fold(retained.lse[..., None])[..., 0], fold(output)
     error = parts_bound(r, out, lse, estimate)
     return ungroup_queries(error[..., None], q.shape[-3], q.shape[-2])[..., 0]
+
+
+def arrays_of(retained: AttentionState) -> dict[str, Array]:
+    """The arrays of a state by the names that a message has for them."""
+    return {"retained.out": retained.out, "retained.lse": retained.lse}
+
+
+def check_outputs(q: Array, moments: Moments, **arrays: Array) -> None:
+    """Raise unless outputs and an lse are of these queries and of the moments' values: others might broadcast."""
+    for name, x in arrays.items():
+        full = tuple(q.shape[:-1]) if name.endswith("lse") else (*q.shape[:-1], moments.value_mean.shape[-1])
+        axes = len(full) - len(q.shape[:-3])
+        if tuple(x.shape[-axes:]) != full[-axes:] or not broadcastable(x.shape, full):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but for q of shape {tuple(q.shape)} and values of dimension "
+                f"{moments.value_mean.shape[-1]} it must be {full}"
+            )
 
 
 def grouped(x: Array, moments: Moments) -> Array:

@@ -6,8 +6,8 @@ import math
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace, check_arrays
-from momentkv._numbers import check_kind
-from momentkv.attention import default_scale, group_queries
+from momentkv._numbers import check_kind, whole_number
+from momentkv.attention import group_queries, scale_of
 from momentkv.bounds.rounding import FUNCTION, state_error, unit
 from momentkv.bounds.theorems import (
     Interval,
@@ -45,11 +45,14 @@ def compact_slope(moments: Moments, rank: int) -> CompactSlope:
     ------
     ValueError
         If the moments are of order 0, or the rank is out of range.
+    TypeError
+        If the rank is no whole number, or ``moments`` are none.
     """
+    check_kind(Moments, moments=moments)
     if moments.value_key is None:
         raise ValueError("moments are of order 0 and have no value-key co-moment; build them with order=1")
     dv, d = moments.value_key.shape[-2:]
-    if not 0 <= rank <= min(dv, d):
+    if not 0 <= whole_number("rank", rank) <= min(dv, d):
         raise ValueError(f"rank is {rank}; use 0 to {min(dv, d)}, the smaller dimension of keys and values")
     xp = array_namespace(moments.value_key)
     matrix = moments.value_key / positive(xp, moments.weight)[..., None, None]
@@ -113,15 +116,23 @@ def read(q: Array, moments: Moments, *, scale: float | None = None, slope: Compa
     Raises
     ------
     ValueError
-        If the moments have no extent.
+        If the moments have no extent, shapes do not fit, or ``scale`` is no positive, finite number.
+    TypeError
+        If ``moments`` or ``slope`` are something else, or the arrays are of several libraries.
     """
     check_kind(Moments, moments=moments)
+    if slope is not None:
+        check_kind(CompactSlope, slope=slope)
+    return read_grouped(scaled_queries(q, moments, moments.weight.shape[-1], scale), moments, slope)
+
+
+def scaled_queries(q: Array, moments: Moments, kv_heads: int, scale: float | None) -> Array:
+    """Queries by KV head, times the scale, in the dtype of the moments; an error where they do not fit these."""
     xp = check_arrays(q=q, moments=moments.weight)
     d = moments.key_mean.shape[-1]
     if q.ndim < 3 or q.shape[-1] != d:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (..., q_head, q_len, {d}), as the moments' keys")
-    queries = group_queries(xp.astype(q, moments.key_mean.dtype, copy=False), moments.weight.shape[-1])
-    return read_grouped(queries * (default_scale(d) if scale is None else scale), moments, slope)
+    return group_queries(xp.astype(q, moments.key_mean.dtype, copy=False), kv_heads) * scale_of(scale, d)
 
 
 def read_grouped(queries: Array, moments: Moments, slope: CompactSlope | None = None) -> Reading:

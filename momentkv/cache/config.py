@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from momentkv._array import Array
-from momentkv._numbers import flag, whole_number
+from momentkv._numbers import flag, is_one_of, whole_number
+from momentkv.attention import check_scale
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.codes import pair_of_bits
 from momentkv.policies import Policy, check_budget, get_policy
@@ -182,7 +182,7 @@ def make_config(
         raise ValueError(f"block is {block}; evict at least one token at a time")
     if exact_window < 0:
         raise ValueError(f"exact_window is {exact_window}; it cannot be negative")
-    if certify is not None and certify not in (0, 1, 2):
+    if certify is not None and not is_one_of((0, 1, 2), certify):
         raise ValueError(f"certify is {certify!r}; use None (no evidence), or its order, 0, 1 or 2")
     if tolerance is not None and (certify is None or not isinstance(tolerance, numbers.Real) or not tolerance >= 0):
         raise ValueError(
@@ -194,8 +194,7 @@ def make_config(
             f"tolerance is {tolerance} with static=True; a refused eviction needs room that static steps do not have: "
             "leave one of them out"
         )
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale is {scale!r}; use a positive, finite factor on q . k, or None for 1 / sqrt(d)")
+    check_scale(scale)
     if backend is not None and not isinstance(backend, (str, ArrayBackend)):
         raise TypeError(
             f"backend is {backend!r}; use the name of one, an ArrayBackend object, or None: the arrays then choose it"

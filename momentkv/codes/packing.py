@@ -8,10 +8,10 @@ that unpacking shifts whole blocks of bytes and nothing is moved within one.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
-from momentkv._array import Array, array_namespace, device
+from momentkv._array import Array, array_namespace, concrete, device
 
 __all__ = [
     "AUTO",
@@ -134,6 +134,15 @@ def planes_of(bits: int) -> tuple[int, ...]:
     return PLANES[bits]
 
 
+def grades_of(bits: int) -> tuple[int, int]:
+    """Bits of the finer and of the coarser channels, or an error that says which averages are graded."""
+    if whole(bits) not in GRADES:
+        raise ValueError(
+            f"bits is {bits!r}, and the standard's channels are graded; use {listed(GRADES, 'or')}, or standard.even()"
+        )
+    return GRADES[bits]
+
+
 def can_grade(bits: int, d: int) -> bool:
     """Whether channels may have graded codes of so many bits on average: in as many bytes as even ones.
 
@@ -161,14 +170,18 @@ def pack_graded(codes: Array, bits: int) -> Array:
 
     As `pack` packs each half, one behind the other.
     """
-    xp, half = array_namespace(codes), codes.shape[-1] // 2
-    fine, rough = GRADES[bits]
-    return xp.concat([pack(codes[..., :half], fine), pack(codes[..., half:], rough)], axis=-1)
+    return halves(pack, codes, bits)
+
+
+def halves(packing: Callable[[Array, int], Array], codes: Array, bits: int) -> Array:
+    """`pack_graded` by a function that packs codes of so many bits."""
+    xp, half, (fine, rough) = array_namespace(codes), codes.shape[-1] // 2, grades_of(bits)
+    return xp.concat([packing(codes[..., :half], fine), packing(codes[..., half:], rough)], axis=-1)
 
 
 def unpack_graded(packed: Array, bits: int, d: int) -> Array:
     """The inverse of `pack_graded`."""
-    xp, half, (fine, rough) = array_namespace(packed), d // 2, GRADES[bits]
+    xp, half, (fine, rough) = array_namespace(packed), d // 2, grades_of(bits)
     first = row_bytes(half, fine)
     return xp.concat([unpack(packed[..., :first], fine, half), unpack(packed[..., first:], rough, half)], axis=-1)
 
@@ -186,15 +199,33 @@ def pack(codes: Array, bits: int) -> Array:
     -------
     uint8 array, shape (..., row_bytes(d, bits))
 
+    Raises
+    ------
+    ValueError
+        If there is no code of that many bits, or a code is no whole number that fits them.
+
     Examples
     --------
     >>> import numpy as np
     >>> pack(np.asarray([1, 2, 3, 15]), 4).tolist()
     [49, 242]
     """
+    planes_of(bits)
+    xp = array_namespace(codes)
+    if not codes.ndim or not xp.isdtype(codes.dtype, "integral"):
+        raise ValueError(f"codes is {codes.dtype} of shape {tuple(codes.shape)}; use whole numbers (..., d)")
+    if concrete(codes) and 0 not in codes.shape:
+        for code in (int(xp.min(codes)), int(xp.max(codes))):
+            if not 0 <= code < 2**bits:
+                raise ValueError(f"codes has an entry {code}; with bits={bits} every code is from 0 to {2**bits - 1}")
+    return as_planes(codes, bits)
+
+
+def as_planes(codes: Array, bits: int) -> Array:
+    """`pack` of codes that are known to fit: those of `encode` do, and to look at them would ask the device."""
     xp = array_namespace(codes)
     *lead, d = codes.shape
-    planes, below = [], bits
+    parts, below = [], bits
     for width in planes_of(bits):
         below -= width
         plane = xp.astype((codes >> below) & (2**width - 1), xp.uint8)
@@ -205,8 +236,8 @@ def pack(codes: Array, bits: int) -> Array:
         packed = plane[..., :m]
         for place in range(1, count):
             packed = packed | (plane[..., place * m : (place + 1) * m] << (width * place))
-        planes.append(packed)
-    return planes[0] if len(planes) == 1 else xp.concat(planes, axis=-1)
+        parts.append(packed)
+    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
 
 
 def unpack(packed: Array, bits: int, d: int) -> Array:

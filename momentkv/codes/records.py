@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, accumulation_dtype, array_namespace, device
-from momentkv.codes.packing import GRADES, pack, pack_graded, row_bytes, unpack, unpack_graded
+from momentkv._array import Array, accumulation_dtype, array_namespace, check_arrays, device
+from momentkv._numbers import check_kind
+from momentkv.codes.packing import as_planes, grades_of, halves, row_bytes, unpack, unpack_graded
 from momentkv.codes.standard import Standard
 
 __all__ = [
@@ -52,7 +53,7 @@ def less_centre(bits: int, standard: Standard, like: Array) -> Any:
     if standard.order is None:
         return centre(bits)
     xp, half = array_namespace(like), standard.order.shape[-1] // 2
-    parts = (xp.full((half,), centre(each), dtype=like.dtype, device=device(like)) for each in GRADES[bits])
+    parts = (xp.full((half,), centre(each), dtype=like.dtype, device=device(like)) for each in grades_of(bits))
     return xp.concat(list(parts))
 
 
@@ -79,6 +80,13 @@ def encode(x: Array, standard: Standard, bits: int) -> tuple[Array, Array]:
     step : float16 array, shape (..., n)
         NaN for a token that is not finite; float32 in a library without float16.
 
+    Raises
+    ------
+    ValueError
+        If there is no code of that many bits, also where the standard grades channels; or shapes do not fit.
+    TypeError
+        If ``standard`` is no `Standard`, or the arrays are of several libraries.
+
     Notes
     -----
     A token whose largest component is above ``65504 * 2**(bits - 1)`` deviations is clipped there.
@@ -92,12 +100,19 @@ def encode(x: Array, standard: Standard, bits: int) -> tuple[Array, Array]:
     >>> bool((abs(decode(codes, step, standard, 8) - x) <= step[:, None] * standard.deviation / 2).all())
     True
     """
-    xp = array_namespace(x)
+    check_kind(Standard, standard=standard)
+    xp, d = check_arrays(x=x, standard=standard.deviation), standard.deviation.shape[-1]
+    # One channel would broadcast to all.
+    if x.ndim < 2 or x.shape[-1] != d or d == 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and the standard {d} channels; tokens are (..., n, d) with the standard's "
+            "d, at least 1: make it of such tokens, Standard.of(x)"
+        )
     z = standard.ordered(standard.standardise(x))
     middle = less_centre(bits, standard, z)
     codes, step = levels(z, middle)
     codes = xp.astype(codes + middle, xp.int32)
-    return (pack if standard.order is None else pack_graded)(codes, bits), step
+    return as_planes(codes, bits) if standard.order is None else halves(as_planes, codes, bits), step
 
 
 def levels(z: Array, middle: Any) -> tuple[Array, Array]:

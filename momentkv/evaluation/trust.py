@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from momentkv.attention import default_scale, group_queries, logits, softmax_state
+from momentkv.attention import group_queries, logits, scale_of, softmax_state
 from momentkv.bounds import output_error, read
 from momentkv.bounds.rounding import state_error, unit
 from momentkv.cache.config import wanted_queries
@@ -175,8 +175,7 @@ def compare(
         size = torch.where(kept, read_v.norm(dim=-1), 0.0).amax(-1, keepdim=True)
         extent: Any = evidence.extent
         radius = torch.maximum(size, state_error(extent).value_size[..., None])
-        factor_of_q = default_scale(q.shape[-1]) if scale is None else scale
-        queries = factor_of_q * group_queries(q, k.shape[1])
+        queries = scale_of(scale, q.shape[-1]) * group_queries(q, k.shape[1])
         lost = lost_by_codes(stored[2], queries.abs(), radius, unit(k))
         guess = estimated_loss(stored[2], weights, queries, read_v, retained.out)
         certified = certified + lost.reshape(certified.shape)

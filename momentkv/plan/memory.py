@@ -149,7 +149,7 @@ def plan(
     >>> plan(KNOWN["Llama-3.1-8B"], context=131072, budget="64MiB").budget
     458
     """
-    if bits == AUTO:
+    if isinstance(bits, str) and bits == AUTO:  # an array would compare its elements
         raise ValueError(
             f"bits is {bits!r}: what is read chooses them; `plan_codes` plans each number that it may choose"
         )
@@ -238,7 +238,7 @@ class Costs:
             raise ValueError(f"context is {context}; use at least 1 token")
         if batch < 1:
             raise ValueError(f"batch is {batch}; use at least 1 row")
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
         if block < 1:
             raise ValueError(f"block is {block}; evict at least one token at a time")

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, array_namespace
+from momentkv._numbers import real_number
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.expected import ExpectedAttention
 from momentkv.policies.novelty import Novelty, ranks
@@ -39,7 +40,7 @@ class Balanced(Policy):
     kernel: int = 5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.novelty <= 1:
+        if not 0 <= real_number("novelty", self.novelty) <= 1:
             raise ValueError(f"novelty is {self.novelty}; use a share of the budget from 0 to 1")
         Novelty(kernel=self.kernel)  # refuses a kernel that is none
 

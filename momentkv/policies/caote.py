@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
+from momentkv._numbers import flag, whole_number
 from momentkv.policies.base import Policy, Tokens
 from momentkv.statistics.weights import positive
 
@@ -55,8 +56,9 @@ class CAOTE(Policy):
     fast: bool = False
 
     def __post_init__(self) -> None:
-        if self.observes is None or self.observes < 1:
+        if self.observes is None or whole_number("observes", self.observes) < 1:
             raise ValueError(f"observes is {self.observes}; use a window of at least 1 query")
+        flag("fast", self.fast)
 
     def importance(self, tokens: Tokens) -> Array:
         xp = array_namespace(tokens.values, tokens.attention)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
+from momentkv._numbers import real_number, whole_number
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.novelty import ranks
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
@@ -52,12 +54,12 @@ class CriticalKV(Policy):
     kernel: int = 5
 
     def __post_init__(self) -> None:
-        if self.observes is None or self.observes < 1:
+        if self.observes is None or whole_number("observes", self.observes) < 1:
             raise ValueError(f"observes is {self.observes}; use a window of at least 1 query")
-        if not 0 <= self.first <= 1:
+        if not 0 <= real_number("first", self.first) <= 1:
             raise ValueError(f"first is {self.first}; use a share of the tokens from 0 to 1")
-        if not self.epsilon >= 0:
-            raise ValueError(f"epsilon is {self.epsilon}; use a share of attention of at least 0")
+        if not 0 <= real_number("epsilon", self.epsilon) < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon}; use a share of attention, finite and at least 0")
         check_kernel(self.kernel)
 
     def importance(self, tokens: Tokens) -> Array:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
+from momentkv._numbers import flag
 from momentkv._rows import plus_product, row_products
 from momentkv.policies.base import Policy, Tokens
 from momentkv.statistics.grouping import finite_max
@@ -43,6 +44,9 @@ class ExpectedAttention(Policy):
     name: ClassVar[str] = "expected-attention"
     needs_queries: ClassVar[bool] = True
     values: bool = True
+
+    def __post_init__(self) -> None:
+        flag("values", self.values)
 
     def importance(self, tokens: Tokens) -> Array:
         keys, values = tokens.vectors

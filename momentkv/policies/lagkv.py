@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace, device
+from momentkv._numbers import whole_number
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.novelty import ranks
 from momentkv.statistics.weights import positive
@@ -45,7 +46,7 @@ class LagKV(Policy):
     lag: int = 32
 
     def __post_init__(self) -> None:
-        if self.lag < 2:
+        if whole_number("lag", self.lag) < 2:
             raise ValueError(f"lag is {self.lag}; use runs of at least 2 tokens")
 
     def importance(self, tokens: Tokens) -> Array:

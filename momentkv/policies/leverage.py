@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
+from momentkv._numbers import flag
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.novelty import centred, mahalanobis
 from momentkv.statistics.weights import positive
@@ -53,6 +54,10 @@ class Leverage(Policy):
     name: ClassVar[str] = "leverage"
     values: bool = False
     centred: bool = False
+
+    def __post_init__(self) -> None:
+        flag("values", self.values)
+        flag("centred", self.centred)
 
     def importance(self, tokens: Tokens) -> Array:
         xp = array_namespace(tokens.keys, tokens.values)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device
+from momentkv._numbers import whole_number
 from momentkv.policies.base import Policy, Tokens
 
 __all__ = ["Random"]
@@ -26,7 +27,7 @@ class Random(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**31:
+        if not 0 <= whole_number("seed", self.seed) < 2**31:
             raise ValueError(f"seed is {self.seed}; use an integer from 0 to 2**31 - 1")
 
     def importance(self, tokens: Tokens) -> Array:

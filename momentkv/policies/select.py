@@ -5,7 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, array_namespace, concrete, device, mixed
+from momentkv._array import Array, array_namespace, check_broadcast, concrete, device, library, mixed
+from momentkv._numbers import whole_number
 from momentkv._typing import ArrayObject
 
 __all__ = ["Selection", "check_budget", "kept", "retain"]
@@ -55,9 +56,10 @@ def retain(
     Raises
     ------
     ValueError
-        If shapes or dtypes do not fit, or the budget is less than what always stays.
+        If shapes or dtypes do not fit, ``sinks`` or ``window`` is negative, or a budget less than what always stays.
     TypeError
-        If the budget is neither a whole number nor an array of them, or the arrays are of several libraries.
+        If the budget is neither a whole number nor an array of them, ``sinks`` or ``window`` is no whole number, or the
+        arrays are of several libraries.
 
     Examples
     --------
@@ -68,12 +70,16 @@ def retain(
     ([[0, 2, 4]], [[False, True, False, True, False]])
     """
     xp = check_ranked(importance, positions)
+    check_protected(sinks, window)
     if isinstance(budget, numbers.Integral):
-        budget = int(budget)
-        if budget < sinks + window:
-            raise ValueError(f"budget is {budget}, less than sinks and window, {sinks} + {window}, which always stay")
-    elif not hasattr(budget, "shape"):
+        budget = whole_number("budget", budget)
+        least = budget
+    elif hasattr(budget, "shape"):
+        least = least_of(budget, positions, otherwise=sinks + window)
+    else:
         raise TypeError(f"budget is {budget!r}, a {type(budget).__name__}; use a whole number, or an array of them")
+    if least < sinks + window:
+        raise ValueError(f"budget is {least}, less than sinks and window, {sinks} + {window}, which always stay")
     valid = positions >= 0
     n = positions.shape[-1]
     retained = kept(importance, positions, budget, sinks=sinks, window=window)
@@ -87,6 +93,17 @@ def retain(
     indices = xp.argsort(xp.where(retained, slots, slots + n), axis=-1, stable=True)[..., :width]
     filled = xp.arange(width, device=device(counts)) < counts[..., None]
     return Selection(indices, filled, valid & ~retained)
+
+
+def least_of(budget: Array, positions: Array, *, otherwise: int) -> int:
+    """The least of an array of budgets, one for each head; ``otherwise`` where there is none, or JAX traces."""
+    if library(budget) != library(positions):
+        raise TypeError(mixed({"budget": budget, "positions": positions}))
+    xp = array_namespace(budget, positions)
+    if not xp.isdtype(budget.dtype, "integral"):
+        raise TypeError(f"budget is {budget.dtype} of shape {tuple(budget.shape)}; use whole numbers")
+    check_broadcast("budget", budget, positions.shape[:-1])
+    return int(xp.min(budget)) if concrete(budget) and 0 not in budget.shape else otherwise
 
 
 def check_ranked(importance: Any, positions: Any) -> Any:
@@ -169,11 +186,16 @@ def protected(positions: ArrayObject, *, sinks: int, window: int) -> Array:
     return valid & ((order <= sinks) | (order > total - window))
 
 
+def check_protected(sinks: int, window: int) -> None:
+    """Raise unless the tokens that always stay are numbers of tokens."""
+    for name, value in (("sinks", sinks), ("window", window)):
+        if whole_number(name, value) < 0:
+            raise ValueError(f"{name} is {value}; it cannot be negative")
+
+
 def check_budget(budget: int, sinks: int, window: int) -> None:
     """Raise unless a budget leaves room for at least one token beside sinks and window."""
-    for name, value in (("sinks", sinks), ("window", window)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; it cannot be negative")
+    check_protected(sinks, window)
     if budget < sinks + window + 1:
         raise ValueError(
             f"budget is {budget}, but sinks ({sinks}) and window ({window}) are always retained and one more token "

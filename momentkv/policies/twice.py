@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
+from momentkv._numbers import real_number
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.expected import ExpectedAttention
 from momentkv.policies.novelty import centred, ranks
@@ -45,7 +46,7 @@ class Twice(SecondReading):
     share: float = 0.6
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
+        if not 0 <= real_number("share", self.share) <= 1:
             raise ValueError(f"share is {self.share}; use a share of the budget from 0 to 1")
 
     def importance(self, tokens: Tokens) -> Array:

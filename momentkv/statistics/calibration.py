@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from momentkv._array import Array, array_namespace, check_arrays
-from momentkv.attention import default_scale, group_queries, log_sum_exp, logits
+from momentkv.attention import group_queries, log_sum_exp, logits, scale_of
 from momentkv.statistics.expansion import estimate_expansion
 from momentkv.statistics.weights import positive
 from momentkv.statistics.window import QueryWindow
@@ -45,7 +45,7 @@ def fitted_strength(summaries: Summaries, q: Array, k: Array, *, scale: float | 
     rough = xp.where(xp.isfinite(rough), rough, xp.full_like(rough, math.nan))  # no tokens: nothing to fit
     gap = group_queries((xp.reshape(true, rough.shape) - rough)[..., None], k.shape[-3])[..., 0]
     off = group_queries(xp.astype(q, anchor.dtype, copy=False), anchor.shape[-2])
-    off = off * (default_scale(q.shape[-1]) if scale is None else scale) - anchor[..., None, :]
+    off = off * scale_of(scale, q.shape[-1]) - anchor[..., None, :]
     half = 0.5 * xp.matmul(off * off, summaries.key_variance[..., None])[..., 0]
     some = xp.isfinite(gap) & (half > 0)
     zero = xp.zeros_like(half)

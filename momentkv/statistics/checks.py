@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import numbers
+import reprlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from momentkv._array import Array, array_namespace, check_arrays, check_broadcast, concrete
-from momentkv._numbers import check_kind
+from momentkv._numbers import check_kind, is_one_of, real_number
+from momentkv.statistics.extent import Extent
 
 if TYPE_CHECKING:
     from momentkv.statistics.moments import Moments
 
-__all__ = ["check_estimate", "check_fits", "check_order", "checked_decay", "equal_anchors"]
+__all__ = [
+    "check_content",
+    "check_estimate",
+    "check_fits",
+    "check_rotation",
+    "checked_decay",
+    "equal_anchors",
+]
 
 
 def equal_anchors(one: Array, other: Array) -> bool:
@@ -22,7 +31,7 @@ def equal_anchors(one: Array, other: Array) -> bool:
 
 def check_order(order: int) -> None:
     """Raise unless ``order`` is 0, 1 or 2."""
-    if order not in (0, 1, 2):
+    if not is_one_of((0, 1, 2), order):
         raise ValueError(
             f"order is {order!r}; use 0 (means only), 1 (means and value-key co-moment) or 2 (the keys' co-moment too)"
         )
@@ -31,13 +40,34 @@ def check_order(order: int) -> None:
 def check_estimate(order: int, strength: float, most: int) -> None:
     """Raise unless moments of order ``most`` give an estimate of this order and strength."""
     check_order(order)
-    if not 0 <= strength <= 1:
+    if not 0 <= real_number("strength", strength) <= 1:
         raise ValueError(f"strength is {strength}; use 0 (no gain) to 1 (that of Gaussian logits)")
     if order > most:
         raise ValueError(
             f"order is {order} but the moments are of order {most}; "
             f"build them with Moments.from_tokens(..., order={order}), or estimate with order={most}"
         )
+
+
+def check_content(order: int, extent: Any) -> None:
+    """Raise unless this says what moments are to keep. None or a word as ``extent`` would pass for True."""
+    check_order(order)
+    if not isinstance(extent, (bool, Extent)):
+        raise TypeError(
+            f"extent is {reprlib.repr(extent)}, a {type(extent).__name__}; use True, False, or an Extent whose anchors "
+            "to measure from"
+        )
+
+
+def check_rotation(rotation: Array, key_mean: Array) -> None:
+    """Raise unless a matrix (..., d, d) of floating point turns the keys of every head."""
+    check_arrays(moments=key_mean, rotation=rotation)
+    *lead, d = key_mean.shape
+    if tuple(rotation.shape[-2:]) != (d, d):
+        raise ValueError(
+            f"rotation has shape {tuple(rotation.shape)}; its last two axes must be ({d}, {d}), the key dimension"
+        )
+    check_broadcast("rotation", rotation, (*lead, d, d))
 
 
 def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from momentkv._array import Array, array_namespace, check_arrays
-from momentkv.attention import AttentionState, default_scale, group_queries, softmax_state, ungroup_queries
+from momentkv.attention import AttentionState, group_queries, scale_of, softmax_state, ungroup_queries
 
 __all__ = ["Expandable", "Expansion", "estimate_expansion"]
 
@@ -107,7 +107,7 @@ def estimate_expansion(q: Array, expansion: Expansion, *, scale: float | None = 
     Raises
     ------
     ValueError
-        If shapes do not fit, or the queries are not of floating point.
+        If shapes do not fit, the queries are not of floating point, or ``scale`` is no positive, finite number.
     TypeError
         If queries and expansion are of several libraries, or no arrays.
 
@@ -126,7 +126,7 @@ def estimate_expansion(q: Array, expansion: Expansion, *, scale: float | None = 
     dtype = expansion.key_mean.dtype
     q_heads, q_len = q.shape[-3], q.shape[-2]
     kv_heads = expansion.log_weight.shape[-2] if expansion.log_weight.ndim > 1 else 0
-    x = group_queries(xp.astype(q, dtype, copy=False), kv_heads) * (default_scale(d) if scale is None else scale)
+    x = group_queries(xp.astype(q, dtype, copy=False), kv_heads) * scale_of(scale, d)
     if expansion.anchor is not None:
         x = x - expansion.anchor[..., None, :]
     logits = expansion.log_weight[..., None, :] + xp.matmul(x, xp.matrix_transpose(expansion.key_mean))

@@ -25,7 +25,7 @@ from momentkv._array import (
     nbytes,
 )
 from momentkv.attention import check_values
-from momentkv.statistics.checks import check_estimate, check_fits, check_order, checked_decay
+from momentkv.statistics.checks import check_content, check_estimate, check_fits, check_rotation, checked_decay
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.extent import Extent, check_orthogonal
 from momentkv.statistics.weights import (
@@ -139,10 +139,12 @@ class Moments:
         Raises
         ------
         ValueError
-            If shapes do not fit, ``order`` is not 0, 1 or 2, or logits at the anchor spread so far that the dtype would
-            lose a weight beside the largest.
+            If shapes do not fit, ``order`` is not 0, 1 or 2, or logits at the anchor are not finite, or spread so far
+            that the dtype would lose a weight beside the largest.
+        TypeError
+            If ``extent`` is neither True, False nor an `Extent`, or the arrays are of several libraries.
         """
-        check_order(order)
+        check_content(order, extent)
         xp = check_values(k, v)
         if anchor is None:
             k, v = accumulate(xp, k, v)
@@ -190,7 +192,7 @@ class Moments:
         Parameters
         ----------
         order : {0, 1, 2}
-            1 by default; see `momentkv.correction.estimate`.
+            By default the highest of 0 and 1 that the moments have; see `momentkv.correction.estimate`.
         strength : float
             Share of the gain of order 2 that is credited, 1 by default.
 
@@ -199,7 +201,7 @@ class Moments:
         ValueError
             If ``order`` is higher than the moments' own, or ``strength`` is not within 0 and 1.
         """
-        order, strength = 1 if order is None else order, 1.0 if strength is None else strength
+        order, strength = min(1, self.order) if order is None else order, 1.0 if strength is None else strength
         check_estimate(order, strength, self.order)
         xp = array_namespace(self.weight)
         weight = positive(xp, self.weight)
@@ -359,13 +361,9 @@ class Moments:
         Raises
         ------
         ValueError
-            If its last two axes are not ``(d, d)``, or it is not orthogonal although there is an extent or an anchor.
+            If it does not fit the keys, or is not orthogonal although there is an extent or an anchor.
         """
-        d = self.key_mean.shape[-1]
-        if tuple(rotation.shape[-2:]) != (d, d):
-            raise ValueError(
-                f"rotation has shape {tuple(rotation.shape)}; its last two axes must be ({d}, {d}), the key dimension"
-            )
+        check_rotation(rotation, self.key_mean)
         xp = array_namespace(self.key_mean, rotation)
         transposed = xp.matrix_transpose(xp.astype(rotation, self.key_mean.dtype, copy=False))
         key_mean = xp.matmul(self.key_mean[..., None, :], transposed)[..., 0, :]

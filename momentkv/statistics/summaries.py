@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 
 from momentkv._array import Array, accumulate, accumulate_as, array_namespace, check_arrays, check_mask, device, nbytes
-from momentkv._numbers import check_kind, whole_number
+from momentkv._numbers import check_kind, is_one_of, real_number, whole_number
 from momentkv.attention import AttentionState, check_values
 from momentkv.statistics.calibration import fitted_strength, gain_cap, refitted_cap
 from momentkv.statistics.checks import equal_anchors
@@ -107,8 +107,11 @@ class Summaries:
         if whole_number("summaries", summaries) < 1:
             raise ValueError(f"summaries is {summaries}; use at least 1")
         if not 0 <= whole_number("rank", rank) <= min(d, dv):
-            raise ValueError(f"rank is {rank}; use 0 to {min(d, dv)}, the smaller dimension of keys and values")
-        if not 0 <= strength <= 1:
+            raise ValueError(
+                f"rank is {rank}; use 0 to {min(d, dv)}, the smaller dimension of keys and values; a cache takes it as "
+                f"correction=AnchoredSummaries(rank={min(d, dv)})"
+            )
+        if not 0 <= real_number("strength", strength) <= 1:
             raise ValueError(f"strength is {strength}; use 0 (order 1) to 1")
         k, v = accumulate(xp, k, v)
 
@@ -172,6 +175,7 @@ class Summaries:
             If shapes do not fit.
         """
         check_values(k, v)
+        check_kind(QueryWindow, window=window)
         xp = check_arrays(summaries=self.anchor, window=window.mean)
         for name, x, mean in (("k", k, self.key_mean), ("v", v, self.value_mean)):
             if x.shape[:-2] != mean.shape[:-2] or x.shape[-1] != mean.shape[-1]:
@@ -209,6 +213,7 @@ class Summaries:
             If the anchors differ or shapes do not fit.
         """
         check_kind(Summaries, other=other)
+        check_kind(QueryWindow, window=window)
         xp = check_arrays(**{"the one's anchor": self.anchor, "the other's": other.anchor})
         mine, theirs = self.anchor.dtype, other.anchor.dtype
         if mine != theirs:
@@ -308,7 +313,7 @@ class Summaries:
         ValueError
             If the order is another one, or a strength is given.
         """
-        if order not in (None, 0, 1) or strength is not None:
+        if not (order is None or is_one_of((0, 1), order)) or strength is not None:
             raise ValueError(
                 f"order is {order} and strength {strength}, but summaries are of order 0 or 1 and have a strength of "
                 "their own; choose rank= and strength= in Summaries.empty"
@@ -332,14 +337,7 @@ class Summaries:
         return array_namespace(self.slope_left).matmul(self.slope_left, self.slope_right)
 
     def _group(
-        self,
-        log_weight: Array,
-        keys: Array,
-        values: Array,
-        slope: Array,
-        own: int,
-        window: QueryWindow,
-        count: Array,
+        self, log_weight: Array, keys: Array, values: Array, slope: Array, own: int, window: QueryWindow, count: Array
     ) -> Summaries:
         """Divide weighted points into groups; the first ``own`` have ``key_variance`` and ``slope`` within."""
         xp = array_namespace(keys)
@@ -393,4 +391,5 @@ def estimate_summaries(q: Array, summaries: Summaries, *, scale: float | None = 
     >>> bool(np.allclose(estimate_summaries(q, few).out, attend(q, k, v).out))
     True
     """
+    check_kind(Summaries, summaries=summaries)
     return estimate_expansion(q, summaries.expansion(), scale=scale)

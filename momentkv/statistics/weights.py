@@ -26,9 +26,9 @@ def weighted(xp: Any, weights: Array, k: Array) -> Array:
     """Weights in the accumulation dtype of ``k``, one for every token of every head."""
     if library(weights) != library(k):
         raise TypeError(mixed({"weights": weights, "k": k}))
-    if weights.dtype == xp.bool:
+    if not xp.isdtype(weights.dtype, ("integral", "real floating")):
         raise ValueError(
-            f"weights is {weights.dtype} of shape {tuple(weights.shape)}; pass numbers, or a mask as mask="
+            f"weights is {weights.dtype} of shape {tuple(weights.shape)}; pass real numbers, or a mask as mask="
         )
     check_broadcast("weights", weights, k.shape[:-1])
     weights = xp.astype(weights, k.dtype, copy=False)
@@ -69,6 +69,8 @@ def attended(k: Array, weight: Array, anchor: Array) -> tuple[Array, Array]:
         To be multiplied by ``exp(log_scale)`` yet.
     """
     xp = array_namespace(k, weight, anchor)
+    if concrete(anchor) and not bool(xp.all(xp.isfinite(anchor))):
+        raise ValueError("anchor has an entry that is not finite; use the scaled query of one, or the mean of several")
     some = weight > 0
     logits = xp.matmul(k, anchor[..., None])[..., 0]
     top = xp.full_like(anchor[..., 0], -math.inf)

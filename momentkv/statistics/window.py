@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from momentkv._array import Array, accumulate, check_arrays
-from momentkv.attention import default_scale, group_queries
+from momentkv._numbers import whole_number
+from momentkv.attention import group_queries, scale_of
 
 __all__ = ["QueryWindow"]
 
@@ -25,8 +26,17 @@ class QueryWindow(NamedTuple):
 
     @classmethod
     def from_queries(cls, q: Array, kv_heads: int, *, scale: float | None = None) -> QueryWindow:
-        """Window of the given queries, shape (..., kv_head * group, q_len, d); ``scale`` as in attention."""
+        """Window of the given queries, shape (..., kv_head * group, q_len, d); ``scale`` as in attention.
+
+        Raises
+        ------
+        ValueError
+            If there is no query, or shapes do not fit.
+        """
         xp = check_arrays(q=q)
+        if q.ndim < 3 or q.shape[-2] == 0:
+            raise ValueError(f"q has shape {tuple(q.shape)}; give at least one query, (..., q_head, q_len, d)")
+        kv_heads = whole_number("kv_heads", kv_heads)
         (grouped,) = accumulate(xp, group_queries(q, kv_heads))
-        grouped = grouped * (default_scale(q.shape[-1]) if scale is None else scale)
+        grouped = grouped * scale_of(scale, q.shape[-1])
         return cls(xp.mean(grouped, axis=-2), xp.var(grouped, axis=-2))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from momentkv import bounds, correction
+from momentkv._numbers import whole_number
 from momentkv.attention import AttentionState
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.bounds.rounding import attention_error
@@ -50,6 +51,7 @@ def check_backend(
     dtypes : sequence of str
         Of the inputs.
     batches, seed : int
+        Batches of 40 cases, at least 1, and the seed that they are drawn by.
 
     Returns
     -------
@@ -60,6 +62,8 @@ def check_backend(
     ------
     AssertionError
         Naming the primitive, the case's seed and by how much it errs beyond rounding.
+    ValueError
+        If ``batches`` is below 1, with which nothing would be checked.
 
     Notes
     -----
@@ -71,6 +75,7 @@ def check_backend(
     80
     """
     subject = get_backend(backend)
+    check_batches(batches)
     for index in range(batches):
         rng = np.random.default_rng([seed, index])
         batch = draw(rng, HEADS, dtype=dtypes[index % len(dtypes)])
@@ -80,6 +85,12 @@ def check_backend(
             _check_stored(subject, batch, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
         _check_writes(subject, rng, asarray, asnumpy, f"batch {index} of seed {seed}")
     return batches * HEADS
+
+
+def check_batches(batches: int) -> None:
+    """Raise unless there is something to check."""
+    if whole_number("batches", batches) < 1:
+        raise ValueError(f"batches is {batches}; use at least 1, for fewer check nothing")
 
 
 def _check_attend(
@@ -251,12 +262,15 @@ def check_library(
     ------
     AssertionError
         If a certificate is violated or not finite.
+    ValueError
+        If ``batches`` is below 1.
 
     Examples
     --------
     >>> check_library(np.asarray, np.asarray, batches=2)
     80
     """
+    check_batches(batches)
     for index in range(batches):
         rng = np.random.default_rng([seed, index])
         batch = draw(rng, HEADS, dtype=dtypes[index % len(dtypes)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from momentkv._numbers import is_one_of
 from momentkv.statistics.corrections.base import Correction
 from momentkv.statistics.corrections.moments import PaperMoments
 from momentkv.statistics.corrections.narrow import NarrowCorrection
@@ -58,7 +59,7 @@ def get_correction(correction: str | Correction, *, order: int | None = 1, bits:
     >>> get_correction("moments", order=0), get_correction("moments", order=None)
     (PaperMoments(order=0), NoCorrection())
     """
-    if order not in (None, 0, 1):
+    if order is not None and not is_one_of((0, 1), order):
         raise ValueError(f"order is {order!r}; use None (plain eviction), 0 or 1")
     if not isinstance(correction, Correction):
         if not isinstance(correction, str) or correction not in CORRECTIONS:
@@ -66,7 +67,7 @@ def get_correction(correction: str | Correction, *, order: int | None = 1, bits:
                 f"correction is {correction!r}; use one of {', '.join(CORRECTIONS)}, or a Correction object"
             )
         correction = CORRECTIONS[correction]
-    if bits not in (None, 16) or isinstance(bits, bool):
+    if bits is not None and not is_one_of((16,), bits):
         raise ValueError(f"statistics_bits is {bits!r}; use 16, or None for full precision")
     chosen = NoCorrection() if order is None else correction.of_order(order)
     return chosen if bits is None or not chosen.exact.vectors else NarrowCorrection(chosen.exact)

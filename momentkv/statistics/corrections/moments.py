@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array
+from momentkv._numbers import is_one_of
 from momentkv.statistics.corrections.base import Correction
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
@@ -38,7 +39,7 @@ class PaperMoments(Correction):
     order: int = 1
 
     def __post_init__(self) -> None:
-        if self.order not in (0, 1):
+        if not is_one_of((0, 1), self.order):
             raise ValueError(f"order is {self.order!r}; use 1 (the paper's) or 0 (means only)")
 
     def of_order(self, order: int) -> PaperMoments:
