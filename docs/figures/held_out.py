@@ -56,12 +56,12 @@ PAPER = {"SmolLM2": ("paper.json",)}
 ORDERS = {"none": "none", "order-0": "order 0", "order-1": "order 1"}
 
 SELECTIONS = ("snapkv/none", "expected-attention/none", "momentkv/none")
-OURS = ("default", "default@4", "default@auto", "default@tried", "twice@4", "twice@auto", "twice@tried")
+OURS = ("default", "default@4", "default@auto", "twice@4", "twice@auto")
 SHOWN = (
     *SELECTIONS, "momentkv/order-1", "kvzip/none", "kvpress AdaKV(SnapKV)", "kvpress AdaKV(ExpectedAttention)",
     "kvpress ExpectedAttention", "kvpress KVzip", "snapkv/none@4", "expected-attention/none@4", *OURS,
 )  # fmt: skip
-BOLD = ("default", "default@auto", "default@tried", "twice@auto", "twice@tried")
+BOLD = ("default", "default@auto", "twice@auto")
 
 # KL (or another measure) of each text, by model, method and bytes as tokens.
 Found = dict[tuple[str, str, int], dict[str, float]]

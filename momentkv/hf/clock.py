@@ -27,6 +27,9 @@ class Beat:
         self.flushes = flushes
         self.next: Beat = self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Beat:
+        return self  # never changed once the ring is closed
+
 
 def ring(block: int, flushes: Sequence[int], first: Sequence[bool] = ()) -> Beat:
     """The beat before the first step of a ring in which the given steps (from 1 to ``block``) flush.
