@@ -398,7 +398,7 @@ def test_results_in_another_text_of_that_name_are_not_gone_on_with(
         (["--samples", "0"], "samples is 0; use at least 1"),
         (["--seed", "-1"], "seed is -1; use 0 or"),
         (["--lengths", "20"], "length is 20, but the needle and the chat template take"),
-        (["--budgets", "20"], "budget is 20, but at least 34 tokens"),
+        (["--budgets", "20"], "budget is 20, whose bytes hold 20 tokens beside the statistics, at least 34"),
         (["--haystack", "no such text"], "text is 'no such text'"),
         (["--seed", "1"], "holds results of another protocol (seed is 0 there, 1 now); name"),
     ],

@@ -133,19 +133,15 @@ def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
     """Settings of a command, at equal bytes: its methods, or all its policies with all its corrections."""
     counted, always = options.bytes // 8, always_of(options)
     if options.methods:
-        named = [setting_of(method) for method in options.methods]
-        return [
-            dataclasses.replace(setting, method=x.method, trial=x.trial)
-            for x in named
-            for setting in settings_grid(
-                model,
-                [x.policy],
-                options.budgets,
-                [(x.order, x.kind, x.sharing, x.bits)],
-                itemsize=counted,
-                **always,
-            )
-        ]
+        grid: list[Setting] = []
+        for x in map(setting_of, options.methods):
+            ways = [(x.order, x.kind, x.sharing, x.bits)]
+            try:
+                own = settings_grid(model, [x.policy], options.budgets, ways, itemsize=counted, **always)
+            except ValueError as error:
+                raise ValueError(f"{error}, or leave {x.method!r} out of methods") from None
+            grid += [dataclasses.replace(setting, method=x.method, trial=x.trial) for setting in own]
+        return grid
     corrections = [CHOICES[name] for name in options.corrections]
     called = {Setting("", 0, *correction): name for name, correction in CHOICES.items()}
     return [

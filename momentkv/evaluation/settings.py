@@ -250,6 +250,7 @@ def settings_grid(
         If that leaves none.
     """
     grid, budgets, coupled, least = list[Setting](), list(budgets), "", sinks + window + 1
+    most = 0
     for budget in budgets:
         for policy in policies:
             for correction in corrections:
@@ -257,6 +258,7 @@ def settings_grid(
                 exact = exact_tokens(setting.bits, sinks=sinks, window=window, exact_window=exact_window)
                 beside = budget - moment_tokens(model, setting, itemsize=itemsize) - exact
                 tokens = exact + math.floor(beside / record_share(model, setting, itemsize=itemsize))
+                most = max(most, tokens)
                 if tokens >= least and setting.sharing in SHARING_BY_HEADS and get_policy(policy).couples_heads:
                     coupled = get_policy(policy).name
                 elif tokens >= least:
@@ -268,8 +270,8 @@ def settings_grid(
         )
     if not grid:
         raise ValueError(
-            f"budget is {max(budgets)}, but at least {least} tokens must be retained beside what a correction costs; "
-            "use a larger one"
+            f"budget is {max(budgets)}, whose bytes hold {max(0, most)} tokens beside the statistics, at least {least} "
+            "must be retained (sinks, window and one); use a larger budget"
         )
     return grid
 
