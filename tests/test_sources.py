@@ -81,6 +81,8 @@ def test_a_folder_that_is_no_model_says_what_it_holds(
 def test_a_gguf_file_that_is_not_there_is_not_looked_up(tmp_path: Path):
     with pytest.raises(ValueError, match=r"model is '.*x\.gguf', but there is no such file"):
         load_model(str(tmp_path / "x.gguf"))
+    with pytest.raises(ValueError, match=r"model is '.*x', but there is no such folder"):
+        load_model(str(tmp_path / "x"))
 
 
 def test_a_gguf_file_without_its_package_names_the_extra(

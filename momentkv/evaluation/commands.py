@@ -15,7 +15,7 @@ from momentkv.evaluation.gap import measure_gap
 from momentkv.evaluation.report import environment, progress_bar, read_json, save_figure, show, write_json
 from momentkv.evaluation.settings import CHOICES, Setting, bytes_as_tokens, check_evicts, setting_of, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, digest_of, load_model, load_text, tokenize
-from momentkv.evaluation.split import REPORT_TEXTS, roles_of, said_of
+from momentkv.evaluation.split import REPORT_TEXTS, number_of_texts, roles_of, said_of
 
 __all__ = ["check_methods", "fidelity", "finished", "gap", "grid_of", "save"]
 
@@ -102,7 +102,9 @@ def fidelity(options: argparse.Namespace) -> int:
                 save(path, options, protocol, rows, roles)
                 progress.advance(task)
     save(path, options, protocol, rows, roles, complete=True)
-    title = f"{name}: {options.context} tokens of context, next {options.following}, mean of {len(texts)} texts"
+    title = (
+        f"{name}: {options.context} tokens of context, next {options.following}, mean of {number_of_texts(len(texts))}"
+    )
     lines = fidelity_lines(rows)
     show(console, fidelity_table(lines, title=title, bits=options.bytes))
     for line in said_of(roles):

@@ -85,6 +85,8 @@ def located(name: str) -> tuple[str, str | None]:
         if not path.is_file():
             raise ValueError(f"model is {name!r}, but there is no such file; give the path of a GGUF file")
         return str(path.parent), path.name
+    if path.is_absolute() and not path.is_dir():
+        raise ValueError(f"model is {name!r}, but there is no such folder; give that of a model, or a Hugging Face id")
     if not path.is_dir() or (path / "config.json").is_file():
         return name, None
     files = sorted(x.name for x in path.iterdir() if x.suffix.lower() == ".gguf")

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["REPORT_HAYSTACK", "REPORT_TEXTS", "Role", "role_of", "roles_of", "said_of"]
+__all__ = ["REPORT_HAYSTACK", "REPORT_TEXTS", "Role", "number_of_texts", "role_of", "roles_of", "said_of"]
 
 Part = Literal["choosing", "reporting", "unnamed"]
 # What the suite reads: topics and a module that come with every Python, one text of each four to six thousand words.
@@ -75,6 +75,17 @@ def role_of(name: str, text: str = "") -> Role:
 def roles_of(texts: dict[str, str]) -> dict[str, Any]:
     """Roles of texts by their names, as results have them."""
     return {name: role_of(name, text)._asdict() for name, text in texts.items()}
+
+
+def number_of_texts(count: int) -> str:
+    """How many texts something is of, in words.
+
+    Examples
+    --------
+    >>> number_of_texts(1), number_of_texts(4)
+    ('1 text', '4 texts')
+    """
+    return f"{count} text{'s' if count != 1 else ''}"
 
 
 def said_of(roles: dict[str, Any]) -> list[str]:

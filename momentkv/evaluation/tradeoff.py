@@ -12,6 +12,7 @@ from rich.table import Table
 from momentkv.evaluation.gather import kind_of_result
 from momentkv.evaluation.lines import Row, fidelity_lines, needle_lines, needles_of
 from momentkv.evaluation.report import bits_of, empty_table, read_json, save_figure, show, tokens_in
+from momentkv.evaluation.split import number_of_texts
 
 __all__ = ["join", "tradeoff"]
 
@@ -83,8 +84,8 @@ def tradeoff(options: argparse.Namespace) -> int:
     if options.length is not None:
         asked = [row for row in asked if row["length"] == options.length]
     points = join(fidelity["rows"], asked)
-    texts = len({row["text"] for row in fidelity["rows"]})
-    title = f"{models.pop()}: KL over {texts} texts of {fidelity['protocol']['context']} tokens, needles in prose"
+    texts = number_of_texts(len({row["text"] for row in fidelity["rows"]}))
+    title = f"{models.pop()}: KL over {texts} of {fidelity['protocol']['context']} tokens, needles in prose"
     show(console, tradeoff_table(points, title=title, bits=bits))
     console.print(f"plot: {save_figure(plot_tradeoff(points, title=title), options.output)}", soft_wrap=True)
     return 0

@@ -120,7 +120,7 @@ def notes_of(result: Plan) -> list[str]:
         f"the correction costs as much as {extra:.1f} more tokens/head" if extra else "plain eviction, no correction"
     )
     if result.retained + result.waiting > result.context:
-        lines.append("nothing is evicted yet at this context")
+        lines.append("nothing is evicted yet; room to come is counted")
     return lines
 
 
