@@ -5,6 +5,7 @@ Run: python examples/document.py [--model ID_OR_PATH] [--text FILE] [--question 
 
 import argparse
 import copy
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -108,4 +109,7 @@ def ask(model: Any, tokenizer: Any, cache: Any, document: torch.Tensor, question
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"document.py: {error}")

@@ -1,13 +1,15 @@
 """Long context in little memory: any causal language model of transformers, with a cache that stays within a budget.
 
-Run: python examples/generate.py [--model ID_OR_PATH] [--text FILE] [--budget 256]
+Run: python examples/generate.py [--model ID_OR_PATH] [--text FILE] [--budget 256] [--bits auto]
 """
 
 import argparse
+import sys
 
 import torch
 from transformers import TextStreamer
 
+from momentkv.codes import bits_from_text
 from momentkv.evaluation.sources import load_model, load_text, tokenize
 from momentkv.hf import MomentCache
 
@@ -18,12 +20,13 @@ def main() -> None:
     parser.add_argument("--text", default="compound", help="a file, or a topic of Python's language reference")
     parser.add_argument("--tokens", type=int, default=3000, help="tokens of the text to read")
     parser.add_argument("--budget", type=int, default=256, help="tokens retained per KV head")
+    parser.add_argument("--bits", type=bits_from_text, help="4, say, or auto: as many as lose least in these bytes")
     parser.add_argument("--new-tokens", type=int, default=60)
     options = parser.parse_args()
 
     model, tokenizer = load_model(options.model)
     ids = tokenize(tokenizer, load_text(options.text), options.tokens).to(model.device)
-    cache = MomentCache(model, budget=options.budget)
+    cache = MomentCache(model, budget=options.budget, bits=options.bits)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -41,4 +44,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"generate.py: {error}")

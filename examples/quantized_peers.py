@@ -3,8 +3,8 @@
 KIVI (arXiv 2402.02750) codes keys per channel, over groups of 32 tokens, and values per token, over groups of 32
 channels; each group has a scale and an offset of 16 bits, and the newest 128 tokens stay exact. It keeps all tokens.
 Beside it, the same layout for the tokens that an eviction retains. `QuantizedCache` needs a package of its own:
-pip install optimum-quanto (or hqq), and is left out without it. What is stored is counted, every number that is no code
-as 16 bits. Minutes for each text on one core.
+pip install optimum-quanto (or hqq), and is left out without `--backends`. What is stored is counted, every number that
+is no code as 16 bits. Minutes for each text on one core.
 
 Run: python examples/quantized_peers.py [--texts FILE ...] [--budgets 128 256 512] [--backends quanto hqq] [--output X]
 """
