@@ -205,7 +205,7 @@ BAD = {
     "dimension": ({"q": np.zeros((2, 4, 3, 5))}, ["q has head dimension 5", "6"]),
     "values": ({"v": np.zeros((2, 2, N - 1, 5))}, ["v has (2, 2, 39, 5)"]),
     "order of the moments": (
-        {"moments": Moments.from_tokens(*arrays()[1:], order=0)},
+        {"moments": Moments.from_tokens(*arrays()[1:], order=0), "order": 1},
         ["order is 1", "order 0"],
     ),
 }
