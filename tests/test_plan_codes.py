@@ -45,6 +45,19 @@ def test_plans_of_bits_that_are_chosen_are_those_of_a_cache(
         assert one.total <= parse_budget(budget).total
 
 
+@pytest.mark.parametrize(("seen", "coded"), [(60, False), (91, False), (92, True)])
+@torch.inference_mode()
+def test_bits_are_chosen_when_a_block_more_than_the_budget_has_come(seen: int, coded: bool, tmp_path: Path):
+    model = tiny("llama")
+    model.config.save_pretrained(tmp_path)
+    cache = momentkv.hf.MomentCache(model, 60, bits="auto")
+    model(prompt(1, seen), past_key_values=cache)
+    totals = {each.total for each in plan_codes(find_shape(str(tmp_path)), seen, 60, dtype="float32").values()}
+    assert (len(totals) > 1) == coded
+    assert all((core.config.bits is not None) == coded for core in cache.moment_layers.values())
+    assert coded or totals == {cache.nbytes}
+
+
 def test_tokens_in_few_bits_are_those_of_a_plan_of_these_bits():
     """The bytes of a total are the same whichever bits take them."""
     shape = KNOWN["Qwen2.5-7B"]
