@@ -44,6 +44,28 @@ def test_a_reset_that_is_interrupted_changes_nothing(family: str, layer: int, mo
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("bits", [None, "auto"])
+def test_a_reset_that_is_interrupted_at_its_end_changes_nothing(bits: Any, monkeypatch: pytest.MonkeyPatch):
+    """What was chosen for the text, shares and bits, is part of what stays."""
+    model = tiny("llama")
+    cache = MomentCache(model, budget=40, bits=bits)
+    model(prompt(1, 200), past_key_values=cache)
+    twin, shared = copy.deepcopy(cache), cache.shared_budgets[0]
+    whole = shared.reset
+
+    def interrupted() -> None:
+        whole()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "reset", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.reset()
+    more = prompt(1, 40, seed=1)
+    assert torch.equal(model(more, past_key_values=cache).logits, model(more, past_key_values=twin).logits)
+    assert cache.nbytes == twin.nbytes
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral sliding"])
 @pytest.mark.parametrize("records", [False, True])
 def test_no_more_is_taken_back_than_was_read(family: str, records: bool):

@@ -211,10 +211,13 @@ def is_rival(method: str) -> bool:
 
     Examples
     --------
-    >>> [is_rival(x) for x in ("snapkv/none@4", "kvzip/none", "kvpress KVzip", "snapkv/none", "default@4")]
-    [True, True, True, False, False]
+    >>> [is_rival(x) for x in ("snapkv/none@4", "kvzip/none", "kvpress KVzip")]
+    [True, True, True]
+    >>> [is_rival(x) for x in ("snapkv/none", "snapkv/none-heads", "default@4", "kvpress TOVA")]
+    [False, False, False, False]
     """
-    return ("/none" in method or method.startswith("kvpress ")) and not is_selection(method)
+    name, rounds, _ = method.partition("@")
+    return "kvzip" in method.lower() or bool(rounds and name.endswith("/none"))
 
 
 def is_selection(method: str) -> bool:

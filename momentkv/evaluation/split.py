@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 __all__ = ["REPORT_HAYSTACK", "REPORT_TEXTS", "Role", "number_of_texts", "role_of", "roles_of", "said_of"]
 
 Part = Literal["choosing", "reporting", "unnamed"]
-# What the suite reads: topics and a module that come with every Python, one text of each four to six thousand words.
+# What the suite reads: topics and a module that come with every Python, each of four thousand words or more.
 REPORT_TEXTS = (
     "string-methods",
     "typesseq",
