@@ -66,10 +66,10 @@ def demo(options: argparse.Namespace) -> int:
     console = Console()
     if options.new_tokens < 2:
         raise ValueError(f"--new-tokens is {options.new_tokens}; use at least 2, the first of which is not timed")
+    text = load_text(options.text)[options.skip :]
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     count = options.context + options.following + 1
-    text = load_text(options.text)[options.skip :]
     tokenize(tokenizer, text, count, name=options.text)  # long enough without what is hidden in it
     text = hide(tokenizer, text, options.context)
     ids = tokenize(tokenizer, text, count, name=options.text).to(model.device)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from momentkv.cli import main
 from momentkv.evaluation.report import save_figure
 
-MODULES = ("commands", "needles", "trust", "sources")
+MODULES = ("demo", *(f"evaluation.{x}" for x in ("commands", "needles", "trust", "stream", "sources", "lm_eval.tasks")))
 FIDELITY = ["fidelity", "--context", "200", "--following", "40", "--budgets", "64", "--methods", "snapkv/none"]
 
 
@@ -21,7 +21,7 @@ FIDELITY = ["fidelity", "--context", "200", "--following", "40", "--budgets", "6
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files of several kinds, in a folder where no model can be loaded."""
     for name in MODULES:
-        module = importlib.import_module(f"momentkv.evaluation.{name}")
+        module = importlib.import_module(f"momentkv.{name}")
         monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bytes.txt").write_bytes(b"\x89\xb8\xff")
@@ -86,26 +86,25 @@ def test_what_is_no_file_of_a_command_is_named(
         ("cut.json", "'cut.json' is no JSON, or was cut off"),
     ],
 )
+@pytest.mark.parametrize(
+    "arguments",
+    [[*FIDELITY, "--text", "compound"], ["needles"], ["tasks", "--tasks", "niah_single_1"]],
+    ids=lambda x: x[0],
+)
 def test_results_are_not_gone_on_with_from_another_file(
-    output: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], output: str, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     """The one that is there stays; ``--fresh`` alone would discard it."""
-    commands = importlib.import_module("momentkv.evaluation.commands")
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(commands, "measure", lambda *_, **__: pytest.fail("something was measured"))
     before = (folder / output).read_bytes()
-    assert main(["evaluate", *FIDELITY, "--text", "compound", "--output", output]) == 1
+    assert main(["evaluate", *arguments, "--output", output]) == 1
     assert message in said(capsys)
     assert (folder / output).read_bytes() == before
 
 
-def test_a_text_that_is_none_is_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    commands = importlib.import_module("momentkv.evaluation.commands")
-    monkeypatch.setattr(commands, "load_model", lambda *_: (None, None))
-    assert main(["evaluate", *FIDELITY, "--text", "bytes.txt"]) == 1
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", ["demo", *(f"evaluate {x}" for x in ("fidelity", "gap", "stream", "trust"))])
+def test_a_text_that_is_none_is_named(command: str, capsys: pytest.CaptureFixture[str]):
+    assert main([*command.split(), "--text", "bytes.txt"]) == 1
     assert "'bytes.txt' is no text in UTF-8; convert it, or name another file" in said(capsys)
 
 

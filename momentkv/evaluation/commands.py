@@ -35,10 +35,11 @@ def fidelity(options: argparse.Namespace) -> int:
     console = Console()
     check_methods(options)
     texts = options.text or list(REPORT_TEXTS)
+    said = {text: load_text(text) for text in texts}
+    earlier = earlier_results(options)
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     count = options.context + options.following + 1
-    said = {text: load_text(text) for text in texts}
     ids = {text: tokenize(tokenizer, said[text][options.skip :], count, name=text) for text in texts}
     roles = roles_of({Path(text).name: said[text] for text in texts})
     grid = grid_of(model, options)
@@ -57,7 +58,7 @@ def fidelity(options: argparse.Namespace) -> int:
         "head_error": f"at every {ERRORS_EVERY}-th following token",
         "momentkv": code_version(),
     }
-    rows = [] if options.fresh else finished(options.output, protocol)
+    rows = finished(earlier, protocol, options.output)
     done = {(row["text"], row["policy"], row["correction"], row["bytes_as_tokens"]) for row in rows}
 
     def size(setting: Setting) -> int:
@@ -186,22 +187,36 @@ def save(
     write_json(path, content | {"roles": roles, "rows": rows})
 
 
-def finished(path: str | Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """Results of an earlier run of the same protocol.
+def earlier_results(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What an earlier run left in the file that a command writes, read before a model is loaded.
 
     Raises
     ------
     ValueError
-        If the file holds results of another protocol.
+        If the file holds something else.
     """
-    if not Path(path).exists():
-        return []
+    path = Path(options.output)
+    if options.fresh or not path.exists():
+        return None
     content: Any = read_json(path)
     if not (isinstance(content, dict) and "protocol" in content and "rows" in content):
         raise ValueError(
             f"output is {str(path)!r}, which holds something else than results; name another file, or discard what it "
             "holds with --fresh"
         )
+    return content
+
+
+def finished(content: dict[str, Any] | None, protocol: dict[str, Any], path: str | Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same protocol; none where nothing was left.
+
+    Raises
+    ------
+    ValueError
+        If they are of another protocol.
+    """
+    if content is None:
+        return []
     if content["protocol"] != protocol:
         raise ValueError(
             f"output {str(path)!r} holds results of another protocol ({differing(content['protocol'], protocol)}); "
@@ -234,9 +249,9 @@ def gap(options: argparse.Namespace) -> int:
 
     console = Console()
     check_evicts(options)
+    said = load_text(options.text)
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
-    said = load_text(options.text)
     ids = tokenize(tokenizer, said[options.skip :], options.context + options.following, name=options.text)
     setting = Setting(options.policy, options.budget, *CHOICES[options.correction])
     with console.status("measuring attention of every layer and head"):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from momentkv.cache.config import EXACT_WINDOW
 from momentkv.evaluation.code import code_version
-from momentkv.evaluation.commands import called, check_methods, finished, grid_of, in_segments, save
+from momentkv.evaluation.commands import called, check_methods, earlier_results, finished, grid_of, in_segments, save
 from momentkv.evaluation.haystack import KEYS, TASKS, Haystack, make_haystack
 from momentkv.evaluation.report import progress_bar, save_figure, show, write_json
 from momentkv.evaluation.retrieval import Cell, measure_haystack
@@ -43,6 +43,7 @@ def needles(options: argparse.Namespace) -> int:
     check(options)
     console = Console()
     text = None if options.haystack is None else load_text(options.haystack)
+    earlier = None if options.write_haystacks is not None else earlier_results(options)
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     cells = [(question, setting) for question in options.question for setting in grid_of(model, options)]
@@ -74,7 +75,7 @@ def needles(options: argparse.Namespace) -> int:
         path = write_json(options.write_haystacks, {"protocol": protocol, "haystacks": [exported(x) for x in planned]})
         console.print(f"{len(planned)} haystacks: {path}", soft_wrap=True)
         return 0
-    rows = [] if options.fresh else finished(options.output, protocol)
+    rows = finished(earlier, protocol, options.output)
     if rows:
         console.print(f"{len(rows)} results found in {options.output}; --fresh discards them")
     path = Path(options.output)

@@ -77,9 +77,9 @@ def measure_stream(
 def stream(options: argparse.Namespace) -> int:
     """Run ``momentkv evaluate stream``."""
     console = Console()
+    text = load_text(options.text)[options.skip :]
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
-    text = load_text(options.text)[options.skip :]
     ids = tokenize(tokenizer, text, options.context + options.following, name=options.text)
     with console.status(f"reading {ids.shape[1]} tokens"):
         attended = capture(model, ids)

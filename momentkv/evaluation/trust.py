@@ -233,9 +233,9 @@ def trust(options: argparse.Namespace) -> int:
     if setting.bits is None:  # else tokens are rounded, whether any goes or not
         check_evicts(options)
     console = Console()
+    text = load_text(options.text)[options.skip :]
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
-    text = load_text(options.text)[options.skip :]
     ids = tokenize(tokenizer, text, options.context + options.following, name=options.text)
     with console.status("measuring errors of every layer and head"):
         points = measure_trust(model, ids, options.context, setting)

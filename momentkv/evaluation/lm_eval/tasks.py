@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 
 from momentkv.evaluation.code import code_version
-from momentkv.evaluation.commands import check_methods, finished, grid_of, save
+from momentkv.evaluation.commands import check_methods, earlier_results, finished, grid_of, save
 from momentkv.evaluation.lm_eval.shared import SharedLM
 from momentkv.evaluation.report import progress_bar, save_figure, show
 from momentkv.evaluation.report_plots import plot_tasks
@@ -41,6 +41,7 @@ def tasks(options: argparse.Namespace) -> int:
     """Let a model answer tasks of lm_eval with every cache; write JSON, a plot and a table."""
     check(options)
     console = Console()
+    earlier = earlier_results(options)
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
     settings = grid_of(model, options)
@@ -72,7 +73,7 @@ def tasks(options: argparse.Namespace) -> int:
         "momentkv": code_version(),
     }
     path = Path(options.output)
-    rows = [] if options.fresh else finished(path, protocol)
+    rows = finished(earlier, protocol, path)
     if rows:
         console.print(f"{len(rows)} answers found in {path}; --fresh discards them")
     with console.status("making the documents of the tasks"):
