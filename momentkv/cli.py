@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print(f"momentkv: interrupted; {kept(options, before)}", file=sys.stderr)
+        tell(f"interrupted; {kept(options, before)}")
         return INTERRUPTED
     except ModuleNotFoundError as error:
         message = str(error)
@@ -70,12 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if extra is None:
                 raise
             message += f"; run pip install 'momentkv[{extra}]'"
-        print(f"momentkv: {message}", file=sys.stderr)
+        tell(message)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does; nothing more can be written to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"momentkv: {error}", file=sys.stderr)
+        tell(str(error))
     return 1
+
+
+def tell(message: str) -> None:
+    """Say what went wrong on stderr: words are not cut where a terminal ends; elsewhere it is one line."""
+    message = f"momentkv: {message}"
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        message = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
+    print(message, file=sys.stderr)
 
 
 def check_counts(options: argparse.Namespace) -> None:

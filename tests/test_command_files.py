@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,16 @@ def test_results_that_cannot_be_written_say_where(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output is '.*file/x.json', which cannot be written"):
         report.write_json(tmp_path / "file" / "x.json", {})
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_error_is_one_line_or_as_wide_as_the_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(["evaluate", "trust", "--context", "200", "--budget", "300"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("momentkv: budget is 300")
+    assert (len(lines) > 1) == terminal
+    assert not terminal or max(map(len, lines)) <= 60
