@@ -199,6 +199,11 @@ OF_QUERIES: Calls = {
     "KV heads": (lambda: QueryWindow.from_queries(Q, 2.0), TypeError, "kv_heads is 2.0, a float; use a whole number"),
     "negative heads": (lambda: QueryWindow.from_queries(Q, -1), ValueError, "no multiple of the -1 KV heads"),
     "summaries None": (lambda: estimate_summaries(Q, None), TypeError, "summaries is a NoneType; use Summaries"),
+    "reanchor": (
+        lambda: SUMMARIES.reanchor(np.ones(4)),
+        ValueError,
+        "anchor has shape (4,); give one for each KV head",
+    ),
     "update": (lambda: SUMMARIES.update(K, V, window=None), TypeError, "window is a NoneType; use QueryWindow"),
     "merge": (lambda: SUMMARIES.merge(SUMMARIES, None), TypeError, "window is a NoneType; use QueryWindow"),
     "strength": (lambda: Summaries.empty(K, V, strength=None), TypeError, "strength is None, a NoneType; use a number"),
@@ -222,6 +227,27 @@ OF_CODES: Calls = {
     "list": (lambda: encode(X.tolist(), STANDARD, 4), TypeError, "x is a list; pass an array"),
     "graded": (lambda: encode(X, GRADED, 8), ValueError, "bits is 8, and the standard's channels are graded; use 3, 4"),
     "decode": (lambda: decode(*encode(X, GRADED, 4), GRADED, 8), ValueError, "bits is 8, and the standard's channels"),
+    "decode bits": (lambda: decode(*encode(X, STANDARD, 4), STANDARD, 5), ValueError, "codes is uint8 of shape (5, 8)"),
+    "decode channels": (
+        lambda: decode(*encode(X, STANDARD, 4), Standard.of(X[:, :8]), 4),
+        ValueError,
+        "codes is uint8 of shape (5, 8); 8 codes of bits=4 are uint8 (..., 4)",
+    ),
+    "decode step": (
+        lambda: decode(encode(X, STANDARD, 4)[0], np.ones(1, np.float16), STANDARD, 4),
+        ValueError,
+        "step has shape (1,), codes (5, 8); give one step for each token",
+    ),
+    "unpack": (
+        lambda: unpack(np.ones(3, np.uint8), 4, 8),
+        ValueError,
+        "codes is uint8 of shape (3,); 8 codes of",
+    ),
+    "unpack signed": (
+        lambda: unpack(np.ones(4, int), 4, 8),
+        ValueError,
+        "codes is int64 of shape (4,); 8 codes of",
+    ),
     "negative": (lambda: pack(np.asarray([3, -1]), 4), ValueError, "codes has an entry -1; with bits=4 every code is"),
     "large": (
         lambda: pack(np.asarray([3, 16]), 4),

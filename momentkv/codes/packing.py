@@ -253,13 +253,22 @@ def unpack(packed: Array, bits: int, d: int) -> Array:
     uint8 array, shape (..., d)
         int32 where a code has more than 8 bits.
 
+    Raises
+    ------
+    ValueError
+        If there is no code of that many bits, or as many bytes hold another number of codes.
+
     Examples
     --------
     >>> import numpy as np
     >>> unpack(np.asarray([49, 242], dtype=np.uint8), 4, 4).tolist()
     [1, 2, 3, 15]
     """
-    xp = array_namespace(packed)
+    xp, size = array_namespace(packed), row_bytes(d, bits)
+    if not packed.ndim or packed.shape[-1] != size or packed.dtype != xp.uint8:
+        raise ValueError(
+            f"codes is {packed.dtype} of shape {tuple(packed.shape)}; {d} codes of bits={bits} are uint8 (..., {size})"
+        )
     codes, start = None, 0
     for width in planes_of(bits):
         count, m = 8 // width, -(-d * width // 8)

@@ -146,8 +146,24 @@ def coarse(z: Array, standard: Standard, bits: int) -> Array:
 
 
 def decode(codes: Array, step: Array, standard: Standard, bits: int) -> Array:
-    """Tokens (..., n, d) of records, in the accumulation dtype of the standard."""
+    """Tokens (..., n, d) of records, in the accumulation dtype of the standard.
+
+    Raises
+    ------
+    ValueError
+        If there is no code of that many bits, the bytes are not those of the standard's channels, or there is not one
+        step for each token.
+    TypeError
+        If ``standard`` is no `Standard`, or the arrays are of several libraries.
+    """
+    check_kind(Standard, standard=standard)
+    check_arrays(step=step, standard=standard.deviation)
     xp = array_namespace(codes, step)
+    if tuple(step.shape) != tuple(codes.shape[:-1]):
+        raise ValueError(
+            f"step has shape {tuple(step.shape)}, codes {tuple(codes.shape)}; give one step for each token, as encode "
+            "returns them"
+        )
     dtype = accumulation_dtype(xp, standard.deviation.dtype)
     levels = xp.astype(unpacked(codes, standard, bits), dtype)
     levels = (levels - less_centre(bits, standard, levels)) * xp.astype(step, dtype)[..., None]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from momentkv.statistics.moments import Moments
 
 __all__ = [
+    "check_anchor",
     "check_content",
     "check_estimate",
     "check_fits",
@@ -68,6 +69,12 @@ def check_rotation(rotation: Array, key_mean: Array) -> None:
             f"rotation has shape {tuple(rotation.shape)}; its last two axes must be ({d}, {d}), the key dimension"
         )
     check_broadcast("rotation", rotation, (*lead, d, d))
+
+
+def check_anchor(anchor: Array, own: Array) -> None:
+    """Raise unless an anchor is one of the same make as that of a state: another shape might broadcast."""
+    if tuple(anchor.shape) != tuple(own.shape):
+        raise ValueError(f"anchor has shape {tuple(anchor.shape)}; give one for each KV head, shape {tuple(own.shape)}")
 
 
 def check_fits(fields: Iterable[str], one: Moments, other: Moments) -> None:

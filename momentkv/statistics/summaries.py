@@ -17,7 +17,7 @@ from momentkv._array import Array, accumulate, accumulate_as, array_namespace, c
 from momentkv._numbers import check_kind, is_one_of, real_number, whole_number
 from momentkv.attention import AttentionState, check_values
 from momentkv.statistics.calibration import fitted_strength, gain_cap, refitted_cap
-from momentkv.statistics.checks import equal_anchors
+from momentkv.statistics.checks import check_anchor, equal_anchors
 from momentkv.statistics.clustering import low_rank
 from momentkv.statistics.expansion import Expansion, estimate_expansion
 from momentkv.statistics.grouping import part, shares, total_weights
@@ -249,14 +249,19 @@ class Summaries:
         anchor : array, shape (..., d)
             Scaled query.
 
+        Raises
+        ------
+        ValueError
+            If it is not one for each KV head.
+
         Notes
         -----
-        `estimate_summaries` is unchanged to rounding (while the cap does not bind): a quadratic expanded around
-        another point is the same quadratic. So the new state approximates the summaries that the tokens themselves
-        would give at that anchor, as well as the estimate does there. Repeated moves do not drift. If only the shift of
-        the means or only that of the weights were damped, they would diverge.
+        `estimate_summaries` is unchanged to rounding (while the cap does not bind): it is the same quadratic. So the
+        new state approximates the summaries that the tokens themselves would give at that anchor, as well as the
+        estimate does there. Moves do not drift; they would if only the shift of means, or of weights, were damped.
         """
         xp = check_arrays(summaries=self.anchor, anchor=anchor)
+        check_anchor(anchor, self.anchor)
         anchor = xp.astype(anchor, self.anchor.dtype, copy=False)
         delta = anchor - self.anchor
         gain = self.strength[..., None] * self.key_variance * delta
