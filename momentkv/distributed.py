@@ -45,6 +45,8 @@ def merge_states(state: AttentionState, group: Any = None) -> AttentionState:
         If no process group is initialised.
     TypeError
         If ``state`` is no `AttentionState`, or its arrays are not of PyTorch.
+    ValueError
+        If a gradient is asked for, which would lack what is of other ranks.
 
     Notes
     -----
@@ -53,6 +55,8 @@ def merge_states(state: AttentionState, group: Any = None) -> AttentionState:
     """
     check_kind(AttentionState, state=state)
     check_tensors(out=state.out, lse=state.lse)
+    if torch.is_grad_enabled() and (state.out.requires_grad or state.lse.requires_grad):
+        raise ValueError("state requires a gradient, which merging has none of; detach() it, or use torch.no_grad()")
     check_group()
     out, lse = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in state)
     top = lse.clone()

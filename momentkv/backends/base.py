@@ -271,6 +271,10 @@ class ArrayBackend:
         """``x`` without what a library remembers of how it was computed."""
         return x
 
+    def differentiates(self, x: Array) -> bool:
+        """Whether a gradient with respect to ``x`` is asked for."""
+        return False
+
 
 def share(part: AttentionState, whole: AttentionState, weights: Array) -> Array:
     """Weights (..., kv_head, group, q_len, n) over a part of the tokens, as weights over all of them."""

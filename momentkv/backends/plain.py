@@ -16,6 +16,7 @@ from momentkv.statistics.expansion import Expansion
 __all__ = [
     "Prepared",
     "decode_plain",
+    "differentiated",
     "estimate_expansion",
     "flash",
     "flash_fits",
@@ -38,7 +39,13 @@ def flash_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and q.shape[-1] == v.shape[-1]
         and k.shape[-2] > 0
         and min(*q.shape, *k.shape) > 0
+        and not differentiated(q, k, v)  # its lse has no gradient, and nothing says so
     )
+
+
+def differentiated(*tensors: torch.Tensor) -> bool:
+    """Whether a gradient is asked for."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def flash(

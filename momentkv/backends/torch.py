@@ -22,6 +22,7 @@ from momentkv.backends.operators import DTYPES, decode, reads_codes
 from momentkv.backends.placed import kept
 from momentkv.backends.plain import (
     Prepared,
+    differentiated,
     estimate_expansion,
     flash,
     flash_fits,
@@ -199,6 +200,9 @@ class TorchBackend(ArrayBackend):
     def detach(self, x: Array) -> Array:
         return x.detach()
 
+    def differentiates(self, x: Array) -> bool:
+        return differentiated(x)
+
     def correct(self, retained: AttentionState, q: Array, expansion: Expansion, *, scale: float) -> Array:
         return joined_output(retained, estimate_expansion(q, expansion, scale=scale))
 
@@ -340,7 +344,7 @@ def decode_tiers(
 
 def with_own_recent(q: torch.Tensor, tiers: Tiers) -> Tiers:
     """Tiers whose recent tokens are copies where a graph keeps them: later steps write into the cache's."""
-    if not (torch.is_grad_enabled() and q.requires_grad):
+    if not differentiated(q):
         return tiers
     return tiers._replace(recent_keys=tiers.recent_keys.clone(), recent_values=tiers.recent_values.clone())
 
@@ -377,9 +381,8 @@ def only_written(
 
 def fuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether the Triton kernel takes these tensors: on CUDA, of one of its dtypes, without a gradient."""
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     fitting = q.is_cuda and q.ndim == 4 and q.dtype == k.dtype == v.dtype and q.dtype in DTYPES
-    return fitting and not differentiated and has_triton()
+    return fitting and not differentiated(q, k, v) and has_triton()
 
 
 @cache

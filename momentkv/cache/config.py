@@ -18,6 +18,7 @@ from momentkv.statistics.corrections import Correction, get_correction
 __all__ = [
     "EXACT_WINDOW",
     "MODEL_DEFAULTS",
+    "NO_GRADIENT",
     "RECENT_QUERIES",
     "CacheConfig",
     "exact_tokens",
@@ -30,6 +31,11 @@ MODEL_DEFAULTS: dict[str, Any] = {"policy": "balanced", "correction": "summaries
 # Queries that the correction is anchored at: the last of a prefill, and while decoding an average that fades at this
 # rate. RoPE turns queries, so that an average over many positions says little about the next ones.
 RECENT_QUERIES = 32
+# What a step says whose arrays would be needed again, and are written over by then.
+NO_GRADIENT = (
+    "a gradient is asked for, but a static cache changes its buffers in place; run it under torch.no_grad(), or make "
+    "the cache with static=False"
+)
 # Newest tokens of the window that stay exact where retained ones have few bits: an exact one costs as much as four.
 EXACT_WINDOW = 8
 # Queries of a prefill that expected attention is that of: over so many positions RoPE has turned what turns fast.

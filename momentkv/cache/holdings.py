@@ -304,14 +304,17 @@ class Holdings:
 
     @property
     def is_ticked(self) -> bool:
-        """Whether steps are static and a row or head has filled its block or its recent tier; asks the device."""
+        """Whether steps are static and a row or head has filled its block or its recent tier; asks the device.
+
+        Ticks count padding: what a row does then depends on no row beside it.
+        """
         state = self.state
         if state is None or state.ticks is None or not self.is_fixed:
             return False
         xp = array_namespace(state.ticks)
         limits = [budget + self.config.block for budget in self.budgets or []]
         full = state.ticks >= xp.asarray(limits, dtype=state.ticks.dtype, device=device(state.ticks))
-        return bool(xp.any(full | (state.recent_count >= self.config.recent)))
+        return bool(xp.any(full | (state.ticks - state.counts >= self.config.recent)))
 
     @property
     def is_full(self) -> bool:

@@ -10,10 +10,10 @@ from momentkv._array import Array, array_namespace, device
 from momentkv._typing import ArrayObject
 from momentkv.attention import check_values, default_scale
 from momentkv.backends import ArrayBackend
-from momentkv.cache.config import EXACT_WINDOW, RECENT_QUERIES, CacheConfig, checked_budget, make_config
+from momentkv.cache.config import EXACT_WINDOW, NO_GRADIENT, RECENT_QUERIES, CacheConfig, checked_budget, make_config
 from momentkv.cache.eviction import evicted_state, importance_of, without_newest
 from momentkv.cache.holdings import Holdings
-from momentkv.cache.observing import observed_queries, real_ones_last
+from momentkv.cache.observing import observed_queries, real_ones_last, without_padding
 from momentkv.cache.state import LayerState, NewTokens, hidden, joined, place, told
 from momentkv.cache.step import arrived, attended, check_like_stored, check_step, decoded, fresh, remembered, started
 from momentkv.cache.threads import alone
@@ -238,13 +238,16 @@ class LayerCache(Holdings):
         positions = xp.arange(self.seen, self.seen + k.shape[-2], dtype=xp.int32, device=device(k))
         positions = xp.broadcast_to(positions, k.shape[:-1])
         new = fresh(self.config, k, v, positions)
-        self.new = new if self.new is None else joined(self.new, new)
+        with backend.as_given():
+            self.new = new if self.new is None else joined(self.new, new)
 
     def attend(self, q: ArrayObject, *, valid: ArrayObject | None = None) -> Array:
         """Attend from the queries of the tokens appended last, corrected by the moments (second part of `step`)."""
         state, new = self.awaiting(q)
         backend = self.config.backend_of(q)
         xp = array_namespace(q, new.keys)
+        if self.config.static and backend.differentiates(q):
+            raise RuntimeError(NO_GRADIENT)
         if valid is not None:
             new = hidden(new, valid, q.shape[-2], ask=not self.is_fixed)
         if new.length == 1 and not self.recording and (self.is_fixed or state.filled < state.layout.recent):
@@ -288,7 +291,9 @@ class LayerCache(Holdings):
         if valid is not None:
             new = hidden(new, valid, valid.shape[-1])
         backend = config.backend_of(q)
-        new, q = real_ones_last(new, backend.detach(q), ask=not self.is_fixed)
+        with backend.as_given():
+            new, q = real_ones_last(new, backend.detach(q), ask=not self.is_fixed)
+            q = without_padding(new, q)
         state = remembered(config, state, new, q, scale=self.attention_scale)
         if q.shape[-2] >= RECENT_QUERIES and (config.remembers_queries or config.keep_queries):
             self.newest_queries = backend.copy(q[..., max(q.shape[-2] - config.newest, 0) :, :])

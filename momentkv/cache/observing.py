@@ -12,7 +12,7 @@ from momentkv.cache.packing import View
 from momentkv.cache.state import LayerState, NewTokens
 from momentkv.policies import Policy
 
-__all__ = ["observed", "observed_queries", "of_real_queries", "real_ones_last"]
+__all__ = ["observed", "observed_queries", "of_real_queries", "real_ones_last", "without_padding"]
 
 
 def of_real_queries(weights: Array, new: NewTokens) -> Array:
@@ -56,6 +56,16 @@ def real_ones_last(new: NewTokens, q: Array, *, ask: bool = True) -> tuple[NewTo
         new.padded,
     )
     return arranged, xp.reshape(take_rows(grouped, index), q.shape)
+
+
+def without_padding(new: NewTokens, q: Array) -> Array:
+    """The newest tokens' queries, those of padding set to zero: they may be anything, also NaN."""
+    if not new.padded:
+        return q
+    xp = array_namespace(q)
+    real = new.positions[..., new.length - q.shape[-2] :] >= 0
+    real = xp.repeat(real, q.shape[-3] // real.shape[-2], axis=-2)
+    return xp.where(real[..., None], q, xp.zeros_like(q))
 
 
 def observed(policy: Policy, state: LayerState, weights: Array) -> LayerState:

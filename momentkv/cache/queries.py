@@ -40,6 +40,8 @@ def remember(
     count = recent.shape[-2]
     (grouped,) = accumulate(xp, group_queries(recent, kv_heads))
     grouped = xp.reshape(grouped, (*grouped.shape[:-2], -1, count, grouped.shape[-1])) * scale
+    if real is not None:  # that of padding may be anything, also what times zero is not zero
+        grouped = xp.where(real[..., None, :, None], grouped, xp.zeros_like(grouped))
     dtype = grouped.dtype
     if real is None or (count == 1 and mean is not None):
         new_mean, new_square = (xp.mean(x, axis=(-3, -2)) for x in (grouped, grouped * grouped))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from momentkv.backends.autocast import without_autocast
-from momentkv.cache.config import CacheConfig
+from momentkv.cache.config import NO_GRADIENT, CacheConfig
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.state import PACKED
 
@@ -195,10 +195,7 @@ def check_static(core: LayerCache) -> None:
 def check_step(query: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """Which rows' new tokens are no padding, bool (batch, 1, 1), or None; raise where a static step would be wrong."""
     if torch.is_grad_enabled() and query.requires_grad:
-        raise RuntimeError(
-            "a gradient is asked for, but a static cache changes its buffers in place; run the model under "
-            "torch.no_grad(), or make the cache with static=False"
-        )
+        raise RuntimeError(NO_GRADIENT)
     if attention_mask is None:
         return None
     if tuple(attention_mask.shape) != (query.shape[0], 1, 1, 1) or attention_mask.dtype != torch.bool:
