@@ -146,8 +146,10 @@ def test_a_share_is_of_the_tokens_read_at_each_prefill(sharing: str):
         assert all(part.stored < part.budget + part.block for part in parts(cache))
     with torch.no_grad():
         before = [part.budget for part in parts(whole)]
-        model(ids[:, :5], past_key_values=whole)  # a few tokens are no prefill
+        model(ids[:, :1], past_key_values=whole)
         assert [part.budget for part in parts(whole)] == before
+        model(ids[:, :4], past_key_values=whole)  # too few to share anew: all grow alike
+        assert {new - old for new, old in zip([part.budget for part in parts(whole)], before, strict=True)} <= {0, 1}
         model(ids[:, :155], past_key_values=whole)
     assert sum(part.budget for part in parts(whole)) / len(before) == pytest.approx(100, abs=4)
     whole.reset()
@@ -268,3 +270,45 @@ def test_a_total_that_was_too_small_for_many_rows_serves_fewer(family: str):
     assert (int(cache.get_seq_length()), cache.nbytes) == (0, 0)
     model(prompt(1, 30), past_key_values=cache)
     assert int(cache.get_seq_length()) == 30
+
+
+@pytest.mark.parametrize("sharing", ["heads", "layers", "uniform"])
+@pytest.mark.parametrize("chunk", [5, 16, 31, 64])
+def test_a_share_is_of_all_that_was_read_however_small_its_chunks(chunk: int, sharing: Any):
+    """Chunks below 32 tokens were not counted: half of 600 tokens were 34."""
+    cache = MomentCache(tiny("llama"), 0.5, sharing=sharing)
+    generate(tiny("llama"), cache, prompt(1, 600), max_new_tokens=2, prefill_chunk_size=chunk)
+    budgets = [budget for core in cache.moment_layers.values() for budget in core.budgets or []]
+    mean = sum(budgets) / len(budgets)
+    assert 290 <= mean <= 300
+    assert all(part.stored < part.budget + part.block for part in parts(cache))
+
+
+def test_a_share_of_one_evicts_nothing_in_chunks_and_guesses_do_not_count():
+    model, cache = tiny("llama"), MomentCache(tiny("llama"), 1.0)
+    full = DynamicCache(config=model.config)
+    ids = prompt(1, 140)
+    with torch.no_grad():
+        for start, stop in ((0, 34), (34, 39), (39, 69), (69, 70), (70, 140)):
+            ours = model(ids[:, start:stop], past_key_values=cache).logits
+            exact = tiny("llama", "sdpa")(ids[:, start:stop], past_key_values=full).logits
+            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+    half = MomentCache(model, 0.5)
+    with torch.no_grad():
+        model(ids, past_key_values=half)
+        before = [core.budgets for core in half.moment_layers.values()]
+        half.activate_past_recording()
+        model(ids[:, :5], past_key_values=half)
+    assert [core.budgets for core in half.moment_layers.values()] == before
+
+
+def test_records_that_are_still_to_be_made_anew_are_counted():
+    """A byte for each row and head of padded batches in few bits."""
+    model = tiny("gemma3 full")
+    settings: dict[str, Any] = {"sharing": "uniform", "correction": "moments", "exact_window": 0}
+    cache = MomentCache(model, "60KiB", bits=3, sinks=3, window=1, block=4, **settings)
+    ids, mask = left_padded([prompt(1, n) for n in (67, 20, 67)])
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert any(core.stored_state.early is not None for core in cache.moment_layers.values())
+    assert cache.nbytes <= 60 * 1024

@@ -187,6 +187,20 @@ def test_strength_is_the_least_squares_fit_with_its_prior(backend: Library, case
     assert_within(backend.numpy(fitted.cap), backend.numpy(state.cap) * ratio, 4 * unit() * backend.numpy(state.cap))
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 12])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_where_every_token_is_a_group_the_strength_is_not_fitted_to_rounding(
+    backend: Library, tokens: int, dtype: str, size: float
+):
+    """Variances and gaps are rounding then, and their quotient was any number, clipped to 0 or 1."""
+    rng = np.random.default_rng(tokens)
+    q, k, v = (backend.asarray(size * rng.standard_normal((heads, n, 16)), dtype) for heads, n in
+               ((4, 32), (2, tokens), (2, tokens)))  # fmt: skip
+    state = Summaries.empty(k, v, summaries=12).update(k, v, QueryWindow.from_queries(q, 2))
+    np.testing.assert_allclose(backend.numpy(state.calibrate(q, k).strength), 0.75, rtol=0.02)
+
+
 def least_gain(library: Library, q: np.ndarray, state: Summaries, scale: float) -> np.ndarray:
     """Root of the sum of squares of the gains at full strength, a KV head."""
     off = scale * f64(q) - oracle.to_query_heads(library.numpy(state.anchor), q.shape[-3], -2)[..., None, :]

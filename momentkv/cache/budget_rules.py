@@ -33,7 +33,7 @@ class BudgetRule:
 
 @dataclasses.dataclass(frozen=True)
 class Share(BudgetRule):
-    """A share of the tokens read, counted at every prefill and every chunk of one.
+    """A share of the tokens read, counted at every pass of several tokens.
 
     Parameters
     ----------
@@ -106,7 +106,8 @@ class TotalBytes(BudgetRule):
         if config.remembers_queries:
             state += 2 * k.shape[-1] * sum_bytes(k, v)
         if config.bits is not None or whole:
-            state += pair + k.shape[-1] * k.dtype.itemsize  # mean and deviation of keys, deviation of values
+            # Mean and deviation of keys, deviation of values, and whether records are still to be made anew.
+            state += pair + k.shape[-1] * k.dtype.itemsize + 1
             if config.remembers_queries:
                 state += order_bytes((config.bits or USUAL)[0], k.shape[-1])
             if config.certify is not None:

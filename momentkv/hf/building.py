@@ -165,7 +165,7 @@ def apply_rule(cache: Any, index: int, k: Any, v: Any) -> None:
     rule, layers = cache.rule, cache.passes.moments
     if rule is None or not layers:
         return
-    seen, tokens = int(cache.passes.length), 0
+    seen, new, tokens = int(cache.passes.length), k.shape[2], 0
     if cache.layers[index] is not layers[0]:
         if isinstance(rule, TotalBytes) and not seen:
             check_alike(cache, rule, index, k, v)
@@ -179,16 +179,21 @@ def apply_rule(cache: Any, index: int, k: Any, v: Any) -> None:
         for shared in coded:
             shared.beside = bytes_beside(config, k, v)
     elif isinstance(rule, Share):
-        if seen and k.shape[2] < RECENT_QUERIES:
+        if seen and (new == 1 or (layers[0].record_past and new < RECENT_QUERIES)):
             return  # decoding, or a few guessed tokens
-        tokens = rule.tokens(seen + k.shape[2], cache.least)
+        tokens = rule.tokens(seen + new, cache.least)
+    before = tokens
     for shared in cache.shared_budgets:
-        shared.average = tokens
-    if cache.shared_budgets and seen:
+        before, shared.average = shared.average, tokens
+    if cache.shared_budgets and seen and new >= RECENT_QUERIES:
         return  # each has its share, until the eviction that is to come shares anew
     for layer in layers:
         budget = layer.core.budget
-        layer.core.budget = tokens if isinstance(budget, int) else [tokens] * len(budget)
+        if cache.shared_budgets and seen:  # too few queries to share anew: shares grow alike
+            budget = budget * tokens // before if isinstance(budget, int) else [x * tokens // before for x in budget]
+        else:
+            budget = tokens if isinstance(budget, int) else [tokens] * len(budget)
+        layer.core.budget = budget
 
 
 def bytes_of_windows(cache: Any, k: Any, v: Any) -> int:

@@ -55,7 +55,7 @@ class MomentCache(GeneratingCache):
         A decoder-only model with ``attn_implementation="momentkv"``.
     budget : int, float, str or sequence of int
         Tokens retained for each KV head, sinks and window included: one number, or one for each layer. A float in
-        (0, 1] is that share of the tokens read, counted at every prefill (or chunk of one). A string like ``"64MiB"``
+        (0, 1] is that share of the tokens read, counted at every pass of several tokens. A string like ``"64MiB"``
         is the size of the whole cache, everything counted.
     sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"}, optional
         What shares one budget. ``"uniform"``: nothing, every KV head has the same. Otherwise the budget is an average,

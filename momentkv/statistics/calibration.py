@@ -19,11 +19,22 @@ __all__ = ["CAP", "fitted_strength", "gain_cap", "refitted_cap"]
 
 # No query is credited with more than so many times the mean variance gain of the window. A quadratic has no bound.
 CAP = 3.0
+# Units of rounding in a gap: of the sums of two logits over some hundred channels, and of two lse.
+ROUNDINGS = 8
 
 
 def gain_cap(strength: Array, key_variance: Array, query_variance: Array) -> Array:
     """Largest gain that is credited, shape (...): so many times its mean over queries of that variance."""
     return CAP * 0.5 * strength * array_namespace(strength).sum(key_variance * query_variance, axis=-1)
+
+
+def rounding_of(scaled: Array, k: Array, mask: Array | None) -> Array:
+    """What rounding may change in a gap of two ``lse``, shape (..., query): a few units of the largest logit."""
+    xp = array_namespace(scaled, k)
+    length = xp.linalg.vector_norm(xp.astype(k, scaled.dtype, copy=False), axis=-1)
+    length = length if mask is None else xp.where(mask, length, xp.zeros_like(length))
+    largest = xp.linalg.vector_norm(scaled, axis=-1) * xp.max(length, axis=-1)[..., None]
+    return ROUNDINGS * xp.finfo(scaled.dtype).eps * (1 + largest)
 
 
 def refitted_cap(summaries: Summaries, strength: Array, q: Array, *, scale: float | None) -> Array:
@@ -44,13 +55,16 @@ def fitted_strength(summaries: Summaries, q: Array, k: Array, *, scale: float | 
     rough = estimate_expansion(q, flat.expansion(), scale=scale).lse
     rough = xp.where(xp.isfinite(rough), rough, xp.full_like(rough, math.nan))  # no tokens: nothing to fit
     gap = group_queries((xp.reshape(true, rough.shape) - rough)[..., None], k.shape[-3])[..., 0]
-    off = group_queries(xp.astype(q, anchor.dtype, copy=False), anchor.shape[-2])
-    off = off * scale_of(scale, q.shape[-1]) - anchor[..., None, :]
+    scaled = group_queries(xp.astype(q, anchor.dtype, copy=False), anchor.shape[-2]) * scale_of(scale, q.shape[-1])
+    off = scaled - anchor[..., None, :]
     half = 0.5 * xp.matmul(off * off, summaries.key_variance[..., None])[..., 0]
     some = xp.isfinite(gap) & (half > 0)
     zero = xp.zeros_like(half)
     half, gap = xp.where(some, half, zero), xp.where(some, gap, zero)
     square = xp.sum(half * half, axis=-1)
-    fitted = (xp.sum(half * gap, axis=-1) + summaries.strength * square) / positive(xp, 2 * square)
+    # What gaps may have lost counts as prior: a fit to rounding would be any number.
+    lost = xp.where(some, rounding_of(scaled, k, mask), zero)
+    prior = square + xp.sum(lost * lost, axis=-1)
+    fitted = (xp.sum(half * gap, axis=-1) + summaries.strength * prior) / positive(xp, square + prior)
     fitted = xp.minimum(xp.maximum(fitted, xp.zeros_like(fitted)), xp.ones_like(fitted))
     return xp.where(square > 0, fitted, summaries.strength)

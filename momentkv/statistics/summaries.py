@@ -278,9 +278,9 @@ class Summaries:
     def calibrate(self, q: Array, k: Array, *, scale: float | None = None, mask: Array | None = None) -> Summaries:
         r"""Fit the strength to queries whose true ``lse`` over the tokens is still at hand.
 
-        $\alpha$ minimises $\sum_i (g_i - \alpha h_i)^2 + (\alpha_0 - \alpha)^2 \sum_i h_i^2$, where
+        $\alpha$ minimises $\sum_i (g_i - \alpha h_i)^2 + (\alpha_0 - \alpha)^2 \sum_i (h_i^2 + r_i^2)$, where
         $h_i = \tfrac12 \Delta_i^\top D \Delta_i$, $g_i$ is what the estimate of order 1 lacks of the true
-        ``lse``, and $\alpha_0$ the present strength: data and prior weigh alike. Clipped to [0, 1].
+        ``lse``, $r_i$ what it may have lost to rounding, and $\alpha_0$ the present strength. Clipped to [0, 1].
 
         Parameters
         ----------
