@@ -166,7 +166,7 @@ def larger(lines: pd.DataFrame) -> dict[str, Any]:
     sizes = sorted(set(both["bytes"]))
     table = []
     for (model, ours, other), group in both.groupby(["model", "method", "method_other"]):
-        at = {x.bytes: f"{number(x.kl)} / {number(x.kl_other)}" for x in group.itertuples()}
+        at = {x.bytes: f"{number(x.kl)}{SPACE}/{SPACE}{number(x.kl_other)}" for x in group.itertuples()}
         table.append([model, code(ours), code(other), *(at.get(size, "") for size in sizes)])
     return {"sizes": [str(size) for size in sizes], "lines": table}
 
