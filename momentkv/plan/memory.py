@@ -137,8 +137,9 @@ def plan(
     Notes
     -----
     Exact after a prompt and in all later steps; a bound while fewer tokens have been read than the budget and a block,
-    in several passes. Memory outside the cache is not counted: while a prompt is read in one pass, each layer holds all
-    of it until it is cut to the budget.
+    in several passes, and where heads that share a budget leave the rest of a division (a token each at most). Memory
+    outside the cache is not counted: while a prompt is read in one pass, each layer holds all of it until it is cut to
+    the budget.
 
     Examples
     --------
