@@ -102,6 +102,34 @@ def test_masks_that_say_something_else_than_before_are_refused_and_change_nothin
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_mask_of_constant_width_has_room_for_tokens_to_come(static: bool):
+    (model, cache, mask), (_, other, _) = read_padded(static=static), read_padded(static=static)
+    with torch.no_grad():
+        for step in range(6):
+            mask, ids = longer(mask), prompt(2, 1, seed=step)
+            wide = torch.nn.functional.pad(mask, (0, 64 - mask.shape[1]))
+            a, b = (
+                model(ids, attention_mask=shown, past_key_values=one).logits
+                for shown, one in ((mask, cache), (wide, other))
+            )
+            assert torch.equal(a, b)
+            assert torch.equal(cache.padding.codes, other.padding.codes)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("width", [1, 40])
+def test_a_mask_over_fewer_tokens_than_were_seen_is_refused_and_changes_nothing(width: int, static: bool):
+    (model, cache, mask), (_, other, _) = read_padded(static=static), read_padded(static=static)
+    ids = prompt(2, 1, seed=3)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=f"attention_mask has length {width}, but 41 tokens.*pass a mask over all"):
+            model(ids, attention_mask=mask[:, -width:], past_key_values=cache)
+        a, b = (model(ids, attention_mask=longer(mask), past_key_values=one).logits for one in (cache, other))
+    assert torch.equal(a, b)
+    assert torch.equal(cache.padding.codes, other.padding.codes)
+
+
 def test_no_mask_after_padding_is_refused():
     model, cache, _ = read_padded()
     with torch.no_grad(), pytest.raises(ValueError, match=r"shows token 0 of row 1 \(5 in all\)"):

@@ -281,6 +281,30 @@ def test_a_compiled_forward_is_the_same_without_positions_or_mask_and_so_is_a_pa
         assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
 
 
+@pytest.mark.parametrize("wide", [True, False], ids=["constant width", "as wide as the tokens"])
+def test_a_compiled_step_finds_its_token_in_masks_of_any_width(wide: bool, dynamo: Any):
+    """Of a mask with room for tokens to come, the newest token is not the last, which is zero as padding is."""
+    model = build(FAMILIES["llama"](), dtype="float64")
+    plain, static = pair(model)[1], pair(model)[1]
+    step = torch.compile(model.forward, backend="eager", fullgraph=True)
+    mask = torch.ones(2, 40 + STEPS + 9, dtype=torch.long)
+    mask[1, :9] = 0
+    mask[0, 44] = 0  # a row is fed padding while decoding
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for cache in (plain, static):
+            model(prompt(2, 40), attention_mask=mask[:, :40], position_ids=places[:, :40], past_key_values=cache)
+        for seen in range(40, 40 + STEPS):
+            ids, now = prompt(2, 1, seed=seen), {"position_ids": places[:, seen : seen + 1]}
+            shown = mask * (torch.arange(mask.shape[1]) <= seen) if wide else mask[:, : seen + 1]
+            expected = model(ids, attention_mask=mask[:, : seen + 1], past_key_values=plain, **now).logits
+            logits = step(ids, attention_mask=shown, past_key_values=static, **now).logits
+            assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert not dynamo["graph_break"]
+    # A width that changes is compiled a second time, with the width as a variable.
+    assert dynamo["stats"]["unique_graphs"] == (2 if wide else 3)
+
+
 def tensors(cache: MomentCache) -> list[torch.Tensor]:
     assert cache.static is not None
     return [x for core in cache.static.cores for x in core.stored_state.arrays().values()]

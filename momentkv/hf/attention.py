@@ -186,6 +186,33 @@ def _whole_mask(query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | 
     return mask
 
 
+def _newest_mask(seen: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Whether the token after those ``seen`` is none of padding, bool (batch, 1, 1, 1), for a step of a static cache.
+
+    Masks may be wider, with room for tokens to come. A step that is compiled reads the device's clock and asks nothing.
+    """
+    if torch.compiler.is_compiling():
+        # Within the mask, as an index beyond it would end the device's whole process.
+        place = seen.reshape(1).clamp(max=attention_mask.shape[1] - 1)
+        return attention_mask.index_select(1, place).bool()[:, None, None]
+    layer, seen = getattr(seen, LINK, None), int(seen)
+    _check_width(attention_mask, seen + 1)
+    attention_mask = attention_mask[:, : seen + 1]
+    if layer is not None and layer.padding is not None:
+        layer.padding.check(attention_mask, seen)
+        layer.padding.read(attention_mask, None, seen, 1)
+    return attention_mask[:, -1:].bool()[:, None, None]
+
+
+def _check_width(attention_mask: torch.Tensor, tokens: int) -> None:
+    """Raise if a mask does not cover all tokens, the new ones included."""
+    if attention_mask.shape[1] < tokens:
+        raise ValueError(
+            f"attention_mask has length {attention_mask.shape[1]}, but {tokens} tokens have been seen with this "
+            "cache; pass a mask over all of them, not over the new ones alone"
+        )
+
+
 def momentkv_mask(
     batch_size: int,
     q_length: int,
@@ -205,7 +232,7 @@ def momentkv_mask(
     tensor or None
         For a causal mask bool ``(batch, kv_length)``, where False is padding. Without padding it is one expanded True,
         and None for a single query. Any other mask is as SDPA takes it, bool ``(batch, 1, q_length, kv_length)``. For a
-        step of a static cache it is None without padding, else bool ``(batch, 1, 1, 1)``: True if the newest token is
+        step of a static cache it is None without a mask, else bool ``(batch, 1, 1, 1)``: True if the newest token is
         not padding. For a model whose attention does not go through transformers' interface, the additive mask that
         eager attention takes.
 
@@ -224,13 +251,7 @@ def momentkv_mask(
     if kv_offset == NEWEST:
         if mask_function is not causal_mask_function or local_size is not None:
             raise ValueError("a step of a static cache got a mask of its own; make the cache with static=False for it")
-        if attention_mask is None:
-            return None
-        layer = getattr(q_offset, LINK, None)
-        if layer is not None and layer.padding is not None and not torch.compiler.is_compiling():
-            layer.padding.check(attention_mask, attention_mask.shape[1] - 1)
-            layer.padding.read(attention_mask, None, attention_mask.shape[1] - 1, 1)
-        return attention_mask[:, -1:].bool()[:, None, None]
+        return None if attention_mask is None else _newest_mask(q_offset, attention_mask)
     config = kwargs.get("config")
     allow_is_causal_skip = allow_is_causal_skip and not takes_whole_masks(config)
     settings: dict[str, Any] = {
@@ -251,11 +272,8 @@ def momentkv_mask(
         q_offset = int(q_offset)  # of a static cache that is to read several tokens
     causal = mask_function is causal_mask_function and local_size is None and kv_offset == 0 and allow_is_causal_skip
     if causal and isinstance(q_offset, int) and kv_length == q_offset + q_length:
-        if attention_mask is not None and attention_mask.shape[1] < kv_length:
-            raise ValueError(
-                f"attention_mask has length {attention_mask.shape[1]}, but {kv_length} tokens have been seen with this "
-                "cache; pass a mask over all of them, not over the new ones alone"
-            )
+        if attention_mask is not None:
+            _check_width(attention_mask, kv_length)
         mask = None if attention_mask is None else attention_mask[:, :kv_length].bool()
         if mask is not None and not bool(mask.all()):
             return mask
