@@ -17,8 +17,9 @@ from transformers import CompileConfig
 from momentkv import LayerCache
 from momentkv.backends.recording import record_traced
 from momentkv.cache.state import LayerState
-from momentkv.hf import DecodeGraphs, FinishedRows, MomentCache
-from momentkv.hf.clock import Clock, ring
+from momentkv.hf import DecodeGraphs, FinishedRows, MomentCache, momentkv_mask
+from momentkv.hf.attention import NEWEST
+from momentkv.hf.clock import Clock, check_step, ring
 from momentkv.hf.steps import static_step, step_in_place
 from momentkv.policies import POLICIES, SnapKV
 from momentkv.policies.critical import CriticalKV
@@ -194,6 +195,29 @@ def test_a_first_eviction_while_decoding_codes_tokens_anew():
 def test_static_equals_dynamic_in_every_family(family: str):
     model = tiny(family, dtype="float64")
     assert_same(*(generate(model, cache, *rows(), new=STEPS) for cache in pair(model)))
+
+
+def test_a_model_may_make_a_sliding_mask_that_no_layer_takes():
+    """Gemma 3 does; by `generate`, which makes masks for the layers that there are, it does not."""
+    model = tiny("gemma3 full", dtype="float64")
+    dynamic, static = pair(model)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    with torch.no_grad():
+        for cache in (dynamic, static):
+            model(prompt(2, 40), past_key_values=cache)
+        for seed in range(6):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            given = {"attention_mask": mask} if seed % 2 else {}
+            a, b = (
+                model(prompt(2, 1, seed=seed), past_key_values=cache, **given).logits for cache in (dynamic, static)
+            )
+            assert (a - b).abs().max() <= TOLERANCE * a.abs().max()
+
+
+@pytest.mark.parametrize("how", [{"mask_function": lambda *_: True}, {"local_size": 16}], ids=["overlay", "sliding"])
+def test_a_mask_of_its_own_is_refused_where_it_is_made_and_a_sliding_one_where_it_is_used(how: dict[str, Any]):
+    with pytest.raises(ValueError, match="got a mask of its own; make the cache with static=False"):
+        check_step(torch.zeros(2, 4, 1, 16), momentkv_mask(2, 1, 1, 40, NEWEST, **how))
 
 
 @pytest.mark.parametrize("coded", [{}, CODED], ids=["vectors", "codes"])

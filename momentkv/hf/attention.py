@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
 from momentkv.hf.checks import (
+    OWN_MASK,
     is_unpadded,
     refuse_changed_keys,
     refuse_dropped_cache,
@@ -233,8 +234,8 @@ def momentkv_mask(
         For a causal mask bool ``(batch, kv_length)``, where False is padding. Without padding it is one expanded True,
         and None for a single query. Any other mask is as SDPA takes it, bool ``(batch, 1, q_length, kv_length)``. For a
         step of a static cache it is None without a mask, else bool ``(batch, 1, 1, 1)``: True if the newest token is
-        not padding. For a model whose attention does not go through transformers' interface, the additive mask that
-        eager attention takes.
+        not padding; a sliding mask, which no layer of such a cache takes, has no entries. For a model whose attention
+        does not go through transformers' interface, the additive mask that eager attention takes.
 
     Raises
     ------
@@ -249,8 +250,11 @@ def momentkv_mask(
             f"attention_mask has shape {tuple(attention_mask.shape)} for a batch of {batch_size}; give each a row"
         )
     if kv_offset == NEWEST:
-        if mask_function is not causal_mask_function or local_size is not None:
-            raise ValueError("a step of a static cache got a mask of its own; make the cache with static=False for it")
+        if local_size is None and mask_function is not causal_mask_function:
+            raise ValueError(OWN_MASK)
+        if local_size is not None:
+            # Models may make it whether a layer slides or not, and no layer of a static cache does: raises where used.
+            return torch.empty((batch_size, 1, 1, 0), dtype=torch.bool, device=kwargs.get("device"))
         return None if attention_mask is None else _newest_mask(q_offset, attention_mask)
     config = kwargs.get("config")
     allow_is_causal_skip = allow_is_causal_skip and not takes_whole_masks(config)

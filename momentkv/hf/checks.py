@@ -13,6 +13,7 @@ from momentkv.hf.lengths import LONGER
 
 __all__ = [
     "NAME",
+    "OWN_MASK",
     "SHARING",
     "SHARING_BY_HEADS",
     "check_implementation",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 NAME = "momentkv"
+OWN_MASK = "a step of a static cache got a mask of its own; make the cache with static=False for it"
 SHARING_BY_HEADS = ("heads", "layer-heads", "ada-kv", "kvzip")
 SHARING = ("uniform", "layers", *SHARING_BY_HEADS, "pyramid")
 

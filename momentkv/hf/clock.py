@@ -12,6 +12,7 @@ from momentkv.backends.autocast import without_autocast
 from momentkv.cache.config import NO_GRADIENT, CacheConfig
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.state import PACKED
+from momentkv.hf.checks import OWN_MASK
 
 __all__ = ["Beat", "Clock", "check_static", "check_step", "ring"]
 
@@ -198,6 +199,8 @@ def check_step(query: torch.Tensor, attention_mask: torch.Tensor | None) -> torc
         raise RuntimeError(NO_GRADIENT)
     if attention_mask is None:
         return None
+    if attention_mask.numel() == 0:  # a sliding one: see `momentkv.hf.momentkv_mask`
+        raise ValueError(OWN_MASK)
     if tuple(attention_mask.shape) != (query.shape[0], 1, 1, 1) or attention_mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}; a step of a static "
