@@ -17,7 +17,9 @@ from contents import assert_same, contents
 from models import prompt, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from momentkv.hf import MomentCache
+from momentkv import LayerCache
+from momentkv.hf import MomentCache, read
+from momentkv.hf.clock import Clock
 
 SMALL: dict[str, Any] = {"budget": 14, "sinks": 1, "window": 8, "block": 4, "rollback": 16}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -259,3 +261,95 @@ def test_a_static_cache_goes_on_or_is_refused_until_it_is_reset(name: str, tmp_p
             for a, b in zip(failing.go_on(), after, strict=True):
                 assert torch.equal(a, b)
     assert (refused > 0) == (count == 1)
+
+
+def repeat(cache: MomentCache) -> None:
+    cache.batch_repeat_interleave(2)
+
+
+def prefill(cache: MomentCache) -> None:
+    tiny("llama")(prompt(1, 60), past_key_values=cache)
+
+
+def read_text(cache: MomentCache) -> None:
+    read(tiny("llama"), prompt(1, 60), cache, request=[1, 2])
+
+
+@pytest.mark.parametrize("use", [repeat, prefill, read_text], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("arrays", [1, 2])
+@torch.no_grad()
+def test_a_static_cache_without_room_for_its_arrays_is_as_before(
+    use: Callable[[MomentCache], None], arrays: int, monkeypatch: pytest.MonkeyPatch
+):
+    """They are made at the end of a pass, all at once, when the layers have read its tokens."""
+    model = tiny("llama")
+    whole, failing = (MomentCache(model, **SMALL, static=True, policy="twice") for _ in range(2))
+    if use is repeat:
+        for cache in (whole, failing):
+            prefill(cache)
+    before, fix, calls = int(failing.get_seq_length()), LayerCache.fix, []
+
+    def without_room(core: LayerCache) -> None:
+        calls.append(core)
+        if len(calls) == arrays:
+            raise torch.OutOfMemoryError("no memory is left")
+        fix(core)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerCache, "fix", without_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            use(failing)
+    assert len(calls) == arrays
+    assert int(failing.get_seq_length()) == before
+    assert failing.static is not None
+    assert failing.static.runs == (use is repeat)
+    for cache in (whole, failing):
+        use(cache)
+    for seed in range(6):
+        ids = prompt(2 if use is repeat else 1, 1, seed=seed)
+        a, b = (model(ids, past_key_values=cache).logits for cache in (whole, failing))
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_reading_that_is_interrupted_after_its_last_step_leaves_a_static_cache_empty(monkeypatch: pytest.MonkeyPatch):
+    cache, done = MomentCache(tiny("llama"), **SMALL, static=True, policy="twice"), Clock.set
+
+    def interrupted(clock: Clock) -> None:
+        done(clock)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clock, "set", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="the cache is empty"):
+            read_text(cache)
+    assert cache.static is not None
+    assert not cache.static.runs
+    assert cache.get_seq_length() == 0
+    read_text(cache)
+    assert int(cache.get_seq_length()) == 60
+
+
+@torch.no_grad()
+def test_rows_that_were_written_over_cannot_go_back(monkeypatch: pytest.MonkeyPatch):
+    """Of as many rows, static arrays are kept, and hold half of the new state: the cache says so."""
+    cache, fix = MomentCache(tiny("llama"), **SMALL, static=True), LayerCache.fix
+    prefill(cache)
+
+    def interrupted(core: LayerCache) -> None:
+        fix(core)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerCache, "fix", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            move_rows_of_one(cache)
+    with pytest.raises(RuntimeError, match=r"failed half-way.*reset"):
+        move_rows_of_one(cache)
+    cache.reset()
+    prefill(cache)
+    move_rows_of_one(cache)
+
+
+def move_rows_of_one(cache: MomentCache) -> None:
+    cache.reorder_cache(torch.tensor([0]))

@@ -255,8 +255,8 @@ class MomentCache(GeneratingCache):
             for layer in sliding:
                 if layer.is_initialized and (tokens or records(layer)):
                     layer.crop(-tokens)
-        if self.static is not None and self.static.runs:
-            self.static.set()
+            if self.static is not None and self.static.runs:
+                self.static.set()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select rows for beam search; recorded passes are settled first."""
@@ -391,5 +391,5 @@ class MomentCache(GeneratingCache):
                 settle(self._compressed, 0)
             self.forget_ended()
             yield
-        if self.static is not None and self.static.runs:
-            self.static.set()
+            if self.static is not None and self.static.runs:
+                self.static.set()

@@ -97,6 +97,8 @@ class Clock:
         self.runs = False
         # Whether a step has changed some layers in place and not all of them.
         self.open = False
+        # How often `set` has written over a state, which cannot be gone back to.
+        self.writes = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the ring itself, each beat of which holds all that follow: pickle would go down all of them."""
@@ -113,6 +115,16 @@ class Clock:
         for one, other in itertools.pairwise([*beats, beats[again]]):
             one.next = other
         vars(self).update(state | {"before": beats[0], "beat": beats[state["beat"]]})
+
+    def held(self) -> dict[str, Any]:
+        """What `set` changes, beside the layers."""
+        return self.__getstate__()
+
+    def go_back(self, held: dict[str, Any]) -> None:
+        """Undo all since `held`, with the layers; where they have been written over, refuse until a reset."""
+        writes = self.writes
+        self.__setstate__(held)
+        self.open, self.writes = self.open or writes != held["writes"], writes
 
     def tick(self) -> None:
         """Begin a step."""
@@ -140,12 +152,15 @@ class Clock:
     def set(self) -> None:
         """From here on steps are static: in place, and flushed when rows and heads have filled their blocks.
 
-        Asks the device once.
+        Asks the device once. If it fails, for want of memory say, layers can go back to the state they had, unless that
+        has been written over.
         """
-        self.open = True
         # Arrays that stay must be ones that may be written in any mode.
         with torch.inference_mode(False), without_autocast():
             for core in self.cores:
+                if self.runs and writes_over(core):
+                    self.open = True
+                    self.writes += 1
                 core.fix()
                 open_to_lengths(core)
         config, heads = self.cores[0].config, set[tuple[int, ...]]()
@@ -165,6 +180,12 @@ class Clock:
         ]
         self.beat = self.before = ring(block, sorted(rounds), first)
         self.runs, self.open = True, False
+
+
+def writes_over(core: LayerCache) -> bool:
+    """Whether `LayerCache.fix` writes over the arrays of an earlier state, and needs none of its own."""
+    old, new = core.fixed, core.state
+    return old is not None and new is not None and new is not old and old.shapes() == new.shapes()
 
 
 def open_to_lengths(core: LayerCache) -> None:

@@ -158,12 +158,32 @@ class MomentLayer(CacheLayerMixin):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend and evict; called by `momentkv_attention`. On an error the layer is as before `update`."""
-        core = self.core
         if self.rereads:
             return self.reread(module, query, attention_mask, dropout, kwargs), None
         if self.steps_statically(query.shape[2]):
             return self.step(module, query, attention_mask, dropout, kwargs), None
         self.attending(True)
+        try:
+            result = self.attend_and_evict(module, query, attention_mask, scaling, dropout, kwargs)
+            self.before = {}
+            # Still within attention: another thread must not undo what is whole.
+            if self.attended is not None:
+                self.attended()
+        finally:
+            self.attending(False)
+        return result, None
+
+    def attend_and_evict(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None,
+        dropout: float,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """`attend` for a pass whose tokens `update` has stored."""
+        core = self.core
         try:
             core.scale, q_len = scaling, query.shape[2]
             attention_mask = check_pass(self, module, attention_mask, q_len, dropout, kwargs)
@@ -186,17 +206,12 @@ class MomentLayer(CacheLayerMixin):
             result = out.transpose(1, 2).contiguous()
             if self.padding is not None:
                 self.padding.read(attention_mask, valid, core.seen - q_len, q_len)
+            if self.clock is not None and core is self.clock.cores[-1] and self.reader is None:
+                self.clock.set()
         except BaseException:
             self.go_back(self.before)
             raise
-        finally:
-            self.attending(False)
-        self.before = {}
-        if self.attended is not None:
-            self.attended()
-        if self.clock is not None and core is self.clock.cores[-1] and self.reader is None:
-            self.clock.set()
-        return result, None
+        return result
 
     def step(
         self, module: Any, query: torch.Tensor, attention_mask: torch.Tensor | None, dropout: float, kwargs: Any

@@ -194,17 +194,20 @@ class PassKeeper:
         return [
             *([layer.held() for layer in self.moments], [dict(layer.__dict__) for layer in self.stock]),
             ([shared.average for shared in self.shared], self.padding.codes),
+            None if self.clock is None else self.clock.held(),
         ]
 
     def go_back(self, held: list[Any]) -> None:
         """Make everything what it was."""
-        moments, stock, (averages, self.padding.codes) = held
+        moments, stock, (averages, self.padding.codes), clock = held
         for layer, before in zip(self.moments, moments, strict=True):
             layer.go_back(before)
         for layer, before in zip(self.stock, stock, strict=True):
             layer.__dict__.update(before)
         for shared, average in zip(self.shared, averages, strict=True):
             shared.average, shared.waiting = average, []
+        if self.clock is not None:
+            self.clock.go_back(clock)
         self.left = 0
 
     @contextmanager
