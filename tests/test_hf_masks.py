@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,34 @@ def test_a_mask_over_fewer_tokens_than_were_seen_is_refused_and_changes_nothing(
         a, b = (model(ids, attention_mask=longer(mask), past_key_values=one).logits for one in (cache, other))
     assert torch.equal(a, b)
     assert torch.equal(cache.padding.codes, other.padding.codes)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 7), (2, 1, 1, 40), (3, 1, 1, 41)], ids=str)
+def test_a_mask_of_one_query_of_another_shape_is_refused_and_changes_nothing(shape: tuple[int, ...]):
+    (model, cache, mask), (_, other, _) = read_padded(), read_padded()
+    ids = prompt(2, 1, seed=3)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=rf"attention_mask has shape {re.escape(str(shape))} for 2 rows of 41"):
+            model(ids, attention_mask=torch.ones(shape, dtype=torch.bool), past_key_values=cache)
+        a, b = (model(ids, attention_mask=longer(mask), past_key_values=one).logits for one in (cache, other))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("beyond", [0, 9])
+def test_a_mask_of_one_query_may_serve_all_rows_and_have_room_for_tokens_to_come(rows: int, beyond: int):
+    model, ids = tiny("llama"), prompt(2, 40)
+    cache, other = MomentCache(model, ABOVE), MomentCache(model, ABOVE)
+    mask = (torch.arange(41) >= 5).expand(2, 41)
+    with torch.no_grad():
+        for one in (cache, other):
+            model(ids, attention_mask=mask[:, :40].long(), past_key_values=one)
+        whole = torch.nn.functional.pad(mask[:rows, None, None], (0, beyond))
+        a = model(ids[:, :1], attention_mask=whole, past_key_values=cache).logits
+        b = model(ids[:, :1], attention_mask=mask.long(), past_key_values=other).logits
+    assert torch.equal(a, b)
+    assert torch.equal(cache.padding.codes, other.padding.codes)
+    cache.reorder_cache(torch.tensor([1, 0]))
 
 
 def test_no_mask_after_padding_is_refused():

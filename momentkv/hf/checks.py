@@ -322,15 +322,16 @@ def check_pass(
         New tokens.
     """
     refuse_arguments(module, dropout, kwargs)
-    mask = plain_mask(attention_mask)
+    core = layer.core
+    mask = plain_mask(attention_mask, core.new.keys.shape[0], core.seen)
     if layer.owner is not None:
-        seen = layer.core.seen - q_len
+        seen = core.seen - q_len
         layer.owner.check(module, filled=seen > 0)
         layer.padding.check(mask, seen)
     return mask
 
 
-def plain_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+def plain_mask(attention_mask: torch.Tensor | None, rows: int, tokens: int) -> torch.Tensor | None:
     """A mask of attention as (batch, tokens seen), or None where nothing is padding; an error for any other mask."""
     mask = None if is_unpadded(attention_mask) else attention_mask
     if mask is not None and mask.dim() != 2:
@@ -340,7 +341,12 @@ def plain_mask(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
                 "given as a mask of shape (batch, tokens seen); use a DynamicCache for images whose tokens see each "
                 "other, packed sequences and masks of your own"
             )
-        mask = mask[:, 0, 0]  # of one query
+        if mask.shape[0] not in (1, rows) or mask.shape[3] < tokens:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)} for {rows} rows of {tokens} tokens, the new ones "
+                "included; give each row one over all of them, or one row for all"
+            )
+        mask = mask[:, 0, 0, :tokens].expand(rows, tokens)  # of one query
     return mask
 
 
