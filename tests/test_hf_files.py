@@ -295,7 +295,7 @@ def test_a_cache_of_other_weights_is_refused(saved: bytes, tmp_path: Path):
     assert MomentCache.load(tmp_path / "cache", model).get_seq_length() == 60
     with torch.no_grad():
         model.lm_head.weight += 0.01
-    with pytest.raises(CacheFileError, match=r"other weights: .* differs"):
+    with pytest.raises(CacheFileError, match="other weights or adapters"):
         MomentCache.load(tmp_path / "cache", model)
 
 

@@ -16,13 +16,13 @@ from momentkv.hf.checks import (
     OWN_MASK,
     is_unpadded,
     refuse_changed_keys,
-    refuse_dropped_cache,
     refuse_second_attention,
     supports_sdpa,
     takes_whole_masks,
     unknown_arguments,
     uses_interface,
 )
+from momentkv.hf.dropping import refuse_dropped_cache
 
 __all__ = ["LINK", "NEWEST", "link", "linked", "momentkv_attention", "momentkv_mask", "stock_attention"]
 

@@ -20,15 +20,14 @@ from momentkv.cache.layer import LayerCache
 from momentkv.hf.building import Plan, apply_rule, shared_budgets
 from momentkv.hf.checks import (
     check_implementation,
-    check_limit,
     check_new_keys,
     check_sliding,
     check_some_tokens,
-    has_read,
     records,
     refuse_architecture,
 )
 from momentkv.hf.clock import Clock
+from momentkv.hf.dropping import check_limit, has_read
 from momentkv.hf.files import load, save
 from momentkv.hf.generating import GeneratingCache
 from momentkv.hf.layer import MomentLayer

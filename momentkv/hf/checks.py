@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -17,7 +16,6 @@ __all__ = [
     "SHARING",
     "SHARING_BY_HEADS",
     "check_implementation",
-    "check_limit",
     "check_new_keys",
     "check_new_tokens",
     "check_pass",
@@ -26,7 +24,6 @@ __all__ = [
     "check_sliding",
     "check_some_tokens",
     "check_static_pass",
-    "has_read",
     "in_any_layer",
     "is_unpadded",
     "plain_mask",
@@ -34,7 +31,6 @@ __all__ = [
     "refuse_architecture",
     "refuse_arguments",
     "refuse_changed_keys",
-    "refuse_dropped_cache",
     "refuse_layer_type",
     "refuse_second_attention",
     "rows_of",
@@ -80,12 +76,8 @@ MEANINGS = {
     "indices": "attention to chosen tokens only (DeepSeek sparse attention)",
     "block_indices": "attention to chosen blocks only",
 }
-# Types whose generate() gives up the cache when the ids pass `original_max_position_embeddings`.
-DROPPING = ("phi3", "phimoe", "phi4_multimodal")
 # Settings of decoders that attend to something else than their own tokens, too.
 CROSS = ("cross_attention_layers", "add_cross_attention")
-# Caches of dropping models that were asked whether they hold anything, and have not been used since.
-_asked: Any = weakref.WeakSet()
 
 
 def check_implementation(config: Any) -> None:
@@ -137,25 +129,6 @@ def check_sliding(layers: Any, tokens: int) -> None:
             )
 
 
-def limit_of(config: Any) -> int | None:
-    """Length beyond which a model's ``generate`` gives up a shorter cache and reads all anew; None if it never does."""
-    if getattr(config, "model_type", None) not in DROPPING:
-        return None
-    limit: int | None = getattr(config, "original_max_position_embeddings", None)
-    return limit
-
-
-def has_read(cache: Any) -> bool:
-    """Truth of a cache: whether it has read any tokens, as of a `DynamicCache`, whose layers come with the first.
-
-    Phi-3's ``generate`` gives up a cache that has, when the ids pass a limit, and asks this first; an empty cache is
-    so kept, and reads a prompt of any length. That one was asked is remembered for `refuse_dropped_cache`.
-    """
-    if limit_of(cache.config) is not None and not torch.compiler.is_compiling():
-        _asked.add(cache)
-    return cache.is_initialized
-
-
 def check_new_keys(cache: Any, keys: torch.Tensor) -> None:
     """Raise where the first layer's keys of a pass cannot go on from those of a cache, or hold no numbers."""
     if keys.is_meta:
@@ -184,41 +157,6 @@ def rows_of(layer: Any) -> int:
     """Rows of a batch that a layer which holds something has, one of momentkv or a stock one."""
     x = layer.core.state.recent_keys if hasattr(layer, "core") else layer.keys
     return int(x.shape[0])
-
-
-def check_limit(cache: Any, new: int) -> None:
-    """Raise where ``new`` tokens would be rotated by other factors than those that a cache holds (longrope)."""
-    limit = limit_of(cache.config)
-    if limit is None:
-        return
-    _asked.discard(cache)
-    seen = int(cache.get_seq_length())
-    rope = getattr(cache.config, "rope_parameters", None) or {}
-    if 0 < seen <= limit < seen + new and rope.get("rope_type") == "longrope":
-        raise ValueError(
-            f"{new} tokens after {seen} pass original_max_position_embeddings={limit}, beyond which this "
-            f"{cache.config.model_type} model rotates keys by other factors than those the cache holds; {within(limit)}"
-        )
-
-
-def within(limit: int) -> str:
-    """How to stay on one side of a limit."""
-    return f"read more than {limit} tokens in the first pass of an empty cache, or stay within {limit}"
-
-
-def refuse_dropped_cache(module: Any, length: int) -> None:
-    """Raise if a pass runs beside the cache that ``generate`` was given, because the model has given that up."""
-    if not _asked or torch.compiler.is_compiling():
-        return
-    for cache in list(_asked):
-        limit, kind = limit_of(cache.config), cache.config.model_type
-        if limit is not None and length > limit and cache.config is getattr(module, "config", None):
-            _asked.discard(cache)
-            raise ValueError(
-                f"this {kind} model has given up the MomentCache, which has read "
-                f"{int(cache.get_seq_length())} tokens, and reads all {length} anew without a budget: generate() does "
-                f"so when the ids pass original_max_position_embeddings={limit}; {within(limit)}"
-            )
 
 
 def uses_interface(config: Any) -> bool:

@@ -23,7 +23,7 @@ from momentkv.hf.building import layer_windows
 from momentkv.hf.checks import check_implementation, records, refuse_architecture, rows_of
 from momentkv.hf.former import CacheFileError, statistics
 from momentkv.hf.layer import MomentLayer
-from momentkv.hf.models import DIMENSIONS, config_of, dtype_of, fingerprint, model_record
+from momentkv.hf.models import DIMENSIONS, agree, config_of, dtype_of, fingerprint, model_record
 from momentkv.hf.storage import KEY, digest, malformed, read, write
 from momentkv.policies import POLICIES, Policy
 from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correction
@@ -312,9 +312,7 @@ def check_model(
             f"{path} is a cache of this model in {former_dtype}, but its weights are in {dtype} now; load the model "
             f"with dtype=torch.{former_dtype}, or read the text again"
         )
-    for name, value in record["weights"].items():
-        if weights.get(name, value) != value:
-            raise CacheFileError(
-                f"{path} is a cache of a model with other weights: {name} differs; load it with the model that read "
-                "the text"
-            )
+    if not agree(record["weights"], weights):
+        raise CacheFileError(
+            f"{path} is a cache of a model with other weights or adapters; load it with the model that read the text"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from momentkv.hf.cache import MomentCache
 from momentkv.hf.layer import MomentLayer
 
 __all__ = ["FinishedRows"]
@@ -52,16 +53,19 @@ class FinishedRows(StoppingCriteria):
         eos_token_id: int | Sequence[int] | None = None,
         criteria: Sequence[StoppingCriteria] = (),
     ) -> None:
+        if not isinstance(cache, MomentCache):
+            raise TypeError(f"cache is a {type(cache).__name__}; FinishedRows is for a MomentCache")
         if cache.static is not None:
             raise ValueError(
                 "FinishedRows needs a cache with static=False: which rows have ended is decided on the host; or mask "
                 "the pads of ended rows in a loop of your own"
             )
-        if eos_token_id is None and not criteria:
-            raise ValueError("eos_token_id is None and criteria is empty; say by either what ends a row")
-        self.cache, self.criteria = cache, list(criteria)
         given = [] if eos_token_id is None else eos_token_id
-        self.ends = torch.tensor([given] if isinstance(given, int) else list(given), dtype=torch.int64)
+        given = [given] if isinstance(given, int) else list(given)
+        if not given and not criteria:
+            raise ValueError(f"eos_token_id is {eos_token_id} and criteria is empty; say by either what ends a row")
+        self.cache, self.criteria = cache, list(criteria)
+        self.ends = torch.tensor(given, dtype=torch.int64)
         # Of the cache, when this was asked last: calls of ``generate``, and tokens that had been read.
         self.call, self.read = 0, -1
         # Rows that had ended before the newest token.

@@ -8,6 +8,7 @@ import torch
 
 from momentkv.backends.recording import Recorder, record_cuda
 from momentkv.cache.joining import flush_together
+from momentkv.hf.cache import MomentCache
 from momentkv.hf.clock import Clock
 
 __all__ = ["DecodeGraphs", "record_cuda"]
@@ -52,6 +53,8 @@ class DecodeGraphs:
     def __init__(
         self, model: Any, cache: Any, *, capture_flush: bool = False, recorder: Recorder | None = None
     ) -> None:
+        if not isinstance(cache, MomentCache):
+            raise TypeError(f"cache is a {type(cache).__name__}; DecodeGraphs steps with a MomentCache")
         if cache.static is None:
             raise ValueError("cache is not static; make it with MomentCache(..., static=True)")
         cache.passes.undo()

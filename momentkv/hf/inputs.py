@@ -11,7 +11,7 @@ from momentkv.hf.cache import MomentCache
 from momentkv.hf.checks import check_rows
 from momentkv.hf.repeating import read_text
 
-__all__ = ["first_ids", "ids_of"]
+__all__ = ["check_positions", "first_ids", "ids_of", "placed"]
 
 
 def ids_of(
@@ -42,6 +42,23 @@ def ids_of(
         given = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
         raise ValueError(f"inputs is {given}; give text, or token ids as a tensor of shape (batch, tokens)")
     return inputs, mask
+
+
+def placed(x: torch.Tensor, model: Any) -> torch.Tensor:
+    """A tensor where the model reads; of weights that are elsewhere for as long as they wait, whoever fetches them."""
+    device: torch.device = model.device
+    return x if device.type == "meta" else x.to(device)
+
+
+def check_positions(model: Any, seen: int, mask: torch.Tensor | None) -> None:
+    """Raise where positions are to be counted by a mask, and images that were read have moved them."""
+    if mask is None or not seen:
+        return
+    if any(getattr(x, "rope_deltas", None) is not None for x in model.modules()):
+        raise ValueError(
+            "the cache has read padding, or attention_mask has some, and images have moved the positions of this "
+            "model, which read() cannot tell it; pass the text to generate(max_new_tokens=1), or read without padding"
+        )
 
 
 def first_ids(ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from momentkv.hf.checks import NAME
 
-__all__ = ["DIMENSIONS", "config_of", "dtype_of", "fingerprint", "model_record"]
+__all__ = ["DIMENSIONS", "agree", "config_of", "dtype_of", "fingerprint", "model_record"]
 
 # Entries of a configuration that decide whether a cache fits; one that a model lacks is None.
 DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
 SAMPLED, ELEMENTS = 8, 64
+# What is before and within names of parameters where `torch.compile` or peft wraps a model, and a mark of ours for
+# those that an adapter adds.
+WRAPPERS, BASE, ADAPTER = ("_orig_mod.", "base_model.model."), ".base_layer.", "adapter "
 
 
 def config_of(model: Any) -> Any:
@@ -82,15 +86,51 @@ def model_record(config: Any, windows: list[int]) -> dict[str, Any]:
 def fingerprint(model: Any) -> dict[str, str]:
     """Digests of a few elements of a few parameters, by name; of those that are plain and at hand.
 
-    Two models of one configuration, say a base and an instruct model, have caches of the same shapes.
+    Two models of one configuration, say a base and an instruct model, have caches of the same shapes. Names are those
+    of the model that adapters and compilers wrap, and of adapters apart.
     """
-    named = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
-    names = sorted(named)
-    chosen = {names[index * (len(names) - 1) // (SAMPLED - 1)] for index in range(SAMPLED)} if names else set()
+    parameters = dict(model.named_parameters()) if hasattr(model, "named_parameters") else {}
+    adapted = tuple({name.split(BASE)[0] + "." for name in parameters if BASE in name})
+    base, added = dict[str, Any](), dict[str, Any]()
+    for name, x in parameters.items():
+        own = BASE not in name and name.startswith(adapted)
+        (added if own else base)[ADAPTER * own + plain_name(name)] = x
     digests = {}
-    for name in sorted(chosen):
-        x = named[name].data
+    for name, x in [*sampled(base), *sampled(added)]:
+        x = x.data
         if type(x) is torch.Tensor and x.device.type != "meta" and x.is_floating_point():
             sample = x.flatten()[:ELEMENTS].to("cpu", torch.float32)
             digests[name] = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
     return digests
+
+
+def sampled(named: dict[str, Any]) -> list[tuple[str, Any]]:
+    """A few of the parameters, from the first to the last in order of their names."""
+    names = sorted(named)
+    chosen = {names[index * (len(names) - 1) // (SAMPLED - 1)] for index in range(SAMPLED)} if names else set()
+    return [(name, named[name]) for name in sorted(chosen)]
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter without what wraps the model or the layer that has it.
+
+    Examples
+    --------
+    >>> plain_name("base_model.model.lm_head.base_layer.weight"), plain_name("_orig_mod.lm_head.weight")
+    ('lm_head.weight', 'lm_head.weight')
+    """
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.replace(BASE, ".")
+
+
+def agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two fingerprints may be of one model: equal where both have something, with the same adapters."""
+    first, second = ({plain_name(name): digest for name, digest in each.items()} for each in (one, other))
+    common = first.keys() & second.keys()
+    if any(first[name] != second[name] for name in common) or (first and second and not common):
+        return False
+    # Earlier fingerprints told adapters from what they adapt by nothing but the name of the whole.
+    former = any(name.startswith(WRAPPERS[1]) for name in (*one, *other))
+    of_adapters = ({name for name in each if name.startswith(ADAPTER)} for each in (first, second))
+    return former or next(of_adapters) == next(of_adapters)

@@ -6,7 +6,7 @@ import copy
 import weakref
 from typing import Any
 
-from momentkv.hf.models import fingerprint
+from momentkv.hf.models import agree, fingerprint
 
 __all__ = ["Owner", "copied"]
 
@@ -52,11 +52,6 @@ class Owner:
             )
         self.weights = [(kind, weights)]
         self.module = weakref.ref(module)
-
-
-def agree(one: dict[str, str], other: dict[str, str]) -> bool:
-    """Whether two fingerprints are equal where both have something."""
-    return all(other[name] == digest for name, digest in one.items() if name in other)
 
 
 def copied(x: Any, memo: dict[int, Any], shared: Any) -> Any:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from momentkv._numbers import whole_number
 from momentkv.cache.second_reading import RereadBudget
 from momentkv.hf.cache import MomentCache
-from momentkv.hf.inputs import first_ids, ids_of
+from momentkv.hf.inputs import check_positions, first_ids, ids_of, placed
 from momentkv.hf.layer_reader import LayerReader
 from momentkv.hf.repeating import REQUEST, opens_turn, request_of
 from momentkv.hf.stretches import LEAD, parts, passes_of
@@ -124,6 +124,8 @@ def read(
     """
     if not isinstance(cache, MomentCache):
         raise TypeError(f"cache is a {type(cache).__name__}; read into a MomentCache")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give the model that reads")
     seen = int(cache.get_seq_length())
     goes_on = 0 < seen == cache.turn
     ids, mask = ids_of(inputs, tokenizer, attention_mask, cache, goes_on=goes_on)
@@ -132,12 +134,13 @@ def read(
     if trial:
         check_trial(cache, ids, mask, twice=twice, segment=segment, trial=trial)
     share = float(twice)
-    whole = None if mask is None or bool(mask.all()) else mask.to(model.device)
+    whole = None if mask is None or bool(mask.all()) else placed(mask, model)
+    check_positions(model, seen, whole)
     opens = goes_on or (tokenizer is not None and opens_turn(tokenizer, first_ids(ids, whole)))
     asked = request_of(tokenizer, request, opens) if share else []
     if share:
         chunk = chunk_within(model, seen + n, len(asked) + LEAD, chunk)
-    ids = ids.to(model.device)
+    ids = placed(ids, model)
     pieces = []
     for start, stop in parts(n, segment or n):
         pieces.append(Piece(ids[:, start:stop], None if whole is None else whole[:, : seen + stop], seen + start))
@@ -349,7 +352,7 @@ def check_trial(
 ) -> None:
     """Raise unless ways to compress can be tried on a text."""
     seen, n = int(cache.get_seq_length()), ids.shape[1]
-    if not (isinstance(trial, numbers.Integral) and 0 < trial < n):
+    if isinstance(trial, bool) or not (isinstance(trial, numbers.Integral) and 0 < trial < n):
         raise ValueError(f"trial is {trial!r}, of a text of {n} tokens; hold back some of them, 256 say, or 0")
     if seen:
         raise ValueError(f"trial is {trial}, but the cache has read {seen} tokens: how it compresses is settled; use 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,10 +26,18 @@ def around(tokenizer: Any) -> tuple[str, str]:
     """
     if not getattr(tokenizer, "chat_template", None):
         return "", "\n"
+    from jinja2.exceptions import TemplateError  # which templates of transformers need, and nothing else here
+
     # Templates of models that see images expect parts, and write nothing of a plain text.
     for content in (MARK, [{"type": "text", "text": MARK}]):
         turn = [{"role": "user", "content": content}]
-        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(
+                f"tokenizer has a chat_template that takes no single turn of a user ({error}); give text and request "
+                "as token ids, with the template around them"
+            ) from None
         before, found, after = rendered.partition(MARK)
         if found:
             return before, after
@@ -100,7 +109,14 @@ def request_of(tokenizer: Any, request: str | Sequence[int], opens: bool) -> lis
     if not isinstance(request, str):
         if not isinstance(request, Sequence | torch.Tensor):
             raise TypeError(f"request is {request!r}; give it as text, or as token ids ([] for none)")
-        return [int(token) for token in request]
+        if isinstance(request, torch.Tensor) and (
+            request.dim() > 2 or request.is_floating_point() or (request.dim() == 2 and len(request) != 1)
+        ):
+            raise ValueError(f"request is of shape {tuple(request.shape)}; give one row of token ids")
+        row = request.reshape(-1).tolist() if isinstance(request, torch.Tensor) else request
+        if not all(isinstance(token, numbers.Integral) for token in row):
+            raise TypeError(f"request is {request!r}; give it as text, or as token ids ([] for none)")
+        return [int(token) for token in row]
     if tokenizer is None:
         raise ValueError(
             f"request is {request!r}, which only a tokenizer can read; pass tokenizer=, the request as token ids "

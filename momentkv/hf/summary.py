@@ -135,7 +135,7 @@ def summarise(cache: Any, trust: Callable[[Any], float] | None = None) -> CacheS
             size = layer.keys.nbytes + layer.values.nbytes if started else 0
             full += min(seen, layer.sliding_window - 1) * size // max(stored, 1)  # a layer that records holds more
             layers.append(LayerSummary(index, "sliding", 0.0, stored, seen - stored, size))
-    return CacheSummary(tuple(layers), cache.get_seq_length(), full)
+    return CacheSummary(tuple(layers), int(cache.get_seq_length()) + 0, full)  # of its own, without the cache
 
 
 def measured(core: Any, trust: Callable[[Any], float] | None) -> float | None:
