@@ -22,14 +22,17 @@ from momentkv.hf.checks import (
     unknown_arguments,
     uses_interface,
 )
+from momentkv.hf.compiling import apart
 from momentkv.hf.dropping import refuse_dropped_cache
 
-__all__ = ["LINK", "NEWEST", "link", "linked", "momentkv_attention", "momentkv_mask", "stock_attention"]
+__all__ = ["LINK", "NEWEST", "SEVERAL", "link", "linked", "momentkv_attention", "momentkv_mask", "stock_attention"]
 
 # Attribute of the keys and values that a cache returns: their layer, which does the attention.
 LINK = "_momentkv"
 # Offset that a static cache gives for the mask of a step: of the newest token alone, as what it retains has no padding.
 NEWEST = -1
+# And for the mask of several tokens in a compiled model, where a link of the clock may be lost between graphs.
+SEVERAL = -2
 
 
 class _Waiting(threading.local):
@@ -109,11 +112,16 @@ def momentkv_attention(
         If keys or values are not those that the cache layer handed out, or the pass is not one of the cache that
         ``generate`` was given.
     """
+    result: tuple[torch.Tensor, None]
+    settings = {"scaling": scaling, "dropout": dropout, **kwargs}
+    if torch.compiler.is_compiling():
+        links = [x for x in (getattr(key, LINK, None), getattr(value, LINK, None)) if x is not None]
+        if links and not links[0].steps_statically(query.shape[2]):
+            result = apart(momentkv_attention, module, query, key, value, attention_mask, **settings)
+            return result
     layer = linked_layer(module, key, value)
     if layer is not None:
-        result: tuple[torch.Tensor, None] = layer.attend(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        result = layer.attend(module, query, key, value, attention_mask, **settings)
         return result
     refuse_dropped_cache(module, key.shape[2])
     return stock_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -256,6 +264,8 @@ def momentkv_mask(
             # Models may make it whether a layer slides or not, and no layer of a static cache does: raises where used.
             return torch.empty((batch_size, 1, 1, 0), dtype=torch.bool, device=kwargs.get("device"))
         return None if attention_mask is None else _newest_mask(q_offset, attention_mask)
+    if kv_offset == SEVERAL:
+        kv_offset, q_offset = 0, kv_length - q_length
     config = kwargs.get("config")
     allow_is_causal_skip = allow_is_causal_skip and not takes_whole_masks(config)
     settings: dict[str, Any] = {

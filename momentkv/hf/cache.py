@@ -17,6 +17,7 @@ from momentkv.cache.budget_rules import TotalBytes
 from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.config import EXACT_WINDOW
 from momentkv.cache.layer import LayerCache
+from momentkv.hf.attention import SEVERAL
 from momentkv.hf.building import Plan, apply_rule, shared_budgets
 from momentkv.hf.checks import (
     check_implementation,
@@ -27,6 +28,7 @@ from momentkv.hf.checks import (
     refuse_architecture,
 )
 from momentkv.hf.clock import Clock
+from momentkv.hf.compiling import apart
 from momentkv.hf.dropping import check_limit, has_read
 from momentkv.hf.files import load, save
 from momentkv.hf.generating import GeneratingCache
@@ -179,10 +181,7 @@ class MomentCache(GeneratingCache):
                 self.static.tick()
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "MomentCache supports torch.compile for steps of one token with static=True, after a pass that was not "
-                "compiled: make it with static=True, and read the prompt with the model uncompiled"
-            )
+            return apart(self.update, key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == 0:
             self.passes.begin(key_states.shape[2])
             check_new_keys(self, key_states)
@@ -205,14 +204,20 @@ class MomentCache(GeneratingCache):
         """Tokens seen, padding and evicted ones included; those of a pass that failed are not among them."""
         if self.static is not None and self.static.runs and not self.passes.is_torn:
             return super().get_seq_length(layer_idx)
+        if torch.compiler.is_compiling():  # a plain number, as compilers cannot add others to sizes that change
+            return int(apart(lambda: self.passes.length))
         return Read(self.passes.length)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Mask sizes as if nothing were evicted, so that one mask serves every layer."""
+        sizes: tuple[int, int]
         if not torch.compiler.is_compiling():
             self.passes.announce()
             check_some_tokens(query_length, self)
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        elif self.static is None or not self.static.runs or query_length != 1:
+            sizes = apart(self.get_mask_sizes, query_length, layer_idx)
+            return (sizes[0], SEVERAL) if self.static is not None and self.static.runs else sizes
+        sizes = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
     def crop(self, tokens_to_remove: int) -> None:
