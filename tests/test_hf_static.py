@@ -444,6 +444,7 @@ def test_recorded_steps_are_refused_by_name():
     with pytest.raises(ValueError, match="on cpu, where there are no CUDA graphs"):
         DecodeGraphs(model, static)
     step = DecodeGraphs(model, static, recorder=record_traced)
+    assert int(copy.deepcopy(static).get_seq_length()) == 40
     with pytest.raises(ValueError, match=r"ids has shape \(1, 1\); the graph was recorded for \(2, 1\)"):
         step(prompt(1, 1))
     static.batch_select_indices(torch.tensor([0]))

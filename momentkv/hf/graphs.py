@@ -96,7 +96,8 @@ class DecodeGraphs:
             self.step = record(one_step)
             self.flush = record(one_flush) if capture_flush else one_flush
         finally:
-            self.static.beat, self.static.open = before, False
+            self.static.beat = self.static.before = before
+            self.static.open = False
             for x, y in zip(self.recorded, held, strict=True):
                 x.copy_(y)
 
