@@ -374,6 +374,22 @@ def test_command_writes_rows_and_goes_on_from_them(saved: str, tmp_path: Path, m
     assert read_json(path)["rows"] == first
 
 
+def test_another_task_of_the_same_haystacks_is_asked_as_well(saved: str, tmp_path: Path):
+    """Tasks of several keys share their haystacks, and none takes over what another was answered."""
+    path = tmp_path / "needles.json"
+    few = ["--policies", "snapkv", "--corrections", "none", "--keys", "2", "--question", "unseen"]
+    asked = []
+    for tasks in (["multi-key"], ["multi-query"], ["multi-key", "multi-query"]):
+        assert main(arguments(saved, path, *few, "--tasks", *tasks)) == 0
+        rows = read_json(path)["rows"]
+        asked.append([(row["task"], row["index"], row["policy"]) for row in rows])
+    policies, indices = ("full cache", "snapkv"), (0, 1)
+    assert asked[0] == [("multi-key", index, policy) for policy in policies for index in indices]
+    assert asked[1] == asked[0] + [("multi-query", index, policy) for policy in policies for index in indices]
+    assert asked[2] == asked[1]  # together they are numbered as alone
+    assert len({row["nll"] for row in rows}) == 8
+
+
 def test_results_in_another_text_of_that_name_are_not_gone_on_with(
     saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

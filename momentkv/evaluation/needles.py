@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from momentkv.evaluation.split import roles_of, said_of
 __all__ = ["needles"]
 
 # What tells a row from all others of its file.
-KEY = ("layout", "length", "haystack", "index", "question", "policy", "correction", "bytes_as_tokens")
+KEY = ("layout", "length", "haystack", "task", "index", "question", "policy", "correction", "bytes_as_tokens")
 
 
 class Planned(NamedTuple):
@@ -83,25 +85,22 @@ def needles(options: argparse.Namespace) -> int:
     with progress_bar(console) as progress:
         task = progress.add_task("needles", total=len(planned) * len(cells))
         for columns, haystack in planned:
+            asked_for = list(numbered(haystack))
             left = [
                 cell
                 for cell in cells
-                if not all(
-                    key_of(columns | {"index": index} | labels(model, cell, options)) in done
-                    for index in range(len(haystack.questions))
-                )
+                if not all(key_of(columns | which | labels(model, cell, options)) in done for which in asked_for)
             ]
             progress.advance(task, len(cells) - len(left))
             if not left:
                 continue
-            last = len(haystack.questions) - 1
+            last = len(asked_for) - 1
             measured = measure_haystack(
                 model, haystack, left, tokenizer=tokenizer, generate=options.generate, segment=options.segment
             )
             for asked in measured:
-                question = haystack.questions[asked.which]
-                row = columns | {"task": question.task, "index": asked.which, "depth": round(question.depth, 4)}
-                row |= labels(model, asked.cell, options)
+                depth = round(haystack.questions[asked.which].depth, 4)
+                row = columns | asked_for[asked.which] | {"depth": depth} | labels(model, asked.cell, options)
                 if key_of(row) not in done:
                     done.add(key_of(row))
                     rows.append(row | {"nbytes": asked.nbytes} | dataclasses.asdict(asked.recall))
@@ -153,15 +152,21 @@ def exported(planned: Planned) -> dict[str, Any]:
         "context": planned.haystack.context,
         "questions": [
             {
-                "task": question.task,
-                "index": index,
+                **which,
                 "depth": round(question.depth, 4),
                 "question": question.tokens,
                 "answers": [{"tokens": x.tokens, "counted": x.counted} for x in question.answers],
             }
-            for index, question in enumerate(planned.haystack.questions)
+            for which, question in zip(numbered(planned.haystack), planned.haystack.questions, strict=True)
         ],
     }
+
+
+def numbered(haystack: Haystack) -> Iterator[dict[str, Any]]:
+    """Task and number of each question: within its task, so that it is the same whatever else is asked beside it."""
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
+    for question in haystack.questions:
+        yield {"task": question.task, "index": next(numbers[question.task])}
 
 
 def labels(model: Any, cell: Cell | None, options: argparse.Namespace) -> dict[str, Any]:
