@@ -200,6 +200,27 @@ def test_a_text_is_a_haystack(tokenizer: Any):
         make_haystack(tokenizer, 60, ("multi-key",), keys=3)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A tree grows. " + "def f(x): return [x, x + 1] " * 900,  # code has no sentences
+        "A tree grows. " * 20 + "word, " * 2000 + "end. " + "Grass grows. " * 20,
+        "\u6811" * 3000,  # nor has every language words between spaces
+    ],
+    ids=["code", "a list among sentences", "no spaces"],
+)
+@pytest.mark.parametrize("length", [400, 2000])
+def test_a_sentence_that_does_not_fit_is_cut(text: str, length: int, tokenizer: Any):
+    """Not the end of the context, which would then be far shorter than what is said to be measured."""
+    for seed in range(3):
+        made = make_haystack(tokenizer, length, depth=0.5, haystack=text, seed=(seed,))
+        assert 0.95 * length <= len(made.context) <= length
+        assert abs(made.questions[0].depth - 0.5) < 0.5 * 480 / length  # of the nearest piece of 120 letters
+        assert "\ufffd" not in made.text
+    # A needle stays between whole sentences where these fill the context.
+    assert re.search(r"\. The secret", make_haystack(tokenizer, length, haystack="A tree grows. " * 200).text)
+
+
 def test_recall_counts_values_and_their_tokens():
     logits = torch.log(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5 + 1e-3]]))
     some, every = (recall(logits, Answer(tokens, [1, 1, 1], "")) for tokens in ([0, 1, 0], [0, 1, 1]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 import uuid
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import permutations, takewhile
 from typing import Any, NamedTuple
@@ -25,6 +27,10 @@ VALUES: dict[str, tuple[str, Callable[[np.random.Generator], str]]] = {
     "number": ("number", lambda rng: str(rng.integers(10**6, 10**7))),
     "uuid": ("code", lambda rng: str(uuid.UUID(bytes=rng.bytes(16), version=4))),
 }
+
+
+# What a context may lack of its length, as a share or in tokens; letters of the pieces that a sentence is cut into.
+SPARE, FEW, PIECE = 0.05, 4, 120
 
 
 class Task(NamedTuple):
@@ -141,7 +147,8 @@ def make_haystack(
     tokenizer : PreTrainedTokenizer
         Its chat template is used if it has one.
     length : int
-        Tokens of the context, the chat template's and the needles' included; whole sentences fill it.
+        Tokens of the context, the chat template's and the needles' included. Whole sentences fill it; one that does
+        not fit is cut where more than a twentieth would stay empty.
     tasks : sequence of str
         Names in `TASKS` that one haystack can serve: ``("single",)``, ``("multi-value",)``, or ``"multi-key"`` and
         ``"multi-query"`` together. A single needle has one question. Of several keys each is asked for on its own, or
@@ -242,20 +249,45 @@ def ask(noun: str, names: list[str], each: int) -> str:
 
 
 def fill(tokenizer: Any, source: Any, room: int, length: int) -> tuple[list[str], list[int]]:
-    """Sentences that fill so many tokens, and the tokens of each."""
+    """Sentences that fill so many tokens, and the tokens of each; one that is too long is cut."""
     parts: list[str] = []
     sizes: list[int] = []
+    whole, spare = room, max(int(SPARE * length), FEW)
     for sentence in source:
-        size = len(encode(tokenizer, " " + sentence))
+        size = size_of(tokenizer, sentence)
         if size > room:
-            return parts, sizes
-        room -= size
-        parts.append(sentence)
-        sizes.append(size)
+            # Sentences may take fewer tokens together than alone.
+            room = whole - size_of(tokenizer, " ".join(parts))
+            if room <= spare:
+                return parts, sizes
+        # What is cut stays in pieces, so that a needle can lie between them.
+        for piece in [sentence] if size <= room else textwrap.wrap(sentence, PIECE, break_on_hyphens=False):
+            size = size_of(tokenizer, piece)
+            fits = piece if size <= room else beginning(tokenizer, piece, room)
+            if fits:
+                parts.append(fits)
+                sizes.append(size_of(tokenizer, fits))
+                room -= sizes[-1]
+            if fits != piece:
+                break
+    if room <= spare:
+        return parts, sizes
     raise ValueError(
         f"haystack has {sum(sizes)} tokens, but a length of {length} needs {sum(sizes) + room} beside the needles; "
         "use a longer text or a shorter length"
     )
+
+
+def beginning(tokenizer: Any, text: str, room: int) -> str:
+    """As much of a text as so many tokens hold, up to the end of a word if one ends there."""
+    letters = bisect_right(range(len(text) + 1), room, key=lambda stop: size_of(tokenizer, text[:stop])) - 1
+    fits = text[: max(letters, 0)]
+    return fits.rpartition(" ")[0] or fits
+
+
+def size_of(tokenizer: Any, text: str) -> int:
+    """Tokens of a text that follows another."""
+    return len(encode(tokenizer, " " + text))
 
 
 def encode_answers(
