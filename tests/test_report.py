@@ -166,16 +166,16 @@ def test_bytes_of_different_tokens_are_not_put_together(
 
 
 def test_other_tokens_of_one_text_are_not_put_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """As far as files say what they read: those of before, and other stretches of a text, are as they were."""
+    """As far as files say what they read: those of before do not."""
     said = {"news.txt": {"nll": 1.0, "ids_sha256": "a"}, "xquad.txt": {"nll": 1.0, "ids_sha256": "b"}}
     written(tmp_path / "peers.json", fidelity_rows(), texts=said)
     written(tmp_path / "before.json", fidelity_rows())
     content = read_json(written(tmp_path / "ours.json", fidelity_rows()))
     content["protocol"]["ids_sha256"] = {"news.txt": "a", "xquad.txt": "b"}
     command = ["evaluate", "report", str(tmp_path), "--output", str(tmp_path / "report")]
-    for digest, skip, alike in (("b", 0, True), ("c", 0, False), ("c", 9, True)):
+    for digest, alike in (("b", True), ("c", False)):
         content["protocol"]["ids_sha256"]["xquad.txt"] = digest
-        write_json(tmp_path / "ours.json", content | {"protocol": content["protocol"] | {"skip": skip}})
+        write_json(tmp_path / "ours.json", content)
         assert main(command) == (0 if alike else 1)
         err = capsys.readouterr().err
         assert ("ours.json and peers.json read other tokens of xquad.txt" in err) is not alike
@@ -192,6 +192,62 @@ def test_needles_in_other_haystacks_of_one_name_are_not_put_together(
         assert main(["evaluate", "report", str(tmp_path), "--output", str(tmp_path / "report")]) == (not alike)
         err = capsys.readouterr().err
         assert ("first.json and second.json read other tokens of own.txt" in err) is not alike
+
+
+DECODED = "after one-shot prefill, and {} tokens at a time while the following ones are teacher-forced one by one"
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second", "said"),
+    [
+        ("fidelity", {"context": 4096}, {"context": 1000}, "context is 4096 in one and 1000 in the other"),
+        ("fidelity", {"following": 256}, {"following": 64}, "following is 256 in one and 64 in the other"),
+        ("fidelity", {}, {"skip": 9}, "skip is 0 in one and 9 in the other"),
+        ("fidelity", {"window": 32}, {"window": 8}, "window is 32 in one and 8 in the other"),
+        (
+            "decoding",
+            {"compressed": DECODED.format(32)},
+            {"compressed": DECODED.format(8)},
+            "decode is 32 in one and 8",
+        ),
+        ("needles", {}, {"seed": 1}, "seed is 7 in one and 1 in the other"),
+        ("needles", {}, {"haystack": "own.txt"}, None),  # of another part, whose tables are others
+        ("needles", {"haystack": "my.txt"}, {"haystack": "own.txt"}, "haystack is 'my.txt' in one and 'own.txt' in"),
+        ("needles", {}, {"model": "another", "seed": 1}, None),
+        ("fidelity", {"context": 4096}, {"model": "another", "context": 1000}, None),
+        ("fidelity", {"context": 4096}, {}, None),  # which does not say
+    ],
+)
+def test_what_was_measured_otherwise_is_not_put_together(
+    kind: str,
+    first: dict[str, Any],
+    second: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    rows = needle_rows({FULL: [1.0], OURS: [1.0]}) if kind == "needles" else fidelity_rows()
+    rows = [row | {"kl_of_quarters": [0.1] * 4} for row in rows] if kind == "decoding" else rows
+    for name, more in (("a", first), ("b", second)):
+        content = read_json(written(tmp_path / f"{name}.json", rows))
+        write_json(tmp_path / f"{name}.json", content | {"protocol": content["protocol"] | more})
+    assert main(["evaluate", "report", str(tmp_path), "--output", str(tmp_path / "report")]) == (said is not None)
+    err = capsys.readouterr().err
+    assert said is None or f"a.json and b.json were measured otherwise: {said}" in err
+
+
+def test_other_numbers_of_keys_and_documents_are_not_put_together(tmp_path: Path):
+    rows = needle_rows({FULL: [1.0], OURS: [1.0]}, task="multi-key")
+    for keys in (4, 8):
+        written(tmp_path / f"{keys}.json", [row | {"layout": f"{keys} keys, 1 values"} for row in rows])
+    with pytest.raises(ValueError, match=r"4\.json and 8\.json .* layout is '4 keys, 1 values' in one and '8 keys"):
+        gather(results_in([tmp_path]))
+    answer = {"task": "easy", "document": 0, "method": FULL, "bytes_as_tokens": None, "metrics": {"score": 1.0}}
+    for limit in (1, 2):
+        protocol = {"model": "m", "bytes": 16, "question": "seen", "limit": limit}
+        write_json(tmp_path / "tasks" / f"{limit}.json", {"protocol": protocol, "rows": [answer]})
+    with pytest.raises(ValueError, match=r"limit is 1 in one and 2 in the other"):
+        gather(results_in([tmp_path / "tasks"]))
 
 
 def test_differences_are_paired_by_question(folder: Path):

@@ -12,12 +12,13 @@ from typing import Any
 import pandas as pd
 
 from momentkv import __version__
+from momentkv.evaluation.alike import check_measured_alike, check_read_alike, counted_in
 from momentkv.evaluation.lines import Row, depth_lines, fidelity_lines, needle_lines, needles_of, pair_lines
-from momentkv.evaluation.report import bits_of, read_json, tokens_in
+from momentkv.evaluation.report import read_json
 from momentkv.evaluation.split import role_of
 from momentkv.evaluation.task_lines import task_lines
 
-__all__ = ["COUNTED", "SUMMARY", "called", "counted_in", "gather", "results_in"]
+__all__ = ["COUNTED", "SUMMARY", "called", "gather", "results_in"]
 
 # The file that `momentkv evaluate report` writes, and reads again.
 SUMMARY = "summary.json"
@@ -87,7 +88,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     ------
     ValueError
         If results count bytes in different tokens: their budgets cannot be compared. If files say the same of a text,
-        but read other tokens of it.
+        but read other tokens of it, or measured otherwise what would stand in one cell of a table.
     """
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     left_out = []
@@ -99,9 +100,18 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         else:
             found[kind].append((path, content))
     counted_in([(path.name, content["protocol"]) for kind in COUNTED for path, content in found[kind]])
-    check_read_alike((path.name, content) for kind in OF_TEXTS for path, content in found[kind])
+    check_read_alike(
+        (path.name, called(content["protocol"]["model"]), content) for kind in OF_TEXTS for path, content in found[kind]
+    )
     texts: dict[str, Any] = {}
-    rows = {kind: [row for _, x in found[kind] for row in rows_of(x, texts)] for kind in OF_TEXTS}
+    measured = {
+        kind: [(path.name, content["protocol"], rows_of(content, texts)) for path, content in found[kind]]
+        for kind in OF_TEXTS
+    }
+    measured["tasks"] = [(path.name, content["protocol"], answer_lines(content)) for path, content in found["tasks"]]
+    for kind, files in measured.items():
+        check_measured_alike(kind, files)
+    rows = {kind: [row for *_, some in files for row in some] for kind, files in measured.items()}
     asked = needles_of(rows["needles"]) if rows["needles"] else None
     frames = {
         "needles": None if asked is None else needle_lines(asked),
@@ -113,7 +123,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         "momentkv": __version__,
         **{name: records(frame) for name, frame in frames.items()},
         "gap": [gap_line(content, texts) for _, content in found["gap"]],
-        "tasks": [line for _, content in found["tasks"] for line in answer_lines(content)],
+        "tasks": rows["tasks"],
         "lm_eval": [line for _, content in found["lm_eval"] for line in lm_eval_lines(content)],
         "texts": texts,
         "sources": [
@@ -159,43 +169,6 @@ def records(frame: pd.DataFrame | None) -> list[Row]:
     Pages show four at most, and are rounded once only so.
     """
     return [] if frame is None else json.loads(frame.to_json(orient="records", double_precision=8))
-
-
-def counted_in(protocols: Iterable[tuple[str, dict[str, Any]]]) -> int | None:
-    """Bits of the tokens that results count bytes in.
-
-    Parameters
-    ----------
-    protocols : iterable of (str, dict)
-        Name of each file, and its protocol.
-    """
-    files: dict[int | None, list[str]] = defaultdict(list)
-    for name, protocol in protocols:
-        files[bits_of(protocol)].append(name)
-    if len(files) > 1:
-        groups = (f"{tokens_in(bits)} ({', '.join(names)})" for bits, names in files.items())
-        raise ValueError(f"results count bytes in {' and in '.join(groups)}; report them apart")
-    return next(iter(files), None)
-
-
-def check_read_alike(results: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Raise if two files read other tokens of the same stretch of a text, or other haystacks of one name.
-
-    As far as they say what they read.
-    """
-    seen: dict[Any, tuple[str, str]] = {}
-    for name, content in results:
-        protocol = content["protocol"]
-        of_peers = {text: said["ids_sha256"] for text, said in content.get("texts", {}).items()}
-        stretch = [protocol.get(x, 0) for x in ("skip", "context", "following")]
-        digests = protocol.get("ids_sha256", of_peers) | protocol.get("text_sha256", {})
-        for text, digest in digests.items():
-            other, before = seen.setdefault((called(protocol["model"]), text, *stretch), (name, digest))
-            if digest != before:
-                raise ValueError(
-                    f"{other} and {name} read other tokens of {text}: topics of the language reference differ between "
-                    "versions of Python; measure one again, or report them apart"
-                )
 
 
 def without_places(command: str | None) -> str | None:

@@ -14,7 +14,8 @@ import jinja2
 import pandas as pd
 from rich.console import Console
 
-from momentkv.evaluation.gather import COUNTED, SUMMARY, counted_in, gather, results_in
+from momentkv.evaluation.alike import counted_in
+from momentkv.evaluation.gather import COUNTED, SUMMARY, gather, results_in
 from momentkv.evaluation.lines import OURS, Row, is_ours, rivals
 from momentkv.evaluation.report import read_json, tokens_in, write_json
 from momentkv.evaluation.report_plots import draw, methods_of, slug
