@@ -52,6 +52,10 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         (["tradeoff", "fidelity.json", "fidelity.json", "--output", "folder"], "output is 'folder', which is a folder"),
         (["report", "fidelity.json", "--output", "bytes.txt"], "output is 'bytes.txt', which is a file; name a folder"),
         ([*FIDELITY, "--skip", "-3"], "skip is -3; use 0 or more characters"),
+        ([*FIDELITY, "--text", "a/own.txt", "b/own.txt"], "text has 'a/own.txt' and 'b/own.txt', which results call"),
+        ([*FIDELITY, "--text", "calls", "calls"], "text has 'calls' and 'calls', which results call the same"),
+        (["needles", "--tasks", "multi-key", "multi-key"], "tasks has 'multi-key' and 'multi-key', which results call"),
+        (["tasks", "--tasks", "gsm8k", "gsm8k"], "tasks has 'gsm8k' and 'gsm8k', which results call the same"),
         (["trust", "--context", "200", "--budget", "300"], "budget is 300, but the context has 200 tokens"),
         (["gap", "--context", "200", "--budget", "200"], "budget is 200, but the context has 200 tokens"),
         (

@@ -154,7 +154,7 @@ def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
 
 
 def check_methods(options: argparse.Namespace) -> None:
-    """Refuse unknown names of policies and corrections, and segments of no token, before a model is loaded.
+    """Refuse unknown names, names that results could not tell apart, and segments of no token; needs no model.
 
     Raises
     ------
@@ -165,6 +165,16 @@ def check_methods(options: argparse.Namespace) -> None:
     for name in options.corrections:
         if name not in CHOICES:
             raise ValueError(f"corrections has {name!r}; use some of {', '.join(CHOICES)}")
+    for option in ("text", "tasks"):
+        seen: dict[str, str] = {}
+        for given in getattr(options, option, None) or ():
+            short = Path(given).name
+            if short in seen:
+                raise ValueError(
+                    f"{option} has {seen[short]!r} and {given!r}, which results call the same; name each once, and "
+                    "files of one name differently"
+                )
+            seen[short] = given
     named: dict[Setting, str] = {}
     for method in options.methods or ():
         setting = setting_of(method)
