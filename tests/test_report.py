@@ -233,14 +233,14 @@ def test_what_was_measured_otherwise_is_not_put_together(
         write_json(tmp_path / f"{name}.json", content | {"protocol": content["protocol"] | more})
     assert main(["evaluate", "report", str(tmp_path), "--output", str(tmp_path / "report")]) == (said is not None)
     err = capsys.readouterr().err
-    assert said is None or f"a.json and b.json were measured otherwise: {said}" in err
+    assert said is None or f"a.json and {tmp_path / 'b.json'} were measured otherwise: {said}" in err
 
 
 def test_other_numbers_of_keys_and_documents_are_not_put_together(tmp_path: Path):
     rows = needle_rows({FULL: [1.0], OURS: [1.0]}, task="multi-key")
     for keys in (4, 8):
         written(tmp_path / f"{keys}.json", [row | {"layout": f"{keys} keys, 1 values"} for row in rows])
-    with pytest.raises(ValueError, match=r"4\.json and 8\.json .* layout is '4 keys, 1 values' in one and '8 keys"):
+    with pytest.raises(ValueError, match=r"4\.json and .*8\.json .* layout is '4 keys, 1 values' in one and '8 keys"):
         gather(results_in([tmp_path]))
     answer = {"task": "easy", "document": 0, "method": FULL, "bytes_as_tokens": None, "metrics": {"score": 1.0}}
     for limit in (1, 2):
@@ -401,8 +401,8 @@ def test_the_whole_suite_runs_resumes_and_reports(
         return SimpleNamespace(poll=lambda: code, returncode=code)
 
     monkeypatch.setattr(module, "start", start)
-    folder, own_process = tmp_path / "suite" / Path(tiny).name, []
-    command = ["evaluate", "suite", "--smoke", "--model", tiny, "--output", str(folder.parent)]
+    folder, own_process = tmp_path / "suite" / "smoke" / Path(tiny).name, []
+    command = ["evaluate", "suite", "--smoke", "--model", tiny, "--output", str(tmp_path / "suite")]
     assert main(command) == 0, capsys.readouterr().out
     assert sorted(started) == sorted(x.name for x in PLAN)
     assert {path.stem for path in folder.glob("*.json")} == {x.name for x in PLAN}
@@ -457,6 +457,46 @@ def test_suite_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.Capt
     assert "only has 'magic'; use some of single-2000, several-2000" in capsys.readouterr().err
     assert main(["evaluate", "suite", "--workers", "0", "--output", str(tmp_path)]) == 1
     assert "workers is 0" in capsys.readouterr().err
+
+
+def test_a_short_run_of_the_suite_leaves_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They would be in the place of a whole run's, and rows of both in one report."""
+
+    def measure(commands: dict[str, list[str]], *_: Any) -> dict[str, str]:
+        for command in commands.values():
+            written(Path(command[-1]), fidelity_rows())
+        return {}
+
+    monkeypatch.setattr(module, "run_all", measure)
+    suite = ["evaluate", "suite", "--model", "A/x", "--output", str(tmp_path)]
+    assert main([*suite, "--smoke", "--only", "fidelity-more"]) == 0
+    assert (tmp_path / "smoke" / "report" / "report.html").is_file()
+    assert main([*suite, "--only", "fidelity"]) == 0
+    assert [x["file"] for x in read_json(tmp_path / "report" / "summary.json")["sources"]] == ["fidelity.json"]
+    assert [x.stem for x in results_in([tmp_path / "smoke" / "x"])] == ["fidelity-more"]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (["A/x", "B/x"], "model has 'A/x' and 'B/x', whose results would be in one folder, 'x'"),
+        (["A/x", "B/x.gguf"], "model has 'A/x' and 'B/x.gguf', whose results would be in one folder, 'x'"),
+        (["."], "model has '.', which gives its folder of results no name"),
+        ([".."], "model has '..', which gives"),
+        (["A/report"], "model has 'A/report', which gives"),
+    ],
+)
+def test_the_suite_refuses_models_of_one_name(
+    models: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(module, "run_all", lambda *_: pytest.fail("something was measured"))
+    assert main(["evaluate", "suite", "--model", *models, "--output", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_suite_reads_texts_that_chose_nothing():

@@ -18,17 +18,19 @@ from momentkv.evaluation.report import read_json
 from momentkv.evaluation.split import role_of
 from momentkv.evaluation.task_lines import task_lines
 
-__all__ = ["COUNTED", "SUMMARY", "called", "gather", "results_in"]
+__all__ = ["COUNTED", "SMOKE", "SUMMARY", "called", "gather", "results_in"]
 
 # The file that `momentkv evaluate report` writes, and reads again.
 SUMMARY = "summary.json"
+# The folder of what `momentkv evaluate suite --smoke` writes, which counts only where it is named itself.
+SMOKE = "smoke"
 # Kinds of results that are of texts, and all whose budgets are bytes; commands have the same names.
 OF_TEXTS = ("needles", "fidelity", "decoding")
 COUNTED = (*OF_TEXTS, "tasks")
 
 
 def results_in(places: Iterable[str | Path]) -> list[Path]:
-    """JSON files named, or in the folders named, in the order of their names.
+    """JSON files named, or in the folders named, in the order of their names; none of a short run within them.
 
     Raises
     ------
@@ -39,7 +41,8 @@ def results_in(places: Iterable[str | Path]) -> list[Path]:
     for place in map(Path, places):
         if not place.exists():
             raise ValueError(f"results is {str(place)!r}, which does not exist; name files or folders of results")
-        found += sorted(place.rglob("*.json")) if place.is_dir() else [place]
+        within = sorted(place.rglob("*.json")) if place.is_dir() else [place]
+        found += [path for path in within if SMOKE not in path.relative_to(place).parts[:-1]]
     found = [path for path in found if path.name != SUMMARY]
     if not found:
         raise ValueError(f"results are {', '.join(map(str, places))}, which hold no JSON; measure something first")
@@ -105,10 +108,10 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     )
     texts: dict[str, Any] = {}
     measured = {
-        kind: [(path.name, content["protocol"], rows_of(content, texts)) for path, content in found[kind]]
+        kind: [(str(path), content["protocol"], rows_of(content, texts)) for path, content in found[kind]]
         for kind in OF_TEXTS
     }
-    measured["tasks"] = [(path.name, content["protocol"], answer_lines(content)) for path, content in found["tasks"]]
+    measured["tasks"] = [(str(path), content["protocol"], answer_lines(content)) for path, content in found["tasks"]]
     for kind, files in measured.items():
         check_measured_alike(kind, files)
     rows = {kind: [row for *_, some in files for row in some] for kind, files in measured.items()}

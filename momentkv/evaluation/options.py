@@ -168,7 +168,9 @@ def add_measurements(kinds: Any) -> None:
 
     suite = kinds.add_parser("suite", help="all that the report needs, one measurement after the other; resumes")
     suite.add_argument("--workers", type=int, default=2, help="measurements at a time, one thread each")
-    suite.add_argument("--smoke", action="store_true", help="the same on very few cases, to see that it runs")
+    suite.add_argument(
+        "--smoke", action="store_true", help="the same on very few cases, to see that it runs; in a folder smoke"
+    )
     suite.add_argument("--only", nargs="+", metavar="NAME", help="some of the measurements (default: all)")
     suite.add_argument(
         "--model",

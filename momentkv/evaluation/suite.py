@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from momentkv.evaluation.code import code_version
-from momentkv.evaluation.gather import COUNTED, called
+from momentkv.evaluation.gather import COUNTED, SMOKE, called
 from momentkv.evaluation.processes import interrupts_later
 from momentkv.evaluation.report import read_json
 from momentkv.evaluation.report_page import write_report
@@ -28,6 +28,8 @@ from momentkv.evaluation.split import REPORT_HAYSTACK, REPORT_TEXTS
 __all__ = ["PLAN", "Measurement", "suite"]
 
 WAITS, RUNS = "waits", "running"
+# The folder of the page of all results.
+REPORT = "report"
 # What is recommended, and the best of other kinds.
 METHODS = "default default@auto twice@auto snapkv/none snapkv/none@4 kvzip/none"
 TRIED = "default@tried twice@tried"
@@ -118,12 +120,13 @@ def suite(options: argparse.Namespace) -> int:
     for name in options.only or ():
         if name not in names:
             raise ValueError(f"only has {name!r}; use some of {', '.join(names)}")
-    folder = Path(options.output)
+    labels = labels_of(options.model)
+    # Results of a short run are none, and a later run would find some in the place of its own.
+    folder = Path(options.output) / SMOKE if options.smoke else Path(options.output)
     console = Console()
     chosen = [x for x in PLAN if options.only is None or x.name in options.only]
     commands: dict[str, list[str]] = {}
-    for model in options.model:
-        label = called(model)
+    for label, model in labels.items():
         (folder / label).mkdir(parents=True, exist_ok=True)
         commands |= {f"{label}/{x.name}": command_of(x, folder / label, model, options) for x in chosen}
     with Live(console=console, refresh_per_second=1) as live:
@@ -133,9 +136,39 @@ def suite(options: argparse.Namespace) -> int:
         console.print(f"[bold red]{name}[/]: momentkv {shlex.join(commands[name])}")
         console.print(Text("\n".join((folder / f"{name}.log").read_text(encoding="utf-8").splitlines()[-5:])))
     if any(folder.glob("*/*.json")):
-        page = write_report([folder], folder / "report")
+        page = write_report([folder], folder / REPORT)
         console.print(f"report: {page}", soft_wrap=True)
     return 1 if failed else 0
+
+
+def labels_of(models: Sequence[str]) -> dict[str, str]:
+    """Models by the name that their folder of results has.
+
+    Raises
+    ------
+    ValueError
+        If two have the same, or one has none or that of another folder.
+
+    Examples
+    --------
+    >>> labels_of(["Qwen/Qwen2.5-0.5B", "some/where/tiny-q4.gguf"])
+    {'Qwen2.5-0.5B': 'Qwen/Qwen2.5-0.5B', 'tiny-q4': 'some/where/tiny-q4.gguf'}
+    """
+    labels: dict[str, str] = {}
+    for model in models:
+        label = called(model)
+        if label in labels:
+            raise ValueError(
+                f"model has {labels[label]!r} and {model!r}, whose results would be in one folder, {label!r}; give "
+                "each an --output of its own"
+            )
+        if label in ("", "..", REPORT, SMOKE):
+            raise ValueError(
+                f"model has {model!r}, which gives its folder of results no name of its own; rename it, or name it by "
+                "another path"
+            )
+        labels[label] = model
+    return labels
 
 
 def run_all(
