@@ -351,11 +351,24 @@ def test_a_part_alone_is_a_page(folder: Path, name: str):
     assert [heading for heading in headings.values() if heading in text] == [headings[name]]
 
 
+@pytest.mark.parametrize("place", ["lm", "."], ids=["the same folder", "its parent"])
+def test_a_report_may_be_where_its_results_are(place: str, folder: Path):
+    for _ in range(2):  # the second finds the files of the first, which are no results
+        write_report([folder / "lm"], folder / place)
+    summary = read_json(folder / place / "summary.json")
+    assert summary["lm_eval"]
+    assert not summary["left_out"]
+
+
 def test_nothing_to_report_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["evaluate", "report", str(tmp_path / "missing")]) == 1
     assert "which does not exist; name files or folders" in capsys.readouterr().err
     assert main(["evaluate", "report", str(tmp_path)]) == 1
     assert "which hold no JSON; measure something first" in capsys.readouterr().err
+    write_json(tmp_path / "other.json", {"a": 1})
+    assert main(["evaluate", "report", str(tmp_path), "--output", str(tmp_path / "page")]) == 1
+    assert "results are other.json, which hold none; name what momentkv evaluate wrote" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
 
 
 def test_the_default_is_the_default_of_the_cache():

@@ -90,8 +90,9 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If results count bytes in different tokens: their budgets cannot be compared. If files say the same of a text,
-        but read other tokens of it, or measured otherwise what would stand in one cell of a table.
+        If no file holds results. If they count bytes in different tokens: their budgets cannot be compared. If files
+        say the same of a text, but read other tokens of it, or measured otherwise what would stand in one cell of a
+        table.
     """
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     left_out = []
@@ -102,6 +103,8 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
             left_out.append(path.name)
         else:
             found[kind].append((path, content))
+    if not found:
+        raise ValueError(f"results are {', '.join(left_out)}, which hold none; name what momentkv evaluate wrote")
     counted_in([(path.name, content["protocol"]) for kind in COUNTED for path, content in found[kind]])
     check_read_alike(
         (path.name, called(content["protocol"]["model"]), content) for kind in OF_TEXTS for path, content in found[kind]

@@ -60,7 +60,7 @@ def write_report(results: Iterable[str | Path], folder: Path) -> Path:
     if len(places) == 1 and places[0].name == SUMMARY:
         summary = read_json(places[0])
     else:
-        summary = gather(path for path in results_in(places) if folder not in path.parents)
+        summary = gather(results_in(places))
         write_json(folder / SUMMARY, summary)
     text = markdown_of(summary, draw(summary, folder, bits=bits_in(summary)))
     (folder / "report.md").write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from momentkv.evaluation.code import code_version
-from momentkv.evaluation.gather import COUNTED, SMOKE, called
+from momentkv.evaluation.gather import COUNTED, SMOKE, SUMMARY, called
 from momentkv.evaluation.processes import interrupts_later
 from momentkv.evaluation.report import read_json
 from momentkv.evaluation.report_page import write_report
@@ -135,7 +135,7 @@ def suite(options: argparse.Namespace) -> int:
     for name in failed:
         console.print(f"[bold red]{name}[/]: momentkv {shlex.join(commands[name])}")
         console.print(Text("\n".join((folder / f"{name}.log").read_text(encoding="utf-8").splitlines()[-5:])))
-    if any(folder.glob("*/*.json")):
+    if any(path.name != SUMMARY for path in folder.glob("*/*.json")):
         page = write_report([folder], folder / REPORT)
         console.print(f"report: {page}", soft_wrap=True)
     return 1 if failed else 0
