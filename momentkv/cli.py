@@ -39,7 +39,10 @@ EXTRAS = {
     "scipy": "evaluate",
 }
 # Options of the commands that count something.
-COUNTS = ("context", "following", "budget", "budgets", "new_tokens", "chunk", "steps", "threads", "workers", "lengths")
+COUNTS = (
+    *("context", "following", "decode", "budget", "budgets", "new_tokens"),
+    *("chunk", "steps", "threads", "workers", "lengths"),
+)
 # As shells report a process that Ctrl-C ended: 128 and the number of SIGINT.
 INTERRUPTED = 130
 

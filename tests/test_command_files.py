@@ -56,6 +56,12 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         ([*FIDELITY, "--text", "calls", "calls"], "text has 'calls' and 'calls', which results call the same"),
         (["needles", "--tasks", "multi-key", "multi-key"], "tasks has 'multi-key' and 'multi-key', which results call"),
         (["tasks", "--tasks", "gsm8k", "gsm8k"], "tasks has 'gsm8k' and 'gsm8k', which results call the same"),
+        (
+            ["stream", "--following", "3"],
+            "following is 3, but each quarter of a decode has a number of its own; use at",
+        ),
+        ([*FIDELITY, "--decode", "1", "--following", "3"], "following is 3, but each quarter of a decode"),
+        ([*FIDELITY, "--decode", "0"], "decode is 0; use at least 1"),
         (["trust", "--context", "200", "--budget", "300"], "budget is 300, but the context has 200 tokens"),
         (["gap", "--context", "200", "--budget", "200"], "budget is 200, but the context has 200 tokens"),
         (

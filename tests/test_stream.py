@@ -41,6 +41,16 @@ def test_a_budget_is_the_bytes_of_tokens_of_so_many_bits(bits: int, saved: str, 
     assert all(0 < row["mean"] < 2 and len(row["stretches"]) == 4 for row in content["rows"])
 
 
+def test_every_stretch_of_a_decode_has_a_number(saved: str, tmp_path: Path):
+    path = tmp_path / "stream.json"
+    source = ["--context", "100", "--following", "5", "--budget", "60", "--corrections", "none"]
+    assert main(["evaluate", "stream", "--model", saved, *source, "--output", str(path)]) == 0
+    for row in read_json(path)["rows"]:
+        first, *rest = row["stretches"]  # two tokens, and one each
+        assert len(rest) == 3
+        assert row["mean"] == pytest.approx((2 * first + sum(rest)) / 5, rel=1e-5)
+
+
 def cost(correction: str, bits: int) -> int:
     """Tokens that statistics in 16 bits take the bytes of, in heads of the tiny model's dimension."""
     return math.ceil(token_equivalents(correction, d=16, itemsize=bits // 8, statistics_bits=16))

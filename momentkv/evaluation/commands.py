@@ -13,7 +13,15 @@ from momentkv.evaluation.code import code_version
 from momentkv.evaluation.fidelity import measure
 from momentkv.evaluation.gap import measure_gap
 from momentkv.evaluation.report import environment, progress_bar, read_json, save_figure, show, write_json
-from momentkv.evaluation.settings import CHOICES, Setting, bytes_as_tokens, check_evicts, setting_of, settings_grid
+from momentkv.evaluation.settings import (
+    CHOICES,
+    Setting,
+    bytes_as_tokens,
+    check_evicts,
+    check_quarters,
+    setting_of,
+    settings_grid,
+)
 from momentkv.evaluation.sources import BUILTIN_MODEL, digest_of, load_model, load_text, tokenize
 from momentkv.evaluation.split import REPORT_TEXTS, number_of_texts, roles_of, said_of
 
@@ -34,6 +42,8 @@ def fidelity(options: argparse.Namespace) -> int:
 
     console = Console()
     check_methods(options)
+    if options.decode is not None:
+        check_quarters(options)
     texts = options.text or list(REPORT_TEXTS)
     said = {text: load_text(text) for text in texts}
     earlier = earlier_results(options)

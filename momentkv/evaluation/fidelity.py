@@ -12,7 +12,7 @@ import torch
 from momentkv.cache.config import EXACT_WINDOW, wanted_queries
 from momentkv.evaluation.capture import CaptureCache, capture_again, read_anew, replay, replay_tried
 from momentkv.evaluation.errors import head_errors
-from momentkv.evaluation.settings import Setting, empty_cache
+from momentkv.evaluation.settings import QUARTERS, Setting, empty_cache
 from momentkv.hf.trial import Tried
 from momentkv.policies import get_policy
 
@@ -173,7 +173,7 @@ def measure(
         else:
             steps = [model(following[:, [t]], past_key_values=cache).logits[0] for t in range(following.shape[1])]
             logits = torch.cat(steps)
-            parts = zip(*(x.tensor_split(4) for x in (full, logits, targets)), strict=True)
+            parts = zip(*(x.tensor_split(QUARTERS) for x in (full, logits, targets)), strict=True)
             quarters = [compare(*part).kl for part in parts]
         tried = cache.tried if setting.trial else None
         result = compare(full, logits, targets)

@@ -21,16 +21,20 @@ __all__ = [
     "CHOICES",
     "DEFAULT",
     "NAMED",
+    "QUARTERS",
     "TRIAL",
     "Setting",
     "bytes_as_tokens",
     "check_evicts",
+    "check_quarters",
     "empty_cache",
     "moment_tokens",
     "setting_of",
     "settings_grid",
 ]
 
+# Parts of a decode.
+QUARTERS = 4
 # What stands behind a method whose retained tokens are as the model stores them, and behind one that tries bits, and
 # the share of a second reading, on the last tokens of what it compresses; and how many these are.
 FULL, TRIED, TRIAL = "full", "tried", 256
@@ -312,4 +316,13 @@ def check_evicts(options: argparse.Namespace) -> None:
         raise ValueError(
             f"budget is {options.budget}, but the context has {options.context} tokens, none of which would be "
             "evicted; use a smaller one"
+        )
+
+
+def check_quarters(options: argparse.Namespace) -> None:
+    """Raise if there are fewer following tokens than parts of a decode, each of which has a number of its own."""
+    if options.following < QUARTERS:
+        raise ValueError(
+            f"following is {options.following}, but each quarter of a decode has a number of its own; use at least "
+            f"{QUARTERS}"
         )

@@ -15,14 +15,12 @@ from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.capture import Attended, CaptureCache
 from momentkv.evaluation.report import empty_table, environment, progress_bar, show, tokens_in, write_json
-from momentkv.evaluation.settings import CHOICES, Setting, settings_grid
+from momentkv.evaluation.settings import CHOICES, QUARTERS, Setting, check_quarters, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
 from momentkv.statistics.corrections import get_correction
 
 __all__ = ["measure_stream", "stream"]
-
-STRETCHES = 4
 
 
 @torch.inference_mode()
@@ -77,6 +75,7 @@ def measure_stream(
 def stream(options: argparse.Namespace) -> int:
     """Run ``momentkv evaluate stream``."""
     console = Console()
+    check_quarters(options)
     text = load_text(options.text)[options.skip :]
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
@@ -104,7 +103,7 @@ def stream(options: argparse.Namespace) -> int:
                         "budget": setting.budget,
                         "mean": float(both.mean()),
                         "p90": float(both.flatten()[:: max(1, both.numel() // 10**6)].quantile(0.9)),
-                        "stretches": [float(x.mean()) for x in both.chunk(STRETCHES, dim=-1)],
+                        "stretches": [float(x.mean()) for x in both.tensor_split(QUARTERS, dim=-1)],
                     }
                 )
     name = options.model or BUILTIN_MODEL
@@ -123,10 +122,10 @@ def stream(options: argparse.Namespace) -> int:
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     """Mean relative error of the heads, by stretch of the decode, and against plain eviction."""
-    stretches = [f"{index + 1}/{STRETCHES}" for index in range(STRETCHES)]
+    stretches = [f"{index + 1}/{QUARTERS}" for index in range(QUARTERS)]
     columns = ["prefill", "correction", "kept", *stretches, "mean", "p90", "of plain"]
     table = empty_table(title, columns, ("prefill", "correction"))
-    table.caption = f"1/{STRETCHES} and so on: mean relative error of the heads in that part of the decode"
+    table.caption = f"1/{QUARTERS} and so on: mean relative error of the heads in that part of the decode"
     plain = {row["prefill"]: row["mean"] for row in rows if row["correction"] == "none"}
     previous = None
     for row in rows:
