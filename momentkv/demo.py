@@ -24,7 +24,7 @@ from momentkv.evaluation.fidelity import Fidelity, compare
 from momentkv.evaluation.report import progress_bar, save_figure, show
 from momentkv.evaluation.settings import Setting, empty_cache, setting_of, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
-from momentkv.evaluation.steps import Step, Typical, evicted_tokens, typical
+from momentkv.evaluation.steps import Step, Typical, evicted_tokens, held_tokens, typical
 from momentkv.hf import MomentCache
 
 __all__ = ["demo"]
@@ -165,10 +165,8 @@ def judge(
     """Compare with the full cache, continue the text, and answer the question, each from a copy of the cache."""
     context = options.context
     if isinstance(cache, MomentCache):
-        counts = [stored for core in cache.moment_layers.values() for stored in core.stored_by_head]
-        tokens, nbytes = round(sum(counts) / len(counts)), cache.nbytes
+        nbytes = cache.nbytes
     else:
-        tokens = cache.layers[0].keys.shape[2]
         nbytes = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     with torch.inference_mode():
         logits = model(ids[:, context:-1], past_key_values=copy.deepcopy(cache)).logits[0]
@@ -182,7 +180,7 @@ def judge(
     secret, _ = generate(model, tokenizer, copy.deepcopy(cache), asked, len(SECRET) + 2)
     return Reading(
         name=name,
-        tokens=tokens,
+        tokens=held_tokens(cache),
         nbytes=nbytes,
         fidelity=compare(full_logits, logits, ids[0, context + 1 :]),
         speed=typical(steps),

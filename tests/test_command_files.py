@@ -62,6 +62,12 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         ([*FIDELITY, "--decode", "1", "--following", "3"], "following is 3, but each quarter of a decode"),
         ([*FIDELITY, "--decode", "0"], "decode is 0; use at least 1"),
+        (
+            ["speed", "--context", "50", "--budget", "20", "--steps", "60"],
+            "context is 50, but 60 steps of a decode read its first tokens once more; use a longer one, or fewer",
+        ),
+        (["speed", "--context", "7", "--budget", "3", "--steps", "2"], "context is 7, but 8 steps of a decode"),
+        (["speed", "--context", "100"], "budget is 512, but the context has 100 tokens"),
         (["trust", "--context", "200", "--budget", "300"], "budget is 300, but the context has 200 tokens"),
         (["gap", "--context", "200", "--budget", "200"], "budget is 200, but the context has 200 tokens"),
         (

@@ -31,6 +31,7 @@ from momentkv.evaluation.report_plots import plot_gaps, plot_kl
 from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.evaluation.sources import load_model, load_text, tokenize
 from momentkv.evaluation.split import REPORT_TEXTS
+from momentkv.evaluation.steps import held_tokens
 from momentkv.evaluation.terminal import fidelity_table
 from momentkv.hf import MomentCache, read
 from momentkv.policies import H2O, Policy, SnapKV
@@ -289,6 +290,33 @@ def test_methods_are_compared_on_the_texts_that_all_of_them_read():
     assert list(fidelity_lines(apart)["kl"]) == [1, 6, 3, 8]  # nothing in common
 
 
+def test_what_heads_hold_is_shown_and_not_a_budget_in_other_tokens():
+    few = [row | {"kept": kept} for row, kept in zip(rows()[:1] + rows()[4:5], (300, 303), strict=True)]
+    table = fidelity_table(fidelity_lines(few), title="title", bits=16)
+    assert [list(x.cells) for x in table.columns if x.header == "kept"] == [["302"]]
+    before = fidelity_lines([*few, *rows()[1:2], *rows()[5:6]])
+    assert list(before["kept"]) == [302, 128]  # which do not say
+
+
+@pytest.mark.parametrize(("bits", "more"), [(None, False), ("auto", True)])
+def test_a_measurement_says_what_heads_hold(bits: str | None, more: bool):
+    model, ids, setting = tiny("llama"), prompt(1, 220), Setting("snapkv", 40, None, "moments", "heads", bits=bits)
+    ((_, result, _),) = measure(model, ids, 200, [setting], **SMALL)
+    cache = empty_cache(model, setting, **SMALL, block=1)
+    with torch.inference_mode():
+        model(ids[:, :200], past_key_values=cache)
+    assert result.kept == held_tokens(cache)
+    assert (result.kept > 40) == more
+
+
+def test_the_full_cache_holds_what_its_layers_without_a_window_do():
+    model = tiny("gemma3")
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(prompt(1, 40), past_key_values=cache)
+    assert held_tokens(cache) == 40
+
+
 def is_image(path: Path) -> bool:
     from matplotlib.image import imread
 
@@ -341,6 +369,20 @@ def test_tokens_are_the_first_of_a_text():
     assert tokenize(letters, "abcdef", 6).shape == (1, 6)
     with pytest.raises(ValueError, match="own has 6 tokens, but 7 are needed"):
         tokenize(letters, "abcdef", 7, name="own")
+
+
+def test_a_text_of_long_tokens_is_read_as_far_as_it_is_needed():
+    read = []
+
+    def words(text: str, **_: Any) -> SimpleNamespace:
+        read.append(len(text))
+        return SimpleNamespace(input_ids=torch.tensor([[int(word) for word in text.split()]]))
+
+    text = " ".join(str(1000 + place) + " " * 60 for place in range(50))
+    assert tokenize(words, text, 10).tolist() == [[1000 + place for place in range(10)]]
+    assert read == [100, 200, 400, 800]
+    with pytest.raises(ValueError, match="text has 50 tokens, but 51 are needed"):
+        tokenize(words, text, 51)
 
 
 def test_the_missing_builtin_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ from momentkv.cache.config import EXACT_WINDOW, wanted_queries
 from momentkv.evaluation.capture import CaptureCache, capture_again, read_anew, replay, replay_tried
 from momentkv.evaluation.errors import head_errors
 from momentkv.evaluation.settings import QUARTERS, Setting, empty_cache
+from momentkv.evaluation.steps import held_tokens
 from momentkv.hf.trial import Tried
 from momentkv.policies import get_policy
 
@@ -38,6 +39,8 @@ class Fidelity:
         KL of each quarter of the positions, where tokens were decoded one by one.
     tried : list of Tried, or None
         What a trial tried.
+    kept : int or None
+        Tokens of the context that a head holds on average, which in few bits are more than a budget says.
     """
 
     kl: float
@@ -48,6 +51,7 @@ class Fidelity:
     head_error_p99: float | None = None
     kl_of_quarters: list[float] | None = None
     tried: list[Tried] | None = None
+    kept: int | None = None
 
 
 def compare(full: torch.Tensor, compressed: torch.Tensor, targets: torch.Tensor) -> Fidelity:
@@ -155,7 +159,7 @@ def measure(
             cache = replay(captured, empty)
         else:
             cache = read_anew(model, ids[:, :context], empty, tokenizer, segment=segment)
-        nbytes = cache.nbytes
+        nbytes, kept = cache.nbytes, held_tokens(cache)
         percentiles = {}
         if errors_every:
             error = head_errors(attended, cache, context, every=errors_every).corrected
@@ -177,5 +181,5 @@ def measure(
             quarters = [compare(*part).kl for part in parts]
         tried = cache.tried if setting.trial else None
         result = compare(full, logits, targets)
-        result = dataclasses.replace(result, kl_of_quarters=quarters, tried=tried, **percentiles)
+        result = dataclasses.replace(result, kl_of_quarters=quarters, tried=tried, kept=kept, **percentiles)
         yield setting, result, nbytes

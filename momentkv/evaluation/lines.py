@@ -85,16 +85,19 @@ def fidelity_lines(rows: list[Row]) -> pd.DataFrame:
         "nunique"
     )
     frame = frame[every | ~every.groupby([frame[x] for x in (*ORIGIN, "bytes")]).transform("any")]
-    for name in ("head_error", "kl_of_quarters"):
+    for name in ("head_error", "kl_of_quarters", "kept"):
         if name not in frame:
             frame[name] = None
     frame["kl_last"] = frame["kl_of_quarters"].map(lambda x: x[-1], na_action="ignore")
+    # Rows of before do not say what heads hold; the budget is as much where tokens have all their bits.
+    frame["kept"] = frame["kept"].astype(float).fillna(frame["budget"])
     frame = frame.astype({"head_error": float, "kl_last": float})
     groups = frame.groupby(keys, sort=False)
     lines = groups.agg(
         **{name: (name, "mean") for name in ("kl", "kl_last", "top1", "nll_change", "head_error")},
-        kept=("budget", "first"), nbytes=("nbytes", "first"), texts=("text", "nunique"),
+        kept=("kept", "mean"), nbytes=("nbytes", "first"), texts=("text", "nunique"),
     )  # fmt: skip
+    lines["kept"] = lines["kept"].round().astype(int)
     lines[["low", "high"]] = [bootstrap(list(group)) for _, group in groups["kl"]]
     order = dict.fromkeys(frame_of(rows)["method"])
     places = {method: place for place, method in enumerate(order)}

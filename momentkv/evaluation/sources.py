@@ -160,9 +160,15 @@ def tokenize(tokenizer: Any, text: str, count: int, *, name: str = "text") -> to
     ValueError
         If the text is shorter.
     """
-    # Encoding a whole book to use its beginning would take seconds; ten characters a token is more than any prose.
-    encode = {"return_tensors": "pt", "verbose": False}
-    ids: torch.Tensor = tokenizer(text[: 10 * count], **encode).input_ids[:, :count]
+    # Encoding a whole book to use its beginning would take seconds; ten characters a token is more than most prose.
+    letters = 10 * count
+    while True:
+        encoded: torch.Tensor = tokenizer(text[:letters], return_tensors="pt", verbose=False).input_ids
+        # The last token may be of a word that was cut.
+        if encoded.shape[1] > count or letters >= len(text):
+            break
+        letters *= 2
+    ids = encoded[:, :count]
     if ids.shape[1] < count:
         raise ValueError(
             f"{name} has {ids.shape[1]} tokens, but {count} are needed; use a longer text or a shorter context"

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from momentkv.evaluation.processes import in_a_process
 from momentkv.evaluation.report import environment, progress_bar, show, write_json
+from momentkv.evaluation.settings import check_evicts
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.evaluation.steps import Step, evicted_tokens, typical
 from momentkv.hf import MomentCache
@@ -33,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "in 4 bits": {"bits": 4},
 }
 TEXT = "specialnames"
+# Steps of a decode in which memory is looked at.
+MEMORY_STEPS = 8
 
 
 def speed(options: argparse.Namespace) -> int:
@@ -40,6 +43,13 @@ def speed(options: argparse.Namespace) -> int:
     for name in ("context", "steps", "chunk", "threads"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; use at least 1")
+    check_evicts(options)
+    least = max(options.steps, MEMORY_STEPS)
+    if options.context < least:
+        raise ValueError(
+            f"context is {options.context}, but {least} steps of a decode read its first tokens once more; use a "
+            "longer one, or fewer --steps"
+        )
     console = Console()
     torch.set_num_threads(options.threads)
     with progress_bar(console) as progress:
@@ -101,7 +111,8 @@ def speed(options: argparse.Namespace) -> int:
             "threads": options.threads,
             "prefill_chunk": options.chunk,
             "timing": "decode steps of the caches in turns; mean, and medians of those that evict and of the others",
-            "memory": "peak resident memory above the loaded model, prefill and 8 decode steps, a process each",
+            "memory": "peak resident memory above the loaded model, prefill and "
+            f"{MEMORY_STEPS} decode steps, a process each",
         },
         "environment": environment(),
         "ratios": ratios(rows),
@@ -179,7 +190,7 @@ def peak_memory(kind: str, name: str | None, context: int, budget: int, chunk: i
     sampler.start()
     cache = build_cache(kind, model, budget)
     prefill(model, ids, cache, chunk)
-    for step in range(8):
+    for step in range(MEMORY_STEPS):
         decode(model, ids[:, step : step + 1], cache)
     done.set()
     sampler.join()

@@ -1,14 +1,14 @@
-"""Times of decode steps, and what is typical of steps that evict a block and of the others."""
+"""What a cache holds and has evicted, and how long typical steps of a decode take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 from momentkv.hf import MomentCache
 
-__all__ = ["Step", "Typical", "evicted_tokens", "typical"]
+__all__ = ["Step", "Typical", "evicted_tokens", "held_tokens", "typical"]
 
 
 class Step(NamedTuple):
@@ -45,6 +45,13 @@ def evicted_tokens(cache: Any) -> float:
     if not isinstance(cache, MomentCache):
         return 0.0
     return sum(layer.evicted for layer in cache.summary().layers if layer.kind == "moment")
+
+
+def held_tokens(cache: Any) -> int:
+    """Tokens that a cache holds for each KV head on average, of the layers that are not limited to a window."""
+    if isinstance(cache, MomentCache):
+        return round(mean(stored for core in cache.moment_layers.values() for stored in core.stored_by_head))
+    return max(layer.keys.shape[2] for layer in cache.layers)
 
 
 def typical(steps: Iterable[Step]) -> Typical:
