@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Loading a GGUF model draws a bar of its own through tqdm, which reads this when first imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    before = written(options)
+    before = None
     try:
         check_counts(options)
         check_output(options)
+        before = written(options)
         status = int(options.run(options))
         sys.stdout.flush()
         return status
@@ -105,16 +107,53 @@ def check_counts(options: argparse.Namespace) -> None:
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """Raise if results would go where something else is, or where their plot goes."""
-    default = Path(getattr(options, "default_output", ""))
-    path = Path(getattr(options, "output", None) or default)
-    if not default.suffix:
-        if default.name and path.is_file():
-            raise ValueError(f"output is {str(path)!r}, which is a file; name a folder")
-    elif path.is_dir():
-        raise ValueError(f"output is {str(path)!r}, which is a folder; name a file, {str(path / default.name)!r} say")
-    elif default.suffix == ".json" and path.suffix == ".png":
-        raise ValueError(f"output is {str(path)!r}, where the plot would go; name a .json for the results")
+    """Raise if results cannot be written, or would go where something else is, or where their plot goes."""
+    if getattr(options, "output", None) is None:
+        return
+    default, path = Path(options.default_output), Path(options.output)
+    try:
+        if not default.suffix:
+            if path.is_file():
+                raise ValueError(f"output is {str(path)!r}, which is a file; name a folder")
+        elif path.is_dir():
+            raise ValueError(
+                f"output is {str(path)!r}, which is a folder; name a file, {str(path / default.name)!r} say"
+            )
+        # What is written first has a longer name.
+        path.with_suffix(path.suffix + ".part").exists()
+        # A folder that exists says nothing: root may write where a file system takes nothing.
+        there = next(x for x in path.absolute().parents if x.exists())
+        Path(tempfile.mkdtemp(dir=there)).rmdir()
+    except OSError as error:
+        raise ValueError(f"output is {str(path)!r}, which cannot be written ({error.strerror}); name another") from None
+    if default.suffix == ".json":
+        if path.suffix == ".png":
+            raise ValueError(f"output is {str(path)!r}, where the plot would go; name a .json for the results")
+        if options.holds is not None and path.exists():
+            check_replaced(path, options.holds)
+    elif default.suffix:
+        check_plot(path)
+
+
+def check_replaced(path: Path, holds: str) -> None:
+    """Raise if a file to be written anew holds something else than results of the same command."""
+    from momentkv.evaluation.report import read_json
+
+    content: Any = read_json(path)
+    if not (isinstance(content, dict) and holds in content):
+        raise ValueError(
+            f"output is {str(path)!r}, which holds something else than results of this command; name another file, or "
+            "delete it"
+        )
+
+
+def check_plot(path: Path) -> None:
+    """Raise if the name of a plot is not one that matplotlib can write."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(f".{name}" for name in FigureCanvasBase.get_supported_filetypes())
+    if path.suffix and path.suffix.lower() not in known:
+        raise ValueError(f"output is {str(path)!r}, which no plot can be written as; use one of {', '.join(known)}")
 
 
 def written(options: argparse.Namespace) -> int | None:
@@ -158,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time of decoding and eviction against the copy bandwidth of the device")
     bench.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     bench.add_argument("--threads", type=int, default=1, help="of a CPU")
-    add_output(bench, "results/bench.json", "results; the plot goes beside it")
+    add_output(bench, "results/bench.json", "results; the plot goes beside it", holds="copy_bytes_per_second")
     bench.set_defaults(run=command("momentkv.evaluation.bench", "bench"))
 
     commands.add_parser("lm-eval", help="the command line of lm_eval, with the model momentkv", add_help=False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from momentkv.cli import main
+from momentkv.cli import build_parser, check_output, main
 from momentkv.evaluation.report import save_figure
 
 MODULES = ("demo", *(f"evaluation.{x}" for x in ("commands", "needles", "trust", "stream", "sources", "lm_eval.tasks")))
@@ -50,6 +50,20 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
             "output is 'folder', which is a folder; name a file, 'folder/fidelity.json'",
         ),
         (["tradeoff", "fidelity.json", "fidelity.json", "--output", "folder"], "output is 'folder', which is a folder"),
+        (["gap", "--output", "/proc/x.json"], "output is '/proc/x.json', which cannot be written (No such file"),
+        (["report", "other.json", "--output", "/proc/a/b"], "output is '/proc/a/b', which cannot be written"),
+        (["gap", "--output", "bytes.txt/x.json"], "output is 'bytes.txt/x.json', which cannot be written (Not a dir"),
+        (["gap", "--output", "x" * 300], "which cannot be written (File name too long); name another"),
+        (["gap", "--output", "x" * 252], "which cannot be written (File name too long); name another"),
+        *(
+            ([name, "--output", "fidelity.json"], "output is 'fidelity.json', which holds something else than results")
+            for name in ("gap", "trust", "stream", "speed")
+        ),
+        (["gap", "--output", "cut.json"], "'cut.json' is no JSON, or was cut off"),
+        (
+            ["tradeoff", "fidelity.json", "other.json", "--output", "d.json"],
+            "'d.json', which no plot can be written as",
+        ),
         (["report", "fidelity.json", "--output", "bytes.txt"], "output is 'bytes.txt', which is a file; name a folder"),
         ([*FIDELITY, "--skip", "-3"], "skip is -3; use 0 or more characters"),
         ([*FIDELITY, "--text", "a/own.txt", "b/own.txt"], "text has 'a/own.txt' and 'b/own.txt', which results call"),
@@ -116,6 +130,29 @@ def test_results_are_not_gone_on_with_from_another_file(
     assert main(["evaluate", *arguments, "--output", output]) == 1
     assert message in said(capsys)
     assert (folder / output).read_bytes() == before
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--output", "d.json"], "output is 'd.json', which no plot can be written as; use one of "),
+        (["bench", "--output", "fidelity.json"], "output is 'fidelity.json', which holds something else"),
+    ],
+)
+def test_output_is_looked_at_before_anything_is_measured(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(arguments) == 1
+    assert message in said(capsys)
+
+
+def test_results_of_the_same_command_are_replaced(folder: Path):
+    for command, holds in (("gap", "by_layer_and_head"), ("trust", "violations"), ("stream", "block")):
+        (folder / "own.json").write_text(json.dumps({holds: 1}))
+        check_output(build_parser().parse_args(["evaluate", command, "--output", "own.json"]))
+    check_output(build_parser().parse_args(["evaluate", "gap", "--output", "new/folder/own.json"]))
+    assert not (folder / "new").exists()
 
 
 @pytest.mark.usefixtures("folder")

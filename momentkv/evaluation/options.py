@@ -125,7 +125,7 @@ def add_measurements(kinds: Any) -> None:
     gap = kinds.add_parser("gap", help="evicted mass, direction and error by layer and head (the paper's Figure 2)")
     add_source(gap, context=4096, following=128)
     add_method(gap, budget=128, policy="momentkv", correction="order-1", corrections=CORRECTIONS[1:])
-    add_output(gap, "results/gap.json", "data; the plot goes beside it")
+    add_output(gap, "results/gap.json", "data; the plot goes beside it", holds="by_layer_and_head")
     gap.set_defaults(run=command("momentkv.evaluation.commands", "gap"))
 
     trust = kinds.add_parser("trust", help="certified and estimated error of every head against the true one")
@@ -136,7 +136,7 @@ def add_measurements(kinds: Any) -> None:
         metavar="M",
         help="instead of both: one of --methods of evaluate fidelity, default@4 say",
     )
-    add_output(trust, "results/trust.json", "data; the plot goes beside it")
+    add_output(trust, "results/trust.json", "data; the plot goes beside it", holds="violations")
     trust.set_defaults(run=command("momentkv.evaluation.trust", "trust"))
 
     stream = kinds.add_parser("stream", help="error of every head over a long decode with eviction")
@@ -153,7 +153,7 @@ def add_measurements(kinds: Any) -> None:
         help=f"of {', '.join(CORRECTIONS)}",
     )
     stream.add_argument("--chunk", type=int, default=512, help="tokens a chunk of the chunked prefill")
-    add_output(stream, "results/stream.json", "results")
+    add_output(stream, "results/stream.json", "results", holds="block")
     stream.set_defaults(run=command("momentkv.evaluation.stream", "stream"))
 
     speed = kinds.add_parser("speed", help="decode tokens/s and peak memory against the full cache")
@@ -163,7 +163,7 @@ def add_measurements(kinds: Any) -> None:
     speed.add_argument("--steps", type=int, default=96, help="tokens decoded with each cache")
     speed.add_argument("--chunk", type=int, default=512, help="tokens of the context read at once")
     speed.add_argument("--threads", type=int, default=1, help="of the processor, for one step")
-    add_output(speed, "results/speed.json", "results")
+    add_output(speed, "results/speed.json", "results", holds="ratios")
     speed.set_defaults(run=command("momentkv.evaluation.speed", "speed"))
 
     suite = kinds.add_parser("suite", help="all that the report needs, one measurement after the other; resumes")
@@ -309,10 +309,13 @@ def add_method(
     parser.add_argument("--correction", default=correction, choices=corrections, help="what stands for evicted tokens")
 
 
-def add_output(parser: argparse.ArgumentParser, default: str, what: str) -> None:
-    """Where a command writes: a file whose kind its name shows, or a folder."""
+def add_output(parser: argparse.ArgumentParser, default: str, what: str, *, holds: str | None = None) -> None:
+    """Where a command writes: a file whose kind its name shows, or a folder.
+
+    A command that writes its results anew each time says what no results of another hold, so that it replaces none.
+    """
     parser.add_argument("--output", default=default, help=what)
-    parser.set_defaults(default_output=default)
+    parser.set_defaults(default_output=default, holds=holds)
 
 
 def add_results(parser: argparse.ArgumentParser, output: str) -> None:
