@@ -42,7 +42,7 @@ EXTRAS = {
 # Options of the commands that count something.
 COUNTS = (
     *("context", "following", "decode", "budget", "budgets", "new_tokens"),
-    *("chunk", "steps", "threads", "workers", "lengths"),
+    *("chunk", "steps", "threads", "workers", "lengths", "max_length"),
 )
 # As shells report a process that Ctrl-C ended: 128 and the number of SIGINT.
 INTERRUPTED = 130

@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from transformers.cache_utils import DynamicCache
@@ -103,7 +104,7 @@ def demo(options: argparse.Namespace) -> int:
     show(console, table_of(readings, title))
     console.print()
     console.print(texts_of(readings, options.question))
-    console.print(f"plot: {plot(readings, options.output, title)}", soft_wrap=True)
+    console.print(f"plot: {plot(readings, options.output, title)}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -240,7 +241,9 @@ def question_ids(tokenizer: Any, question: str) -> torch.Tensor:
 
 def table_of(readings: list[Reading], title: str) -> Table:
     """Numbers side by side."""
-    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(
+        title=escape(title), title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False
+    )
     table.add_column("cache")
     for column in ("kept", "MiB", "share", "KL", "top-1", "tokens/s", "flush", "found"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from models import save_with_bytes
+from test_report import fidelity_rows, needle_rows
 
 from momentkv.cli import build_parser, check_output, main
+from momentkv.evaluation.gather import gather, kind_of_result
 from momentkv.evaluation.report import save_figure
+from momentkv.evaluation.sources import load_model, located
 
 MODULES = ("demo", *(f"evaluation.{x}" for x in ("commands", "needles", "trust", "stream", "sources", "lm_eval.tasks")))
 FIDELITY = ["fidelity", "--context", "200", "--following", "40", "--budgets", "64", "--methods", "snapkv/none"]
@@ -30,8 +34,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "other.json").write_text('{"a": 1}')
     (tmp_path / "folder").mkdir()
-    fidelity: Any = {"protocol": {"model": "m"}, "rows": [{"kl": 1.0, "text": "t"}]}
+    (tmp_path / "folder" / "summary.json").write_text("{}")
+    fidelity: Any = {"protocol": {"model": "m"}, "rows": fidelity_rows()}
     (tmp_path / "fidelity.json").write_text(json.dumps(fidelity))
+    decoded = [row | {"kl_of_quarters": [0.1] * 4} for row in fidelity_rows()]
+    (tmp_path / "decoded.json").write_text(json.dumps(fidelity | {"rows": decoded}))
+    (tmp_path / "needles.json").write_text(json.dumps(fidelity | {"rows": needle_rows({"full cache": [1.0]})}))
     return tmp_path
 
 
@@ -95,6 +103,13 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         (["tradeoff", "fidelity.json", "fidelity.json"], "needles is 'fidelity.json', which momentkv evaluate needles"),
         (["tradeoff", "fidelity.json", "none.json"], "'none.json' cannot be read (No such file or directory)"),
         (["tradeoff", "cut.json", "fidelity.json"], "'cut.json' is no JSON, or was cut off"),
+        (["tradeoff", "decoded.json", "needles.json"], "fidelity is 'decoded.json', of a decode; name what momentkv"),
+        (
+            ["tradeoff", "fidelity.json", "needles.json", "--length", "999"],
+            "length is 999, but the haystacks have 100 t",
+        ),
+        (["tasks", "--tasks", "niah_single_1", "--max-length", "0"], "max_length is 0; use at least 1"),
+        (["report", "folder/summary.json"], "results is 'folder/summary.json', which is no summary that momentkv"),
         (["report", "cut.json"], "'cut.json' is no JSON, or was cut off"),
         (["report", "bytes.txt"], "'bytes.txt' is no text in UTF-8"),
     ],
@@ -160,6 +175,52 @@ def test_results_of_the_same_command_are_replaced(folder: Path):
 def test_a_text_that_is_none_is_named(command: str, capsys: pytest.CaptureFixture[str]):
     assert main([*command.split(), "--text", "bytes.txt"]) == 1
     assert "'bytes.txt' is no text in UTF-8; convert it, or name another file" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"rows": [1]},
+        {"rows": [{"kl": 1}]},
+        {"by_layer_and_head": 1},
+        {"results": 1, "configs": {}},
+        {"rows": needle_rows({"full cache": [1.0]}), "protocol": {}},
+        {"rows": fidelity_rows()},
+    ],
+    ids=["numbers", "few columns", "a gap", "lm_eval", "a protocol without a model", "no protocol"],
+)
+def test_what_looks_like_results_is_left_out(content: dict[str, Any], folder: Path):
+    (folder / "strange.json").write_text(json.dumps(content))
+    assert kind_of_result(content) is None
+    assert gather([folder / "strange.json", folder / "fidelity.json"])["left_out"] == ["strange.json"]
+
+
+def test_names_are_written_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    """Whatever stands in brackets is no style: an error of it would come after the measurement."""
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("f[/a].json", fidelity_rows()), ("n.json", needle_rows({"full cache": [1], "default": [1]}))):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps({"protocol": {"model": "m[/b]", "context": 9, "bytes": 16}, "rows": rows}))
+    assert main(["evaluate", "tradeoff", "f[/a].json", "n.json", "--output", "g[/a].png"]) == 0
+    out = capsys.readouterr().out
+    assert "plot: g[/a].png" in out
+    assert "m[/b]: KL over" in out
+
+
+@pytest.mark.parametrize("name", ["./none", "../none", "a/b/c", "none/"])
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str):
+    with pytest.raises(ValueError, match="but there is no such folder; give that of a model, or a Hugging Face id"):
+        located(name)
+    assert located("Qwen/Qwen2.5-0.5B_x") == ("Qwen/Qwen2.5-0.5B_x", None)
+    assert located("gpt2") == ("gpt2", None)
+
+
+def test_weights_that_were_cut_off_are_named(tmp_path: Path):
+    path = Path(save_with_bytes(tmp_path / "tiny"))
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model is '.*tiny', whose weights cannot be read \(.*\); fetch it again"):
+        load_model(str(path))
 
 
 def test_a_plot_is_where_it_is_said_to_be(tmp_path: Path):

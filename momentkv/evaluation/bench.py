@@ -61,7 +61,7 @@ def bench(options: argparse.Namespace) -> int:
     }
     path = write_json(options.output, content)
     plot = plot_of(rows, bandwidth, path.with_suffix(".png"), title=title)
-    console.print(f"results: {path}   plot: {plot}")
+    console.print(f"results: {path}   plot: {plot}", markup=False)
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from momentkv.evaluation.code import code_version
 from momentkv.evaluation.fidelity import measure
@@ -75,14 +76,14 @@ def fidelity(options: argparse.Namespace) -> int:
         return bytes_as_tokens(model, setting, itemsize=options.bytes // 8, **always_of(options))
 
     if done:
-        console.print(f"{len(done)} results found in {options.output}; --fresh discards them")
+        console.print(f"{len(done)} results found in {options.output}; --fresh discards them", markup=False)
     path = Path(options.output)
     with progress_bar(console) as progress:
         task = progress.add_task("fidelity", total=len(texts) * len(grid))
         for text in texts:
             short = Path(text).name
             left = [x for x in grid if (short, x.policy_name, x.correction, size(x)) not in done]
-            progress.update(task, description=f"fidelity, {short}", advance=len(grid) - len(left))
+            progress.update(task, description=escape(f"fidelity, {short}"), advance=len(grid) - len(left))
             if not left:
                 continue
             compressed = measure(
@@ -119,9 +120,9 @@ def fidelity(options: argparse.Namespace) -> int:
     lines = fidelity_lines(rows)
     show(console, fidelity_table(lines, title=title, bits=options.bytes))
     for line in said_of(roles):
-        console.print(line)
+        console.print(line, markup=False)
     plot = save_figure(plot_kl(lines, bits=options.bytes, title=title), path.with_suffix(".png"))
-    console.print(f"results: {path}   plot: {plot}", soft_wrap=True)
+    console.print(f"results: {path}   plot: {plot}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -292,12 +293,12 @@ def gap(options: argparse.Namespace) -> int:
     path = write_json(options.output, content)
     plot = save_figure(plot_gaps([gap_line(content, {})], title=title), path.with_suffix(".png"))
     means = content["mean"]
-    console.print(f"[bold]{title}[/]")
+    console.print(title, style="bold", markup=False)
     for line in said_of(content["roles"]):
-        console.print(line)
+        console.print(line, markup=False)
     console.print(f"evicted mass w_E               mean {means['evicted_mass']:.3f}")
     console.print(f"cos(o_E, o_R)                  mean {means['cosine']:+.3f}")
     console.print(f"relative error, plain          mean {means['plain']:.3f}")
     console.print(f"relative error, corrected      mean {means['corrected']:.3f}")
-    console.print(f"data: {path}   plot: {plot}", soft_wrap=True)
+    console.print(f"data: {path}   plot: {plot}", soft_wrap=True, markup=False)
     return 0

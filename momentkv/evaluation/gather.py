@@ -18,7 +18,7 @@ from momentkv.evaluation.report import read_json
 from momentkv.evaluation.split import role_of
 from momentkv.evaluation.task_lines import task_lines
 
-__all__ = ["COUNTED", "SMOKE", "SUMMARY", "called", "gather", "results_in"]
+__all__ = ["COUNTED", "SMOKE", "SUMMARY", "called", "gather", "results_in", "summary_in"]
 
 # The file that `momentkv evaluate report` writes, and reads again.
 SUMMARY = "summary.json"
@@ -27,6 +27,21 @@ SMOKE = "smoke"
 # Kinds of results that are of texts, and all whose budgets are bytes; commands have the same names.
 OF_TEXTS = ("needles", "fidelity", "decoding")
 COUNTED = (*OF_TEXTS, "tasks")
+# What a summary has, that of an earlier version as well.
+IN_A_SUMMARY = {
+    *("momentkv", "needles", "depths", "pairs", "fidelity", "decoding", "gap", "lm_eval", "texts", "sources"),
+    "left_out",
+}
+# What every row of a kind says, and what results of a gap do: a file without is something else.
+OF_A_CACHE = {"policy", "correction", "budget", "bytes_as_tokens"}
+COLUMNS = {
+    "needles": OF_A_CACHE
+    | {"layout", "value", "length", "haystack", "task", "index", "depth", "question"}
+    | {"values", "tokens", "nll", "generated"},
+    "tasks": {"task", "document", "method", "bytes_as_tokens", "metrics"},
+    "fidelity": OF_A_CACHE | {"text", "nbytes", "kl", "top1", "nll_change"},
+}
+OF_A_GAP = {"model", "text", "policy", "budget", "correction", "layers", "mean", "by_layer_and_head"}
 
 
 def results_in(places: Iterable[str | Path]) -> list[Path]:
@@ -49,20 +64,31 @@ def results_in(places: Iterable[str | Path]) -> list[Path]:
     return found
 
 
+def summary_in(path: Path) -> dict[str, Any]:
+    """What `gather` found, as a report wrote it before."""
+    summary: Any = read_json(path)
+    if not (isinstance(summary, dict) and summary.keys() >= IN_A_SUMMARY):
+        raise ValueError(
+            f"results is {str(path)!r}, which is no summary that momentkv evaluate report wrote; name files or folders "
+            "of results"
+        )
+    return summary
+
+
 def kind_of_result(content: Any) -> str | None:
     """What a file holds: needles, fidelity, decoding, tasks, gap, lm_eval; None for anything else."""
     if not isinstance(content, dict):
         return None
-    rows = content.get("rows")
-    if isinstance(rows, list) and rows:
-        if "values" in rows[0]:
-            return "needles"
-        if "metrics" in rows[0]:
-            return "tasks"
-        return None if "kl" not in rows[0] else "decoding" if rows[0].get("kl_of_quarters") else "fidelity"
-    if "by_layer_and_head" in content:
+    rows, protocol = content.get("rows"), content.get("protocol")
+    if isinstance(rows, list) and rows and isinstance(protocol, dict) and isinstance(protocol.get("model"), str):
+        for kind, columns in COLUMNS.items():
+            if all(isinstance(row, dict) and columns <= row.keys() for row in rows):
+                return "decoding" if kind == "fidelity" and rows[0].get("kl_of_quarters") else kind
+    if content.keys() >= OF_A_GAP and isinstance(content["by_layer_and_head"], dict):
         return "gap"
-    return "lm_eval" if "results" in content and "configs" in content else None
+    results = content.get("results")
+    of_tasks = isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values())
+    return "lm_eval" if of_tasks and "configs" in content else None
 
 
 def called(model: str) -> str:

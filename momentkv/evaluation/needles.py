@@ -75,11 +75,11 @@ def needles(options: argparse.Namespace) -> int:
         planned = list(plan(options, tokenizer, text))
     if options.write_haystacks is not None:
         path = write_json(options.write_haystacks, {"protocol": protocol, "haystacks": [exported(x) for x in planned]})
-        console.print(f"{len(planned)} haystacks: {path}", soft_wrap=True)
+        console.print(f"{len(planned)} haystacks: {path}", soft_wrap=True, markup=False)
         return 0
     rows = finished(earlier, protocol, options.output)
     if rows:
-        console.print(f"{len(rows)} results found in {options.output}; --fresh discards them")
+        console.print(f"{len(rows)} results found in {options.output}; --fresh discards them", markup=False)
     path = Path(options.output)
     done = {key_of(row) for row in rows}
     with progress_bar(console) as progress:
@@ -113,9 +113,11 @@ def needles(options: argparse.Namespace) -> int:
     lines = needle_lines(needles_of(rows))
     show(console, needles_table(lines, title=title, bits=options.bytes))
     for line in said_of(roles):
-        console.print(line)
+        console.print(line, markup=False)
     figure = plot_found(lines, bits=options.bytes, title=title)
-    console.print(f"results: {path}   plot: {save_figure(figure, path.with_suffix('.png'))}", soft_wrap=True)
+    console.print(
+        f"results: {path}   plot: {save_figure(figure, path.with_suffix('.png'))}", soft_wrap=True, markup=False
+    )
     return 0
 
 

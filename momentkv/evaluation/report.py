@@ -10,6 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -41,7 +42,7 @@ def progress_bar(console: Console) -> Progress:
 
 def empty_table(title: str, columns: list[str], left: tuple[str, ...] = ("method",)) -> Table:
     """A table without lines; numbers to the right, words to the left."""
-    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
+    table = Table(title=escape(title), title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=(0, 0))
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     return table

@@ -15,9 +15,9 @@ import pandas as pd
 from rich.console import Console
 
 from momentkv.evaluation.alike import counted_in
-from momentkv.evaluation.gather import COUNTED, SUMMARY, gather, results_in
+from momentkv.evaluation.gather import COUNTED, SUMMARY, gather, results_in, summary_in
 from momentkv.evaluation.lines import OURS, Row, is_ours, rivals
-from momentkv.evaluation.report import read_json, tokens_in, write_json
+from momentkv.evaluation.report import tokens_in, write_json
 from momentkv.evaluation.report_plots import draw, methods_of, slug
 
 __all__ = ["markdown_of", "report", "write_report"]
@@ -37,7 +37,7 @@ def report(options: argparse.Namespace) -> int:
     """Bring results together; write the page, its plots and the summary."""
     page = write_report(options.results, Path(options.output))
     made = f"{page}   {page.with_suffix('.md')}   {page.with_name(SUMMARY)}"
-    Console().print(f"report: {made}", soft_wrap=True)
+    Console().print(f"report: {made}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -58,7 +58,7 @@ def write_report(results: Iterable[str | Path], folder: Path) -> Path:
 
     places = list(map(Path, results))
     if len(places) == 1 and places[0].name == SUMMARY:
-        summary = read_json(places[0])
+        summary = summary_in(places[0])
     else:
         summary = gather(results_in(places))
         write_json(folder / SUMMARY, summary)

