@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="where to keep the compressed document; default: a temporary file")
     options = parser.parse_args()
 
+    if options.cache is not None and not options.cache.parent.is_dir():
+        raise ValueError(f"cache is {str(options.cache)!r}, whose folder does not exist; make it, or name another file")
     model, tokenizer = load_model(options.model)
     document = tokenize(tokenizer, load_text(options.text), options.tokens).to(model.device)
 
@@ -111,5 +113,5 @@ def ask(model: Any, tokenizer: Any, cache: Any, document: torch.Tensor, question
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"document.py: {error}")

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -171,10 +172,16 @@ def main() -> None:
     parser.add_argument("--output", default="results/quantized_peers.json")
     options = parser.parse_args()
 
+    if options.context < GROUP + RESIDUAL:
+        raise ValueError(
+            f"context is {options.context}, but KIVI's layout begins with {GROUP} tokens before {RESIDUAL} exact ones; "
+            f"use at least {GROUP + RESIDUAL}"
+        )
+    said = {text: load_text(text) for text in options.texts}
     model, tokenizer = load_model(options.model)
     results = {}
     for text in options.texts:
-        ids = tokenize(tokenizer, load_text(text), options.context + options.following + 1, name=text)
+        ids = tokenize(tokenizer, said[text], options.context + options.following + 1, name=text)
         results[text] = measured(model, ids, options)
         path = Path(options.output)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,4 +192,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"quantized_peers.py: {error}")

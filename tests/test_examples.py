@@ -100,6 +100,24 @@ def test_kvpress_peers_refuses_a_budget_that_compresses_nothing_or_all(budget):
     assert f"budget is {budget}" in error.value.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("quantized_peers.py", ("--texts", "nope"), "text is 'nope', which is neither a file, nor a topic"),
+        ("quantized_peers.py", ("--context", "159"), "context is 159, but KIVI's layout begins with 32 tokens before"),
+        ("document.py", ("--cache", "/nope/x"), "cache is '/nope/x', whose folder does not exist; make it, or name"),
+    ],
+)
+def test_examples_refuse_by_name_before_they_load_a_model(
+    name: str, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("momentkv.evaluation.sources.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit, match=message) as caught:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert str(caught.value.code).startswith(f"{name}: ")
+
+
 @pytest.mark.parametrize("backend", [None, "hqq"])
 def test_quantized_peers_measures_each_layout_beside_our_own(tmp_path, backend):
     if backend is not None:
