@@ -391,7 +391,7 @@ def test_methods_in_segments_stand_apart(saved: str, tmp_path: Path, capsys: pyt
 def test_bad_input_is_one_line_on_stderr(
     command: list[str], saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    plot = ["--model", saved, "--output", str(tmp_path / "none.json")]
+    plot = ["--model", saved, "--output", str(tmp_path / "none")]
     assert "text is 'no such text'" in failure(capsys, *command, *plot, "--text", "no such text")
     short = tmp_path / "short.txt"
     short.write_text("Too short")

@@ -69,7 +69,7 @@ def start(*command: str | Path, folder: Path, **more: object) -> subprocess.Pope
 
 
 def test_every_command_ends_in_one_line_and_130(tmp_path: Path):
-    (tmp_path / "old.json").write_text("{}")
+    (tmp_path / "old.json").write_text('{"protocol": {}, "rows": []}')
     process = start("-c", STOPPED, folder=tmp_path)
     for words in PLACES:
         while (line := process.stdout.readline().strip()) != "ready":  # rich may have something to say before
@@ -126,7 +126,7 @@ def test_the_suite_ends_its_measurements(tmp_path: Path):
     model = save_with_bytes(tmp_path / "model")
     process = start("-c", RUN, "evaluate", "suite", "--smoke", "--model", model, "--workers", "2", folder=tmp_path)
     # All of a terminal's processes get the signal.
-    while len(list(tmp_path.glob("results/suite/*/*.log"))) < 2:
+    while len(list(tmp_path.glob("results/suite/smoke/*/*.log"))) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
@@ -137,7 +137,7 @@ def test_the_suite_ends_its_measurements(tmp_path: Path):
     assert err == f"momentkv: interrupted; {kept}\n"
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
-    assert all("Traceback" not in log.read_text() for log in tmp_path.glob("results/suite/*/*.log"))
+    assert all("Traceback" not in log.read_text() for log in tmp_path.glob("results/suite/smoke/*/*.log"))
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():
