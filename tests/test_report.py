@@ -141,6 +141,24 @@ def test_answers_to_tasks_are_on_the_page(tmp_path: Path):
     assert "easy" not in markdown_of(summary, {})
 
 
+def test_an_average_is_of_the_tasks_of_all_files(tmp_path: Path):
+    """That of one file stood among methods of the other; and a method that answered one task had a mean of it."""
+    for name, values in {"one": {FULL: 1.0, OURS: 1.0, PEER: 1.0}, "two": {FULL: 1.0, OURS: 0.0}}.items():
+        rows = [
+            {"task": name, "document": 0, "method": method, "metrics": {"score": value}}
+            | {"bytes_as_tokens": None if method == FULL else 64}
+            for method, value in values.items()
+        ]
+        protocol = {"model": "m", "bytes": 16, "momentkv": "0", "question": "unseen: afterwards"}
+        write_json(tmp_path / f"{name}.json", {"protocol": protocol, "rows": rows})
+    write_json(tmp_path / "again.json", {"protocol": protocol, "rows": rows})
+    found = {(x["task"], x["method"]): (x["value"], x["n"]) for x in gather(results_in([tmp_path]))["tasks"]}
+    assert found["average", FULL] == (1.0, 2)
+    assert found["average", OURS] == (0.5, 2)
+    assert found["two", OURS] == (0.0, 1)
+    assert ("average", PEER) not in found
+
+
 @pytest.mark.parametrize(
     ("bits", "said"),
     [

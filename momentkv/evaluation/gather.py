@@ -140,7 +140,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         kind: [(str(path), content["protocol"], rows_of(content, texts)) for path, content in found[kind]]
         for kind in OF_TEXTS
     }
-    measured["tasks"] = [(str(path), content["protocol"], answer_lines(content)) for path, content in found["tasks"]]
+    measured["tasks"] = [(str(path), content["protocol"], answers_of(content)) for path, content in found["tasks"]]
     for kind, files in measured.items():
         check_measured_alike(kind, files)
     rows = {kind: [row for *_, some in files for row in some] for kind, files in measured.items()}
@@ -155,7 +155,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         "momentkv": __version__,
         **{name: records(frame) for name, frame in frames.items()},
         "gap": [gap_line(content, texts) for _, content in found["gap"]],
-        "tasks": rows["tasks"],
+        "tasks": answer_lines(rows["tasks"]),
         "lm_eval": [line for _, content in found["lm_eval"] for line in lm_eval_lines(content)],
         "texts": texts,
         "sources": [
@@ -221,11 +221,23 @@ def gap_line(content: dict[str, Any], texts: dict[str, Any]) -> Row:
     return {"model": called(content["model"]), "part": part, **named, "by_layer": layers}
 
 
-def answer_lines(content: dict[str, Any]) -> list[Row]:
-    """A line for each task, budget and method that `momentkv evaluate tasks` has asked about."""
+def answers_of(content: dict[str, Any]) -> list[Row]:
+    """Answers of a file of `momentkv evaluate tasks`, with their model and the time of the question."""
     protocol = content["protocol"]
     question, _, _ = protocol["question"].partition(":")
-    return records(task_lines(content["rows"]).assign(model=called(protocol["model"]), question=question))
+    return [row | {"model": called(protocol["model"]), "question": question} for row in content["rows"]]
+
+
+def answer_lines(answers: list[Row]) -> list[Row]:
+    """A line for each task, budget and method: of all files together, whose averages are of all tasks."""
+    asked: dict[tuple[str, str], dict[tuple[Any, ...], Row]] = defaultdict(dict)
+    for row in answers:
+        which = tuple(row[x] for x in ("task", "document", "method", "bytes_as_tokens"))
+        asked[row["model"], row["question"]][which] = row
+    lines: list[Row] = []
+    for (model, question), rows in asked.items():
+        lines += records(task_lines(list(rows.values())).assign(model=model, question=question))
+    return lines
 
 
 def lm_eval_lines(content: dict[str, Any]) -> list[Row]:

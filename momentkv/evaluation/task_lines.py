@@ -21,7 +21,7 @@ def task_lines(rows: list[dict[str, Any]]) -> pd.DataFrame:
     Where all documents have 0, or all have 1, a bootstrap has no width, and Wilson's interval is used.
 
     Tasks that the full cache does badly at (a mean below half) have no signal: nothing could be lost. The line
-    ``average`` is the mean over the tasks with signal, each with the same weight.
+    ``average`` is the mean over the tasks with signal, each with the same weight, of methods that have answered all.
 
     Parameters
     ----------
@@ -57,6 +57,8 @@ def task_lines(rows: list[dict[str, Any]]) -> pd.DataFrame:
     counted = frame[frame["task"].map(full) >= SIGNAL]
     averages = []
     for key, group in counted.groupby(["bytes", "method"], sort=False):
+        if group["task"].nunique() < counted["task"].nunique():
+            continue  # a mean of other tasks than those of the others
         # Each task weighs the same, whatever its number of documents.
         share = 1 / (group.groupby("task")["value"].transform("size") * group["task"].nunique())
         same = group["value"].sum() in (0, len(group))
