@@ -19,7 +19,7 @@ __all__ = ["CAP", "fitted_strength", "gain_cap", "refitted_cap"]
 
 # No query is credited with more than so many times the mean variance gain of the window. A quadratic has no bound.
 CAP = 3.0
-# Units of rounding in a gap: of the sums of two logits over some hundred channels, and of two lse.
+# Units of rounding in a gap, an estimate: of the sums of two logits over some hundred channels, and of two lse.
 ROUNDINGS = 8
 
 
@@ -29,7 +29,7 @@ def gain_cap(strength: Array, key_variance: Array, query_variance: Array) -> Arr
 
 
 def rounding_of(scaled: Array, k: Array, mask: Array | None) -> Array:
-    """What rounding may change in a gap of two ``lse``, shape (..., query): a few units of the largest logit."""
+    """About what rounding may change in a gap of two ``lse``, shape (..., query): a few units of the largest logit."""
     xp = array_namespace(scaled, k)
     length = xp.linalg.vector_norm(xp.astype(k, scaled.dtype, copy=False), axis=-1)
     length = length if mask is None else xp.where(mask, length, xp.zeros_like(length))
