@@ -11,6 +11,7 @@ from libraries import LIBRARIES
 
 from momentkv import LayerCache
 from momentkv.cache.allocation import SharedBudget, minimise_error
+from momentkv.cache.competition import finite_rows
 
 LENGTH, PADDED = 60, 45
 STEPS = {"one by one": [40] + [1] * 20, "chunks": [40, 10, 10], "a chunk with its window": [20, 40]}
@@ -49,7 +50,7 @@ def test_what_padding_holds_changes_nothing(library: str, steps: str, policy: st
 
 
 def test_what_a_query_of_padding_holds_changes_no_budget():
-    """Heads share by errors of the newest queries; a row with NaN in one of padding had no say."""
+    """Rows vote whose newest queries are finite; one with NaN in a query of padding had no say."""
     shared = []
     for padding in (0.0, np.nan):
         generator = torch.Generator().manual_seed(0)
@@ -61,6 +62,7 @@ def test_what_a_query_of_padding_holds_changes_no_budget():
         cache = LayerCache(60, keep_queries=True)
         cache.append(k, v)
         cache.attend(q, valid=valid)
+        assert finite_rows(cache).all()
         SharedBudget([cache], minimise_error, by_head=True).evict(cache)
         shared.append(cache.budgets)
     assert shared[0] == shared[1]
