@@ -59,7 +59,7 @@ def test_what_a_query_of_padding_holds_changes_no_budget():
         valid = torch.ones(2, 1, 200, dtype=torch.bool)
         valid[1, :, 180:190] = False
         q[1, :, 180:190] = padding
-        cache = LayerCache(60, keep_queries=True)
+        cache = LayerCache(60, keep_queries=True, policy="balanced")  # which keeps more queries than there are
         cache.append(k, v)
         cache.attend(q, valid=valid)
         assert finite_rows(cache).all()
