@@ -19,13 +19,13 @@ from momentkv.backends.operators import EXPANSION, assemble, coding_of, together
 from momentkv.backends.operators import decode as decode_operator
 from momentkv.backends.plain import decode_plain
 from momentkv.backends.triton import decode
-from momentkv.backends.triton.codes_kernel import in_word, kept, levels_of
-from momentkv.backends.triton.decode import WORDS, code_flags, decode_triton
+from momentkv.backends.triton.decode import WORDS, decode_triton, word_bytes
+from momentkv.backends.triton.planes_kernel import bytes_of, copies, halves_of, low_bit, size_of, words_of
 from momentkv.backends.triton.reach import Calls
 from momentkv.backends.triton.tuned import Choice, candidates
+from momentkv.backends.triton.whole_kernel import whole, whole_queries
 from momentkv.cache.config import MODEL_DEFAULTS
-from momentkv.codes import BITS, Coding, Standard, centre, encode, pack
-from momentkv.testing.coded import FRONT
+from momentkv.codes import BITS, PLANES, Coding, Standard, centre, encode, pack
 from momentkv.testing.decoding import Decode, decode_cases, expected, f64, logits_error, make
 from momentkv.testing.gpu import tuning
 from momentkv.testing.gpu.kernels import error_of
@@ -78,43 +78,89 @@ def test_decode_kernel_agrees_with_the_oracle(case: Decode):
 @triton.jit
 def unpacking_kernel(
     records,
-    out,
+    codes,
+    levels,
     tokens,
-    one,
-    dtype: tl.constexpr,
+    splits,
     d: tl.constexpr,
     high: tl.constexpr,
     low: tl.constexpr,
-    width: tl.constexpr,
-    block: tl.constexpr,
+    word: tl.constexpr,
+    columns: tl.constexpr,
 ):
-    """Levels of tokens, in float32, each where the kernel of codes takes its channel to be."""
-    least: tl.constexpr = low if low > 0 else high
-    word: tl.constexpr = 8 // least * width
-    nn, xx = tl.arange(0, 16), tl.arange(0, block)
-    levels = levels_of(records, nn, nn < tokens, one, dtype, d, high, low, width, d * (high + low) // 8 // width, block)
-    channel = xx % word // width * (d * least // 8) + xx // word * width + in_word(xx % width, width)
-    there = (nn < tokens)[:, None] & (xx // word * width < d * least // 8)[None, :]
-    tl.store(out + nn[:, None] * d + channel[None, :], levels.to(tl.float32), mask=there)
+    """Codes of tokens as bytes, and as halves less their centre, each where the kernel takes its channel to be."""
+    nn, cc = tl.arange(0, 16), tl.arange(0, columns)
+    valid = nn < tokens
+    if word == 8:
+        size: tl.constexpr = d * high // 8
+        copied: tl.constexpr = copies(size, high, columns, 8)
+        places = records + nn[None, :, None] * (d * (high + low) // 8)
+        wider, narrower = words_of(records, places, valid[None, :, None], splits, high, low, size, columns, 8, 2)
+        for slot in tl.static_range(8 // high // copied):
+            at, less = high * copied * slot, low_bit(copied * slot, high, low)
+            found = bytes_of(wider, narrower, high, low, at, less).to(tl.float32)
+            channel = (slot * copied + cc // size) * size + cc % size
+            there = valid[None, :, None] & (cc < copied * size)[None, None, :]
+            tl.store(codes + nn[None, :, None] * d + channel[None, None, :], found, mask=there)
+    size: tl.constexpr = d * high // word
+    copied: tl.constexpr = copies(size, high, columns, word)
+    places = records + nn[None, None, :] * (d * (high + low) // word)
+    wider, narrower = words_of(records, places, valid[None, None, :], splits, high, low, size, columns, word, 1)
+    for slot in tl.static_range(word // high // copied):
+        at, less = high * copied * slot, low_bit(copied * slot, high, low)
+        found = halves_of(wider, narrower, high, low, at, less).to(tl.float32) / size_of(at, high, low)
+        bit = (slot * copied + cc // size) * high
+        channel = bit % 8 // high * (size * word // 8) + cc % size * (word // 8) + bit // 8
+        there = valid[None, None, :] & (cc < copied * size)[None, :, None]
+        tl.store(levels + nn[None, None, :] * d + channel[None, :, None], found, mask=there)
 
 
 @pytest.mark.parametrize("d", [8, 16, 64, 80, 96, 112, 128])
 @pytest.mark.parametrize("bits", [bits for bits in BITS if bits <= 8])
-@pytest.mark.parametrize("dtype", [tl.float16, tl.bfloat16, tl.float32], ids=str)
-def test_levels_are_codes_less_their_centre_and_what_is_kept(d: int, bits: int, dtype: tl.dtype):
-    """To the last bit, also in bfloat16, of which nothing else can be run here; of any one number where it is 1."""
-    codes = np.random.default_rng(bits).integers(0, 2**bits, (13, d))
-    codes[0], codes[1] = 0, 2**bits - 1
-    nothing = Standard(None, torch.ones(d))
-    flags = code_flags(Coding((bits, bits), *(torch.ones(13),) * 2, nothing, nothing), d, d)
-    high, low, width = (flags[f"KEY_{name}"] for name in ("HIGH", "LOW", "W"))
-    records = pack(torch.from_numpy(codes), bits).view(WORDS[width])
-    levels = torch.full((13, d), torch.nan)
-    unpacking_kernel[(1,)](records, levels, 13, 1, dtype, d, high, low, width, triton.next_power_of_2(d))
-    left = kept(high, low, width, dtype)
-    assert levels.tolist() == (codes - centre(bits) + left).tolist()
-    assert 2 * left <= FRONT * 2**bits
-    assert (left > 0) == (width == 4 and dtype != tl.float32 and (bits, dtype) != (8, tl.bfloat16))
+@pytest.mark.parametrize("word", [8, 16])
+def test_codes_are_unpacked_to_the_last_bit(d: int, bits: int, word: int):
+    expected = np.random.default_rng(bits).integers(0, 2**bits, (13, d))
+    expected[0], expected[1] = 0, 2**bits - 1
+    high, low = (*PLANES[bits], 0)[:2]
+    if word == 16 and word_bytes(bits, d) == 1:
+        pytest.skip("a plane has an odd number of bytes")
+    records = pack(torch.from_numpy(expected), bits).view(WORDS[word // 8])
+    codes, levels = (torch.full((13, d), torch.nan) for _ in range(2))
+    columns = max(32, triton.next_power_of_2(d * high // word))
+    unpacking_kernel[(1,)](records, codes, levels, 13, 1, d, high, low, word, columns)
+    if word == 8:
+        assert codes.tolist() == (expected - (128 if bits == 8 else 0)).tolist()
+    assert levels.tolist() == (expected - centre(bits)).tolist()
+
+
+@triton.jit
+def whole_kernel(x, y, out, size: tl.constexpr, columns: tl.constexpr, pieces: tl.constexpr):
+    """Products of whole numbers with bytes."""
+    rows, cc, mm = tl.arange(0, 16), tl.arange(0, size), tl.arange(0, columns)
+    queries = (tl.load(x + cc[:, None] * columns + mm[None, :]),)
+    largest = tl.max(tl.abs(queries[0]), 0)
+    made, zero, unit = whole_queries(queries, largest, 0.5, pieces, 1)
+    bytes_read = tl.load(y + rows[None, :, None] * size + cc[None, None, :])
+    products = whole(tl.dot(bytes_read, made[0], out_dtype=tl.int32), pieces) - zero[None, None, :]
+    tl.store(out + rows[None, :, None] * columns + mm[None, None, :], products * unit[None, None, :])
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_queries_as_whole_numbers_err_by_half_a_unit(pieces: int):
+    """Products with bytes less a half, of queries from tiny to huge, against float64."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((32, 4)) * np.array([1e-20, 1.0, 1e20, 1.0])).astype(np.float32)
+    x[:, 3] = np.where(np.arange(32) == 5, -1.0, 0.0)
+    y = rng.integers(-128, 128, (16, 32)).astype(np.int8)
+    out = torch.full((16, 4), torch.nan)
+    whole_kernel[(1,)](torch.from_numpy(x), torch.from_numpy(y), out, 32, 4, pieces)
+    exact = (y - 0.5) @ x.astype(np.float64)
+    # Half a unit of each component; and float32's own rounding of a sum.
+    unit = np.abs(x.astype(np.float64)).max(0) / (127 * 256.0 ** (pieces - 1))
+    allowed = np.abs(y - 0.5).sum(1)[:, None] * unit / 2 + 4 * 2.0**-24 * (
+        np.abs(y - 0.5) @ np.abs(x).astype(np.float64)
+    )
+    assert_within(out.double().numpy(), exact, allowed)
 
 
 @pytest.mark.parametrize(("d", "lopsided"), [(64, True), (272, False)])
@@ -186,7 +232,7 @@ def test_what_is_timed_reads_all_copies_with_the_choice(monkeypatch: pytest.Monk
         # Two copies, one after the other.
         keys = [launch.arguments["K"].data_ptr() for launch in asked]
         assert keys[0] == keys[2] != keys[1]
-        assert asked[0].constants["CODED"] == kind.coded
+        assert asked[0].constants["CODED"] == (kind.bits > 0)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_nothing_is_compiled_in_the_interpreter(builds: list[Build], monkeypatch
 def test_wide_heads_go_through_many_summaries_with_few_queries_at_a_time():
     """40 summaries beside a tile of 32 queries spilled 88 bytes at head dimension 128, on sm_80."""
     tiles = {
-        (d, summaries): decode_blocks(24, d, d, torch.bfloat16, summaries, coded=False).BLOCK_M
+        (d, summaries): decode_blocks(24, d, d, torch.bfloat16, summaries, bits=0).BLOCK_M
         for d in (64, 128)
         for summaries in (0, 12, 16, 17, 40)
     }

@@ -25,7 +25,7 @@ from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.tuning import Kind, best, builds_of, choices_of, compared, fits, kinds, main, of_kind, tune
 
 ABOUT = {"device": "NVIDIA H200 of a test", "capability": "9.0", "processors": 132, "triton": "3.7.1", "kernels": "1"}
-KIND = Kind(torch.bfloat16, 64, "none", False)
+KIND = Kind(torch.bfloat16, 64, "none", 0)
 FAMILY, BUILTIN = KIND.builtin
 OTHER = Choice(32, 8, 3, 2)
 DEVICE = torch.device("cuda", 0)
@@ -43,18 +43,19 @@ def test_a_choice_is_for_its_family_alone():
     assert sizes({FAMILY: OTHER}) == (32, 8, 3, 64)
     assert sizes({FAMILY: OTHER}, batch=16)[-1] == 10 > sizes({}, batch=16)[-1] == 6
     assert sizes({FAMILY: OTHER}, torch.float16) == (64, 4, 2, 64)
-    for name, value in (("queries", 32), ("d", 128), ("dv", 128), ("estimate", "moments"), ("coded", True)):
+    for name, value in (("queries", 32), ("d", 128), ("dv", 128), ("estimate", "moments"), ("bits", 8)):
         assert sizes({FAMILY._replace(**{name: value}): OTHER}) == sizes({})
 
 
 def test_every_kind_of_launch_is_a_family_of_its_own_and_begins_with_what_is_built_in():
     every = kinds([torch.bfloat16, torch.float16, torch.float32], [64, 128, 256])
     families = {kind.builtin[0] for kind in every}
-    assert len(families) == len(every) == 3 * 3 * 3 * 2 - 3
+    assert len(families) == len(every) == 3 * 3 * 3 * 3 - 2 * 3
     for kind in every:
         builtin = kind.builtin[1]
-        tried = candidates(builtin)
+        tried = candidates(builtin, coded=kind.bits > 0)
         assert tried[0] == builtin
+        assert not kind.bits or all(choice.tokens >= 16 * choice.num_warps for choice in tried)
         assert 4 <= len(set(tried)) == len(tried) <= 8
         for choice in tried:
             assert all(getattr(choice, name) in allowed for name, allowed in tuned.ALLOWED.items())
@@ -99,7 +100,7 @@ WRONG = {
     "an unknown family": (content(choices=[{"family": {"d": 3}, "choice": OTHER._asdict()}]), "is no choice"),
     "a tile of 48": (
         content(choices=[{"family": FAMILY._asdict(), "choice": OTHER._replace(tokens=48)._asdict()}]),
-        "tokens is 48; it must be one of (16, 32, 64, 128)",
+        "tokens is 48; it must be one of (16, 32, 64, 128, 256)",
     ),
 }
 
@@ -224,12 +225,13 @@ def test_a_kind_is_compiled_with_all_that_takes_room(monkeypatch: pytest.MonkeyP
     for kind, parts in (
         (KIND, [", masked, scored", "counted, packed, scored"]),
         (KIND._replace(estimate="moments"), ["full slope", "full variance"]),
-        (KIND._replace(estimate="summaries", coded=True), ["summaries 12", "8/8 bits", "6 and 4/3 bits"]),
+        (KIND._replace(estimate="summaries", bits=4), ["summaries 12", "6 and 4/3 bits"]),
+        (KIND._replace(bits=8), ["8/8 bits"]),
     ):
-        choice = kind.builtin[1]._replace(tokens=32, num_warps=8)
+        choice = kind.builtin[1]._replace(tokens=128, num_warps=8)
         builds = builds_of(kind, choice)
         assert all(any(part in build.name for build in builds) for part in parts)
-        tile = f"tile {8 if kind.coded else 16} x 32"
+        tile = f"tile {4 if kind.bits else 16} x 128"
         assert all(tile in build.name and dict(build.options)["num_warps"] == 8 for build in builds)
     monkeypatch.setattr(tuning, "compile_build", lambda build, target: Usage(255, 0, 2**20))
     assert not fits(KIND, BUILTIN, 90)

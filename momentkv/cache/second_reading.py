@@ -14,8 +14,8 @@ from momentkv.cache.competition import candidates, finite_rows, whole_shares, wi
 from momentkv.cache.curves import error_at, error_curves
 from momentkv.cache.eviction import importance_of
 from momentkv.cache.layer import LayerCache
-from momentkv.policies.novelty import ranks
 from momentkv.policies.select import protected
+from momentkv.policies.turns import ranks
 from momentkv.policies.twice import Twice, largest_changes
 
 __all__ = ["RereadBudget", "by_threshold", "chosen_first", "places_of"]

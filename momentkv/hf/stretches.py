@@ -10,7 +10,8 @@ import torch
 
 from momentkv.cache.eviction import importance_of
 from momentkv.cache.layer import LayerCache
-from momentkv.policies.novelty import Novelty, ranks
+from momentkv.policies.novelty import Novelty
+from momentkv.policies.turns import ranks
 
 __all__ = ["LEAD", "STRETCH", "begins_of", "most_novel", "novelty_of", "parts", "passes_of"]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array
 from momentkv._numbers import real_number
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.expected import ExpectedAttention
-from momentkv.policies.novelty import Novelty, ranks
+from momentkv.policies.novelty import Novelty
+from momentkv.policies.turns import in_turn
 
 __all__ = ["Balanced"]
 
@@ -51,9 +52,6 @@ class Balanced(Policy):
         expected = ExpectedAttention().importance(tokens)
         if self.novelty == 0:
             return expected
-        xp = array_namespace(expected)
         real = tokens.positions >= 0
         novel = novelty.importance(tokens)
-        # A token's turn comes at the place that either ranking gives it, whichever is first.
-        places = ranks(xp.stack([expected, novel]), real)
-        return -xp.minimum(places[0, ...] / (1 - self.novelty), places[1, ...] / self.novelty)
+        return in_turn(expected, 1 - self.novelty, novel, self.novelty, real)

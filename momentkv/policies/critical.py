@@ -9,8 +9,8 @@ from typing import ClassVar
 from momentkv._array import Array, accumulate, array_namespace
 from momentkv._numbers import real_number, whole_number
 from momentkv.policies.base import Policy, Tokens
-from momentkv.policies.novelty import ranks
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
+from momentkv.policies.turns import in_turn
 from momentkv.statistics.weights import positive
 
 __all__ = ["CriticalKV"]
@@ -76,4 +76,4 @@ class CriticalKV(Policy):
         both = (share + self.epsilon) * xp.linalg.vector_norm(values, axis=-1, ord=1)
         if self.first == 0:
             return both
-        return -xp.minimum(ranks(share, real) / self.first, ranks(both, real) / (1 - self.first))
+        return in_turn(share, self.first, both, 1 - self.first, real)

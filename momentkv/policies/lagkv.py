@@ -8,7 +8,7 @@ from typing import ClassVar
 from momentkv._array import Array, accumulate, array_namespace, device
 from momentkv._numbers import whole_number
 from momentkv.policies.base import Policy, Tokens
-from momentkv.policies.novelty import ranks
+from momentkv.policies.turns import ranks
 from momentkv.statistics.weights import positive
 
 __all__ = ["LagKV"]

@@ -7,12 +7,12 @@ import math
 from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device, inverse_factor
-from momentkv._rows import inverse_permutation, plus_product, real_rows, row_products
+from momentkv._rows import plus_product, real_rows, row_products
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
 from momentkv.statistics.weights import positive
 
-__all__ = ["Novelty", "centred", "mahalanobis", "ranks"]
+__all__ = ["Novelty", "centred", "mahalanobis"]
 
 # Part of the mean variance that is added in every direction: with few or equal tokens, some directions have none.
 RIDGE = 1e-3
@@ -97,10 +97,3 @@ def mahalanobis(off: Array, real: Array) -> Array:
     whitened = off @ inverse_factor(xp.where(finite[..., None], covariance, identity)).mT
     distance = row_products(whitened, whitened)
     return xp.where(finite, distance, xp.full_like(distance, math.nan))
-
-
-def ranks(x: Array, real: Array) -> Array:
-    """1 for the largest of the real slots, 2 for the next; empty slots come last."""
-    xp = array_namespace(x)
-    order = xp.argsort(xp.where(real, x, -xp.inf), axis=-1, descending=True, stable=True)
-    return xp.astype(inverse_permutation(order) + 1, x.dtype)

@@ -9,8 +9,9 @@ from momentkv._array import Array, accumulate, array_namespace
 from momentkv._numbers import real_number
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.expected import ExpectedAttention
-from momentkv.policies.novelty import centred, ranks
+from momentkv.policies.novelty import centred
 from momentkv.policies.second_reading import SecondReading
+from momentkv.policies.turns import in_turn
 from momentkv.statistics.weights import positive
 
 __all__ = ["Twice", "largest_changes"]
@@ -57,9 +58,7 @@ class Twice(SecondReading):
         expected = self.beside.importance(tokens)
         if self.share == 0:
             return expected
-        xp = array_namespace(expected)
-        turn = xp.minimum(ranks(again, real) / self.share, ranks(expected, real) / (1 - self.share))
-        return -turn
+        return in_turn(again, self.share, expected, 1 - self.share, real)
 
 
 def largest_changes(scores: Array, values: Array, real: Array) -> Array:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from momentkv.codes import Coding, Standard, encode
 
-__all__ = ["magnitudes", "records_of", "sums_error"]
+__all__ = ["magnitudes", "records_of"]
 
 
 def records_of(
@@ -33,10 +33,11 @@ def records_of(
     return keys, values, Coding(bits, key_step, value_step, *standards)
 
 
-# What stands in front of a code where two are made at once, and is taken off products with them, at most: so many
-# times the number of codes. Both are added up, and with each the code.
-FRONT = 2 * 4.0 + 1.5
-QUERY = 2.0**-11  # to which a query is rounded, of float16 and of bfloat16, in its own units
+# Codes are added up as they are and their centre, half of their number, is taken off the sum: so many times the number
+# of codes.
+FRONT = 1.5
+# Half a unit of the whole numbers that components of a query become where models have 16 bits, relative to the largest.
+QUERY = 0.5 / (127 * 256)
 
 
 def magnitudes(
@@ -45,9 +46,8 @@ def magnitudes(
     """What stands for queries and keys where `momentkv.testing.rounding.attention_error` reckons with their products.
 
     A coded key is the sum of its mean and of codes, which may cancel; ``step`` is zero for keys that are not coded.
-    In ``halves``, codes meet a query that was multiplied by deviations and then rounded, to `QUERY` of each component,
-    and to the last digit of float16 beside the largest one: that is another channel. Keys behind the retained ones are
-    taken for coded, too.
+    In ``halves``, codes meet a query that was multiplied by deviations and then rounded, by `QUERY` beside the largest
+    component: that is another channel. Keys behind the retained ones are taken for coded, too.
     """
     q, k = np.abs(q), np.abs(k) if coding is None else k
     if coding is None:
@@ -58,17 +58,10 @@ def magnitudes(
     finest = coding.bits[0] + (coding.key_standard.order is not None)
     relative = 2.0**-24 * (k.shape[-1] + 4)
     apart = np.abs(k - mean)
-    coded = np.abs(mean) + apart * (1.0 + 2.0**-23 / relative)
+    coded = np.abs(mean) + apart * (1.0 + 2.0**-23 / relative) + FRONT * 2.0**finest * step[..., None] * deviation
     if not halves:
         return q, coded
-    coded = coded + apart * (QUERY / relative) + FRONT * 2.0**finest * step[..., None] * deviation
     group = q.shape[-3] // k.shape[-3]
     largest = (q * np.repeat(deviation, group, axis=-3)).max(-1, keepdims=True)
-    lost = 2.0**-25 / relative * (apart / deviation).sum(-1, keepdims=True)
+    lost = QUERY / relative * (apart / deviation).sum(-1, keepdims=True)
     return np.concatenate([q, largest], axis=-1), np.concatenate([coded, lost], axis=-1)
-
-
-def sums_error(coding: Coding, step: NDArray[Any], tokens: int) -> NDArray[Any]:
-    """What is lost of a component of the output where the front of codes is added up with weights, and taken off."""
-    most = step.max(-1, initial=0.0)[..., None] * np.asarray(coding.value_standard.deviation.double().cpu())
-    return np.asarray(2.0**-24 * (2 * tokens + 24) * FRONT * 2.0 ** coding.bits[1] * most)

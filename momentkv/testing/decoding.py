@@ -15,7 +15,7 @@ from momentkv.codes import Coding
 from momentkv.codes import decode as decoded
 from momentkv.statistics.expansion import Expansion
 from momentkv.testing import oracle
-from momentkv.testing.coded import magnitudes, records_of, sums_error
+from momentkv.testing.coded import magnitudes, records_of
 from momentkv.testing.rounding import FUNCTION, StateError, attention_error, merge_error
 
 __all__ = ["Decode", "Inputs", "decode_cases", "evaluate", "expected", "f64", "logits_error", "make"]
@@ -297,13 +297,12 @@ def dense(case: Decode, inputs: Inputs) -> tuple[NDArray[Any], NDArray[Any], NDA
     return f64(inputs.q), np.where(hidden, 0.0, k), np.where(hidden, 0.0, v)
 
 
-def steps(case: Decode, inputs: Inputs) -> list[NDArray[Any]]:
-    """Of keys and of values, with a slot for every token; zero where there is none, and of recent ones."""
+def key_steps(case: Decode, inputs: Inputs) -> NDArray[Any]:
+    """Steps of keys, with a slot for every token; zero where there is none, and of recent ones."""
     if inputs.coding is None:
-        return [np.zeros(1)] * 2
-    whole = (as_rectangle(case, inputs, step) for step in inputs.coding[1:3])
-    padded = (np.pad(x, [(0, 0), (0, 0), (0, case.recent)]) for x in whole)
-    return [np.where(inputs.valid, x, 0.0) for x in padded]
+        return np.zeros(1)
+    padded = np.pad(as_rectangle(case, inputs, inputs.coding.key_step), [(0, 0), (0, 0), (0, case.recent)])
+    return np.where(inputs.valid, padded, 0.0)
 
 
 def as_rectangle(case: Decode, inputs: Inputs, x: torch.Tensor) -> NDArray[Any]:
@@ -325,19 +324,12 @@ def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], 
     mask = inputs.valid[..., None, None, :]
     logits = oracle.logits(q, k, case.scale, mask)
     state = oracle.attend(q, k, v, case.scale, mask)
-    halves, (of_keys, of_values) = case.dtype != torch.float32, steps(case, inputs)
-    reckoned = magnitudes(q, k, inputs.coding, of_keys, halves=halves)
+    reckoned = magnitudes(q, k, inputs.coding, key_steps(case, inputs), halves=case.dtype != torch.float32)
     error = attention_error(*reckoned, v, state.lse, 2.0**-24, case.scale)
     size = np.linalg.norm(v, axis=-1).max(initial=0.0)
     if inputs.coding is not None:
         nothing = StateError(np.zeros_like(error.out), np.zeros_like(error.lse))
         error = merge_error(error, nothing, size, np.nan_to_num(np.abs(state.lse), posinf=0), 2.0**-24)
-        if halves:
-            lost = oracle.to_query_heads(sums_error(inputs.coding, of_values, case.capacity), q.shape[1], 1)
-            error = error._replace(out=error.out + lost[..., None, :])
-        if case.dtype == torch.float16:  # weights times steps may have no digit left
-            most = 2.0 ** inputs.coding.bits[1] * f64(inputs.coding.value_standard.deviation).max()
-            error = error._replace(out=error.out + 2.0**-25 * case.capacity * most)
     if inputs.expansion is not None:
         evicted, of_evicted, reach = evaluate(q, inputs.expansion, case)
         size = max(size, reach)
@@ -353,7 +345,7 @@ def expected(case: Decode, inputs: Inputs) -> tuple[oracle.State, NDArray[Any], 
 def logits_error(case: Decode, inputs: Inputs) -> float:
     """What rounding may change of a logit."""
     q, k, _ = dense(case, inputs)
-    q, k = magnitudes(q, k, inputs.coding, steps(case, inputs)[0], halves=case.dtype != torch.float32)
+    q, k = magnitudes(q, k, inputs.coding, key_steps(case, inputs), halves=case.dtype != torch.float32)
     products = np.einsum("...hid,...hjd->...hij", q, oracle.to_query_heads(k, q.shape[-3], -3))
     return float(2.0**-24 * (case.d + 4) * case.scale * products.max(initial=0.0))
 

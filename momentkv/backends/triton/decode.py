@@ -33,7 +33,7 @@ SPLITS = 64  # at most; the combine kernel holds the outputs of all splits of a 
 # The estimate goes through so many summaries at a time, so that registers do not depend on how many there are.
 SUMMARIES_AT_ONCE = 16
 # Whole numbers of so many bytes.
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+WORDS = {1: torch.uint8, 2: torch.int16}
 # What the kernel calls the parts of an expansion.
 POINTERS = {
     "anchor": "ANCHOR",
@@ -54,8 +54,8 @@ class DecodeBlocks(NamedTuple):
 
     Attributes
     ----------
-    BLOCK_M, BLOCK_N : int
-        Queries of a group, and tokens, in one tile.
+    BLOCK_M, BLOCK_N, BLOCK_R : int
+        Queries of a group, retained tokens, and recent ones, in one tile.
     BLOCK_D, BLOCK_V, BLOCK_C : int
         Dimension of keys and of values, padded, and rows of a ``d x d`` matrix at a time.
     num_warps, num_stages : int
@@ -63,6 +63,7 @@ class DecodeBlocks(NamedTuple):
 
     BLOCK_M: int
     BLOCK_N: int
+    BLOCK_R: int
     BLOCK_D: int
     BLOCK_V: int
     BLOCK_C: int
@@ -70,37 +71,57 @@ class DecodeBlocks(NamedTuple):
     num_stages: int
 
 
-def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int, *, coded: bool) -> DecodeBlocks:
-    """Sizes for that many queries of each KV head; a tile of `tl.dot` has at least 16 in each direction, or 8."""
+def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int, *, bits: int) -> DecodeBlocks:
+    """Sizes for that many queries of each KV head; ``bits`` as of a `momentkv.backends.triton.tuned.Family`.
+
+    A tile of `tl.dot` has at least 16 in each direction; of records, each warp has tokens of its own.
+    """
     wide = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv))
     largest = max(wide)
     # Full float32 products are not done by tensor cores and hold their factors in registers.
     single = dtype == torch.float32
+    tokens = (32 if largest <= 64 else 16) if single else (64 if largest <= 128 else 32)
     # A group of more than 16 queries reads the cache once with a tile of 32, where registers allow: not those of wide
     # heads, which keep the factors of all queries while they go through many summaries. Products with codes have
-    # queries for columns, of which eight are enough, unless wide heads have an estimate: that spilled registers.
+    # queries for columns, of which eight are enough, or four in two pieces.
     widest = 64 if summaries > SUMMARIES_AT_ONCE else 128
-    few = coded and rows <= 8 and (largest <= 128 or not summaries)
-    queries = 8 if few else 32 if rows > 16 and not single and largest <= widest else 16
+    if bits:
+        queries = 4 if rows <= 4 else 8 if rows <= 8 or largest > (64 if single else 128) else 16
+        # Registers, and bytes in flight: 128 tokens of 4 bits were slower by half at head dimension 128, and 64 of 8
+        # bits (H200).
+        wide_tile = largest <= 64 or (largest == 128 and bits > 12 and queries < 16 and not single)
+        return DecodeBlocks(
+            BLOCK_M=queries,
+            BLOCK_N=128 if wide_tile else 64,
+            BLOCK_R=tokens,
+            BLOCK_D=wide[0],
+            BLOCK_V=wide[1],
+            BLOCK_C=16 if single or largest > 128 else 32,
+            num_warps=4,
+            # For many queries there are no registers for more.
+            num_stages=2 if queries == 16 and largest > 64 else 4 if bits > 12 else 3,
+        )
+    queries = 32 if rows > 16 and not single and largest <= widest else 16
     many = queries == 32 or largest > (64 if single else 128)
     return DecodeBlocks(
         BLOCK_M=queries,
-        BLOCK_N=(32 if largest <= 64 else 16) if single else (64 if largest <= 128 else 32),
+        BLOCK_N=tokens,
+        BLOCK_R=tokens,
         BLOCK_D=wide[0],
         BLOCK_V=wide[1],
         BLOCK_C=16 if single or largest > 128 else 32,
-        num_warps=8 if many and (single or not few) else 4,
+        num_warps=8 if many else 4,
         # One tile in flight is enough, and faster by a tenth, where blocks read at once. It is not where they evaluate
-        # summaries first (H200, head dimension 128). Tiles of records are small, so that two are in flight.
-        num_stages=3 if coded or not (single or summaries < 2) else 2,
+        # summaries first (H200, head dimension 128).
+        num_stages=2 if single or summaries < 2 else 3,
     )
 
 
-def family_of(blocks: DecodeBlocks, dtype: torch.dtype, summaries: int, *, coded: bool) -> Family:
+def family_of(blocks: DecodeBlocks, dtype: torch.dtype, summaries: int, *, bits: int) -> Family:
     """Those launches that a device's choice is for."""
     estimate = "none" if summaries == 0 else "moments" if summaries == 1 else "summaries"
     name = str(dtype).removeprefix("torch.")
-    return Family(name, blocks.BLOCK_M, blocks.BLOCK_D, blocks.BLOCK_V, estimate, coded)
+    return Family(name, blocks.BLOCK_M, blocks.BLOCK_D, blocks.BLOCK_V, estimate, bits)
 
 
 def builtin_choice(blocks: DecodeBlocks) -> Choice:
@@ -142,28 +163,22 @@ def estimate_flags(expansion: Expansion | None) -> dict[str, Any]:
     }
 
 
-def code_flags(coding: Coding | None, d: int, dv: int) -> dict[str, Any]:
+def code_flags(coding: Coding | None, dv: int) -> dict[str, Any]:
     """Compile-time arguments that say how records are read."""
-    of_keys, of_rough, of_values, size = 0, 0, 0, d
+    of_keys, of_rough, of_values = 0, 0, 0
     if coding is not None:
         of_keys, of_values = coding.bits
         if coding.key_standard.order is not None:
-            (of_keys, of_rough), size = GRADES[of_keys], d // 2
+            of_keys, of_rough = GRADES[of_keys]
     flags: dict[str, Any] = {"CODED": coding is not None}
     for part, bits in (("KEY", of_keys), ("ROUGH", of_rough), ("VALUE", of_values)):
         flags[f"{part}_HIGH"], flags[f"{part}_LOW"] = (*PLANES[bits], 0)[:2] if bits else (0, 0)
-    return flags | {"KEY_W": word_bytes((of_keys, of_rough), size), "VALUE_W": word_bytes((of_values,), dv)}
+    return flags | {"VALUE_W": word_bytes(of_values, dv)}
 
 
-def word_bytes(codes: tuple[int, ...], size: int) -> int:
-    """Bytes of the words that planes of so many channels are read in: each plane is made of whole ones; 0 for none."""
-    narrowest = [size * PLANES[bits][-1] // 8 for bits in codes if bits]
-    return next(width for width in (4, 2, 1) if all(n % width == 0 for n in narrowest)) if narrowest else 0
-
-
-def as_words(records: torch.Tensor, coding: Coding | None, width: int) -> torch.Tensor:
-    """Records as words; vectors as they are."""
-    return records if coding is None else records.contiguous().view(WORDS[width])
+def word_bytes(bits: int, size: int) -> int:
+    """Bytes of the words that planes of values are read in: two, or one where a plane has an odd number; or 0."""
+    return 2 - size * PLANES[bits][-1] // 8 % 2 if bits else 0
 
 
 class Launch(NamedTuple):
@@ -247,13 +262,16 @@ def decode_launches(
     kv_heads = k.shape[1] if starts is None else starts.shape[-1]
     rows, heads = q_heads // kv_heads * q_len, batch * kv_heads
     newest = 0 if recent is None else recent.keys.shape[-2]
-    flags, flags_of_codes = estimate_flags(expansion), code_flags(coding, d, dv)
-    blocks = decode_blocks(rows, d, dv, q.dtype, flags["SUMMARIES"], coded=coding is not None)
+    flags, flags_of_codes = estimate_flags(expansion), code_flags(coding, dv)
+    bits = 0 if coding is None else sum(coding.bits)
+    blocks = decode_blocks(rows, d, dv, q.dtype, flags["SUMMARIES"], bits=bits)
     choice = builtin_choice(blocks)
     if choices:
-        family = family_of(blocks, q.dtype, flags["SUMMARIES"], coded=coding is not None)
+        family = family_of(blocks, q.dtype, flags["SUMMARIES"], bits=bits)
         choice = choices.get(family, choice)
     blocks = blocks._replace(BLOCK_N=choice.tokens, num_warps=choice.num_warps, num_stages=choice.num_stages)
+    if coding is None:
+        blocks = blocks._replace(BLOCK_R=choice.tokens)
     tiles = triton.cdiv(rows, blocks.BLOCK_M)
     q = q.contiguous()
     # With few heads the estimate or recent tokens would make one split the slowest; they get one for themselves.
@@ -289,8 +307,8 @@ def decode_launches(
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     arguments = {
         "Q": q,
-        "K": as_words(k, coding, flags_of_codes["KEY_W"]),
-        "V": as_words(v, coding, flags_of_codes["VALUE_W"]),
+        "K": k if coding is None else k.contiguous(),
+        "V": v if coding is None else v.contiguous().view(WORDS[flags_of_codes["VALUE_W"]]),
         "POSITIONS": positions,
         "COUNTS": counts,
         "STARTS": starts,
@@ -330,10 +348,11 @@ def decode_launches(
         # Recent tokens are few; waiting for a tile of them costs less than the shared memory of another.
         "RECENT_STAGES": None if coding is None else 1,
         **flags_of_codes,
+        "WARPS": blocks.num_warps if coding is not None else 0,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # the latter means nothing to halves
         # Of halves, three products of tensor cores for one, where registers allow: full float32 took a fifth of the
         # kernel's time (H200).
-        "EXACT": "ieee" if q.dtype == torch.float32 or max(d, dv) > 128 else "tf32x3",
+        "EXACT": "ieee" if q.dtype == torch.float32 or (max(d, dv) > 128 and coding is None) else "tf32x3",
         **flags,
         **sizes,
     }

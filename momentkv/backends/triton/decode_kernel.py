@@ -112,6 +112,7 @@ def decode_kernel(
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -136,8 +137,8 @@ def decode_kernel(
     ROUGH_LOW: tl.constexpr,
     VALUE_HIGH: tl.constexpr,
     VALUE_LOW: tl.constexpr,
-    KEY_W: tl.constexpr,
     VALUE_W: tl.constexpr,
+    WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -158,7 +159,6 @@ def decode_kernel(
     rm = rr < rows
     dm = dd < D
     vm = vv < DV
-    q = tl.load(Q + (head * rows + rr[:, None]) * D + dd[None, :], mask=rm[:, None] & dm[None, :], other=0.0)
     count = capacity
     if COUNTED:
         count = tl.load(COUNTS + head)
@@ -172,12 +172,58 @@ def decode_kernel(
         values = V + (head // kv_heads) * stride_vb + (head % kv_heads) * stride_vh
         place = (head // kv_heads) * stride_pb + (head % kv_heads) * stride_ph
 
+    # With logits to write, every slot is visited, so that none is left as it was allocated.
+    slots = count
+    if SCORED:
+        slots = capacity
+    share = tl.cdiv(tl.cdiv(slots, splits - own_split), BLOCK_N) * BLOCK_N
+    begin = tl.minimum(share * split, slots)
+    end = tl.minimum(begin + share, slots)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if CODED:
+        top, total, acc = attend_codes(
+            Q,
+            K,
+            V,
+            KEY_STEP,
+            VALUE_STEP,
+            MEAN,
+            DEVIATION,
+            ORDER,
+            SPREAD,
+            LOGITS,
+            head,
+            first,
+            begin,
+            count,
+            end,
+            rr,
+            rm,
+            rows,
+            capacity + recent,
+            scale,
+            splits,
+            D,
+            DV,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_V,
+            KEY_HIGH,
+            KEY_LOW,
+            ROUGH_HIGH,
+            ROUGH_LOW,
+            VALUE_HIGH,
+            VALUE_LOW,
+            VALUE_W,
+            WARPS,
+            SCORED,
+        )
+    q = tl.load(Q + (head * rows + rr[:, None]) * D + dd[None, :], mask=rm[:, None] & dm[None, :], other=0.0)
     if SUMMARIES > 0:  # noqa: SIM102 (decided when compiling, the split when running)
         if split == splits - 1:
-            top, total, acc = initial_state(
+            estimate_top, estimate_total, estimate_acc = initial_state(
                 q,
                 Q,
                 rm,
@@ -212,55 +258,11 @@ def decode_kernel(
                 ANCHORED,
                 EXACT,
             )
-    # With logits to write, every slot is visited, so that none is left as it was allocated.
-    slots = count
-    if SCORED:
-        slots = capacity
-    share = tl.cdiv(tl.cdiv(slots, splits - own_split), BLOCK_N) * BLOCK_N
-    begin = tl.minimum(share * split, slots)
-    end = tl.minimum(begin + share, slots)
-    if CODED:
-        seen, seen_total, codes = attend_codes(
-            Q,
-            K,
-            V,
-            KEY_STEP,
-            VALUE_STEP,
-            MEAN,
-            DEVIATION,
-            ORDER,
-            SPREAD,
-            LOGITS,
-            head,
-            first,
-            begin,
-            count,
-            end,
-            rr,
-            rm,
-            rows,
-            capacity + recent,
-            scale,
-            tl.minimum(splits, 1),
-            D,
-            DV,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_V,
-            KEY_HIGH,
-            KEY_LOW,
-            ROUGH_HIGH,
-            ROUGH_LOW,
-            VALUE_HIGH,
-            VALUE_LOW,
-            KEY_W,
-            VALUE_W,
-            SCORED,
-            PRECISION,
-        )
-        top, total, acc = joined(top, total, acc, seen, seen_total, codes)
-    else:
+            if CODED:
+                top, total, acc = joined(top, total, acc, estimate_top, estimate_total, estimate_acc)
+            else:
+                top, total, acc = estimate_top, estimate_total, estimate_acc
+    if not CODED:
         for start in range(begin, end, BLOCK_N):
             nn = start + tl.arange(0, BLOCK_N)
             valid = nn < tl.minimum(count, end)
@@ -296,8 +298,8 @@ def decode_kernel(
         keys = RECENT_K + row * stride_rkb + own * stride_rkh
         values = RECENT_V + row * stride_rvb + own * stride_rvh
         newest = tl.where(split == splits - 1, recent, 0)
-        for start in tl.range(0, newest, BLOCK_N, num_stages=RECENT_STAGES):
-            nn = start + tl.arange(0, BLOCK_N)
+        for start in tl.range(0, newest, BLOCK_R, num_stages=RECENT_STAGES):
+            nn = start + tl.arange(0, BLOCK_R)
             there = nn < recent
             valid = there
             if RECENT_MASKED:

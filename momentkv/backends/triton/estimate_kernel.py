@@ -9,6 +9,28 @@ __all__ = ["initial_state"]
 
 
 @triton.jit
+def sides_of(
+    LEFT,
+    RIGHT,
+    head,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """Of a slope of low rank, the vectors that meet a query and those that it then adds, in pairs."""
+    dd = tl.arange(0, BLOCK_D)
+    vv = tl.arange(0, BLOCK_V)
+    sides = ()
+    for r in tl.static_range(RANK):
+        right = tl.load(RIGHT + (head * RANK + r) * D + dd, mask=dd < D, other=0.0)
+        left = tl.load(LEFT + (head * DV + vv) * RANK + r, mask=vv < DV, other=0.0)
+        sides = sides + ((right, left),)
+    return sides
+
+
+@triton.jit
 def initial_state(
     q,
     Q,
@@ -56,6 +78,16 @@ def initial_state(
     x = q.to(tl.float32) * scale
     if ANCHORED:
         x -= tl.load(ANCHOR + head * D + dd, mask=dm, other=0.0).to(tl.float32)[None, :]
+    # All that is small is asked for at once: one answer is waited for, not one after the other. For many queries there
+    # is no room.
+    sides = ()
+    if BLOCK_M <= 16:
+        sides = sides_of(LEFT, RIGHT, head, D, DV, BLOCK_D, BLOCK_V, RANK)
+    if DIAGONAL_VARIANCE:
+        variance = tl.load(VARIANCE + head * D + dd, mask=dm, other=0.0)
+    if DIAGONAL_VARIANCE or FULL_VARIANCE:
+        half = 0.5 * tl.load(STRENGTH + head)
+        cap = tl.load(CAP + head)
     if SUMMARIES == 1:
         mean = tl.load(KEY_MEAN + head * D + dd, mask=dm, other=0.0).to(tl.float32)
         lse = tl.load(LOG_WEIGHT + head) + tl.sum(x * mean[None, :], 1)
@@ -72,26 +104,28 @@ def initial_state(
             place = head * SUMMARIES + ss
             mean = tl.load(KEY_MEAN + place[:, None] * D + dd[None, :], mask=sm[:, None] & dm[None, :], other=0.0)
             log_weight = tl.load(LOG_WEIGHT + place, mask=sm, other=float("-inf"))
+            values = VALUE_MEAN + place[:, None] * DV + vv[None, :]
+            if BLOCK_M <= 16:
+                value = tl.load(values, mask=sm[:, None] & vm[None, :], other=0.0)
             products = tl.dot(x, tl.trans(mean.to(tl.float32)), input_precision=EXACT) + log_weight[None, :]
             new = tl.maximum(top, tl.max(products, 1))
             shift = tl.where(new == float("-inf"), 0.0, new)
             fade = tl.exp(top - shift)
             weights = tl.exp(products - shift[:, None])
             total = total * fade + tl.sum(weights, 1)
-            value = tl.load(VALUE_MEAN + place[:, None] * DV + vv[None, :], mask=sm[:, None] & vm[None, :], other=0.0)
+            if BLOCK_M > 16:
+                value = tl.load(values, mask=sm[:, None] & vm[None, :], other=0.0)
             out = tl.dot(weights, value.to(tl.float32), out * fade[:, None], input_precision=EXACT)
             top = new
         safe = tl.where(total == 0.0, 1.0, total)
         lse = tl.where(total == 0.0, float("-inf"), tl.log(safe) + top)
         out /= safe[:, None]
+    if BLOCK_M > 16:
+        sides = sides_of(LEFT, RIGHT, head, D, DV, BLOCK_D, BLOCK_V, RANK)
     for r in tl.static_range(RANK):
-        right = tl.load(RIGHT + (head * RANK + r) * D + dd, mask=dm, other=0.0)
-        left = tl.load(LEFT + (head * DV + vv) * RANK + r, mask=vm, other=0.0)
-        out += tl.sum(x * right[None, :], 1)[:, None] * left[None, :]
+        out += tl.sum(x * sides[r][0][None, :], 1)[:, None] * sides[r][1][None, :]
     if DIAGONAL_VARIANCE:
-        variance = tl.load(VARIANCE + head * D + dd, mask=dm, other=0.0)
-        gain = 0.5 * tl.load(STRENGTH + head) * tl.sum(x * x * variance[None, :], 1)
-        lse += tl.minimum(gain, tl.load(CAP + head))
+        lse += tl.minimum(half * tl.sum(x * x * variance[None, :], 1), cap)
     if FULL_SLOPE or FULL_VARIANCE:
         # d x d matrices, some rows at a time. A tensor in registers cannot be sliced: read these columns of q again.
         square = tl.zeros([BLOCK_M], tl.float32)
@@ -117,7 +151,7 @@ def initial_state(
                 )
                 square += tl.sum(tl.dot(part.to(matrix.dtype), matrix, input_precision="ieee") * x, 1)
         if FULL_VARIANCE:
-            lse += tl.minimum(0.5 * tl.load(STRENGTH + head) * square, tl.load(CAP + head))
+            lse += tl.minimum(half * square, cap)
     some = lse > float("-inf")
     return (
         tl.where(some, lse * 1.4426950408889634, float("-inf")),

@@ -49,8 +49,8 @@ class Family(NamedTuple):
         Queries of a group in one tile; dimension of keys and of values, padded.
     estimate : str
         ``"none"``, ``"moments"`` (one set of them) or ``"summaries"`` (several).
-    coded : bool
-        Whether tokens are records of few bits.
+    bits : int
+        Of a number of a key and one of a value together, where tokens are records of few; 0 where they are vectors.
     """
 
     dtype: str
@@ -58,7 +58,7 @@ class Family(NamedTuple):
     d: int
     dv: int
     estimate: str
-    coded: bool
+    bits: int
 
 
 class Choice(NamedTuple):
@@ -83,26 +83,31 @@ class Choice(NamedTuple):
 Choices = Mapping[Family, Choice]
 # What a file may say: anything else was not written here.
 ALLOWED: dict[str, tuple[int, ...]] = {
-    "tokens": (16, 32, 64, 128),
+    "tokens": (16, 32, 64, 128, 256),
     "num_warps": (4, 8),
-    "num_stages": (2, 3),
+    "num_stages": (2, 3, 4),
     "waves": (1, 2, 3),
 }
 
 
-def candidates(builtin: Choice) -> list[Choice]:
+def candidates(builtin: Choice, *, coded: bool = False) -> list[Choice]:
     """The built-in choice, and the handful around it that are tried on a device; all keep its waves.
+
+    Of records each warp multiplies tokens of its own, sixteen at least.
 
     Examples
     --------
     >>> len(candidates(Choice(tokens=64, num_warps=4, num_stages=2, waves=1)))
     8
     """
-    other_warps, other_stages = 12 - builtin.num_warps, 5 - builtin.num_stages
     tiles = [builtin.tokens, 2 * builtin.tokens, builtin.tokens // 2]
-    made = [builtin._replace(tokens=n, num_stages=s) for n in tiles for s in (builtin.num_stages, other_stages)]
-    made += [builtin._replace(tokens=n, num_warps=other_warps) for n in tiles[:2]]
-    return [each for each in made if each.tokens in ALLOWED["tokens"]]
+    least, most = (16 * builtin.num_warps, 256) if coded else (16, 128)
+    tiles = [n for n in tiles if least <= n <= most]
+    stages = [builtin.num_stages, *(s for s in (ALLOWED["num_stages"] if coded else (2, 3)) if s != builtin.num_stages)]
+    made = [builtin._replace(tokens=n, num_stages=s) for n in tiles for s in stages]
+    if not coded:
+        made += [builtin._replace(tokens=n, num_warps=12 - builtin.num_warps) for n in tiles[:2]]
+    return made[:8]
 
 
 def about_device(device: torch.device) -> dict[str, Any]:

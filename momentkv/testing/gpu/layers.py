@@ -38,7 +38,7 @@ def sizes_of(rehearse: bool) -> tuple[Sizes, torch.device]:
     """What is measured, and where."""
     if rehearse:
         return TINY, torch.device("cpu")
-    return CUDA._replace(shapes=SHAPES, seconds=0.5), torch.device("cuda")
+    return CUDA._replace(shapes=SHAPES, seconds=0.3), torch.device("cuda")
 
 
 def times(rehearse: bool) -> Iterator[Row]:

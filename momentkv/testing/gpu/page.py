@@ -72,7 +72,8 @@ def of_tuning(rows: list[dict[str, Any]]) -> list[str]:
 def choice_line(row: dict[str, Any]) -> str:
     """A candidate, or a choice, on a line."""
     family, choice = row["family"], row["choice"]
-    name = f"  {family['dtype']}, d {family['d']}, estimate {family['estimate']}{', coded' if family['coded'] else ''}"
+    bits = f", {family['bits'] / 2:g} bits" if family["bits"] else ""
+    name = f"  {family['dtype']}, d {family['d']}, estimate {family['estimate']}{bits}"
     sizes = ", ".join(f"{name.removeprefix('num_')} {size}" for name, size in choice.items())
     if row.get("chosen"):
         return f"{name}: {sizes}: {row['share']:.0%} of the time of the built-in sizes"

@@ -61,29 +61,31 @@ class Kind(NamedTuple):
         Head dimension.
     estimate : str
         As of a `momentkv.backends.triton.tuned.Family`.
-    coded : bool
+    bits : int
+        Of the mean of a key's and a value's numbers; 0 for vectors.
     """
 
     dtype: torch.dtype
     d: int
     estimate: str
-    coded: bool
+    bits: int
 
     @property
     def builtin(self) -> tuple[Family, Choice]:
         """The family of its launches, and what is built in for it."""
         summaries = {"none": 0, "moments": 1, "summaries": 12}[self.estimate]
-        blocks = decode_blocks(4, self.d, self.d, self.dtype, summaries, coded=self.coded)
-        return family_of(blocks, self.dtype, summaries, coded=self.coded), builtin_choice(blocks)
+        bits = sum(SPLIT[self.bits]) if self.bits else 0
+        blocks = decode_blocks(4, self.d, self.d, self.dtype, summaries, bits=bits)
+        return family_of(blocks, self.dtype, summaries, bits=bits), builtin_choice(blocks)
 
 
 def kinds(dtypes: Iterable[torch.dtype], dimensions: Iterable[int]) -> list[Kind]:
     """All that are measured, vectors before records; float32 has no records of more than 128 channels."""
     made = itertools.starmap(
-        lambda coded, d, dtype, estimate: Kind(dtype, d, estimate, coded),
-        itertools.product((False, True), dimensions, dtypes, ESTIMATES),
+        lambda bits, d, dtype, estimate: Kind(dtype, d, estimate, bits),
+        itertools.product((0, 4, 8), dimensions, dtypes, ESTIMATES),
     )
-    return [kind for kind in made if not (kind.coded and kind.dtype == torch.float32 and kind.d > 128)]
+    return [kind for kind in made if not (kind.bits and kind.dtype == torch.float32 and kind.d > 128)]
 
 
 def builds_of(kind: Kind, choice: Choice) -> list[Build]:
@@ -92,7 +94,7 @@ def builds_of(kind: Kind, choice: Choice) -> list[Build]:
     found: dict[Build, None] = {}
     for name in ESTIMATES[kind.estimate]:
         # Retained tokens beside recent ones, and recent ones alone, which are masked by position.
-        for width, bits in ((480, SPLIT[4]), (480, SPLIT[8])) if kind.coded else ((480, None), (0, None)):
+        for width, bits in ((480, SPLIT[kind.bits]),) if kind.bits else ((480, None), (0, None)):
             tiers = tiers_of(kind.dtype, kind.d, 1, Layout(1, 65, (width,) * KV_HEADS, bits), masked=True)
             launches = launches_of(tiers, expansions(kind.d)[name], 4, scored=True, choices=choices)
             found |= {build_of(launch): None for launch in launches}
@@ -110,7 +112,7 @@ def fits(kind: Kind, choice: Choice, target: int) -> bool:
 
 def cases_of(kind: Kind) -> list[Decode]:
     """What results are checked on: packed, ragged, with recent tokens; and one head, in as many splits as wanted."""
-    bits = SPLIT[4] if kind.coded else None
+    bits = SPLIT[kind.bits] if kind.bits else None
     few = Decode(kind.d, dtype=kind.dtype, estimate=CHECKED[kind.estimate], bits=bits, packed=True, recent=9, splits=0)
     one = dataclasses.replace(few, kv_heads=1, batch=1, group=4, capacity=150, scored=True)
     return [dataclasses.replace(few, kv_heads=3, recent_masked=True), one]
@@ -188,14 +190,14 @@ def times(rehearse: bool, dtypes: Sequence[str], dimensions: Sequence[int], seco
 
 def tasks_of(kind: Kind, target: int | None) -> list[tuple[Kind, Choice, int | None]]:
     """Every candidate of a kind, to be examined."""
-    return [(kind, choice, target) for choice in candidates(kind.builtin[1])]
+    return [(kind, choice, target) for choice in candidates(kind.builtin[1], coded=kind.bits > 0)]
 
 
 def of_kind(kind: Kind, rows: Iterable[Row], seconds: Callable[[Choice], list[float]]) -> Iterator[Row]:
     """The rows of one kind: all candidates as they were examined, then what was chosen of those that may be."""
     family, builtin = kind.builtin
     usable = []
-    for choice, row in zip(candidates(builtin), rows, strict=True):
+    for choice, row in zip(candidates(builtin, coded=kind.bits > 0), rows, strict=True):
         yield {"family": family._asdict(), "choice": choice._asdict()} | row
         if row["fits"] and row["right"]:
             usable.append(choice)
@@ -250,8 +252,8 @@ def calls_of(kind: Kind, rotated: int, device: torch.device) -> list[Callable[[C
 
 def tokens_of(kind: Kind, shape: Shape, device: torch.device) -> tuple[Any, ...]:
     """Keys and values, or records of them; counts, starts, capacity and coding as `decode_triton` takes them."""
-    if kind.coded:
-        k, v, how = records(shape, SPLIT[4], kind.dtype, device)
+    if kind.bits:
+        k, v, how = records(shape, SPLIT[kind.bits], kind.dtype, device)
         return k, v, how["counts"], how["starts"], how["capacity"], how["coding"]
     lead = (shape.batch, shape.kv_heads, shape.budget, shape.d)
     k, v = (torch.ones(lead, dtype=kind.dtype, device=device) for _ in range(2))
