@@ -86,7 +86,7 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
     # queries for columns, of which eight are enough, or four in two pieces.
     widest = 64 if summaries > SUMMARIES_AT_ONCE else 128
     if bits:
-        queries = 4 if rows <= 4 else 8 if rows <= 8 or largest > (64 if single else 128) else 16
+        queries = 4 if rows <= 4 or largest > 128 else 8 if rows <= 8 or (single and largest > 64) else 16
         # Registers, and bytes in flight: 128 tokens of 4 bits were slower by half at head dimension 128, and 64 of 8
         # bits (H200).
         wide_tile = largest <= 64 or (largest == 128 and bits > 12 and queries < 16 and not single)
@@ -98,8 +98,8 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
             BLOCK_V=wide[1],
             BLOCK_C=16 if single or largest > 128 else 32,
             num_warps=4,
-            # For many queries there are no registers for more.
-            num_stages=2 if queries == 16 and largest > 64 else 4 if bits > 12 else 3,
+            # For many queries, and for wide heads, there are no registers for more.
+            num_stages=2 if largest > (64 if queries == 16 else 128) else 4 if bits > 12 else 3,
         )
     queries = 32 if rows > 16 and not single and largest <= widest else 16
     many = queries == 32 or largest > (64 if single else 128)
