@@ -99,12 +99,14 @@ def queries_of(
             dd = tl.load(ORDER + head * D + dd, mask=there, other=0).to(tl.int32)
         q = tl.load(Q + (head * rows + rr[None, :]) * D + dd[:, None], mask=rm[None, :] & there[:, None], other=0.0)
         q = q.to(tl.float32) * scale
+        # A largest one is a number even where another is none. And of a product that is added to another thread's, the
+        # compiler would round the other one alone, so that threads would have different sums.
+        part = q * 0.0
         if MEAN is not None:
-            mean = tl.load(MEAN + head * D + dd, mask=there, other=0.0)
-            shift += tl.sum(q * mean.to(tl.float32)[:, None], 0)
+            mean = tl.load(MEAN + head * D + dd, mask=there, other=0.0).to(tl.float32)
+            part = tl.fma(q, tl.broadcast_to(mean[:, None], q.shape), part)
+        shift += tl.sum(part, 0)
         q = q * tl.load(DEVIATION + head * D + dd, mask=there, other=0.0).to(tl.float32)[:, None]
         largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
-        # A largest one is a number even where another is none.
-        shift += tl.sum(q * 0.0, 0)
         queries = queries + (q,)
     return queries, shift, largest
