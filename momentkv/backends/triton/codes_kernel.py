@@ -176,7 +176,7 @@ def attend_codes(
         powers = whole(products, PIECES) - zero[None, None, :]
         powers = powers * (key_step.to(tl.float32)[:, :, None] * unit[None, None, :]) + shift[None, None, :]
         powers = tl.where(valid[:, :, None], powers, float("-inf"))
-        # In units in which the largest weight times its step is below 2**RAISED twice.
+        # In units in which the largest weight times its step is from half to twice 2**RAISED.
         step = value_step.to(tl.float32)
         exponent = tl.maximum(step, LEAST_STEP).to(tl.int32, bitcast=True) >> 23
         sized = powers + (exponent - 127).to(tl.float32)[:, :, None]

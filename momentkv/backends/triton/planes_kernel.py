@@ -154,21 +154,21 @@ def halves_of(
 
 @triton.jit
 def given(POINTER, splits, numbers):
-    """Such numbers, below 256, as if they had been read.
+    """Such numbers, of int32, as if they had been read.
 
     The compiler does what follows a load in the registers of a tensor core's operand, but only where all that it needs
     is loaded. That nothing is, it does not know.
     """
     place = tl.arange(0, numbers.shape[0])
-    numbers = tl.load(POINTER + place, mask=place < -splits, other=numbers.to(POINTER.dtype.element_ty))
-    return numbers.to(tl.int32)
+    return tl.load(POINTER.to(tl.pointer_type(tl.int32)) + place, mask=place < -splits, other=numbers)
 
 
 @triton.jit
 def across(places, valid, SIZE: tl.constexpr, WIDTH: tl.constexpr, COPIES: tl.constexpr, AXIS: tl.constexpr):
-    """SIZE words of a plane along an axis of a tile, again and again up to WIDTH; what lies behind COPIES is any.
+    """The SIZE words of a plane along an axis of a tile, over and over up to WIDTH.
 
-    Each is read once, where that can be said: then registers are copied.
+    Where WIDTH is a multiple of SIZE, each is read once, and registers are copied. Queries, or places of the output,
+    leave out what is beyond COPIES.
     """
     ONCE: tl.constexpr = SIZE if WIDTH % SIZE == 0 else WIDTH
     place = tl.arange(0, ONCE)
