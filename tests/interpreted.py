@@ -133,6 +133,18 @@ def test_codes_are_unpacked_to_the_last_bit(d: int, bits: int, word: int):
     assert levels.tolist() == (expected - centre(bits)).tolist()
 
 
+def test_values_without_a_step_count_all_the_same():
+    """As those of tokens whose values are zero: in the lse they are as others, and to the output they add nothing."""
+    case = Decode(d=32, kv_heads=3, packed=True, bits=(5, 3), splits=2)
+    x = make(case)
+    assert x.coding is not None
+    given = (x.q, x.k, x.v, x.positions, x.counts, x.starts, case.capacity, x.recent, x.expansion, case.scale, False, 2)
+    _, exact, _ = decode_triton(*given, x.coding)
+    out, lse, _ = decode_triton(*given, x.coding._replace(value_step=torch.zeros_like(x.coding.value_step)))
+    assert (out == 0).all()
+    torch.testing.assert_close(lse, exact, rtol=1e-6, atol=1e-5)
+
+
 @triton.jit
 def whole_kernel(x, y, out, size: tl.constexpr, columns: tl.constexpr, pieces: tl.constexpr):
     """Products of whole numbers with bytes."""

@@ -180,13 +180,21 @@ def test_a_mode_that_raises_costs_itself_alone(monkeypatch: pytest.MonkeyPatch):
 def test_bytes_of_a_token_are_counted_from_the_loads():
     """A key and a value of two bytes a number, once for the whole group; masks leave out what does not exist."""
     code = (
-        "from momentkv.testing.gpu.predict import bytes_moved\nfrom momentkv.evaluation.layer_times import Shape\n"
-        "print([bytes_moved(Shape(1, 1, 4, 96, n, 0), 'retained only', 1) for n in (0, 64, 65, 200)])"
+        "from momentkv.testing.gpu.predict import traffic_of\nfrom momentkv.evaluation.layer_times import Shape\n"
+        "found = [traffic_of(Shape(1, 1, 4, 96, n, 0), 'retained only', 1) for n in (0, 64, 65, 200)]\n"
+        "coded = [traffic_of(Shape(1, 1, 4, 128, n, 0), 'codes of 4 bits', 1) for n in (64, 192)]\n"
+        "print([[x.loaded + x.stored, x.touched] for x in found + coded])"
     )
     interpreted = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", code]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=interpreted, cwd=ROOT)
-    none, *some = json.loads(ran.stdout)
+    *vectors, few, more = json.loads(ran.stdout)
+    none, *some = (x[0] for x in vectors)
+    # Rows of vectors are whole sectors. Of codes, planes of 32, 16 and 32 bytes lie in rows of 80, those of 32 and 16
+    # in rows of 48: they touch 1.5, 1, 1.5, 1.5 and 1 sectors in the mean. Steps of two bytes follow each other.
+    assert vectors[1][1] - vectors[0][1] == 64 * 2 * 96 * 2
+    assert more[0] - few[0] == 128 * 132
+    assert more[1] - few[1] == 128 * (32 * 6.5 + 4)
     # Four queries and outputs of 96 halves, and four lse of 4 bytes.
     assert none == 2 * 4 * 96 * 2 + 4 * 4
     assert [x - none for x in some] == [n * 2 * 96 * 2 for n in (64, 65, 200)]
@@ -200,6 +208,7 @@ def launch_row(**changes: Any) -> dict[str, Any]:
 
 def test_predictions_are_bytes_over_bandwidth_where_enough_is_asked_for():
     traffic = {"shape": launch_row()["shape"], "name": "retained only", "a_token": 512.0, "a_head": 2064.0}
+    traffic["touched"] = 512.0
     parts = [{"name": "compiled kernels", "rows": [launch_row()]}, {"name": "bytes of kernels", "rows": [traffic]}]
     found = {each.gpu: each for each in predictions(parts)}
     assert set(found) == set(GPUS)
@@ -213,6 +222,7 @@ def test_predictions_are_bytes_over_bandwidth_where_enough_is_asked_for():
     few, many = (seconds_of(1e6, launch_row(programs=128, issued=n), gpu, 128 * 512) for n in (1.0, 400.0))
     assert few == seconds_of(1e6, launch_row(programs=128), gpu)
     assert many == pytest.approx(512 * 400 / (4 * 1.98e9))
+    assert seconds_of(1e6, launch_row(programs=128), gpu, 128 * 512, 6e9) == pytest.approx(1e-3)
     assert seconds_of(1e6, launch_row(programs=8), gpu) > 3 * seconds_of(1e6, launch_row(programs=132), gpu)
 
 

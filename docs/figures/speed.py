@@ -236,7 +236,7 @@ def launches(predicted: dict[str, Any], measured: dict[str, Any]) -> str:
         f"Assumed, not measured: {LAUNCH * 1e6:.0f} us a launch, {LATENCY * 1e6:.1f} us from a request to its "
         f"answer, and {COPY:.0%} of the bandwidth on paper ("
         + ", ".join(f"{name} {gpu.bandwidth / 1e12:.2f} TB/s" for name, gpu in GPUS.items())
-        + ") for a copy; 4 instructions a cycle of 1.98 GHz."
+        + ") for a copy; 4 instructions a cycle of 1.98 GHz; 6.0 TB/s of whole sectors from the L2 cache."
     )
     return "\n".join(lines) + "\n\n" + assumed.replace("%", " %") + "\n"
 

@@ -55,6 +55,8 @@ class Gpu(NamedTuple):
         Multiprocessors.
     bandwidth : float
         Bytes a second that its memory gives at most.
+    cache : float
+        Bytes a second that its L2 cache gives at most, in whole sectors: what counters of an H200 imply, of its chip.
     clock : float
         Cycles a second: 67 TFLOP/s of float32 are two a cycle of 132 times 128 units.
     """
@@ -62,6 +64,7 @@ class Gpu(NamedTuple):
     target: int
     processors: int
     bandwidth: float
+    cache: float = 6.0e12
     clock: float = 1.98e9
 
 

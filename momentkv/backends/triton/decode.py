@@ -86,10 +86,17 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
     # queries for columns, of which eight are enough, or four in two pieces.
     widest = 64 if summaries > SUMMARIES_AT_ONCE else 128
     if bits:
-        queries = 4 if rows <= 4 or largest > 128 else 8 if rows <= 8 or (single and largest > 64) else 16
+        # As many as registers hold: fewer of float32, of wide heads, and where channels are padded.
+        if largest <= 64:
+            most = 8 if single else 16
+        elif single or largest > 128:
+            most = 4
+        else:
+            most = 16 if wide == (d, dv) else 8
+        queries = min(most, 4 if rows <= 4 else 8 if rows <= 8 else 16)
         # Registers, and bytes in flight: at head dimension 128, calls with 128 tokens a tile took 1.4 times as long in
         # 4 bits, and calls with 64 took 1.1 times as long in 8 bits (H200).
-        wide_tile = largest <= 64 or (largest == 128 and bits > 12 and queries < 16 and not single)
+        wide_tile = not single and (largest <= 64 or (largest == 128 and bits > 12 and queries < 16))
         return DecodeBlocks(
             BLOCK_M=queries,
             BLOCK_N=128 if wide_tile else 64,

@@ -7,14 +7,27 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 __all__ = ["Traffic", "counting"]
 
 
+# Bytes that memory is read in, whatever is asked for.
+SECTOR = 32
+
+
 class Traffic:
-    """Bytes loaded and stored, every program's own: what several read is counted as often."""
+    """Bytes loaded and stored, every program's own: what several read is counted as often.
+
+    Attributes
+    ----------
+    loaded, stored : int
+    touched : int
+        Bytes of the sectors that each load touches, once for each load.
+    """
 
     def __init__(self) -> None:
-        self.loaded = self.stored = 0
+        self.loaded = self.stored = self.touched = 0
 
 
 @contextlib.contextmanager
@@ -36,6 +49,7 @@ def counting() -> Iterator[Traffic]:
 
     def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
         traffic.loaded += int(mask.data.sum()) * size(pointers)
+        traffic.touched += SECTOR * len(np.unique(pointers.data[mask.data] // SECTOR))
         return load(pointers, mask, *rest)
 
     def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:

@@ -2,8 +2,9 @@
 
 Bytes are counted from the kernels' own loads and stores. Registers and shared memory, as compiled, say how many blocks
 run at once; what they ask for before they wait, and the time until an answer comes, bound the bandwidth (Little's law).
-Blocks come in waves, each at the bandwidth that its number of blocks can draw. Everything else is left out. So a
-prediction is what a good kernel should reach, not a measurement.
+Memory comes in sectors, and those that are touched cross the L2 cache whole. Blocks come in waves, each at the
+bandwidth that its number of blocks can draw. Everything else is left out. So a prediction is what a good kernel should
+reach, not a measurement.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from momentkv.backends.operators import decode
 from momentkv.backends.triton.builds import GPUS, Build, Gpu, Usage, build_of, compile_build, occupancy
 from momentkv.backends.triton.decode import Launch
 from momentkv.backends.triton.reach import Calls, expansions, launched, spread_out, without_data
-from momentkv.backends.triton.traffic import counting
+from momentkv.backends.triton.traffic import Traffic, counting
 from momentkv.evaluation.layer_times import Shape
 from momentkv.testing.gpu.few_bits import CODES, records
 from momentkv.testing.gpu.layers import SHAPES
@@ -120,21 +121,25 @@ def asked(launch: Launch) -> int:
 
 
 def counted(rehearse: bool) -> Iterator[Row]:
-    """Bytes of a token, and of all else, of one KV head of every shape; the same for all heads and rows."""
-    done: dict[tuple[Any, ...], tuple[float, float]] = {}
+    """Bytes of a token, and of all else, of one KV head of every shape; the same for all heads and rows.
+
+    And the bytes of the sectors that loads of a token touch.
+    """
+    done: dict[tuple[Any, ...], tuple[float, float, float]] = {}
     for shape in SHAPES:
         for kind in KINDS:
             splits = calls_of(shape, kind, torch.float16)[0].arguments["splits"]
             key = (shape.group, shape.d, kind, splits)
             if key not in done:
-                few, more = (bytes_moved(shape._replace(budget=n), kind, splits) for n in (64, 192))
-                a_token = (more - few) / 128
-                done[key] = a_token, few - 64 * a_token
-            a_token, rest = done[key]
-            yield {"shape": shape._asdict(), "name": kind, "a_token": a_token, "a_head": rest}
+                few, more = (traffic_of(shape._replace(budget=n), kind, splits) for n in (64, 192))
+                a_token = (more.loaded + more.stored - few.loaded - few.stored) / 128
+                rest = few.loaded + few.stored - 64 * a_token
+                done[key] = a_token, rest, (more.touched - few.touched) / 128
+            a_token, rest, touched = done[key]
+            yield {"shape": shape._asdict(), "name": kind, "a_token": a_token, "a_head": rest, "touched": touched}
 
 
-def bytes_moved(shape: Shape, kind: str, splits: int) -> int:
+def traffic_of(shape: Shape, kind: str, splits: int) -> Traffic:
     """Of one KV head, by running the kernels on numbers of 16 bits; the interpreter has float16, which are as wide."""
     from momentkv.backends.triton.decode import decode_triton
 
@@ -150,7 +155,7 @@ def bytes_moved(shape: Shape, kind: str, splits: int) -> int:
         splits -= splits > 1  # one more is added for the estimate
     with counting() as traffic:
         decode_triton(q, k, v, None, counts, starts, shape.budget, None, expansion, 1.0, False, splits, coding)
-    return traffic.loaded + traffic.stored
+    return traffic
 
 
 def predictions(parts: list[dict[str, Any]]) -> list[Prediction]:
@@ -170,7 +175,8 @@ def predictions(parts: list[dict[str, Any]]) -> list[Prediction]:
             shape = Shape(**each["shape"])
             total = shape.batch * shape.kv_heads * (each["a_head"] + shape.budget * each["a_token"])
             tokens = shape.batch * shape.kv_heads * shape.budget
-            seconds = seconds_of(total, launches[0], limits, tokens) + LAUNCH * len(launches)
+            seconds = seconds_of(total, launches[0], limits, tokens, tokens * each["touched"])
+            seconds += LAUNCH * len(launches)
             made.append(
                 Prediction(
                     gpu,
@@ -186,8 +192,8 @@ def predictions(parts: list[dict[str, Any]]) -> list[Prediction]:
     return made
 
 
-def seconds_of(nbytes: float, launch: Row, gpu: Gpu, tokens: int = 0) -> float:
-    """Of so many bytes and tokens, read by the blocks of a launch in waves.
+def seconds_of(nbytes: float, launch: Row, gpu: Gpu, tokens: int = 0, touched: float = 0.0) -> float:
+    """Of so many bytes, tokens, and bytes of sectors touched, read by the blocks of a launch in waves.
 
     Examples
     --------
@@ -205,5 +211,6 @@ def seconds_of(nbytes: float, launch: Row, gpu: Gpu, tokens: int = 0) -> float:
             bandwidth = min(COPY * gpu.bandwidth, programs * launch["asked"] / LATENCY)
             a_processor = -(-programs // gpu.processors) * tokens / launch["programs"]
             issuing = a_processor * launch.get("issued", 0.0) / (ISSUED * gpu.clock)
-            seconds += number * max(programs * a_program / bandwidth, issuing)
+            crossing = touched * programs / launch["programs"] / gpu.cache
+            seconds += number * max(programs * a_program / bandwidth, issuing, crossing)
     return seconds
