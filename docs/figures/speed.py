@@ -84,6 +84,11 @@ def rows_of(content: dict[str, Any], part: str) -> list[Row]:
     return next((each["rows"] for each in content.get("parts", []) if each["name"] == part), [])
 
 
+def calls_of(measured: dict[str, Any]) -> list[Row]:
+    """Rows of single calls of the operator, over vectors and over codes."""
+    return rows_of(measured, "one layer") + rows_of(measured, "tokens in few bits")
+
+
 class Times:
     """Seconds of the rows of one layer, by batch, budget and name."""
 
@@ -165,7 +170,7 @@ def targets(predicted: dict[str, Any], measured: dict[str, Any]) -> str:
     for name, gpu in GPUS.items():
         times = Times([row for row in predicted["predictions"] if row["gpu"] == name], lambda row: row["seconds"])
         columns.append(answers(times, COPY * gpu.bandwidth, predicted=True))
-    layer = rows_of(measured, "one layer") + rows_of(measured, "tokens in few bits")
+    layer = calls_of(measured)
     copies = [row["bytes"] / row["seconds"]["median"] for row in layer if row["name"] == "copy"]
     times = Times(layer, lambda row: row["seconds"]["median"])
     columns.append(answers(times, copies[0] if copies else None, predicted=False))
@@ -205,8 +210,7 @@ def verdict(key: str, values: list[float | None], goals: list[float]) -> str:
 
 def launches(predicted: dict[str, Any], measured: dict[str, Any]) -> str:
     """A line for each shape and kind."""
-    rows_of_a_layer = rows_of(measured, "one layer") + rows_of(measured, "tokens in few bits")
-    times = Times(rows_of_a_layer, lambda row: row["seconds"]["median"])
+    times = Times(calls_of(measured), lambda row: row["seconds"]["median"])
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in predicted["predictions"]:
         groups.setdefault((*row["shape"].values(), row["name"]), []).append(row)
@@ -322,7 +326,7 @@ def plot(predicted: dict[str, Any], measured: dict[str, Any], path: Path) -> Non
 
     device = measured["about"]["device"]["name"]
     gpu = next((name for name in GPUS if name in device), next(iter(GPUS)))
-    times = Times(rows_of(measured, "one layer"), lambda row: row["seconds"]["median"])
+    times = Times(calls_of(measured), lambda row: row["seconds"]["median"])
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axis = figure.subplots()
     ends: list[float] = []

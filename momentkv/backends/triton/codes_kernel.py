@@ -4,8 +4,8 @@ The affine map of a channel moves into the query and out of the output, the step
 weight; see `momentkv.codes.attention`. What remains are products with whole numbers.
 
 Every warp goes through tokens of its own, the first axis of all tiles, and has a state of its own. They are joined
-once, at the end: no warp waits for another. Each byte goes from memory to shared memory, from there to the registers
-that a tensor core reads, and nowhere else.
+once, at the end: before that, warps exchange nothing. Each byte goes from memory to shared memory, from there to the
+registers that a tensor core reads, and nowhere else.
 
 - **Keys** are bytes, multiplied as such: the query is a whole number of 16 bits (of 32 for float32), in units of its
   largest component, and each of its bytes is a column. Sums are exact.
