@@ -203,6 +203,10 @@ def outcome(kind: str) -> str:
     if not all(agree(result, expected) for result in results):
         # SDPA ignores what some models pass to it, and eager attention is what they mean.
         expected = both(build(kind, "eager"))
+    if not all(agree(result, expected) for result in results):
+        # Models that go through their layers many times add up what a processor rounds: in float64 nothing is left.
+        ours = build_with(kind, "momentkv").double()
+        results, expected = [tried(ours)[1], both(ours)] if found else [both(ours)], both(build(kind).double())
         for result in results:
             assert agree(result, expected), (
                 f"{kind}: logits differ by {difference(result, expected):.1e} of the largest"
