@@ -145,6 +145,23 @@ def test_values_without_a_step_count_all_the_same():
     torch.testing.assert_close(lse, exact, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what a device does without a word
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_query_that_is_no_number_has_an_output_that_is_none(bad: float):
+    """It becomes a whole number, but not unseen, also where keys have no mean; other queries are as they are."""
+    case = Decode(d=32, kv_heads=3, packed=True, bits=(5, 3), splits=2)
+    x = make(case)
+    q = x.q.clone()
+    q[0, 0, 0, 3] = bad
+    assert x.coding is not None
+    coding = x.coding._replace(key_standard=x.coding.key_standard._replace(mean=None))
+    rest = (x.k, x.v, x.positions, x.counts, x.starts, case.capacity, x.recent, x.expansion, case.scale, False, 2)
+    out, exact = (decode_triton(each, *rest, coding)[0] for each in (q, x.q))
+    assert out[0, 0].isnan().all()
+    assert torch.equal(out[0, 1:], exact[0, 1:])
+    assert torch.equal(out[1:], exact[1:])
+
+
 @triton.jit
 def whole_kernel(x, y, out, size: tl.constexpr, columns: tl.constexpr, pieces: tl.constexpr):
     """Products of whole numbers with bytes."""

@@ -84,7 +84,7 @@ def queries_of(
 ):
     """For each slot of a record's part, scaled queries times deviations of the channels of its columns.
 
-    And the products with means, in which is what is no number; and the largest of each query.
+    And the products with means, and the largest of each query, which is a number even where another is none.
     """
     SIZE: tl.constexpr = CHANNELS * HIGH // 8
     COPIES: tl.constexpr = copies(SIZE, HIGH, COLUMNS, 8)
@@ -99,8 +99,8 @@ def queries_of(
             dd = tl.load(ORDER + head * D + dd, mask=there, other=0).to(tl.int32)
         q = tl.load(Q + (head * rows + rr[None, :]) * D + dd[:, None], mask=rm[None, :] & there[:, None], other=0.0)
         q = q.to(tl.float32) * scale
-        # A largest one is a number even where another is none. And of a product that is added to another thread's, the
-        # compiler would round the other one alone, so that threads would have different sums.
+        # Products are rounded here, with a summand. Of one that is added to another thread's, the compiler would round
+        # the other alone, so that threads had different sums.
         part = q * 0.0
         if MEAN is not None:
             mean = tl.load(MEAN + head * D + dd, mask=there, other=0.0).to(tl.float32)
