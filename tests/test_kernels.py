@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,18 +75,19 @@ def test_a_build_that_takes_too_much_fails_the_report(
     usage: Usage, builds: list[Build], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(kernels_report, "reachable", lambda: builds[:2])
-    monkeypatch.setattr(kernels_report, "compile_build", lambda build, target: usage)
+    monkeypatch.setattr(kernels_report, "compile_build", lambda *_, **__: usage)
     assert kernels_report.main(["--targets", "90"]) == 1
     assert "FAILS" in capsys.readouterr().out
-    monkeypatch.setattr(kernels_report, "compile_build", lambda build, target: Usage(64, 0, 1024))
+    monkeypatch.setattr(kernels_report, "compile_build", lambda *_, **__: Usage(64, 0, 1024))
     assert kernels_report.main(["--targets", "90"]) == 0
 
 
 def test_processes_compile_what_one_compiles(builds: list[Build]):
     merges = [build for build in builds if build.name.startswith("combine")][:2]
-    alone = list(kernels_report.compiled(merges, [80, 90]))
-    assert list(kernels_report.compiled(merges, [80, 90], workers=2)) == alone
-    assert [(build, target) for build, target, _ in alone] == [(build, t) for build in merges for t in (80, 90)]
+    tasks = [(build, target) for build in merges for target in (80, 90)]
+    alone = list(kernels_report.compiled(tasks))
+    assert list(kernels_report.compiled(tasks, workers=2)) == alone
+    assert [(build, target) for build, target, _ in alone] == tasks
 
 
 def test_a_sample_is_always_the_same_and_part_of_every_larger_one(
@@ -97,11 +99,45 @@ def test_a_sample_is_always_the_same_and_part_of_every_larger_one(
     with pytest.raises(ValueError, match="sample is 0"):
         sampled(builds, 0)
     monkeypatch.setattr(kernels_report, "reachable", lambda: builds)
-    monkeypatch.setattr(kernels_report, "compile_build", lambda build, target: Usage(64, 0, 1024))
+    monkeypatch.setattr(kernels_report, "compile_build", lambda *_, **__: Usage(64, 0, 1024))
     assert kernels_report.main(["--targets", "90", "--sample", "3"]) == 0
     printed = capsys.readouterr().out
     assert f"3 of {len(builds)} specialisations" in printed
     assert all(build.name in printed for build in sampled(builds, 3))
+
+
+def test_what_a_file_has_is_not_compiled_again(
+    builds: list[Build], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A run that was stopped in the middle of a line goes on, and what it found counts."""
+    path, spills, asked = tmp_path / "new" / "builds.jsonl", Usage(255, 8, 1024, 1), []
+    one, two = builds[:2]
+
+    def stopped(build: Build, target: int, **_: Any) -> Usage:
+        asked.append((build, target))
+        if build == two:
+            raise KeyboardInterrupt
+        return spills
+
+    monkeypatch.setattr(kernels_report, "reachable", lambda: [one, two])
+    monkeypatch.setattr(kernels_report, "compile_build", stopped)
+    command = ["--targets", "80", "90", "--file", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        kernels_report.main(command)
+    capsys.readouterr()
+    with path.open("a") as file:
+        file.write('["half')
+    monkeypatch.setattr(kernels_report, "compile_build", lambda *task, **_: asked.append(task) or Usage(64, 0, 1024))
+    for _ in range(2):  # the second finds all
+        assert kernels_report.main(command) == 1
+        printed = capsys.readouterr().out
+        assert printed.count("FAILS") == 2
+        assert "2 of 4 spill in a loop or have no room" in printed
+    assert asked == [(one, 80), (one, 90), (two, 80), (two, 80), (two, 90)]
+    assert "4 of 4 are in" in printed
+    assert len({kernels_report.digest(build, target) for build in builds for target in TARGETS}) == 3 * len(builds)
+    monkeypatch.setattr(kernels_report.triton, "__version__", "other")
+    assert kernels_report.digest(one, 80) not in path.read_text()
 
 
 def test_nothing_is_compiled_in_the_interpreter(builds: list[Build], monkeypatch: pytest.MonkeyPatch):

@@ -233,12 +233,12 @@ def test_a_kind_is_compiled_with_all_that_takes_room(monkeypatch: pytest.MonkeyP
         assert all(any(part in build.name for build in builds) for part in parts)
         tile = f"tile {4 if kind.bits else 16} x 128"
         assert all(tile in build.name and dict(build.options)["num_warps"] == 8 for build in builds)
-    monkeypatch.setattr(tuning, "compile_build", lambda build, target: Usage(255, 0, 2**20))
+    monkeypatch.setattr(tuning, "compile_build", lambda *_, **__: Usage(255, 0, 2**20))
     assert not fits(KIND, BUILTIN, 90)
-    monkeypatch.setattr(tuning, "compile_build", lambda build, target: Usage(64, 0, 2**10))
+    monkeypatch.setattr(tuning, "compile_build", lambda *_, **__: Usage(64, 0, 2**10))
     assert fits(KIND, BUILTIN, 90)
 
-    def fails(build: Any, target: int) -> Usage:
+    def fails(*_: Any, **__: Any) -> Usage:
         raise TritonError("no layout")
 
     monkeypatch.setattr(tuning, "compile_build", fails)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import importlib
+import json
 import multiprocessing
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -21,7 +24,7 @@ import triton
 from momentkv.backends.triton.builds import TARGETS, Build, Usage, compile_build, occupancy
 from momentkv.backends.triton.reach import reachable
 
-__all__ = ["compiled", "few", "main", "sampled"]
+__all__ = ["compiled", "digest", "few", "main", "sampled"]
 
 
 def few(builds: Sequence[Build]) -> list[Build]:
@@ -49,14 +52,11 @@ def sampled(builds: Sequence[Build], number: int) -> list[Build]:
     return drawn[:number]
 
 
-def compiled(
-    builds: Sequence[Build], targets: Sequence[int], *, workers: int = 1
-) -> Iterator[tuple[Build, int, Usage]]:
-    """Compile all builds for all targets, in their order."""
-    tasks = [(build, target) for build in builds for target in targets]
+def compiled(tasks: Sequence[tuple[Build, int]], *, workers: int = 1) -> Iterator[tuple[Build, int, Usage]]:
+    """Compile builds for targets, in their order."""
     if workers == 1:
         for build, target in tasks:
-            yield build, target, compile_build(build, target)
+            yield build, target, compile_build(build, target, loops=False)
         return
     # Kernels cannot be sent to a process, their names can. Forked, it might wait for a thread that it has not got.
     sent = [(build.kernel.__module__, build.kernel.__name__, *build[1:], target) for build, target in tasks]
@@ -69,7 +69,30 @@ def compiled(
 def compile_sent(sent: tuple[Any, ...]) -> Usage:
     """`compile_build` of a build whose kernel is given by module and name, and a target behind it."""
     module, kernel, *rest, target = sent
-    return compile_build(Build(getattr(importlib.import_module(module), kernel), *rest), target)
+    return compile_build(Build(getattr(importlib.import_module(module), kernel), *rest), target, loops=False)
+
+
+def digest(build: Build, target: int) -> str:
+    """What changes with the build, with the source of its kernel and of all that it calls, with target and Triton."""
+    parts = (build.kernel.__module__, build.kernel.__name__, build.kernel.cache_key, *build[1:], target)
+    return hashlib.sha256(repr((*parts, triton.__version__)).encode()).hexdigest()[:20]
+
+
+def kept(path: Path | None) -> dict[str, Usage]:
+    """What an earlier run wrote, by `digest`; a last line that was cut off is left out."""
+    if path is None or not path.exists():
+        return {}
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    path.write_text("".join(lines), encoding="utf-8")
+    return {key: Usage(*usage) for key, *usage in map(json.loads, lines)}
+
+
+def added(path: Path | None, build: Build, target: int, usage: Usage) -> None:
+    """Append a line to the file."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            print(json.dumps([digest(build, target), *usage]), file=file)
 
 
 def line(build: Build, target: int, usage: Usage) -> str:
@@ -89,20 +112,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--few", action="store_true", help="leave out what differs little")
     parser.add_argument("--sample", type=int, metavar="N", help="only N, drawn at random, always the same")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--file", type=Path, help="written as it goes; what is in it already is not compiled again")
     options = parser.parse_args(arguments)
     every = list(reachable())
     builds = few(every) if options.few else every
     if options.sample is not None:
         builds = sampled(builds, options.sample)
-    failed = 0
+    tasks = [(build, target) for build in builds for target in options.targets]
+    known = kept(options.file)
+    keys = {task: digest(*task) for task in tasks}
+    done = [(*task, known[keys[task]]) for task in tasks if keys[task] in known]
+    rest = [task for task in tasks if keys[task] not in known]
     print(
         f"Triton {triton.__version__}, {len(builds)} of {len(every)} specialisations; "
         "blocks: a multiprocessor holds so many at once"
     )
-    for build, target, usage in compiled(builds, options.targets, workers=options.workers):
+    if done:
+        print(f"{len(done)} of {len(tasks)} are in {options.file}")
+    failed = 0
+    for build, target, usage in done:
+        if not usage.fits(target):
+            failed += 1
+            print(line(build, target, usage))
+    for build, target, usage in compiled(rest, workers=options.workers):
+        added(options.file, build, target, usage)
         failed += not usage.fits(target)
         print(line(build, target, usage), flush=True)
-    print(f"{failed} of {len(builds) * len(options.targets)} spill in a loop or have no room")
+    print(f"{failed} of {len(tasks)} spill in a loop or have no room")
     return 1 if failed else 0
 
 

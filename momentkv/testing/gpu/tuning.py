@@ -104,7 +104,7 @@ def builds_of(kind: Kind, choice: Choice) -> list[Build]:
 def fits(kind: Kind, choice: Choice, target: int) -> bool:
     """Whether all these compile for a compute capability with room, and spill nothing in loops."""
     try:
-        return all(compile_build(build, target).fits(target) for build in builds_of(kind, choice))
+        return all(compile_build(build, target, loops=False).fits(target) for build in builds_of(kind, choice))
     except (RuntimeError, TritonError) as error:
         print(f"{choice} does not compile: {str(error)[-300:]}", file=sys.stderr)
         return False
