@@ -32,24 +32,23 @@ from momentkv.testing.gpu import checks, kernels, modes, run, steps, tuning
 from momentkv.testing.gpu.operators import Fused, Log, step_without_data
 from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.parts import PARTS, Part
-from momentkv.testing.gpu.predict import COPY, LAUNCH, predictions, seconds_of
+from momentkv.testing.gpu.predict import COPY, KINDS, LAUNCH, predictions, seconds_of
 
 ROOT = Path(__file__).parents[1]
-REHEARSED = ["kernels, bfloat16", "kernels, float32", "steps as graphs", "flushes as graphs"]
-REHEARSED += ["one layer", "a model of 8B"]
-REHEARSED += ["memory of a prefill", "compute-sanitizer", "modes of a cache", "tokens in few bits"]
-REHEARSED += ["tuning", "operators PyTorch checks"]
 
 
-def test_a_rehearsal_runs_the_parts_and_says_what_it_skips(
+def test_a_rehearsal_runs_all_parts_and_says_what_it_skips(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     path, hour = tmp_path / "gpu.json", 3600.0
     # Limits are for a GPU at hand for minutes; here a machine may be slow.
-    monkeypatch.setattr(run, "PARTS", {name: part._replace(seconds=hour) for name, part in PARTS.items()})
-    assert run.main(["--rehearse", "--seconds", str(hour), "--output", str(path), "--parts", *REHEARSED]) == 0
-    parts = {part["name"]: part for part in json.loads(path.read_text())["parts"]}
-    assert list(parts) == REHEARSED
+    parts = {name: part._replace(seconds=hour) for name, part in PARTS.items()}
+    one_shape = {name: parts[name]._replace(arguments=(1,)) for name in ("compiled kernels", "bytes of kernels")}
+    monkeypatch.setattr(run, "PARTS", parts | one_shape)
+    assert run.main(["--rehearse", "--seconds", str(hour), "--output", str(path)]) == 0
+    content = json.loads(path.read_text())
+    parts = {part["name"]: part for part in content["parts"]}
+    assert list(parts) == list(PARTS)
     assert {name: part["why"] for name, part in parts.items() if part["state"] == "skipped"} == {
         "kernels, bfloat16": "Triton's interpreter cannot multiply matrices of bfloat16",
         "compute-sanitizer": "a rehearsal has no GPU to watch",
@@ -70,15 +69,17 @@ def test_a_rehearsal_runs_the_parts_and_says_what_it_skips(
     assert operators == ["decode"] * 3 + ["step", "flush"] * 4
     names = [row["name"] for row in parts["tokens in few bits"]["rows"]]
     assert names == ["copy", "codes of 4 bits", "codes of 8 bits"]
+    kinds = [(gpu, name) for gpu in GPUS for name in KINDS]
+    assert [(row["gpu"], row["name"]) for row in content["predictions"]] == kinds
     assert "a rehearsal, no timing" in capsys.readouterr().out
 
 
 def test_what_fails_or_takes_too_long_costs_only_itself():
     late = run.run_part(PARTS["kernels, float32"]._replace(seconds=1.0), seconds=100, rehearse=True)
     assert (late["state"], late["why"]) == ("late", "stopped after 1 s")
-    failed = run.run_part(Part("no such part", 60, ""), seconds=100, rehearse=True)
+    failed = run.run_part(Part("no such part", 60, "nowhere:rows"), seconds=100, rehearse=True)
     assert failed["state"] == "failed"
-    assert "no such part" in failed["why"]
+    assert "nowhere" in failed["why"]
     assert run.run_part(PARTS["one layer"], seconds=0.5, rehearse=True)["state"] == "no time"
 
 

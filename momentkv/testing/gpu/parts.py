@@ -26,6 +26,7 @@ class Part(NamedTuple):
         ``module:name`` within this package, a generator of rows; called with whether it is a rehearsal, and then
         ``arguments``.
     arguments : tuple
+        Numbers, names and sequences of these.
     rehearsed : bool
         Whether it is done in a rehearsal alone.
     interpreted : bool

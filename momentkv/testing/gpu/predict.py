@@ -77,10 +77,10 @@ def calls_of(shape: Shape, kind: str, dtype: torch.dtype, *, heads: int | None =
     return launched(calls.arguments[0], GPUS["H100"].processors)
 
 
-def compiled(rehearse: bool) -> Iterator[Row]:
-    """What every launch of the shapes that are measured takes of a multiprocessor, for each kind of GPU."""
+def compiled(rehearse: bool, shapes: int = len(SHAPES)) -> Iterator[Row]:
+    """What every launch of so many of the shapes takes of a multiprocessor, for each kind of GPU."""
     done: dict[tuple[Build, int], Usage] = {}
-    for shape in SHAPES:
+    for shape in SHAPES[:shapes]:
         for kind in KINDS:
             launches = calls_of(shape, kind, torch.bfloat16)
             for place, launch in enumerate(launches):
@@ -120,13 +120,13 @@ def asked(launch: Launch) -> int:
     return int((launch.options["num_stages"] - 1) * sizes["BLOCK_N"] * bits / 8 / 2)
 
 
-def counted(rehearse: bool) -> Iterator[Row]:
-    """Bytes of a token, and of all else, of one KV head of every shape; the same for all heads and rows.
+def counted(rehearse: bool, shapes: int = len(SHAPES)) -> Iterator[Row]:
+    """Bytes of a token, and of all else, of one KV head of so many of the shapes; the same for all heads and rows.
 
     And the bytes of the sectors that loads of a token touch.
     """
     done: dict[tuple[Any, ...], tuple[float, float, float]] = {}
-    for shape in SHAPES:
+    for shape in SHAPES[:shapes]:
         for kind in KINDS:
             splits = calls_of(shape, kind, torch.float16)[0].arguments["splits"]
             key = (shape.group, shape.d, kind, splits)

@@ -83,7 +83,8 @@ def run_part(part: Part, *, seconds: float, rehearse: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         rows, errors = Path(folder) / "rows", Path(folder) / "errors"
         rows.touch()
-        command = [sys.executable, "-m", "momentkv.testing.gpu.child", part.name, str(rows)]
+        command = [sys.executable, "-m", "momentkv.testing.gpu.child"]
+        command += [part.function, json.dumps(part.arguments), str(rows)]
         environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         if rehearse:
             command.append("--rehearse")
