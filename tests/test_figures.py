@@ -166,3 +166,62 @@ def test_pictures_are_drawn_from_the_data(tmp_path):
         one, other = (re.findall(r'<use xlink:href="#m\w+" x="([\d.]+)" y="([\d.]+)"', x) for x in (new, committed))
         assert len(one) == len(other) > 10, f"{name} is not drawn from its data; run docs/figures/pictures.py"
         np.testing.assert_allclose(np.asarray(one, float), np.asarray(other, float), atol=0.1, err_msg=name)
+
+
+def test_the_home_page_says_what_the_data_say():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    files = {
+        "SmolLM2": ("held-out-smollm2.json", "held-out-kvpress.json"),
+        "Qwen": ("held-out-qwen.json", "held-out-kvpress-qwen.json"),
+    }
+    rows: dict[tuple[str, str, int], list[dict]] = {}
+    for model, names in files.items():
+        for row in (row for name in names for row in read(name)["rows"]):
+            key = model, row.get("method", row["policy"]), row["bytes_as_tokens"]
+            rows.setdefault(key, []).append(row)
+    columns = [(model, budget) for model in files for budget in (128, 256, 512)]
+
+    def means(method, measure="kl"):
+        return [np.mean([row[measure] for row in rows[model, method, budget]]) for model, budget in columns]
+
+    methods = {
+        "SnapKV": "snapkv/none",
+        "AdaKV with SnapKV, of kvpress": "kvpress AdaKV(SnapKV)",
+        "MomentKV, the paper": "momentkv/order-1",
+        "SnapKV, 4 bits": "snapkv/none@4",
+        "expected attention, 4 bits": "expected-attention/none@4",
+        "momentkv, 16 bits": "default",
+        '**momentkv, `bits="auto"`**': "default@auto",
+        "**the same, read twice**": "twice@auto",
+    }
+    for name, method in methods.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        cells = [cell.strip(" *") for cell in line.split("|")[2:-1]]
+        for cell, mean in zip(cells, means(method), strict=True):
+            assert cell == f"{mean:.{len(cell) - 1}f}".removeprefix("0"), (name, cell, mean)
+    ours, plain = means("default@auto"), means("snapkv/none")
+    rounded = np.minimum(means("snapkv/none@4"), means("expected-attention/none@4"))
+    beside, rivals = np.divide(plain, ours), np.divide(rounded, ours)
+    assert f"stay {beside.min():.1f} to {beside.max():.0f} times closer" in text
+    assert f"and {rivals.min():.1f} to {rivals.max():.0f} times closer" in text
+    single = [
+        row["kl"] / other["kl"]
+        for model, budget in columns
+        for row in rows[model, "snapkv/none", budget]
+        for other in rows[model, "default@auto", budget]
+        if row["text"] == other["text"]
+    ]
+    assert f"is {min(single):.1f} to {max(single):.0f} times closer than SnapKV" in text
+    for method in ("default@auto", "snapkv/none"):
+        first, second, third = (f"{100 * share:.0f}" for share in means(method, "top1")[:3])
+        assert f"{first}, {second} and {third} %" in text
+
+
+def test_the_checks_of_certificates_add_up():
+    text = (ROOT / "docs" / "certificates.md").read_text(encoding="utf-8")
+    cases = [
+        int(cases.replace(",", ""))
+        for cases in re.findall(r"^\| (?:B\d|certificate|law)[^|]*\| ([\d,]+) \|", text, re.M)
+    ]
+    assert len(cases) == 32
+    assert f"{sum(cases):,} checks, no violation" in text
