@@ -345,7 +345,10 @@ def test_plots_show_what_was_measured(folder: Path):
     assert shares == {OURS: 0.5, PEER: 0.25, PLAIN: 0.25}
     kls = [float(line[0].get_ydata()[0]) for line in drawn["kl"].axes[0].containers]
     assert kls == [pytest.approx(0.2), pytest.approx(0.4)]
-    assert [text.get_text() for text in drawn["depths"].axes[0].texts] == ["100", "100", "0", "0"]
+    texts = drawn["depths"].axes[0].texts
+    assert [text.get_text() for text in texts] == ["100", "100", "0", "0"]
+    # Both ends of the colours are dark.
+    assert {text.get_color() for text in texts} == {"white"}
 
 
 def test_html_needs_nothing_else(folder: Path):

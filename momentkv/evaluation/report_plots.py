@@ -177,7 +177,8 @@ def plot_depths(lines: pd.DataFrame, *, bits: int | None = None) -> Figure | Non
             axis.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             for (row, column), share in np.ndenumerate(shares):
                 if not np.isnan(share):
-                    axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6, color="black")
+                    text = axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6)
+                    text.set_color(ink(mpl.colormaps["RdYlGn"](share)))
             axis.set_xticks(range(BANDS), [f"{(band + 0.5) / BANDS:.1f}" for band in range(BANDS)])
             axis.set_yticks(range(len(lengths)), [str(length) for length in lengths])
             if method == methods[0]:
@@ -187,6 +188,12 @@ def plot_depths(lines: pd.DataFrame, *, bits: int | None = None) -> Figure | Non
         line[0].set_ylabel(method.replace("/", "/\n"), fontsize=6)
     figure.suptitle("% of single needles found, by depth and tokens of context; grey: not measured", fontsize=8)
     return figure
+
+
+def ink(ground: tuple[float, float, float, float]) -> str:
+    """Black or white, whichever stands out more from a ground: by its relative luminance, as WCAG defines it."""
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in ground[:3]]
+    return "black" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.179 else "white"
 
 
 def plot_gaps(rows: list[dict[str, Any]], *, title: str | None = None) -> Figure:
