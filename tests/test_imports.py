@@ -39,6 +39,15 @@ def test_commands_import_what_reports_need_when_they_report():
     assert subprocess.run(done, capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
+def test_what_tutorials_import_needs_no_more_than_transformers():
+    """They ask for the extra ``hf`` and ``gguf``. transformers may bring rich, as long as its own command line does."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('rich', 'pandas', 'scipy', 'matplotlib')); "
+        "from momentkv.evaluation import fidelity, gap, settings, sources; print('imported')"
+    )
+    assert fresh(code).stdout.strip() == "imported"
+
+
 def test_importing_momentkv_costs_less_than_importing_numpy():
     """In seconds of the processor, in one process: a busy or slow machine is so for both. Noise only ever adds."""
     code = """

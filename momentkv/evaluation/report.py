@@ -14,13 +14,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from momentkv.evaluation.files import read_text
+
 __all__ = [
     "bits_of",
     "empty_table",
     "environment",
     "progress_bar",
     "read_json",
-    "read_text",
     "save_figure",
     "show",
     "tokens_in",
@@ -89,16 +90,6 @@ def write_json(path: str | Path, content: dict[str, Any]) -> Path:
     except OSError as error:
         raise ValueError(f"output is {str(path)!r}, which cannot be written ({error.strerror}); name another") from None
     return path
-
-
-def read_text(path: str | Path) -> str:
-    """What a file says, or an error that names it."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{str(path)!r} is no text in UTF-8; convert it, or name another file") from None
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}); name another file") from None
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from momentkv.evaluation.report import read_text
+from momentkv.evaluation.files import read_text
 from momentkv.evaluation.split import REPORT_TEXTS
 from momentkv.hf import NAME
 
