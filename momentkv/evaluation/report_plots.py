@@ -178,7 +178,7 @@ def plot_depths(lines: pd.DataFrame, *, bits: int | None = None) -> Figure | Non
             for (row, column), share in np.ndenumerate(shares):
                 if not np.isnan(share):
                     text = axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=6)
-                    text.set_color(ink(mpl.colormaps["RdYlGn"](share)))
+                    text.set_color(ink(mpl.colormaps["RdYlGn"](float(share))))
             axis.set_xticks(range(BANDS), [f"{(band + 0.5) / BANDS:.1f}" for band in range(BANDS)])
             axis.set_yticks(range(len(lengths)), [str(length) for length in lengths])
             if method == methods[0]:
