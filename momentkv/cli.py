@@ -7,10 +7,8 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from momentkv import __version__
@@ -23,6 +21,7 @@ from momentkv.evaluation.options import (
     add_source,
     command,
 )
+from momentkv.evaluation.outputs import check_output, output_of
 
 __all__ = ["main"]
 
@@ -62,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = None
     try:
         check_counts(options)
-        check_output(options)
+        output = output_of(options)
+        if output is not None:
+            check_output(output)
         before = written(options)
         status = int(options.run(options))
         sys.stdout.flush()
@@ -106,60 +107,10 @@ def check_counts(options: argparse.Namespace) -> None:
         raise ValueError(f"skip is {options.skip}; use 0 or more characters")
 
 
-def check_output(options: argparse.Namespace) -> None:
-    """Raise if results cannot be written, or would go where something else is, or where their plot goes."""
-    if getattr(options, "output", None) is None:
-        return
-    default, path = Path(options.default_output), Path(options.output)
-    try:
-        if not default.suffix:
-            if path.is_file():
-                raise ValueError(f"output is {str(path)!r}, which is a file; name a folder")
-        elif path.is_dir():
-            raise ValueError(
-                f"output is {str(path)!r}, which is a folder; name a file, {str(path / default.name)!r} say"
-            )
-        # What is written first has a longer name.
-        path.with_suffix(path.suffix + ".part").exists()
-        # A folder that exists says nothing: root may write where a file system takes nothing.
-        there = next(x for x in path.absolute().parents if x.exists())
-        Path(tempfile.mkdtemp(dir=there)).rmdir()
-    except OSError as error:
-        raise ValueError(f"output is {str(path)!r}, which cannot be written ({error.strerror}); name another") from None
-    if default.suffix == ".json":
-        if path.suffix == ".png":
-            raise ValueError(f"output is {str(path)!r}, where the plot would go; name a .json for the results")
-        if options.holds is not None and path.exists():
-            check_replaced(path, options.holds)
-    elif default.suffix:
-        check_plot(path)
-
-
-def check_replaced(path: Path, holds: str) -> None:
-    """Raise if a file to be written anew holds something else than results of the same command."""
-    from momentkv.evaluation.report import read_json
-
-    content: Any = read_json(path)
-    if not (isinstance(content, dict) and holds in content):
-        raise ValueError(
-            f"output is {str(path)!r}, which holds something else than results of this command; name another file, or "
-            "delete it"
-        )
-
-
-def check_plot(path: Path) -> None:
-    """Raise if the name of a plot is not one that matplotlib can write."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = sorted(f".{name}" for name in FigureCanvasBase.get_supported_filetypes())
-    if path.suffix and path.suffix.lower() not in known:
-        raise ValueError(f"output is {str(path)!r}, which no plot can be written as; use one of {', '.join(known)}")
-
-
 def written(options: argparse.Namespace) -> int | None:
     """When the output of a command was last written; None where there is none yet."""
-    output = getattr(options, "output", None)
-    return Path(output).stat().st_mtime_ns if output is not None and Path(output).exists() else None
+    output = output_of(options)
+    return output.path.stat().st_mtime_ns if output is not None and output.path.exists() else None
 
 
 def kept(options: argparse.Namespace, before: int | None) -> str:
@@ -168,13 +119,14 @@ def kept(options: argparse.Namespace, before: int | None) -> str:
         if "--use_cache" in options.arguments:
             return "lm_eval goes on from its cache when the same command is run again"
         return "nothing was written; with --use_cache FILE lm_eval goes on where it was"
-    now, fresh = written(options), getattr(options, "fresh", False)
-    if now is None or (now == before and (fresh or not options.resumes)):
+    now, fresh, output = written(options), getattr(options, "fresh", False), output_of(options)
+    resumes = output is not None and output.resumes
+    if output is None or now is None or (now == before and (fresh or not resumes)):
         return "nothing was written; run it again"
-    if options.resumes:
+    if resumes:
         same = "the same command without --fresh" if fresh else "the same command"
-        return f"what was measured is in {options.output}, and {same} goes on from there"
-    return f"{options.output} was written; run it again for the rest"
+        return f"what was measured is in {output.path}, and {same} goes on from there"
+    return f"{output.path} was written; run it again for the rest"
 
 
 def build_parser() -> argparse.ArgumentParser:

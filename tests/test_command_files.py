@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from models import save_with_bytes
 from test_report import fidelity_rows, needle_rows
 
-from momentkv.cli import build_parser, check_output, main
+from momentkv.cli import build_parser, main
 from momentkv.evaluation.gather import gather, kind_of_result
+from momentkv.evaluation.outputs import check_output, output_of
 from momentkv.evaluation.report import save_figure
 from momentkv.evaluation.sources import load_model, located
 
@@ -34,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "other.json").write_text('{"a": 1}')
     (tmp_path / "folder").mkdir()
+    (tmp_path / "plotted.png").mkdir()
     (tmp_path / "folder" / "summary.json").write_text("{}")
     fidelity: Any = {"protocol": {"model": "m"}, "rows": fidelity_rows()}
     (tmp_path / "fidelity.json").write_text(json.dumps(fidelity))
@@ -66,6 +68,16 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         *(
             ([name, "--output", "fidelity.json"], "output is 'fidelity.json', which holds something else than results")
             for name in ("gap", "trust", "stream", "speed")
+        ),
+        (["gap", "--output", "plotted.json"], "and 'plotted.png', where the plot would go, is a folder; name another"),
+        (["report", "fidelity.json", "--output", "/proc"], "output is '/proc', which cannot be written"),
+        *(
+            (["needles", "--write-haystacks", path], f"write_haystacks is '{path}', which {why}")
+            for path, why in (
+                ("folder", "is a folder; name a file, 'folder/haystacks.json'"),
+                ("/proc/x.json", "cannot be written"),
+                ("fidelity.json", "holds something else than results of this command; name another file"),
+            )
         ),
         (["gap", "--output", "cut.json"], "'cut.json' is no JSON, or was cut off"),
         (
@@ -165,8 +177,8 @@ def test_output_is_looked_at_before_anything_is_measured(
 def test_results_of_the_same_command_are_replaced(folder: Path):
     for command, holds in (("gap", "by_layer_and_head"), ("trust", "violations"), ("stream", "block")):
         (folder / "own.json").write_text(json.dumps({holds: 1}))
-        check_output(build_parser().parse_args(["evaluate", command, "--output", "own.json"]))
-    check_output(build_parser().parse_args(["evaluate", "gap", "--output", "new/folder/own.json"]))
+        check_output(output_of(build_parser().parse_args(["evaluate", command, "--output", "own.json"])))
+    check_output(output_of(build_parser().parse_args(["evaluate", "gap", "--output", "new/folder/own.json"])))
     assert not (folder / "new").exists()
 
 

@@ -177,3 +177,6 @@ def test_the_command_writes_results_and_a_table(tmp_path, capsys):
     assert len(content["rows"]) == len(CHECKS)
     assert "0 violations" in capsys.readouterr().out
     assert output.with_suffix(".md").read_text().count("\n") == len(CHECKS) + 2
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path)])
+    assert "which is a folder; name a file" in capsys.readouterr().err

@@ -74,7 +74,8 @@ def needles(options: argparse.Namespace) -> int:
     with console.status("making haystacks"):
         planned = list(plan(options, tokenizer, text))
     if options.write_haystacks is not None:
-        path = write_json(options.write_haystacks, {"protocol": protocol, "haystacks": [exported(x) for x in planned]})
+        content = {"protocol": protocol, "haystacks": [exported(x) for x in planned]}
+        path = write_json(options.write_haystacks, content, name="write_haystacks")
         console.print(f"{len(planned)} haystacks: {path}", soft_wrap=True, markup=False)
         return 0
     rows = finished(earlier, protocol, options.output)

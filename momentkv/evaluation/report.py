@@ -79,8 +79,8 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> Path:
-    """Write a result, whole or not at all."""
+def write_json(path: str | Path, content: dict[str, Any], *, name: str = "output") -> Path:
+    """Write a result, whole or not at all; ``name`` is the option that says where."""
     path = Path(path)
     part = path.with_suffix(path.suffix + ".part")
     try:
@@ -88,7 +88,7 @@ def write_json(path: str | Path, content: dict[str, Any]) -> Path:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise ValueError(f"output is {str(path)!r}, which cannot be written ({error.strerror}); name another") from None
+        raise ValueError(f"{name} is {str(path)!r}, which cannot be written ({error.strerror}); name another") from None
     return path
 
 

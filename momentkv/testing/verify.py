@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from momentkv.evaluation.outputs import Output, check_output
 from momentkv.testing.adversaries import draw
 from momentkv.testing.laws import check
 
@@ -137,10 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--output", default="results/verify.json", help="results; the table goes beside it as .md")
     options = parser.parse_args(arguments)
+    path = Path(options.output)
+    try:
+        check_output(Output("output", path, Path("verify.json"), holds="cases", beside=".md"))
+    except ValueError as error:
+        parser.error(str(error))
     start = time.perf_counter()
     rows = verify(options.cases, seed=options.seed, workers=options.workers, progress=bar)
     seconds = time.perf_counter() - start
-    path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"cases": options.cases, "seed": options.seed, "rows": [dataclasses.asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -20,6 +20,7 @@ import torch
 
 import momentkv
 from momentkv.backends.triton.tuned import chosen
+from momentkv.evaluation.outputs import Output, check_output
 from momentkv.testing.gpu.page import page_of
 from momentkv.testing.gpu.parts import PARTS, Part
 from momentkv.testing.gpu.predict import predictions
@@ -39,11 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=TOTAL, help="for all parts together")
     parser.add_argument("--output", default="results/gpu.json")
     options = parser.parse_args(arguments)
+    path = Path(options.output)
+    try:
+        check_output(Output("output", path, Path("gpu.json"), holds="parts"))
+    except ValueError as error:
+        parser.error(str(error))
     if not options.rehearse and not torch.cuda.is_available():
         print("PyTorch finds no GPU here; use --rehearse to run the same on the CPU, tiny, without timing")
         return 2
     content: dict[str, Any] = {"about": about(rehearse=options.rehearse), "parts": []}
-    path = Path(options.output)
     end = time.monotonic() + options.seconds
     for name in options.parts:
         if PARTS[name].rehearsed and not options.rehearse:

@@ -33,6 +33,7 @@ from momentkv.backends.triton.reach import KV_HEADS, expansions, launches_of, sp
 from momentkv.backends.triton.tuned import ALLOWED, Choice, Family, about_device, candidates, path_of, read, write
 from momentkv.codes import SPLIT
 from momentkv.evaluation.layer_times import CUDA, Shape, measure
+from momentkv.evaluation.outputs import Output, check_output
 from momentkv.testing.decoding import Decode
 from momentkv.testing.gpu.few_bits import records
 from momentkv.testing.gpu.kernels import error_of
@@ -312,12 +313,15 @@ def tune(
     ------
     RuntimeError
         If there is no GPU, one whose limits are not known, or no folder for the file.
+    ValueError
+        If the file cannot be written.
     """
     capability()
     about = about_device(torch.device("cuda"))
     path = path_of(about) if path is None else path
     if path is None:
         raise RuntimeError("MOMENTKV_TUNED is empty, so that no file of choices is read; unset it, or give a path")
+    check_output(Output("output", path, Path("tuned.json")))
     rows = []
     for row in times(False, dtypes, dimensions, seconds):
         rows.append(row)
@@ -344,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         path = tune(options.dtypes, options.dimensions, seconds=options.seconds, path=options.output)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         print(error)
         return 2
     print(f"choices: {path}; to have the built-in sizes again, delete it")
