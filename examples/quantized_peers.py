@@ -25,12 +25,22 @@ from momentkv.cache.config import wanted_queries
 from momentkv.codes import Standard, encode
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.fidelity import compare
-from momentkv.evaluation.settings import empty_cache, head_dim, moment_tokens, setting_of, settings_grid
+from momentkv.evaluation.outputs import Output, check_output
+from momentkv.evaluation.settings import (
+    bytes_as_tokens,
+    empty_cache,
+    head_dim,
+    moment_tokens,
+    setting_of,
+    settings_grid,
+)
 from momentkv.evaluation.sources import load_model, load_text, tokenize
 from momentkv.policies import get_policy
 
 GROUP, RESIDUAL = 32, 128
-SINKS, EXACT = 1, 8
+SINKS, WINDOW, EXACT = 1, 32, 8
+# What is measured in KIVI's layout, too.
+EVICTED, BITS = ("default", "snapkv/none"), (2, 4)
 # Tokens in records of 16 bits, which lose next to nothing: what another layout gives back is held in them.
 FINE = (16, 16)
 
@@ -64,11 +74,37 @@ def kivi(captured: CaptureCache, model: Any, bits: int) -> tuple[DynamicCache, f
     return cache, kivi_bytes(n, d, bits) / (4 * d) + exact
 
 
+def in_layout(model: Any, method: str, bits: int) -> tuple[float, int]:
+    """Of a method with KIVI's layout, in tokens of 16 bits: what a retained one costs, and all that is beside."""
+    d = head_dim(model)
+    beside = moment_tokens(model, setting_of(method), itemsize=2) + SINKS + EXACT
+    return kivi_bytes(GROUP, d, bits) / GROUP / (4 * d), beside
+
+
+def check_budgets(model: Any, options: argparse.Namespace) -> None:
+    """Raise if a budget does not hold what every method retains, beside its statistics."""
+    least, size = SINKS + WINDOW + 1, min(options.budgets)
+    needed = {}
+    for method in options.methods:
+        setting = dataclasses.replace(setting_of(method), budget=least)
+        needed[method] = bytes_as_tokens(model, setting, itemsize=2)
+    for method in EVICTED:
+        for bits in BITS:
+            share, beside = in_layout(model, method, bits)
+            tokens = least - SINKS - EXACT
+            needed[f"{method} in KIVI's layout, {bits} bits"] = math.ceil(beside + tokens * share)
+    method = max(needed, key=lambda x: needed[x])
+    if size < needed[method]:
+        raise ValueError(
+            f"budgets has {size}, but {least} tokens of {method} (sinks, window and one) and the statistics beside "
+            f"them take the bytes of {needed[method]}; use at least {needed[method]}"
+        )
+
+
 def evicted_kivi(captured: CaptureCache, model: Any, method: str, size: int, bits: int) -> Any:
     """The cache of a method in the bytes of ``size`` tokens of 16 bits, its retained tokens in KIVI's layout."""
-    setting, d = setting_of(method), head_dim(model)
-    share = kivi_bytes(GROUP, d, bits) / GROUP / (4 * d)
-    beside = moment_tokens(model, setting, itemsize=2) + SINKS + EXACT
+    setting = setting_of(method)
+    share, beside = in_layout(model, method, bits)
     tokens = SINKS + EXACT + math.floor((size - beside) / share)
     cache = replay(captured, empty_cache(model, dataclasses.replace(setting, budget=tokens, bits=FINE), rollback=512))
     for core in cache.moment_layers.values():
@@ -138,7 +174,7 @@ def measured(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> dict
         print(f"{name}, {size:.0f}: {found[f'{name}, {size:.0f}']['kl']:.4f}", flush=True)
 
     sizes = set(options.budgets)
-    for bits in (2, 4):
+    for bits in BITS:
         cache, size = kivi(captured, model, bits)
         add(f"KIVI, {bits} bits, all tokens", size, cache)
         sizes.add(round(size))
@@ -149,7 +185,7 @@ def measured(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> dict
                 add(f"QuantizedCache ({backend}), {bits} bits, {kind}", size, cache)
                 sizes.add(round(size))
         for size in options.budgets:
-            for method in ("default", "snapkv/none"):
+            for method in EVICTED:
                 add(f"{method} in KIVI's layout, {bits} bits", size, evicted_kivi(captured, model, method, size, bits))
     for size in sorted(sizes):
         for one in methods:
@@ -177,8 +213,10 @@ def main() -> None:
             f"context is {options.context}, but KIVI's layout begins with {GROUP} tokens before {RESIDUAL} exact ones; "
             f"use at least {GROUP + RESIDUAL}"
         )
+    check_output(Output("output", Path(options.output), Path("quantized_peers.json")))
     said = {text: load_text(text) for text in options.texts}
     model, tokenizer = load_model(options.model)
+    check_budgets(model, options)
     results = {}
     for text in options.texts:
         ids = tokenize(tokenizer, said[text], options.context + options.following + 1, name=text)

@@ -105,6 +105,7 @@ def test_kvpress_peers_refuses_a_budget_that_compresses_nothing_or_all(budget):
     [
         ("quantized_peers.py", ("--texts", "nope"), "text is 'nope', which is neither a file, nor a topic"),
         ("quantized_peers.py", ("--context", "159"), "context is 159, but KIVI's layout begins with 32 tokens before"),
+        ("quantized_peers.py", ("--output", "/proc/x"), "output is '/proc/x', which cannot be written"),
         ("document.py", ("--cache", "/nope/x"), "cache is '/nope/x', whose folder does not exist; make it, or name"),
     ],
 )
@@ -116,6 +117,15 @@ def test_examples_refuse_by_name_before_they_load_a_model(
     with pytest.raises(SystemExit, match=message) as caught:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert str(caught.value.code).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("budget", ["8", "41"])
+def test_quantized_peers_says_the_smallest_budget_before_it_measures(budget: str, tmp_path, monkeypatch):
+    given = ["--model", save_with_bytes(tmp_path), "--texts", "import", "--context", "300", "--budgets", budget]
+    monkeypatch.setattr("momentkv.evaluation.capture.CaptureCache", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(sys, "argv", ["quantized_peers.py", *given, "--output", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit, match=rf"budgets has {budget}, but 34 tokens of default@6 .* use at least 42$"):
+        runpy.run_path(str(EXAMPLES / "quantized_peers.py"), run_name="__main__")
 
 
 @pytest.mark.parametrize("backend", [None, "hqq"])
