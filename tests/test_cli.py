@@ -338,12 +338,17 @@ def test_evaluate_trust_certifies_what_codes_lose_where_nothing_is_evicted(saved
     assert content["median error"] / 4 < content["median estimated"] < 4 * content["median error"]
 
 
-def test_speed_measures_every_cache(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_speed_measures_every_cache(
+    saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     # In place of fresh processes, each of which would import torch again.
     monkeypatch.setattr(speed, "in_a_process", lambda function, *arguments: function(*arguments))
     path = tmp_path / "speed.json"
     small = ["--context", "300", "--budget", "64", "--steps", "36"]
     assert main(["evaluate", "speed", "--model", saved, *small, "--output", str(path)]) == 0
+    beforehand = " ".join(capsys.readouterr().out.split()).partition("cache tokens/s")[0]
+    assert "6 caches read 300 tokens twice" in beforehand
+    assert re.search(r"all others take about \d+ (s|min)", beforehand)
     rows = read_json(path)["rows"]
     assert [row["cache"] for row in rows] == list(speed.KINDS)
     head = 2 * 2  # layers and KV heads

@@ -35,9 +35,11 @@ PARTS = {
 
 def report(options: argparse.Namespace) -> int:
     """Bring results together; write the page, its plots and the summary."""
-    page = write_report(options.results, Path(options.output))
+    console = Console()
+    with console.status("bringing results together, and drawing plots"):
+        page = write_report(options.results, Path(options.output))
     made = f"{page}   {page.with_suffix('.md')}   {page.with_name(SUMMARY)}"
-    Console().print(f"report: {made}", soft_wrap=True, markup=False)
+    console.print(f"report: {made}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -37,6 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
 TEXT = "specialnames"
 # Steps of a decode in which memory is looked at.
 MEMORY_STEPS = 8
+# Tokens of a reading in whose time about one is decoded (a CPU, chunks of 512).
+DECODED = 10
 
 
 def speed(options: argparse.Namespace) -> int:
@@ -53,14 +55,26 @@ def speed(options: argparse.Namespace) -> int:
         )
     console = Console()
     torch.set_num_threads(options.threads)
+    console.print(
+        f"{len(KINDS)} caches read {options.context} tokens twice, first each in a process of its own, and decode "
+        f"{options.steps}; after the first reading it is known how long that takes",
+        markup=False,
+    )
     with progress_bar(console) as progress:
-        task = progress.add_task("memory", total=2 * len(KINDS) + options.steps)
-        peaks = {}
+        # In tokens, so that the time left is that of what is left; a decoded token takes that of several.
+        total = len(KINDS) * (2 * options.context + DECODED * (MEMORY_STEPS + options.steps))
+        task = progress.add_task("memory", total=total)
+        peaks: dict[str, int] = {}
+        began = time.perf_counter()
         for kind in KINDS:
             progress.update(task, description=f"peak memory, {kind}")
             # A fresh process each, so that no cache finds memory that another one has left.
             peaks[kind] = in_a_process(peak_memory, kind, options.model, options.context, options.budget, options.chunk)
-            progress.advance(task)
+            done = options.context + DECODED * MEMORY_STEPS
+            progress.advance(task, done)
+            if len(peaks) == 1:
+                seconds = (time.perf_counter() - began) * (total / done - 1)
+                console.print(f"the first reading is done; all others take about {lasting(seconds)}", markup=False)
         model, ids = prepare(options.model, options.context)
         caches, prefills = {}, {}
         for kind in KINDS:
@@ -69,7 +83,7 @@ def speed(options: argparse.Namespace) -> int:
             start = time.perf_counter()
             prefill(model, ids, caches[kind], options.chunk)
             prefills[kind] = time.perf_counter() - start
-            progress.advance(task)
+            progress.advance(task, options.context)
         progress.update(task, description="decoding in turns")
         steps: dict[str, list[Step]] = {kind: [] for kind in KINDS}
         for step in range(options.steps):
@@ -78,7 +92,7 @@ def speed(options: argparse.Namespace) -> int:
                 before = evicted_tokens(cache)
                 took = decode(model, token, cache)
                 steps[kind].append(Step(took, evicted_tokens(cache) > before))
-            progress.advance(task)
+            progress.advance(task, DECODED * len(KINDS))
     seconds = {kind: [step.seconds for step in each] for kind, each in steps.items()}
     rows = [
         {
@@ -121,6 +135,17 @@ def speed(options: argparse.Namespace) -> int:
     }
     console.print(f"results: {write_json(options.output, content)}", soft_wrap=True, markup=False)
     return 0
+
+
+def lasting(seconds: float) -> str:
+    """A time as it is said.
+
+    Examples
+    --------
+    >>> lasting(42.3), lasting(600)
+    ('42 s', '10 min')
+    """
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
