@@ -14,8 +14,9 @@ from momentkv._array import Array, array_namespace, device
 from momentkv._numbers import check_kind
 from momentkv._typing import ArrayObject
 from momentkv.attention import AttentionState, check_keys, group_queries, ungroup_queries
-from momentkv.bounds import output_error, output_from_codes, read
+from momentkv.bounds import output_error, read, theorems
 from momentkv.bounds.certificate import arrays_of, check_outputs, grouped, share_interval
+from momentkv.bounds.checks import unchecked
 from momentkv.bounds.rounding import attention_error, state_error, unit
 from momentkv.bounds.theorems import Interval
 from momentkv.statistics.moments import Moments
@@ -24,6 +25,7 @@ __all__ = ["Losses", "Trust", "estimated_error", "trust"]
 
 # So few tokens cannot look like Gaussian logits of more than this variance: the largest logit limits the mass first.
 MOST_GAIN = 4.0
+output_from_codes = unchecked(theorems.output_from_codes)
 
 
 class Trust(NamedTuple):

@@ -8,24 +8,24 @@ from typing import Any
 from momentkv._array import Array, array_namespace, check_arrays
 from momentkv._numbers import check_kind
 from momentkv.attention import AttentionState, broadcastable, group_queries, ungroup_queries
+from momentkv.bounds import theorems
+from momentkv.bounds.checks import unchecked
 from momentkv.bounds.functions import safe_ratio
 from momentkv.bounds.reading import CompactSlope, Reading, read, read_grouped, scaled_queries
 from momentkv.bounds.rounding import unit
-from momentkv.bounds.theorems import (
-    Interval,
-    norm,
-    output_from_representation,
-    output_from_value,
-    share_from_mass,
-    value_from_range,
-    value_from_representation,
-    value_from_residual,
-)
+from momentkv.bounds.theorems import Interval, norm
 from momentkv.statistics.moments import Moments
 
 __all__ = ["lse_interval", "output_error", "output_error_of_parts", "value_error"]
 
 DINKELBACH_STEPS = 8
+# What a reading gives fits.
+output_from_representation = unchecked(theorems.output_from_representation)
+output_from_value = unchecked(theorems.output_from_value)
+share_from_mass = unchecked(theorems.share_from_mass)
+value_from_range = unchecked(theorems.value_from_range)
+value_from_representation = unchecked(theorems.value_from_representation)
+value_from_residual = unchecked(theorems.value_from_residual)
 
 
 def lse_interval(q: Array, moments: Moments, *, scale: float | None = None) -> Interval:

@@ -8,19 +8,20 @@ from typing import NamedTuple
 from momentkv._array import Array, array_namespace, check_arrays
 from momentkv._numbers import check_kind, whole_number
 from momentkv.attention import group_queries, scale_of
+from momentkv.bounds import theorems
+from momentkv.bounds.checks import unchecked
 from momentkv.bounds.rounding import FUNCTION, state_error, unit
-from momentkv.bounds.theorems import (
-    Interval,
-    mass_from_variance,
-    norm,
-    range_from_anchor,
-    range_from_deviation,
-    slope_from_tail,
-)
+from momentkv.bounds.theorems import Interval, norm
 from momentkv.statistics.moments import Moments
 from momentkv.statistics.weights import positive
 
 __all__ = ["CompactSlope", "Reading", "compact_slope", "read"]
+
+# What moments are read as fits.
+mass_from_variance = unchecked(theorems.mass_from_variance)
+range_from_anchor = unchecked(theorems.range_from_anchor)
+range_from_deviation = unchecked(theorems.range_from_deviation)
+slope_from_tail = unchecked(theorems.slope_from_tail)
 
 
 class CompactSlope(NamedTuple):

@@ -4,6 +4,11 @@ Notation, as on the page of proofs: $X_j = s\, q \cdot (k_j - \mu_k)$, expectati
 $\sigma^2 = E X^2$, $a \le X \le b$, $\kappa = \log E e^X$, $V = v - \mu_v$,
 $g = E[X V]$, $R \ge \max \lVert V_j \rVert$. All are exact statements about real numbers; what rounding
 adds is in `momentkv.bounds.rounding`. Derivation: docs/derivations/bounds.md.
+
+Each raises a TypeError where an argument is no array, or no `Interval`, or the arrays are of several libraries, and a
+ValueError where shapes do not fit, or a number cannot be what it stands for: lengths, radii and deviations are not
+negative, ends of an interval are in order, and logits have 0 between them. Of NaN no bound is a number, or it is
+infinite.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ import math
 from typing import NamedTuple
 
 from momentkv._array import Array, array_namespace
+from momentkv._numbers import check_kind
+from momentkv.bounds.checks import LOGITS, MASS, NUMBER, POSITIVE, SHARE, VECTOR, Rule, checked
 from momentkv.bounds.functions import LARGE, eta, excess, safe_ratio, two_point
 from momentkv.statistics.weights import positive
 
@@ -41,10 +48,12 @@ class Interval(NamedTuple):
 
     def intersect(self, other: Interval) -> Interval:
         """The common part; both must be true, so that it is not empty."""
+        check_kind(Interval, other=other)
         xp = array_namespace(self.low, other.low)
         return Interval(xp.maximum(self.low, other.low), xp.minimum(self.high, other.high))
 
 
+@checked(Interval, centre=NUMBER, length=POSITIVE, radius=POSITIVE)
 def range_from_anchor(centre: Array, length: Array, radius: Array) -> Interval:
     r"""Theorem B1: range of the logits from a ball that holds all keys.
 
@@ -67,6 +76,7 @@ def range_from_anchor(centre: Array, length: Array, radius: Array) -> Interval:
     return Interval(xp.minimum(centre - reach, zero), xp.maximum(centre + reach, zero))
 
 
+@checked(Interval, deviation=POSITIVE, ratio=Rule(low=1))
 def range_from_deviation(deviation: Array, ratio: Array) -> Interval:
     r"""Theorem B2 (Samuelson): $|X_j| \le \sigma \sqrt{W / w_{\min} - 1}$.
 
@@ -84,6 +94,7 @@ def range_from_deviation(deviation: Array, ratio: Array) -> Interval:
     return Interval(-reach, reach)
 
 
+@checked(Interval, logits=LOGITS)
 def mass_from_range(logits: Interval) -> Interval:
     r"""Theorem B3: $0 \le \kappa \le \log \frac{b e^a - a e^b}{b - a}$, given mean 0 and $a \le X \le b$.
 
@@ -101,6 +112,7 @@ def mass_from_range(logits: Interval) -> Interval:
     return Interval(xp.zeros_like(high), xp.where(large, far, small))
 
 
+@checked(Interval, logits=LOGITS, deviation=MASS)
 def mass_from_variance(logits: Interval, deviation: Interval) -> Interval:
     r"""Theorem B4: $T(a) \le \kappa \le T(b)$, given mean 0, variance $\sigma^2$ and $a \le X \le b$.
 
@@ -129,6 +141,7 @@ def norm(x: Array) -> Array:
     return array_namespace(x).linalg.vector_norm(x, axis=-1)
 
 
+@checked(Interval, slope=VECTOR, offset=VECTOR, mass=MASS, radius=POSITIVE, tail=POSITIVE)
 def value_from_representation(slope: Array, offset: Array, mass: Interval, radius: Array, tail: Array) -> Array:
     r"""Theorem B5: bound of the value from an exact representation.
 
@@ -155,6 +168,7 @@ def value_from_representation(slope: Array, offset: Array, mass: Interval, radiu
     return xp.maximum(end(mass.low), end(mass.high))
 
 
+@checked(Interval, offset=VECTOR, logits=LOGITS, radius=POSITIVE)
 def value_from_range(offset: Array, logits: Interval, radius: Array) -> Array:
     r"""Theorem B6: $\lVert o_E - \mu_v - u \rVert \le \lVert u \rVert + R \tanh \frac{b - a}{2}$.
 
@@ -164,6 +178,7 @@ def value_from_range(offset: Array, logits: Interval, radius: Array) -> Array:
     return norm(offset) + radius * xp.tanh((logits.high - logits.low) / 2)
 
 
+@checked(Interval, slope=VECTOR, offset=VECTOR, logits=LOGITS, mass=MASS, deviation=MASS, trace=POSITIVE, tail=POSITIVE)
 def value_from_residual(
     slope: Array, offset: Array, logits: Interval, mass: Interval, deviation: Interval, trace: Array, tail: Array
 ) -> Array:
@@ -209,6 +224,7 @@ def value_from_residual(
     return xp.where(useful, bound, xp.full_like(bound, math.inf))
 
 
+@checked(Interval, difference=NUMBER)
 def share_from_mass(difference: Array) -> Array:
     r"""Theorem B9: how far the share of a set moves with its log-mass.
 
@@ -219,6 +235,18 @@ def share_from_mass(difference: Array) -> Array:
     return xp.tanh(xp.abs(difference) / 4)
 
 
+@checked(
+    Interval,
+    retained=VECTOR,
+    retained_lse=NUMBER,
+    base=NUMBER,
+    value_mean=VECTOR,
+    slope=VECTOR,
+    output=VECTOR,
+    mass=MASS,
+    radius=POSITIVE,
+    tail=POSITIVE,
+)
 def output_from_representation(
     retained: Array,
     retained_lse: Array,
@@ -270,6 +298,7 @@ def output_from_representation(
     return xp.maximum(end(mass.low), end(mass.high))
 
 
+@checked(Interval, retained=VECTOR, output=VECTOR, centre=VECTOR, error=POSITIVE, share=SHARE)
 def output_from_value(retained: Array, output: Array, centre: Array, error: Array, share: Interval) -> Array:
     r"""Theorem B8': bound of the output from any bound of the value.
 
@@ -287,6 +316,7 @@ def output_from_value(retained: Array, output: Array, centre: Array, error: Arra
     return xp.maximum(end(share.low), end(share.high))
 
 
+@checked(Interval, length=POSITIVE, tail=POSITIVE)
 def slope_from_tail(length: Array, tail: Array) -> Array:
     r"""Theorem B11: how far a compact slope may be off.
 
@@ -302,6 +332,7 @@ def slope_from_tail(length: Array, tail: Array) -> Array:
     return length * tail
 
 
+@checked(Interval, length=POSITIVE, step=POSITIVE)
 def logit_from_step(length: Array, step: Array) -> Array:
     r"""Theorem B12: how far codes move a logit.
 
@@ -317,6 +348,7 @@ def logit_from_step(length: Array, step: Array) -> Array:
     return length * step / 2
 
 
+@checked(Interval, logit=POSITIVE, radius=POSITIVE, value=POSITIVE)
 def output_from_codes(logit: Array, radius: Array, value: Array) -> Array:
     r"""Theorem B13: how far codes move the output.
 
