@@ -143,6 +143,24 @@ def test_a_mask_of_one_query_of_another_shape_is_refused_and_changes_nothing(sha
 
 
 @pytest.mark.parametrize("rows", [1, 2])
+def test_one_line_of_a_mask_for_several_queries_is_refused_and_changes_nothing(rows: int):
+    # As transformers broadcasts it, each query sees the tokens after its own; as padding, it would not.
+    ids, shown = prompt(2, 3, seed=3), torch.ones(rows, 1, 1, 43, dtype=torch.bool)
+    stock = tiny("llama", "sdpa")
+    with torch.no_grad():
+        a, b = (
+            stock(prompt(2, 43), attention_mask=x).logits for x in (None, torch.ones(2, 1, 1, 43, dtype=torch.bool))
+        )
+    assert not torch.allclose(a, b)
+    (model, cache, mask), (_, other, _) = read_padded(), read_padded()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=rf"attention_mask has shape \({rows}, 1, 1, 43\), one line for 3 queries"):
+            model(ids, attention_mask=shown, past_key_values=cache)
+        a, b = (model(ids, attention_mask=longer(mask, 3), past_key_values=one).logits for one in (cache, other))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("beyond", [0, 9])
 def test_a_mask_of_one_query_may_serve_all_rows_and_have_room_for_tokens_to_come(rows: int, beyond: int):
     model, ids = tiny("llama"), prompt(2, 40)

@@ -82,7 +82,7 @@ def checked(kind: type, **rules: Rule) -> Callable[[Function], Function]:
 
 def unchecked(function: Function) -> Function:
     """A theorem as it is called with numbers that are known to fit."""
-    wrapped: Function = inspect.unwrap(function)  # type: ignore[assignment]
+    wrapped: Function = inspect.unwrap(function)
     return wrapped
 
 

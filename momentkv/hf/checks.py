@@ -261,7 +261,7 @@ def check_pass(
     """
     refuse_arguments(module, dropout, kwargs)
     core = layer.core
-    mask = plain_mask(attention_mask, core.new.keys.shape[0], core.seen)
+    mask = plain_mask(attention_mask, core.new.keys.shape[0], core.seen, q_len)
     if layer.owner is not None:
         seen = core.seen - q_len
         layer.owner.check(module, filled=seen > 0)
@@ -269,7 +269,7 @@ def check_pass(
     return mask
 
 
-def plain_mask(attention_mask: torch.Tensor | None, rows: int, tokens: int) -> torch.Tensor | None:
+def plain_mask(attention_mask: torch.Tensor | None, rows: int, tokens: int, q_len: int) -> torch.Tensor | None:
     """A mask of attention as (batch, tokens seen), or None where nothing is padding; an error for any other mask."""
     mask = None if is_unpadded(attention_mask) else attention_mask
     if mask is not None and mask.dim() != 2:
@@ -278,6 +278,13 @@ def plain_mask(attention_mask: torch.Tensor | None, rows: int, tokens: int) -> t
                 f"attention_mask has {mask.dim()} dimensions; MomentCache supports causal attention with padding, "
                 "given as a mask of shape (batch, tokens seen); use a DynamicCache for images whose tokens see each "
                 "other, packed sequences and masks of your own"
+            )
+        if q_len > 1:
+            # As transformers broadcasts it: the first query, too, would see the last token.
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, one line for {q_len} queries, each of which would see "
+                "tokens after its own; MomentCache supports causal attention with padding: give it as a mask of shape "
+                "(batch, tokens seen)"
             )
         if mask.shape[0] not in (1, rows) or mask.shape[3] < tokens:
             raise ValueError(

@@ -241,7 +241,7 @@ class MomentLayer(CacheLayerMixin):
         """`attend` for tokens of a second reading: they see what is stored and each other, and are forgotten."""
         reader: Any = self.reader
         refuse_arguments(module, dropout, kwargs)
-        mask = plain_mask(attention_mask, query.shape[0], self.core.seen + query.shape[2])
+        mask = plain_mask(attention_mask, query.shape[0], self.core.seen + query.shape[2], query.shape[2])
         valid = None if mask is None else mask[:, None, -query.shape[2] :]
         keys, values = self.arrived or (None, None)
         self.arrived, self.waits = None, 0
