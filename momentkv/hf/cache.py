@@ -35,6 +35,7 @@ from momentkv.hf.generating import GeneratingCache
 from momentkv.hf.layer import MomentLayer
 from momentkv.hf.lengths import Read
 from momentkv.hf.models import config_of, dtype_of, fingerprint
+from momentkv.hf.moved import Moved
 from momentkv.hf.owner import Owner, copied
 from momentkv.hf.padding import Padding
 from momentkv.hf.passes import PassKeeper
@@ -156,11 +157,11 @@ class MomentCache(GeneratingCache):
         self.static = Clock([layer.core for layer in compressed]) if static else None
         for layer in compressed:
             layer.clock = self.static
-        self.padding = Padding()
+        self.padding, self.moved = Padding(), Moved(model)
         if compressed:
             self.owner = Owner(model, self.layers.index(compressed[0]))
-            compressed[0].owner, compressed[0].padding = self.owner, self.padding
-        self.passes = PassKeeper(self.layers, self.shared_budgets, self.static, self.padding)
+            compressed[0].owner, compressed[0].padding, compressed[0].moved = self.owner, self.padding, self.moved
+        self.passes = PassKeeper(self.layers, self.shared_budgets, self.static, self.padding, self.moved)
 
     def __bool__(self) -> bool:
         """Whether it has read any tokens."""

@@ -251,7 +251,8 @@ def check_pass(
     Parameters
     ----------
     layer : MomentLayer
-        That has the new tokens already. The first of a cache has ``owner`` and ``padding``, which are of all of them.
+        That has the new tokens already. The first of a cache has ``owner``, ``padding`` and ``moved``, which are of all
+        of them.
     module : torch.nn.Module
         The model's attention.
     attention_mask, dropout, kwargs
@@ -265,6 +266,7 @@ def check_pass(
     if layer.owner is not None:
         seen = core.seen - q_len
         layer.owner.check(module, filled=seen > 0)
+        layer.moved.check(filled=seen > 0)
         layer.padding.check(mask, seen)
     return mask
 
@@ -309,6 +311,7 @@ def check_static_pass(layer: Any, module: Any, dropout: float, kwargs: dict[str,
     refuse_arguments(module, dropout, kwargs)
     if layer.owner is not None and not torch.compiler.is_compiling():
         layer.owner.check(module, filled=True)
+        layer.moved.check(filled=True)
 
 
 def refuse_arguments(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
                 seen = layer.cumulative_length
             layers.append({"cumulative_length": seen})
         tensors |= {f"{index}.{name}": x.detach().cpu().contiguous().clone() for name, x in arrays.items()}
-    tensors |= cache.padding.tensors()
+    tensors |= cache.padding.tensors() | cache.moved.tensors()
     one = next(iter(cores.values())).config if cores else None
     # The policy as it was given: a trial may have taken another share than it has.
     reread = next((shared for shared in cache.shared_budgets if isinstance(shared, RereadBudget)), None)
@@ -181,6 +181,8 @@ def load(
                 layer.keys, layer.values = arrays["keys"], arrays["values"]
                 layer.cumulative_length = whole_number(stored["cumulative_length"])
         check_alike(cache.layers, record["seen"])
+    # Last, as it changes the model.
+    cache.moved.load(tensors, path)
     if cache.static is not None and all(core.state is not None for core in cache.static.cores):
         cache.static.set()
     return cache

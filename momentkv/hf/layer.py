@@ -16,6 +16,7 @@ from momentkv.hf.attention import NEWEST, link, linked
 from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass, plain_mask, refuse_arguments
 from momentkv.hf.clock import Clock, check_step
 from momentkv.hf.layer_reader import LayerReader
+from momentkv.hf.moved import Moved
 from momentkv.hf.owner import Owner
 from momentkv.hf.padding import Padding
 from momentkv.hf.rollback import Pass, check_crop, crop, queries_to_keep, waiting_tokens
@@ -59,6 +60,7 @@ class MomentLayer(CacheLayerMixin):
         # tokens.
         self.owner: Owner | None = None
         self.padding: Padding | None = None
+        self.moved: Moved | None = None
         # Of a cache with static=True.
         self.clock: Clock | None = None
         self.arrived: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -206,6 +208,8 @@ class MomentLayer(CacheLayerMixin):
             result = out.transpose(1, 2).contiguous()
             if self.padding is not None:
                 self.padding.read(attention_mask, valid, core.seen - q_len, q_len)
+            if self.moved is not None:
+                self.moved.read()
             if self.clock is not None and core is self.clock.cores[-1] and self.reader is None:
                 self.clock.set()
         except BaseException:

@@ -16,6 +16,7 @@ from momentkv.cache.joining import evict_together
 from momentkv.hf.checks import NAME, records
 from momentkv.hf.clock import Clock
 from momentkv.hf.layer import MomentLayer
+from momentkv.hf.moved import Moved
 from momentkv.hf.padding import Padding
 from momentkv.hf.rollback import settle
 
@@ -55,12 +56,18 @@ class PassKeeper:
     clock : Clock or None
         Of static layers: what a step of one token changed in place cannot be taken back.
     padding : Padding
+    moved : Moved
     """
 
     def __init__(
-        self, layers: Sequence[Any], shared: Sequence[SharedBudget], clock: Clock | None, padding: Padding
+        self,
+        layers: Sequence[Any],
+        shared: Sequence[SharedBudget],
+        clock: Clock | None,
+        padding: Padding,
+        moved: Moved,
     ) -> None:
-        self.layers, self.shared, self.clock, self.padding = layers, shared, clock, padding
+        self.layers, self.shared, self.clock, self.padding, self.moved = layers, shared, clock, padding, moved
         self.moments = [layer for layer in layers if isinstance(layer, MomentLayer)]
         self.stock = [layer for layer in layers if not isinstance(layer, MomentLayer)]
         for layer in self.moments:
@@ -193,13 +200,13 @@ class PassKeeper:
         """All that a pass changes, by reference; tensors of stock layers are never changed in place."""
         return [
             *([layer.held() for layer in self.moments], [dict(layer.__dict__) for layer in self.stock]),
-            ([shared.average for shared in self.shared], self.padding.codes),
+            ([shared.average for shared in self.shared], self.padding.codes, self.moved.deltas),
             None if self.clock is None else self.clock.held(),
         ]
 
     def go_back(self, held: list[Any]) -> None:
         """Make everything what it was."""
-        moments, stock, (averages, self.padding.codes), clock = held
+        moments, stock, (averages, self.padding.codes, self.moved.deltas), clock = held
         for layer, before in zip(self.moments, moments, strict=True):
             layer.go_back(before)
         for layer, before in zip(self.stock, stock, strict=True):
@@ -312,5 +319,6 @@ class PassKeeper:
     def reset(self) -> None:
         """Forget what was before."""
         self.before, self.left, self.unreached, self.ended_early, self.told = [], 0, None, [], {}
+        self.moved.deltas = None
         if self.clock is not None:
             self.clock.reset()
