@@ -98,6 +98,46 @@ def test_a_cache_is_of_its_adapter(tmp_path: Path):
             model(prompt(1, 1), past_key_values=cache)
 
 
+class Switched(Adapted):
+    """The same, of several adapters: what of peft's layers says which are active."""
+
+    disable_adapters = False
+    active_adapters: tuple[str, ...] | list[str] = ("first",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) if self.disable_adapters else super().forward(x)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("place", ["self_attn.k_proj", "mlp.up_proj"])
+def test_adapters_that_are_switched_after_a_text_was_read_are_noticed(place: str, static: bool, tmp_path: Path):
+    model = copy.deepcopy(tiny("llama"))
+    parent, _, name = place.partition(".")
+    switched = Switched(getattr(getattr(model.model.layers[0], parent), name), 0.1)
+    setattr(getattr(model.model.layers[0], parent), name, switched)
+    cache, ids = MomentCache(model, 30, static=static, **SMALL), prompt(1, 1)
+    with torch.no_grad():
+        model(prompt(1, 60), past_key_values=cache)
+        cache.save(tmp_path / "x")
+        others = {"cache": cache, "file": MomentCache.load(tmp_path / "x", model), "copy": copy.deepcopy(cache)}
+        twin = copy.deepcopy(cache)
+        switched.active_adapters = ["second"]
+        for one in others.values():
+            with pytest.raises(ValueError, match=r"adapter 'first', and the model has the active adapter 'second'"):
+                model(ids, past_key_values=one)
+        switched.disable_adapters = True
+        with pytest.raises(ValueError, match=r"of the active adapter 'first', and the model has no active adapter now"):
+            model(ids, past_key_values=cache)
+        base = MomentCache(model, 30, **SMALL)
+        model(prompt(1, 60), past_key_values=base)
+        switched.disable_adapters, switched.active_adapters = False, ["first"]
+        with pytest.raises(ValueError, match=r"of no active adapter, and the model has the active adapter 'f"):
+            model(ids, past_key_values=base)
+        expected = model(ids, past_key_values=twin).logits
+        for one in others.values():
+            assert torch.equal(model(ids, past_key_values=one).logits, expected)
+
+
 def test_files_of_before_are_compared_by_what_they_have():
     former = {"base_model.model.model.norm.weight": "1", "base_model.model.lm_head.base_layer.weight": "2"}
     assert agree(former, {"model.norm.weight": "1", "adapter lm_head.lora_A.weight": "3"})

@@ -87,6 +87,9 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
         "padding": cache.padding.codes is not None,
         "layers": layers,
     }
+    adapters = cache.owner.adapters if cores else None
+    if adapters:  # of few models; a version without it reads the others
+        record["adapters"] = list(adapters)
     if cache.turn is not None:
         record["turn"] = cache.turn
     if one is not None:
@@ -170,6 +173,8 @@ def load(
                 shared.take_share(share)
         cache.padding.load(tensors, record)
         cache.turn = None if record.get("turn") is None else whole_number(record["turn"])
+        if cache.moment_layers and "adapters" in record:
+            cache.owner.adapters = tuple(map(str, record["adapters"]))
         for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
             arrays = {name.split(".", 1)[1]: x for name, x in tensors.items() if name.split(".", 1)[0] == str(index)}
             if "parts" in stored:
