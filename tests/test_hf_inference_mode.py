@@ -68,7 +68,8 @@ def test_a_gradient_comes_through_what_was_read_under_inference_mode():
         read("llama", cache, 60, 0)
         read("llama", cache, 2, 1)
     embedded = model.get_input_embeddings()(prompt(2, 1, 2)).detach().requires_grad_()
-    model(inputs_embeds=embedded, past_key_values=cache).logits.sum().backward()
+    with pytest.warns(RuntimeWarning, match="a gradient was taken through a MomentCache"):
+        model(inputs_embeds=embedded, past_key_values=cache).logits.sum().backward()
     assert embedded.grad is not None
     assert (embedded.grad != 0).any()
     model.zero_grad(set_to_none=True)
@@ -106,6 +107,26 @@ def test_a_gradient_does_not_mind_what_is_written_later(before: int, new: int):
         logits = model(inputs_embeds=embedded, past_key_values=cache).logits
         if more:
             model(prompt(1, 2), past_key_values=cache)
-        logits.sum().backward()
+        with pytest.warns(RuntimeWarning, match="a gradient was taken through a MomentCache"):
+            logits.sum().backward()
         found.append(embedded.grad)
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", ""])
+def test_a_loss_says_what_its_gradient_lacks(trained: str):
+    """Of keys and values, which a cache holds without: nothing said so. Where none is taken, nothing is said."""
+    model, ids = copy.deepcopy(tiny("llama")), prompt(1, 40)
+    for name, x in model.named_parameters():
+        x.requires_grad_(not trained or f"layers.0.self_attn.{trained}" in name)
+    one, other = (MomentCache(model, **SMALL) for _ in range(2))
+    warns = pytest.warns(RuntimeWarning, match=r"holds keys and values without.*train without past_key_values")
+    if trained == "k_proj":  # nothing is there to be differentiated
+        with warns:
+            assert not model(ids, labels=ids, past_key_values=one).loss.requires_grad
+        return
+    loss = model(ids, labels=ids, past_key_values=one).loss
+    with torch.no_grad():
+        assert torch.equal(model(ids, labels=ids, past_key_values=other).loss, loss)
+    with warns:  # of all layers, or of the second, whose keys are made of what the first one's queries found
+        loss.backward()

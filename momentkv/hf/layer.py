@@ -15,6 +15,7 @@ from momentkv.cache.step import check_like_stored
 from momentkv.hf.attention import NEWEST, link, linked
 from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass, plain_mask, refuse_arguments
 from momentkv.hf.clock import Clock, check_step
+from momentkv.hf.gradients import say_what_gradients_lack
 from momentkv.hf.layer_reader import LayerReader
 from momentkv.hf.moved import Moved
 from momentkv.hf.owner import Owner
@@ -173,6 +174,7 @@ class MomentLayer(CacheLayerMixin):
                 self.attended()
         finally:
             self.attending(False)
+        say_what_gradients_lack(result, key, value)
         return result, None
 
     def attend_and_evict(
