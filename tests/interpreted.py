@@ -146,20 +146,32 @@ def test_values_without_a_step_count_all_the_same():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what a device does without a word
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_query_that_is_no_number_has_an_output_that_is_none(bad: float):
-    """It becomes a whole number, but not unseen, also where keys have no mean; other queries are as they are."""
-    case = Decode(d=32, kv_heads=3, packed=True, bits=(5, 3), splits=2)
-    x = make(case)
+@pytest.mark.parametrize(
+    ("case", "bad"),
+    [
+        (Decode(d=32, kv_heads=3, packed=True, bits=(5, 3), splits=2), np.nan),
+        (Decode(d=32, kv_heads=3, packed=True, bits=(5, 3), splits=2), np.inf),
+        (Decode(d=16, capacity=9, splits=3, estimate="summaries x 3"), np.nan),
+        (Decode(d=16, capacity=0, estimate="summaries x 3"), np.nan),
+    ],
+    ids=str,
+)
+def test_a_query_that_is_no_number_has_an_output_that_is_none(case: Decode, bad: float):
+    """It becomes a whole number, but not unseen, also where keys have no mean; other queries are as they are.
+
+    Nor has it an lse, which would pass for that of no token.
+    """
+    x, coding = make(case), None
     q = x.q.clone()
     q[0, 0, 0, 3] = bad
-    assert x.coding is not None
-    coding = x.coding._replace(key_standard=x.coding.key_standard._replace(mean=None))
-    rest = (x.k, x.v, x.positions, x.counts, x.starts, case.capacity, x.recent, x.expansion, case.scale, False, 2)
-    out, exact = (decode_triton(each, *rest, coding)[0] for each in (q, x.q))
-    assert out[0, 0].isnan().all()
-    assert torch.equal(out[0, 1:], exact[0, 1:])
-    assert torch.equal(out[1:], exact[1:])
+    if x.coding is not None:
+        coding = x.coding._replace(key_standard=x.coding.key_standard._replace(mean=None))
+    rest = (x.k, x.v, x.positions, x.counts, x.starts, case.capacity, x.recent, x.expansion, case.scale, False)
+    found, exact = (decode_triton(each, *rest, case.splits, coding)[:2] for each in (q, x.q))
+    for one, other in zip(found, exact, strict=True):
+        assert one[0, 0].isnan().all()
+        assert torch.equal(one[0, 1:], other[0, 1:])
+        assert torch.equal(one[1:], other[1:])
 
 
 @triton.jit

@@ -25,6 +25,8 @@ __all__ = [
     "prepare",
 ]
 
+# Of fewer tokens than a register has numbers, the flash kernel for CPUs gives zeros to a query of NaN.
+REGISTER = 16
 FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -64,6 +66,10 @@ def flash(
         mask = torch.zeros_like(valid, dtype=q.dtype).masked_fill(~valid, -torch.inf)[..., None, :]
         mask = mask.expand(*folded.shape[:3], n)
     out, lse = FLASH(folded, k, v, attn_mask=mask, scale=scale)
+    if valid is None and n < REGISTER:
+        most = folded.amax(-1)
+        # NaN, times zero, is NaN.
+        out, lse = torch.add(out, most[..., None], alpha=0), torch.add(lse, most, alpha=0)
     if valid is not None:
         # A query that sees no token: the kernel gives NaN, the empty state is zero.
         none = ~valid.any(-1)[..., None]
@@ -142,9 +148,10 @@ class Prepared(NamedTuple):
             gain = (torch.matmul(x, self.half) * x).sum(-1, keepdim=True) if full else torch.matmul(x * x, self.half)
             logits = logits + torch.minimum(gain, self.cap)
         lead = logits.shape[:-1]
-        shares = torch.softmax(torch.cat([logits, *(state.lse.reshape(*lead, 1) for state in states)], dim=-1), dim=-1)
-        if empty:
-            shares = shares.nan_to_num(nan=0.0)
+        logits = torch.cat([logits, *(state.lse.reshape(*lead, 1) for state in states)], dim=-1)
+        shares = torch.softmax(logits, dim=-1)
+        if empty:  # NaN stays where a query is none
+            shares = shares.masked_fill(logits.amax(-1, keepdim=True) == -torch.inf, 0.0)
         own, *others = torch.split(shares, [m, *(1 for _ in states)], dim=-1)
         if products.shape[-1] > m:
             own = torch.cat([own, products[..., m:] * own.sum(-1, keepdim=True)], dim=-1)

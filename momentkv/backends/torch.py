@@ -81,7 +81,7 @@ class TorchBackend(ArrayBackend):
         top = logits.detach().amax(dim=-1, keepdim=True)
         if mask is not None:
             # A query that sees nothing has a top of -inf; shifting by 0 instead leaves all its weights at zero.
-            top = top.nan_to_num(neginf=0.0)
+            top = top.masked_fill(top == -torch.inf, 0.0)
         weights = logits.sub_(top).exp_()
         total = weights.sum(dim=-1, keepdim=True)
         lse = total.log() + top

@@ -328,10 +328,11 @@ def decode_kernel(
                     logits,
                     mask=rm[:, None] & there[None, :],
                 )
-    some = total > 0.0
-    safe = tl.where(some, total, 1.0)
+    # Of a query that is no number neither is this: it must not pass for one that sees nothing.
+    nothing = total == 0.0
+    safe = tl.where(nothing, 1.0, total)
     out = acc / safe[:, None]
-    lse = tl.where(some, top + tl.log2(safe), float("-inf"))
+    lse = tl.where(nothing, float("-inf"), top + tl.log2(safe))
     # Decided when running: else there would be twice as many specialisations.
     if splits == 1:
         tl.store(
@@ -371,10 +372,10 @@ def combine_kernel(
     shift = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp2(lse - shift)
     total = tl.sum(weights, 0)
-    safe = tl.where(total > 0.0, total, 1.0)
+    safe = tl.where(total == 0.0, 1.0, total)
     out = tl.load(PART_OUT + part[:, None] * DV + vv[None, :], mask=sm[:, None] & vm[None, :], other=0.0)
     out = tl.sum(out * weights[:, None], 0) / safe
     tl.store(OUT + (head * rows + row) * DV + vv, out.to(OUT.dtype.element_ty), mask=vm)
     tl.store(
-        LSE + head * rows + row, tl.where(total > 0.0, (shift + tl.log2(safe)) * 0.6931471805599453, -float("inf"))
+        LSE + head * rows + row, tl.where(total == 0.0, -float("inf"), (shift + tl.log2(safe)) * 0.6931471805599453)
     )

@@ -152,7 +152,8 @@ def initial_state(
                 square += tl.sum(tl.dot(part.to(matrix.dtype), matrix, input_precision="ieee") * x, 1)
         if FULL_VARIANCE:
             lse += tl.minimum(half * square, cap)
-    some = lse > float("-inf")
+    # NaN is some: it must not pass for the empty set.
+    some = lse != float("-inf")
     return (
         tl.where(some, lse * 1.4426950408889634, float("-inf")),
         tl.where(some, 1.0, 0.0),
