@@ -16,13 +16,16 @@ With grouped queries ``q_head = kv_head * group``, and query head ``h`` reads KV
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from array_api_compat import array_namespace, device, is_jax_array, is_torch_array, size
 
 __all__ = [
+    "AT_FIRST",
     "Array",
     "accumulate",
     "accumulate_as",
@@ -35,12 +38,17 @@ __all__ = [
     "device",
     "index_dtype",
     "inverse_factor",
+    "is_jax_array",
     "is_torch_array",
     "nbytes",
+    "trace_now",
 ]
 
 # Arrays of any library: the array API has no common base class to name here.
 Array = Any
+
+# What is to be done when the first array of a library comes, by the name of its namespace: backends say it.
+AT_FIRST: dict[str, Callable[[], object]] = {}
 
 
 def index_dtype(xp: Any) -> Any:
@@ -93,6 +101,23 @@ def concrete(*arrays: Array) -> bool:
     """
     # Where an array is one of JAX, JAX is imported; nothing here imports it.
     return not any(is_jax_array(x) and isinstance(x, sys.modules["jax"].core.Tracer) for x in arrays)
+
+
+def trace_now() -> Any:
+    """What JAX traces now, to compare with what it traced another time; None where it traces nothing.
+
+    Examples
+    --------
+    >>> trace_now() is None
+    True
+    """
+    jax = sys.modules.get("jax")
+    if jax is None:
+        return None
+    innermost = importlib.import_module("jax.extend.core").get_opaque_trace_state
+    now = innermost()
+    with jax.core.eval_context():
+        return None if now == innermost() else now
 
 
 def inverse_factor(matrix: Array) -> Array:
@@ -268,7 +293,9 @@ def check_arrays(**arrays: Array) -> Any:
 
 @cache
 def floating(xp: Any, dtype: Any) -> bool:
-    """Whether a dtype is one of real floating-point numbers."""
+    """Whether a dtype is one of real floating-point numbers; of a library's first one, `AT_FIRST` is done."""
+    if xp.__name__ in AT_FIRST:
+        AT_FIRST.pop(xp.__name__)()
     return bool(xp.isdtype(dtype, "real floating"))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from momentkv import POLICIES, LayerCache, Moments, Tokens, attend, bounds, correct, estimate, get_policy, merge
-from momentkv._array import array_namespace, concrete
+from momentkv._array import array_namespace, concrete, floating
 from momentkv.attention import AttentionState
 from momentkv.backends import get_backend
 from momentkv.backends.layout import Tiers
@@ -36,7 +38,6 @@ jax.tree_util.register_dataclass(
     data_fields=[field.name for field in dataclasses.fields(LayerState) if field.name not in HOST],
     meta_fields=list(HOST),
 )
-get_backend("jax")  # from then on statistics are arguments and results of `jax.jit`
 SCALE = 0.4
 # Places in a ranking: averages over the same neighbours tie, but for rounding.
 UNPOOLED = {"balanced": Balanced(kernel=1), "criticalkv": CriticalKV(kernel=1)}
@@ -278,6 +279,82 @@ def test_a_layers_step_and_flush_are_compiled_once_and_equal_the_layer_cache(bit
             assert one[one >= 0].tolist() == other[other >= 0].tolist()
         for name, x in known.moments.arrays().items():
             assert_within(np.asarray(getattr(cache.moments, name)), x, tolerance * (1 + np.max(np.abs(x))))
+
+
+# What an eviction asks the host, and what heads of their own budget, codes and narrow statistics ask beside.
+WITHIN: dict[str, dict[str, Any]] = {
+    "newest queries": {"policy": "expected-attention", "budget": [6, 8]},
+    "few bits": {"policy": "balanced", "correction": "summaries", "statistics_bits": 16, "bits": 4, "exact_window": 1},
+}
+
+
+def some_tokens(n: int) -> list[Any]:
+    rng = np.random.default_rng(n)
+    return [rng.standard_normal((1, heads, n, d)).astype("float32") for heads, d in ((4, D), (2, D), (2, DV))]
+
+
+@pytest.mark.parametrize("way", WITHIN)
+def test_a_cache_of_a_traced_function_evicts_in_it(way: str):
+    """Nothing is compiled: what JAX would compile is what NumPy does, as long as nobody asks for numbers."""
+    settings = {"budget": 6, "sinks": 1, "window": 2, "block": 2, **WITHIN[way]}
+
+    def function(*parts: Any) -> Any:
+        cache = LayerCache(**settings)
+        return [cache.step(*part) for part in parts], cache.arrays()
+
+    parts = [some_tokens(n) for n in (33, 1, 1)]
+    expected, traced = function(*parts), jax.eval_shape(function, *parts)
+    shapes = [[(x.shape, str(x.dtype)) for x in jax.tree.leaves(each)] for each in (expected, traced)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_cache_from_outside_of_a_traced_function_is_refused_in_it():
+    """It would change once, while that is traced; compiled, every call would give the output of the first."""
+    cache, made, (q, k, v) = LayerCache(6, sinks=1, window=2), [], some_tokens(5)
+
+    def loss(q: Any, cache: LayerCache) -> Any:
+        return cache.step(q, *map(jnp.asarray, (k, v))).sum()
+
+    def escape(q: Any) -> Any:
+        made.append(LayerCache(6, sinks=1, window=2))
+        return jax.eval_shape(lambda q: loss(q, made[0]), q)
+
+    for function in (jax.jit(cache.step), jax.vmap(cache.step)):
+        with pytest.raises(RuntimeError, match=r"made outside of the function that JAX traces.* a copy.deepcopy"):
+            jax.eval_shape(function, *(x[None] for x in (q, k, v)))
+    for function in (jax.grad(lambda q: loss(q, cache)), escape):
+        with pytest.raises(RuntimeError, match=r"made outside of the function that JAX traces"):
+            jax.eval_shape(function, q)
+    assert cache.state is None
+    assert jax.eval_shape(jax.grad(lambda q: loss(q, copy.deepcopy(cache))), q).shape == q.shape
+    with pytest.raises(RuntimeError, match=r"made in a function that JAX has traced, and holds no numbers"):
+        made[0].step(*map(jnp.asarray, (q, k, v)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "valid", "named"),
+    [
+        ({"static": True}, False, "static is True"),
+        ({"certify": 1, "tolerance": 0.5}, False, "tolerance is 0.5"),
+        ({}, True, "valid is given while JAX traces"),
+    ],
+)
+def test_what_a_cache_cannot_be_asked_while_it_is_traced_is_named(settings: dict[str, Any], valid: bool, named: str):
+    def function(q: Any, k: Any, v: Any) -> Any:
+        mask = jnp.ones(k.shape[:-1], dtype=bool) if valid else None
+        return LayerCache(6, sinks=1, window=2, **settings).step(q, k, v, valid=mask)
+
+    with pytest.raises(RuntimeError, match=named):
+        jax.eval_shape(function, *some_tokens(5))
+
+
+def test_what_is_to_be_done_at_a_librarys_first_array_is_done_once(monkeypatch: pytest.MonkeyPatch):
+    done, library = [], types.ModuleType("library")
+    library.isdtype = np.isdtype  # type: ignore[attr-defined]
+    monkeypatch.setattr("momentkv._array.AT_FIRST", {"library": lambda: done.append(True)})
+    assert floating(library, np.dtype("float32"))
+    assert floating(library, np.dtype("float64"))
+    assert done == [True]
 
 
 def test_by_default_backend_and_library_conform():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
+import sys
+from functools import cache, partial
 
 from array_api_compat import is_jax_array, is_numpy_array, is_torch_array
 
-from momentkv._array import Array
+from momentkv._array import AT_FIRST, Array
 from momentkv.backends.base import ArrayBackend
 
 __all__ = ["BACKENDS", "ArrayBackend", "get_backend"]
@@ -62,3 +63,11 @@ def load(name: str) -> ArrayBackend:
     if not isinstance(backend, ArrayBackend):
         raise TypeError(f"{module}.{attribute} is no ArrayBackend")
     return backend
+
+
+# JAX has to be told that statistics are arguments and results of its transformations, before they are: at once if it is
+# there, as it mostly is when momentkv is imported.
+if sys.modules.get("jax"):
+    load("jax")
+else:
+    AT_FIRST["jax.numpy"] = partial(load, "jax")

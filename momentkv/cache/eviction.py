@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from momentkv._array import Array, accumulation_dtype, array_namespace, device
+from momentkv._array import Array, accumulation_dtype, array_namespace, concrete, device
 from momentkv.attention import group_queries
 from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout
@@ -112,10 +112,10 @@ def importance_of(
     if queries is not None and ask:
         # Padded rows with fewer queries than are kept are ranked by what is remembered of them, as they are alone.
         few = xp.sum(xp.astype(view.positions[..., -queries.shape[-2] :] >= 0, xp.int32), axis=-1) < RECENT_QUERIES
-        if bool(xp.any(few)):
+        if not concrete(few) or bool(xp.any(few)):
             remembered = importance_by_heads(config.policy, dataclasses.replace(tokens, queries=None))
             importance = xp.where(few[..., None], remembered, importance)
-    if ask and xp.isdtype(importance.dtype, "real floating"):
+    if ask and concrete(importance) and xp.isdtype(importance.dtype, "real floating"):
         nameless = xp.isnan(importance) & (view.positions >= 0)
         if bool(xp.any(nameless)) and bool(xp.any(nameless & is_sound(tokens)[..., None])):
             raise ValueError(

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from momentkv._array import Array, array_namespace, device, nbytes
+from momentkv._array import Array, array_namespace, device, nbytes, trace_now
 from momentkv._numbers import whole_number
 from momentkv.attention import check_keys
 from momentkv.backends import get_backend
@@ -55,6 +55,8 @@ class Holdings:
         Whether writing into them was interrupted: `check_whole`.
     number : int
         Of this cache alone.
+    trace : object or None
+        What JAX traced when the cache was made: `momentkv.cache.traces`.
     handle : array or None
         The number as operators in a compiled graph are told it, where steps are static; see `momentkv.hf.clock`.
     """
@@ -68,6 +70,7 @@ class Holdings:
     fixed: LayerState | None = None
     torn: bool = False
     handle: Array = None
+    trace: Any = None
 
     def release_queries(self) -> None:
         """Let go of the queries of a prefill that ranked its tokens; those that errors are measured with stay."""
@@ -83,8 +86,8 @@ class Holdings:
         self.config = dataclasses.replace(self.config, bits=bits)
 
     def take_number(self) -> None:
-        """Become known to operators."""
-        self.number, self.handle = next(NUMBERS), None
+        """Become known to operators, and belong to what JAX traces now."""
+        self.number, self.handle, self.trace = next(NUMBERS), None, trace_now()
         NUMBERED[self.number] = self
 
     def __setstate__(self, held: dict[str, Any]) -> None:
@@ -381,7 +384,7 @@ class Holdings:
             raise TypeError(f"snapshot is a {type(snapshot).__name__} of something else; use what snapshot() returned")
         self.torn = False
         # The arrays of static steps, and what operators know a cache by, are its own.
-        own = () if snapshot["number"] == self.number else ("fixed", "number", "handle")
+        own = () if snapshot["number"] == self.number else ("fixed", "number", "handle", "trace")
         self.go_back(snapshot | {name: getattr(self, name) for name in own})
         self.go_back(self.snapshot())  # what is written from now on is not the snapshot's
 

@@ -17,6 +17,7 @@ from momentkv.cache.observing import observed_queries, real_ones_last, without_p
 from momentkv.cache.state import LayerState, NewTokens, hidden, joined, place, told
 from momentkv.cache.step import arrived, attended, check_like_stored, check_step, decoded, fresh, remembered, started
 from momentkv.cache.threads import alone
+from momentkv.cache.traces import check_trace
 from momentkv.policies import Policy, PolicyName
 from momentkv.statistics.corrections import Correction, CorrectionName
 
@@ -166,6 +167,7 @@ class LayerCache(Holdings):
         checked, budgets = self.checked_budgets(budget)
         refused: dict[int, float] = {}
         if self.state is not None and budgets is not None and self.has_to_move(budgets):
+            check_trace(self, self.state.keys)
             state = told(self.stored_state, self.config.corrects).changed(seen=self.seen)
             self.state, refused = evicted_state(
                 self.config, state, None, budgets, scale=self.attention_scale, resized=True
@@ -220,6 +222,7 @@ class LayerCache(Holdings):
         """Take new tokens (first part of `step`)."""
         self.check_whole()
         check_values(k, v)
+        check_trace(self, k)
         if k.shape[-2] == 0:
             raise ValueError(f"k has shape {tuple(k.shape)}: no tokens to append")
         self.thaw()
@@ -309,6 +312,7 @@ class LayerCache(Holdings):
         state, new = self.state, self.new
         if state is None or self.recording or (self.is_fixed and new is None and importance is None):
             return
+        check_trace(self, state.keys)
         newest, recent = self.newest_queries, state.layout.recent
         state = state.changed(seen=self.seen)
         if new is not None and importance is None and state.filled + new.length <= recent:
@@ -331,6 +335,7 @@ class LayerCache(Holdings):
     def flush(self) -> None:
         """Evict from every row and head whose block is full, where steps are static; the caller keeps the time."""
         before, state = self.held(), self.stored_state
+        check_trace(self, state.keys)
         try:
             self.state = self.flushed(state)
             if state is self.fixed:
@@ -353,6 +358,7 @@ class LayerCache(Holdings):
         TypeError, ValueError
             If it is no number of tokens that were read, or some of them were evicted; the cache is then unchanged.
         """
+        check_trace(self, self.stored_state.keys)
         tokens = self.checked_newest(tokens)
         self.state = without_newest(self.config, self.stored_state, self.budgets or [], self.seen, tokens)
 

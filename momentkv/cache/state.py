@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, check_mask, device, nbytes
 from momentkv.backends.layout import Layout, Tiers
+from momentkv.cache.traces import hides_nothing
 from momentkv.codes import Coding, Standard, decode, row_bytes, step_dtype
 from momentkv.statistics.moments import Moments
 
@@ -384,7 +385,7 @@ def hidden(new: NewTokens, valid: Array, count: int, *, ask: bool = True) -> New
     xp = array_namespace(new.positions, valid)
     newest = new.positions[..., -count:]
     check_mask("valid", valid, newest.shape, newest)
-    if ask and bool(xp.all(valid)):
+    if ask and hides_nothing(valid):
         return new
     newest = xp.where(valid, newest, xp.full_like(newest, -1))
     positions = xp.concat([new.positions[..., :-count], newest], axis=-1) if count < new.length else newest
