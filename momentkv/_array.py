@@ -323,10 +323,10 @@ def mixed(arrays: dict[str, Any]) -> str:
 
 def check_mask(name: str, mask: Array, shape: tuple[int, ...], like: Array) -> None:
     """Raise unless a mask is a bool array of the library of ``like`` that broadcasts to ``shape``."""
-    xp = array_namespace(like)
-    if getattr(mask, "dtype", None) != xp.bool:
-        if library(mask) != library(like):
-            raise TypeError(mixed({name: mask, "tokens": like}))
+    # Of one library, as mostly; JAX has arrays of several types.
+    if type(mask) is not type(like) and library(mask) != library(like):
+        raise TypeError(mixed({name: mask, "tokens": like}))
+    if mask.dtype != array_namespace(like).bool:
         raise ValueError(
             f"{name} is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool, True for what counts: {name} != 0 "
             f"makes it of ones and zeros, {name} == 0 of zeros and -inf"

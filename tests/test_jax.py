@@ -22,6 +22,7 @@ from momentkv.cache.eviction import evicted_state
 from momentkv.cache.queries import remember
 from momentkv.cache.state import LayerState
 from momentkv.cache.step import arrived, decoded
+from momentkv.codes import Standard
 from momentkv.diagnostics import eviction_error
 from momentkv.policies import Balanced, CriticalKV, retain
 from momentkv.policies.select import protected, ranking
@@ -346,6 +347,23 @@ def test_what_a_cache_cannot_be_asked_while_it_is_traced_is_named(settings: dict
 
     with pytest.raises(RuntimeError, match=named):
         jax.eval_shape(function, *some_tokens(5))
+
+
+MASKED: dict[str, Callable[[Any, Any, Any, Any], object]] = {
+    "mask": lambda q, k, v, mask: attend(q, k, v, mask=mask[..., None, None, :]),
+    "mask of moments": lambda q, k, v, mask: Moments.from_tokens(k, v, mask=mask),
+    "retained": lambda q, k, v, mask: eviction_error(q, k, v, mask),
+    "mask of codes": lambda q, k, v, mask: Standard.of(k, mask),
+    "valid": lambda q, k, v, mask: LayerCache(40).step(q, k, v, valid=mask),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_numpy_beside_arrays_of_jax_is_named(name: str):
+    """The two libraries have one dtype of bools."""
+    arrays = [jnp.asarray(x) for x in some_tokens(5)]
+    with pytest.raises(TypeError, match=f"{name.split()[0]} is an array of numpy, tokens one of jax; convert one"):
+        MASKED[name](*arrays, np.ones((1, 2, 5), dtype=bool))
 
 
 def test_what_is_to_be_done_at_a_librarys_first_array_is_done_once(monkeypatch: pytest.MonkeyPatch):

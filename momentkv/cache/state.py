@@ -382,7 +382,7 @@ def hidden(new: NewTokens, valid: Array, count: int, *, ask: bool = True) -> New
 
     Without asking the device whether there is any if ``ask`` is False.
     """
-    xp = array_namespace(new.positions, valid)
+    xp = array_namespace(new.positions)
     newest = new.positions[..., -count:]
     check_mask("valid", valid, newest.shape, newest)
     if ask and hides_nothing(valid):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, accumulation_dtype, array_namespace, check_arrays, device
+from momentkv._array import Array, accumulation_dtype, array_namespace, check_arrays, device, library, mixed
 from momentkv._numbers import check_kind
 from momentkv.codes.packing import as_planes, grades_of, halves, row_bytes, unpack, unpack_graded
 from momentkv.codes.standard import Standard
@@ -158,6 +158,8 @@ def decode(codes: Array, step: Array, standard: Standard, bits: int) -> Array:
     """
     check_kind(Standard, standard=standard)
     check_arrays(step=step, standard=standard.deviation)
+    if library(codes) != library(step):
+        raise TypeError(mixed({"codes": codes, "step": step}))
     xp = array_namespace(codes, step)
     if tuple(step.shape) != tuple(codes.shape[:-1]):
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, index_dtype
+from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, check_mask, index_dtype
 from momentkv._rows import inverse_permutation
 from momentkv.codes.packing import can_grade
 
@@ -46,6 +46,8 @@ class Standard(NamedTuple):
         xp = array_namespace(x)
         if not xp.isdtype(x.dtype, "real floating"):
             raise TypeError(f"x is {x.dtype}; means and deviations are of floating-point tokens")
+        if mask is not None:
+            check_mask("mask", mask, x.shape[:-1], x)
         (wide,) = accumulate(xp, x)
         real = xp.ones_like(wide[..., 0]) if mask is None else xp.astype(mask, wide.dtype)
         if mask is not None:
