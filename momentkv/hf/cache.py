@@ -70,8 +70,7 @@ class MomentCache(GeneratingCache):
     order : {1, 0, None}
         Order of the correction; None for plain eviction without moments.
     correction : str or Correction
-        ``"summaries"``, several and anchored at recent queries; ``"moments"``, the paper's; or ``"none"``, plain
-        eviction.
+        ``"summaries"``, several and anchored at recent queries; ``"moments"``, the paper's; or ``"none"``.
     sinks, window, block : int
         First tokens and most recent tokens, always retained; tokens evicted at a time while decoding.
     rollback : int
