@@ -23,7 +23,8 @@ def say_what_gradients_lack(out: torch.Tensor, key: torch.Tensor, value: torch.T
     if not torch.is_grad_enabled() or not (key.requires_grad or value.requires_grad):
         return
     if out.requires_grad:
-        out.register_hook(warn)  # type: ignore[no-untyped-call]
+        hooked: Any = out
+        hooked.register_hook(warn)
     else:  # queries are frozen, so that no backward pass comes here
         warn(None)
 
