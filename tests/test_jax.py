@@ -22,7 +22,7 @@ from momentkv.cache.eviction import evicted_state
 from momentkv.cache.queries import remember
 from momentkv.cache.state import LayerState
 from momentkv.cache.step import arrived, decoded
-from momentkv.codes import Standard
+from momentkv.codes import Coded, Standard, attend_codes, encode
 from momentkv.diagnostics import eviction_error
 from momentkv.policies import Balanced, CriticalKV, retain
 from momentkv.policies.select import protected, ranking
@@ -347,6 +347,15 @@ def test_what_a_cache_cannot_be_asked_while_it_is_traced_is_named(settings: dict
 
     with pytest.raises(RuntimeError, match=named):
         jax.eval_shape(function, *some_tokens(5))
+
+
+def test_records_are_arguments_of_a_traced_function_for_their_bits():
+    k = given().k
+    standard = Standard.of(k)
+    coded = Coded((4, 4), *(encode(k, standard, 4)[i] for i in (0, 0, 1, 1)), standard, standard)
+    traced = jax.eval_shape(lambda q, x: (attend_codes(q, x, scale=SCALE)[0].out, x), as_float32(k), coded)
+    assert traced[0].shape == k.shape
+    assert traced[1].bits == (4, 4)
 
 
 MASKED: dict[str, Callable[[Any, Any, Any, Any], object]] = {

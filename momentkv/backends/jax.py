@@ -1,4 +1,4 @@
-"""JAX: writing by its own scatter, and statistics that pass through ``jit``."""
+"""JAX: writing by its own scatter, and statistics and records that pass through ``jit``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from array_api_compat import is_jax_array
 
 from momentkv._array import Array
 from momentkv.backends.base import ArrayBackend
+from momentkv.codes import Coded, Coding
 from momentkv.statistics.corrections import NoStatistics
 from momentkv.statistics.extent import Extent
 from momentkv.statistics.moments import Moments
@@ -27,6 +28,15 @@ for statistic in (Extent, Moments, NoStatistics, Summaries):
 jax.tree_util.register_dataclass(
     NarrowStatistics, data_fields=["exact", "codes", "steps"], meta_fields=["kind", "rows"]
 )
+
+
+def coded_tokens(kind: type[Coded | Coding]) -> None:
+    """Let JAX take records as arguments, with their bits as what a function is compiled for."""
+    jax.tree_util.register_pytree_node(kind, lambda x: (x[1:], x.bits), lambda bits, arrays: kind(bits, *arrays))
+
+
+for records in (Coded, Coding):
+    coded_tokens(records)
 
 
 class JaxBackend(ArrayBackend):
