@@ -51,6 +51,35 @@ def test_a_gguf_file_is_a_model_by_its_path_and_by_its_folder(
     assert asked == [(place, file), (place, {"dtype": "float32", "attn_implementation": "momentkv", **file})]
 
 
+def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """For the tokenizer and for the model; afterwards the package is as it was."""
+    gguf, parsed = pytest.importorskip("gguf"), []
+
+    def parse(*arguments: Any) -> object:
+        parsed.append(arguments)
+        return object()
+
+    class Loaded:
+        @staticmethod
+        def from_pretrained(folder: str, *, gguf_file: str, **options: Any) -> Any:
+            read = [gguf.GGUFReader(f"{folder}/{gguf_file}") for _ in range(2)]
+            named = [gguf.get_tensor_name_map("llama", layers) for layers in (2, 2, 3)]
+            assert read[0] is read[1]
+            assert named[0] is named[1] is not named[2]
+            return torch.nn.Module()
+
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, parse)
+    for kind in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"momentkv.evaluation.sources.{kind}", Loaded)
+    path = tmp_path / "model.gguf"
+    path.touch()
+    for times in (1, 2):  # another load parses again: the file may have changed
+        load_model(str(path))
+        assert parsed == [(str(path),), ("llama", 2), ("llama", 3)] * times
+        assert gguf.GGUFReader is gguf.get_tensor_name_map is parse
+
+
 def test_a_folder_with_a_configuration_is_not_searched_for_gguf_files(tmp_path: Path):
     save_with_bytes(tmp_path)
     for name in ("a.gguf", "b.gguf"):

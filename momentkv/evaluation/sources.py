@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -63,14 +67,33 @@ def load_model(name: str | None = None, *, dtype: str = "auto", device: str = "c
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=NAME, **options)
+        with contextlib.nullcontext() if file is None else parsed_once():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=NAME, **options)
     except SafetensorError as error:
         raise ValueError(f"model is {name!r}, whose weights cannot be read ({error}); fetch it again") from None
     finally:
         if bars:
             logging.enable_progress_bar()
     return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Within it a GGUF file is parsed once, and the names of its tensors are listed once.
+
+    transformers parses it three times, for tokenizer, configuration and weights, and lists the names for every module.
+    Nobody changes what is parsed.
+    """
+    gguf = importlib.import_module("gguf")
+    plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in plain.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(gguf, name, function)
 
 
 def built_in() -> tuple[str, str]:
