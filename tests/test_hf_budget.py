@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from heads import heads_of
@@ -11,6 +12,8 @@ from models import SIZES, VOCABULARY, build, left_padded, prompt, tiny
 from transformers import DynamicCache, Gemma4TextConfig
 
 from momentkv.cache.budget_rules import TotalBytes
+from momentkv.cache.layer import LayerCache
+from momentkv.evaluation.steps import evicted_tokens
 from momentkv.hf import CacheSummary, MomentCache
 from momentkv.policies import H2O
 from momentkv.trust import trust
@@ -222,6 +225,25 @@ def test_a_summary_says_what_each_layer_holds():
     plain = MomentCache(tiny("llama"), 20, order=None, **SMALL)
     generate(tiny("llama"), plain, prompt(1, 60), max_new_tokens=2)
     assert all(layer.retained + layer.evicted == 61 for layer in plain.summary().layers)
+
+
+@pytest.mark.parametrize("settings", [{}, {"order": None}, {"order": None, "static": True}], ids=str)
+@torch.no_grad()
+def test_tokens_that_went_are_counted_as_the_summary_does(settings: dict, monkeypatch: pytest.MonkeyPatch):
+    """After every step that is timed, hence without a look at the tokens that stay; static arrays need one."""
+    model = tiny("llama")
+    cache = MomentCache(model, 24, **(SMALL | settings))
+    assert evicted_tokens(cache) == 0
+    counted = []
+    for seed, n in enumerate((60, *[1] * 9)):
+        model(prompt(2, n, seed=seed), past_key_values=cache)
+        shown = sum(layer.evicted for layer in cache.summary().layers)
+        with monkeypatch.context() as patch:
+            if "static" not in settings:
+                patch.setattr(LayerCache, "view", lambda core: pytest.fail("tokens were looked at"))
+            counted.append(evicted_tokens(cache))
+        assert counted[-1] == pytest.approx(shown)
+    assert sum(np.diff(counted) > 0) == 2
 
 
 def test_repr_is_one_line_that_says_what_it_is():

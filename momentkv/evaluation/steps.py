@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from statistics import mean, median
 from typing import Any, NamedTuple
 
+from momentkv.cache.layer import LayerCache
 from momentkv.hf import MomentCache
 
 __all__ = ["Step", "Typical", "evicted_tokens", "held_tokens", "typical"]
@@ -44,7 +45,17 @@ def evicted_tokens(cache: Any) -> float:
     """Tokens for each KV head that a cache has evicted, over all compressed layers; 0 for a cache that evicts none."""
     if not isinstance(cache, MomentCache):
         return 0.0
-    return sum(layer.evicted for layer in cache.summary().layers if layer.kind == "moment")
+    return sum(evicted_by(core) for core in cache.moment_layers.values() if core.seen)
+
+
+def evicted_by(core: LayerCache) -> float:
+    """Of one layer that has read some; who times steps asks after each, so that no token is looked at for it."""
+    state = core.stored_state
+    if core.config.corrects:
+        return float(state.evicted.weight.float().mean())
+    if state.clock is None:
+        return core.seen - mean(core.stored_by_head)
+    return core.seen - float((core.positions >= 0).sum(-1).float().mean())  # which places are taken is on the device
 
 
 def held_tokens(cache: Any) -> int:
