@@ -226,9 +226,10 @@ def test_every_page_loads_by_itself_and_fits_a_phone_in_the_dark(browser, quick_
     with opened(browser, quick_site) as show:
         for page in quick_site.pages:
             tab = show(page)
-            found = RAW_TEX.search(tab.evaluate(MEANT_FOR_READERS))
+            text = tab.evaluate(MEANT_FOR_READERS)
+            found = RAW_TEX.search(text)
             assert not found, f"{page} shows raw TeX: {found[0]}"
-            assert "[][" not in tab.evaluate(MEANT_FOR_READERS), f"{page} has a reference that leads nowhere"
+            assert "[][" not in text, f"{page} has a reference that leads nowhere"
             assert tab.evaluate(FLAT) == 0, f"{page} has mathematics that is not rendered"
             assert tab.evaluate(BROKEN_IMAGES) == [], f"{page} has a picture that is broken or has no text"
             assert tab.evaluate("document.querySelectorAll('article h1').length") == 1, f"{page} needs one title"
