@@ -22,8 +22,8 @@ def run(name: str, *arguments: str) -> str:
 
 
 @pytest.fixture
-def run_here(builtin, monkeypatch, capsys):
-    """The same in this process, where the built-in model is loaded already."""
+def run_alone(monkeypatch, capsys):
+    """The same in this process, which has imported everything already."""
 
     def run(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -33,13 +33,19 @@ def run_here(builtin, monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def run_here(builtin, run_alone):
+    """And which has loaded the built-in model already."""
+    return run_alone
+
+
 def test_arrays_shows_that_each_order_lowers_the_error():
     errors = [float(x) for x in re.findall(r"relative error ([\d.]+)", run("arrays.py"))]
     plain, zero, one = errors
     assert one < zero < plain
 
 
-GENERATE = ("generate.py", "--tokens", "600", "--budget", "128", "--new-tokens", "4")
+GENERATE = ("generate.py", "--tokens", "400", "--budget", "128", "--new-tokens", "4")
 
 
 @pytest.mark.model
@@ -47,15 +53,15 @@ def test_generate_stays_within_its_budget(run_here):
     check_generated(run_here(*GENERATE))
 
 
-def test_generate_takes_a_model_of_yours(tmp_path):
-    check_generated(run(*GENERATE, "--model", save_with_bytes(tmp_path)))
+def test_generate_takes_a_model_of_yours(tmp_path, run_alone):
+    check_generated(run_alone(*GENERATE, "--model", save_with_bytes(tmp_path)))
 
 
 def check_generated(out: str) -> None:
     seen, used, full = re.search(r"(\d+) tokens seen, cache ([\d.]+) MiB of ([\d.]+) MiB", out).groups()
-    assert int(seen) == 603
-    # 603 tokens against fewer than 128 + 32, moments and all.
-    assert float(used) < float(full) * 220 / 603
+    assert int(seen) == 403
+    # 403 tokens against fewer than 128 + 32, moments and all.
+    assert float(used) < float(full) * 220 / 403
 
 
 @pytest.mark.model
@@ -72,7 +78,7 @@ def test_document_is_compressed_once_and_asked_often(run_here):
 
 @pytest.mark.model
 def test_tradeoff_tries_every_correction(run_here):
-    small = ("--context", "500", "--following", "16", "--texts", "types", "--budget", "64")
+    small = ("--context", "300", "--following", "16", "--texts", "types", "--budget", "64")
     out = run_here("summaries_tradeoff.py", *small)
     assert all(name in out for name in ("plain eviction", "one, compact", "12, rank 2", "24, rank 4"))
 
@@ -129,13 +135,13 @@ def test_quantized_peers_says_the_smallest_budget_before_it_measures(budget: str
 
 
 @pytest.mark.parametrize("backend", [None, "hqq"])
-def test_quantized_peers_measures_each_layout_beside_our_own(tmp_path, backend):
+def test_quantized_peers_measures_each_layout_beside_our_own(tmp_path, run_alone, backend):
     if backend is not None:
         pytest.importorskip(backend)
     output = tmp_path / "peers.json"
     small = ["--texts", "import", "--context", "300", "--following", "8", "--budgets", "128", "--methods", "default@4"]
     small += [] if backend is None else ["--backends", backend]
-    run("quantized_peers.py", "--model", save_with_bytes(tmp_path / "model"), *small, "--output", str(output))
+    run_alone("quantized_peers.py", "--model", save_with_bytes(tmp_path / "model"), *small, "--output", str(output))
     rows = json.loads(output.read_text())["import"]
     names = {name.rpartition(", ")[0] for name in rows}
     layouts = {f"{name}, {bits} bits" for bits in (2, 4) for name in ("default in KIVI's layout", "KIVI")}
