@@ -46,10 +46,10 @@ def test_where_nothing_is_evicted_a_gradient_is_that_of_exact_attention(way: str
 @pytest.mark.parametrize("way", WAYS)
 def test_a_gradient_is_that_of_what_the_step_gives(way: str, m: int, budget: int | tuple[int, int]):
     cache = LayerCache(budget, window=8, block=4, **WAYS[way])
-    cache.step(*tokens(50))
+    cache.step(*tokens(50, d=4))
     for _ in range(2):
-        cache.step(*tokens(1))
-    q, k, v = tokens(m)
+        cache.step(*tokens(1, d=4))
+    q, k, v = tokens(m, d=4)  # a step for each number of the queries, twice
     assert torch.autograd.gradcheck(lambda x: copy.deepcopy(cache).step(x, k, v), q.requires_grad_(), atol=1e-6)
 
 
