@@ -149,7 +149,7 @@ def test_gradients_leave_nothing_behind(name: str):
     torch.manual_seed(0)
     project = torch.nn.Linear(4, 4)
     counts = []
-    for step in range(130):
+    for step in range(90):
         n = 30 if step == 0 else 1
         q, k, v = (project(torch.randn(2, heads, n, 4)) for heads in (4, 2, 2))
         out = cache.step(q, k, v)
@@ -160,10 +160,10 @@ def test_gradients_leave_nothing_behind(name: str):
         stored = [*cache.arrays().values(), cache.newest_queries, *(cache.new or ())]
         assert not any(x.requires_grad for x in stored if isinstance(x, torch.Tensor))
         del q, k, v, out, stored
-        if step in (29, 59, 89, 119):
+        if step in (29, 59, 89):
             counts.append(len(storages()))
     # At the same place of a block, as many as before.
-    assert counts[1:] == counts[:1] * 3
+    assert counts[1:] == counts[:1] * 2
 
 
 @pytest.mark.parametrize("name", SETTINGS)
