@@ -37,15 +37,12 @@ from momentkv.testing.gpu.predict import COPY, KINDS, LAUNCH, predictions, secon
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_rehearsal_runs_all_parts_and_says_what_it_skips(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    path, hour = tmp_path / "gpu.json", 3600.0
-    # Limits are for a GPU at hand for minutes; here a machine may be slow.
-    parts = {name: part._replace(seconds=hour) for name, part in PARTS.items()}
-    one_shape = {name: parts[name]._replace(arguments=(1,)) for name in ("compiled kernels", "bytes of kernels")}
-    monkeypatch.setattr(run, "PARTS", parts | one_shape)
-    assert run.main(["--rehearse", "--seconds", str(hour), "--output", str(path)]) == 0
+def test_a_rehearsal_runs_all_parts_and_says_what_it_skips(tmp_path: Path):
+    path = tmp_path / "gpu.json"
+    command = [sys.executable, str(Path(__file__).with_name("rehearsal.py")), "--output", str(path)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     content = json.loads(path.read_text())
     parts = {part["name"]: part for part in content["parts"]}
     assert list(parts) == list(PARTS)
@@ -71,7 +68,7 @@ def test_a_rehearsal_runs_all_parts_and_says_what_it_skips(
     assert names == ["copy", "codes of 4 bits", "codes of 8 bits"]
     kinds = [(gpu, name) for gpu in GPUS for name in KINDS]
     assert [(row["gpu"], row["name"]) for row in content["predictions"]] == kinds
-    assert "a rehearsal, no timing" in capsys.readouterr().out
+    assert "a rehearsal, no timing" in ran.stdout
 
 
 def test_what_fails_or_takes_too_long_costs_only_itself():
