@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,9 @@ from momentkv._array import array_namespace, concrete, floating
 from momentkv.attention import AttentionState
 from momentkv.backends import get_backend
 from momentkv.backends.layout import Tiers
-from momentkv.cache.eviction import evicted_state
+from momentkv.cache.pure import PureLayer
 from momentkv.cache.queries import remember
 from momentkv.cache.state import LayerState
-from momentkv.cache.step import arrived, decoded
 from momentkv.codes import Coded, Standard, attend_codes, encode
 from momentkv.diagnostics import eviction_error
 from momentkv.policies import Balanced, CriticalKV, retain
@@ -33,12 +33,6 @@ from momentkv.statistics.summaries import QueryWindow, Summaries
 from momentkv.testing import check_backend, check_library
 from momentkv.testing.rounding import assert_within, corrected_error, unit
 
-HOST = ("layout", "seen", "filled", "padded", "has_evicted")
-jax.tree_util.register_dataclass(
-    LayerState,
-    data_fields=[field.name for field in dataclasses.fields(LayerState) if field.name not in HOST],
-    meta_fields=list(HOST),
-)
 SCALE = 0.4
 # Places in a ranking: averages over the same neighbours tie, but for rounding.
 UNPOOLED = {"balanced": Balanced(kernel=1), "criticalkv": CriticalKV(kernel=1)}
@@ -240,46 +234,44 @@ def test_values_can_be_looked_at_unless_they_are_traced():
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(None, 2.0**-24), (16, 2.0**-13)])
 def test_a_layers_step_and_flush_are_compiled_once_and_equal_the_layer_cache(bits: int | None, tolerance: float):
-    """What a static layer does for a token, traced, against an eager cache of NumPy arrays.
+    """Prompts of two lengths, decoded by one loop that is compiled, against an eager cache of NumPy arrays.
 
     Statistics of 16 bits may be rounded to either side where numbers differ in their last place.
     """
     settings = {"policy": "momentkv", "sinks": 1, "window": 2, "block": 3, "scale": SCALE, "statistics_bits": bits}
-    n = 34
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((2, heads, n, d)) for heads, d in ((4, D), (2, D), (2, DV)))
-    known, cache = LayerCache([8, 6], **settings), LayerCache([8, 6], static=True, **settings)
-    config, traces = cache.config, []
+    traces = 0
 
-    def step(state: LayerState, q: Any, k: Any, v: Any) -> tuple[Any, LayerState]:
-        traces.append("step")
-        expansion = get_backend(q).prepare(config.correction.expansion(state.evicted))
-        return decoded(config, state, arrived(config, state, k, v), q, scale=SCALE, expansion=expansion)
+    @partial(jax.jit, static_argnums=0)
+    def decode(layer: PureLayer, state: LayerState, tokens: Any) -> Any:
+        def one(state: LayerState, token: Any) -> Any:
+            nonlocal traces
+            traces += 1
+            out, state = layer.step(state, *token)
+            return jax.lax.cond(layer.is_due(state), layer.flush, lambda state: state, state), out
 
-    def flush(state: LayerState) -> LayerState:
-        traces.append("flush")
-        return evicted_state(config, state, None, cache.budgets or [], scale=SCALE)[0]
+        return jax.lax.scan(one, state, tokens)
 
-    with jax.enable_x64(True):
-        first = [x[:, :, :20] for x in (q, k, v)]
-        known.step(*first)
-        cache.step(*map(jnp.asarray, first))
-        # What the host counts of a static state is not looked at; let it be what it will be.
-        state = dataclasses.replace(cache.stored_state, filled=config.recent, padded=True)
-        next_step, evict = jax.jit(step), jax.jit(flush)
-        for t in range(20, n):
-            tokens = [x[:, :, t : t + 1] for x in (q, k, v)]
-            out, state = next_step(state, *map(jnp.asarray, tokens))
-            expected = known.step(*tokens)
-            assert_within(np.asarray(out), expected, tolerance * (1 + np.abs(expected)))
-            state = evict(state)
-        assert traces == ["step", "flush"]
-        cache.take(state)
-        for row in np.ndindex(2, 2):
-            one, other = (np.asarray(x.positions)[row] for x in (cache, known))
-            assert one[one >= 0].tolist() == other[other >= 0].tolist()
-        for name, x in known.moments.arrays().items():
-            assert_within(np.asarray(getattr(cache.moments, name)), x, tolerance * (1 + np.max(np.abs(x))))
+    for prompt in (20, 26):
+        rng = np.random.default_rng(prompt)
+        q, k, v = (rng.standard_normal((2, heads, prompt + 14, d)) for heads, d in ((4, D), (2, D), (2, DV)))
+        known, cache = LayerCache([8, 6], **settings), LayerCache([8, 6], static=True, **settings)
+        for each in (known, cache):
+            each.step(*(x[:, :, :prompt] for x in (q, k, v)))
+        with jax.enable_x64(True):
+            cache.map(jnp.asarray)
+            after = [jnp.moveaxis(x[:, :, prompt:, None], 2, 0) for x in (q, k, v)]
+            state, outs = decode(*PureLayer.of(cache), after)
+            cache.take(state)
+            for t in range(14):
+                expected = known.step(*(x[:, :, prompt + t : prompt + t + 1] for x in (q, k, v)))
+                assert_within(np.asarray(outs[t]), expected, tolerance * (1 + np.abs(expected)))
+            assert cache.seen == known.seen == prompt + 14
+            for row in np.ndindex(2, 2):
+                one, other = (np.asarray(x.positions)[row] for x in (cache, known))
+                assert one[one >= 0].tolist() == other[other >= 0].tolist()
+            for name, x in known.moments.arrays().items():
+                assert_within(np.asarray(getattr(cache.moments, name)), x, tolerance * (1 + np.max(np.abs(x))))
+    assert traces == 1
 
 
 # What an eviction asks the host, and what heads of their own budget, codes and narrow statistics ask beside.

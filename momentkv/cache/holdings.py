@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from momentkv._array import Array, array_namespace, device, nbytes, trace_now
+from momentkv._array import Array, array_namespace, nbytes, trace_now
 from momentkv._numbers import whole_number
 from momentkv.attention import check_keys
 from momentkv.backends import get_backend
@@ -17,6 +17,7 @@ from momentkv.cache.losses import losses_of
 from momentkv.cache.packing import View, view_of
 from momentkv.cache.queries import query_window
 from momentkv.cache.state import LayerState, NewTokens
+from momentkv.cache.step import due_heads
 from momentkv.codes import misfit
 from momentkv.statistics.moments import Moments
 from momentkv.statistics.summaries import QueryWindow
@@ -307,17 +308,11 @@ class Holdings:
 
     @property
     def is_ticked(self) -> bool:
-        """Whether steps are static and a row or head has filled its block or its recent tier; asks the device.
-
-        Ticks count padding: what a row does then depends on no row beside it.
-        """
+        """Whether steps are static and a row or head has filled its block or its recent tier; asks the device."""
         state = self.state
         if state is None or state.ticks is None or not self.is_fixed:
             return False
-        xp = array_namespace(state.ticks)
-        limits = [budget + self.config.block for budget in self.budgets or []]
-        full = state.ticks >= xp.asarray(limits, dtype=state.ticks.dtype, device=device(state.ticks))
-        return bool(xp.any(full | (state.ticks - state.counts >= self.config.recent)))
+        return bool(array_namespace(state.ticks).any(due_heads(self.config, self.budgets or [], state)))
 
     @property
     def is_full(self) -> bool:

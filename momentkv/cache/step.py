@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, check_arrays, check_mask, device
@@ -16,7 +17,17 @@ from momentkv.cache.queries import remember
 from momentkv.cache.state import LayerState, NewTokens, empty_state, place
 from momentkv.statistics.moments import Moments
 
-__all__ = ["arrived", "attended", "check_like_stored", "check_step", "decoded", "fresh", "remembered", "started"]
+__all__ = [
+    "arrived",
+    "attended",
+    "check_like_stored",
+    "check_step",
+    "decoded",
+    "due_heads",
+    "fresh",
+    "remembered",
+    "started",
+]
 
 
 def fresh(config: CacheConfig, k: Array, v: Array, positions: Array, *, padded: bool = False) -> NewTokens:
@@ -115,6 +126,17 @@ def started(config: CacheConfig, k: Array, v: Array, budget: int | tuple[int, ..
         evidence=evidence,
     )
     return state, budgets
+
+
+def due_heads(config: CacheConfig, budgets: Sequence[int], state: LayerState) -> Array:
+    """Which heads of a static state have filled their block or their recent tier, bool (batch..., kv_head).
+
+    Ticks count padding: what a row does then depends on no row beside it.
+    """
+    limits = [budget + config.block for budget in budgets]
+    xp, dtype = array_namespace(state.ticks), state.ticks.dtype
+    full = state.ticks >= xp.asarray(limits, dtype=dtype, device=device(state.ticks))
+    return full | (state.ticks - state.counts >= config.recent)
 
 
 def check_step(q: Array, k: Array, v: Array, valid: Array | None) -> None:
