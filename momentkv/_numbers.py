@@ -7,7 +7,7 @@ import operator
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["check_kind", "flag", "is_one_of", "real_number", "whole_number"]
+__all__ = ["as_python", "check_kind", "flag", "is_one_of", "real_number", "whole_number"]
 
 
 def check_kind(kind: type, **values: Any) -> None:
@@ -62,6 +62,20 @@ def real_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; use a number")
     return value  # type: ignore[return-value]
+
+
+def as_python(value: Any) -> Any:
+    """Numbers and sequences of Python's in place of any library's.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> as_python(np.int64(2)), as_python(np.asarray([2, 3])), as_python([np.float32(0.5)]), as_python("2")
+    (2, [2, 3], [0.5], '2')
+    """
+    if isinstance(value, (list, tuple)):
+        return list(map(as_python, value))
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 
 def whole_number(name: str, value: Any) -> int:

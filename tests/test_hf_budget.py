@@ -181,6 +181,19 @@ def test_budgets_that_mean_nothing_are_refused(budget: Any, message: str):
         MomentCache(tiny("llama"), budget)
 
 
+def test_a_budget_may_be_of_any_librarys_numbers():
+    model = tiny("llama")
+    for given in (np.int64(64), np.asarray(64), torch.tensor(64)):
+        assert repr(MomentCache(model, given)) == repr(MomentCache(model, 64))
+        assert LayerCache(given).budget == 64
+    for given in ([np.int64(64), 70], np.asarray([64, 70]), torch.tensor([64, 70])):
+        assert repr(MomentCache(model, given)) == repr(MomentCache(model, [64, 70]))
+        assert LayerCache(given).budget == [64, 70]
+    assert repr(MomentCache(model, np.float32(0.5))) == repr(MomentCache(model, 0.5))
+    with pytest.raises(TypeError, match=r"budget is \[64, 70\], a list; use a whole number"):
+        LayerCache(np.asarray([[64, 70]]))
+
+
 def test_pyramids_are_of_tokens():
     with pytest.raises(ValueError, match=r"budget is 0.5, but sharing=.pyramid. needs one in tokens"):
         MomentCache(tiny("llama"), 0.5, sharing="pyramid")

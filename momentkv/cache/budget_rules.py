@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from momentkv._array import Array
+from momentkv._numbers import as_python
 from momentkv.cache.config import CacheConfig
 from momentkv.codes import USUAL, order_bytes, record_bytes
 from momentkv.statistics.moments import Moments
@@ -227,6 +228,7 @@ def parse_budget(budget: object) -> int | list[int] | BudgetRule:
     >>> parse_budget(512), parse_budget(0.25), parse_budget("1.5KiB")
     (512, Share(share=0.25), TotalBytes(total=1536, text='1.5KiB'))
     """
+    budget = as_python(budget)
     if isinstance(budget, str):
         found = SIZE.fullmatch(budget)
         if not found:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from momentkv._array import Array
-from momentkv._numbers import flag, is_one_of, whole_number
+from momentkv._numbers import as_python, flag, is_one_of, whole_number
 from momentkv.attention import check_scale
 from momentkv.backends import ArrayBackend, get_backend
 from momentkv.codes import pair_of_bits
@@ -226,6 +226,7 @@ def make_config(
 
 def checked_budget(config: CacheConfig, budget: Any) -> int | tuple[int, ...]:
     """A budget for all heads, or one for each, as ints; an error names what is none or does not fit the settings."""
+    budget = as_python(budget)
     if not isinstance(budget, Sequence) or isinstance(budget, str):
         one = whole_number("budget", budget)
         check_budget(one, config.sinks, config.window)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
+from momentkv._numbers import as_python
 from momentkv.backends import get_backend
 from momentkv.cache.allocation import minimise_error, pyramid_budgets
 from momentkv.cache.budget_rules import BudgetRule, Share, TotalBytes, bytes_beside, parse_budget
@@ -51,6 +52,8 @@ class Plan:
         What turns the budget into tokens, when the first tokens arrive.
     least : int
         The smallest budget.
+    budget : int, float, str or list of int
+        As it was given.
     """
 
     def __init__(self, config: Any, budget: Any, sharing: str | None, ranks: int, settings: dict[str, Any]) -> None:
@@ -62,6 +65,8 @@ class Plan:
             )
         sinks, window, static = settings["sinks"], settings["window"], settings["static"]
         self.least = sinks + window + 1
+        # As it is written into files.
+        budget = self.budget = as_python(budget)
         asked = parse_budget(budget)
         if static and isinstance(asked, TotalBytes):
             raise ValueError(

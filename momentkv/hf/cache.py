@@ -144,7 +144,7 @@ class MomentCache(GeneratingCache):
         plan = Plan(config, budget, sharing, self.ranks, settings)
         super().__init__(layers=plan.layers(rollback))
         self.config, self.rollback, self.chooses_bits = config, rollback, plan.chooses_bits
-        self.budget, self.sharing, self.rule, self.least = budget, plan.sharing, plan.rule, plan.least
+        self.budget, self.sharing, self.rule, self.least = plan.budget, plan.sharing, plan.rule, plan.least
         # What a file says of all caches, those without a compressed layer among them.
         self.protected = {"sinks": sinks, "window": window, "block": block}
         self.tried: list[Tried] = []
