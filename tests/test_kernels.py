@@ -66,6 +66,13 @@ def test_kernels_compile_without_spilling_registers_in_loops(builds: list[Build]
             assert 0 < usage.registers <= 255
 
 
+def test_moments_beside_codes_spill_nothing_in_a_loop():
+    """Their matrix and three tiles in flight did, at head dimension 128, on sm_80."""
+    name = "decode, bf16, d 128, tile 4 x 64, codes of 5/3 bits, summaries 1, full slope fp32 across, counted, packed"
+    build = next(build for build in reachable((torch.bfloat16,), (128,)) if build.name == name)
+    assert compile_build(build, 80, loops=False).fits(80)
+
+
 @pytest.mark.parametrize(
     "usage",
     [Usage(255, 8, 1024, 1), Usage(255, 4096, 1024), Usage(64, 0, 2**20)],

@@ -97,6 +97,8 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
         # Registers, and bytes in flight: at head dimension 128, calls with 128 tokens a tile took 1.4 times as long in
         # 4 bits, and calls with 64 took 1.1 times as long in 8 bits (H200).
         wide_tile = not single and (largest <= 64 or (largest == 128 and bits > 12 and queries < 16))
+        # Moments have a whole matrix: with three tiles in flight two registers were spilled in a loop (8.0).
+        few = 2 if summaries == 1 and largest == 128 else 3
         return DecodeBlocks(
             BLOCK_M=queries,
             BLOCK_N=128 if wide_tile else 64,
@@ -106,7 +108,7 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
             BLOCK_C=16 if single or largest > 128 else 32,
             num_warps=4,
             # For many queries, and for wide heads, there are no registers for more.
-            num_stages=2 if largest > (64 if queries == 16 else 128) else 4 if bits > 12 else 3,
+            num_stages=2 if largest > (64 if queries == 16 else 128) else 4 if bits > 12 else few,
         )
     queries = 32 if rows > 16 and not single and largest <= widest else 16
     many = queries == 32 or largest > (64 if single else 128)
