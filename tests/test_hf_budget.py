@@ -190,7 +190,7 @@ def test_a_budget_may_be_of_any_librarys_numbers():
         assert repr(MomentCache(model, given)) == repr(MomentCache(model, [64, 70]))
         assert LayerCache(given).budget == [64, 70]
     assert repr(MomentCache(model, np.float32(0.5))) == repr(MomentCache(model, 0.5))
-    with pytest.raises(TypeError, match=r"budget is \[64, 70\], a list; use a whole number"):
+    with pytest.raises(TypeError, match=r"budget is array\(\[\[64, 70\]\]\), a ndarray; use a whole number"):
         LayerCache(np.asarray([[64, 70]]))
 
 

@@ -226,7 +226,10 @@ def make_config(
 
 def checked_budget(config: CacheConfig, budget: Any) -> int | tuple[int, ...]:
     """A budget for all heads, or one for each, as ints; an error names what is none or does not fit the settings."""
-    budget = as_python(budget)
+    listed = as_python(budget)
+    # What an array holds besides is refused as it was given.
+    if not isinstance(budget, Sequence) and isinstance(listed, list) and all(type(each) is int for each in listed):
+        budget = listed
     if not isinstance(budget, Sequence) or isinstance(budget, str):
         one = whole_number("budget", budget)
         check_budget(one, config.sinks, config.window)
