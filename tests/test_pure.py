@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from momentkv import LayerCache
 from momentkv.cache.config import MODEL_DEFAULTS
@@ -92,3 +93,32 @@ def test_what_has_no_such_functions_is_refused_by_name():
     q, k, v = tokens(1)
     with pytest.raises(ValueError, match="the cache holds float64"):
         layer.step(state, q, k.astype("float32"), v)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_cache_that_goes_on_changes_no_state_that_was_taken_of_it(library: str):
+    cache = read(static=True, **MODEL_DEFAULTS)
+    one = tokens(1, 1)
+    if library == "torch":
+        cache.map(torch.from_numpy)
+        one = list(map(torch.from_numpy, one))
+    layer, state = PureLayer.of(cache)
+    before = {key: np.asarray(x).copy() for key, x in state.arrays().items()}
+    for _ in range(6):
+        cache.step(*one)
+    for name, x in state.arrays().items():
+        np.testing.assert_array_equal(x, before[name], err_msg=name)
+    out, _ = layer.step(state, *one)
+    np.testing.assert_allclose(out, read(**MODEL_DEFAULTS).step(*tokens(1, 1)), rtol=1e-12, atol=1e-12)
+
+
+def test_pytorch_gets_no_gradient_and_leaves_no_graph():
+    """Its fused attention has none for its lse, which joins the tiers."""
+    cache = read(static=True, **MODEL_DEFAULTS)
+    cache.map(torch.from_numpy)
+    layer, state = PureLayer.of(cache)
+    q, k, v = (torch.from_numpy(x).requires_grad_() for x in tokens(1, 1))
+    with pytest.raises(RuntimeError, match="gradient"):
+        layer.step(state, q, k, v)
+    _, state = layer.step(state, q.detach(), k, v)
+    assert not any(x.requires_grad for x in state.arrays().values())

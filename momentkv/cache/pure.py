@@ -7,16 +7,13 @@ import functools
 import importlib
 
 from momentkv._array import Array, array_namespace, is_jax_array
-from momentkv.cache.config import CacheConfig
+from momentkv.cache.config import NO_GRADIENT, CacheConfig
 from momentkv.cache.eviction import evicted_state
 from momentkv.cache.layer import LayerCache
-from momentkv.cache.state import LayerState
+from momentkv.cache.state import ARRAYS, HOST, STATISTICS, LayerState
 from momentkv.cache.step import arrived, check_like_stored, check_step, decoded, due_heads
 
 __all__ = ["PureLayer"]
-
-# Fields of a state that are no arrays: a function is compiled for what they are.
-HOST = ("layout", "seen", "filled", "padded", "has_evicted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +79,9 @@ class PureLayer:
             raise ValueError(f"the cache {why}; make it with static=True, and read a prompt with step() first")
         if is_jax_array(state.keys):
             known_to_jax()
+        else:
+            # The cache writes its next steps over these arrays.
+            state = state.map(cache.config.backend_of(state.keys).copy)
         # What the host counts is not looked at, and would be another for every prompt.
         state = state.changed(filled=cache.config.recent, padded=True, seen=0)
         return cls(cache.config, tuple(cache.budgets or ()), cache.attention_scale), state
@@ -105,17 +105,22 @@ class PureLayer:
         ------
         ValueError
             If shapes or dtypes do not fit the state, or there are several tokens.
+        RuntimeError
+            If PyTorch is asked for a gradient with respect to ``q``; keys and values are stored without.
         """
         check_step(q, k, v, None)
         check_like_stored("k", k, state.recent_keys)
         check_like_stored("v", v, state.recent_values)
         if k.shape[-2] != 1:
             raise ValueError(f"k has shape {tuple(k.shape)}; a step without effect takes one token a head")
+        backend = self.config.backend_of(k)
+        if backend.differentiates(q):
+            raise RuntimeError(NO_GRADIENT)
+        k, v = backend.detach(k), backend.detach(v)
         if not is_jax_array(k):
             # Slots that are not in use are written in place.
-            copy = self.config.backend_of(k).copy
             recent = {name: x for name, x in state.own().items() if name.startswith("recent_")}
-            state = state.changed(**{name: copy(x) for name, x in recent.items()})
+            state = state.changed(**{name: backend.copy(x) for name, x in recent.items()})
         expansion = self.config.correction.expansion(state.evicted) if self.config.corrects else None
         out, state = decoded(
             self.config, state, arrived(self.config, state, k, v), q, scale=self.scale, expansion=expansion
@@ -136,6 +141,6 @@ class PureLayer:
 
 @functools.cache
 def known_to_jax() -> None:
-    """Tell JAX which fields of a state are arrays."""
-    fields = [field.name for field in dataclasses.fields(LayerState) if field.name not in HOST]
-    importlib.import_module("jax").tree_util.register_dataclass(LayerState, data_fields=fields, meta_fields=list(HOST))
+    """Tell JAX which fields of a state are arrays; a function is compiled for what the others are."""
+    register = importlib.import_module("jax").tree_util.register_dataclass
+    register(LayerState, data_fields=[*ARRAYS, *STATISTICS], meta_fields=list(HOST))
