@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
 TEXT = "specialnames"
 # Steps of a decode in which memory is looked at.
 MEMORY_STEPS = 8
-# Tokens of a reading in whose time about one is decoded (a CPU, chunks of 512).
+# Assumed, for the time left alone: tokens that are read in the time in which one is decoded.
 DECODED = 10
 
 
