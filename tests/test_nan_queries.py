@@ -13,7 +13,8 @@ from test_backends import PAIRS
 
 from momentkv import AttentionState, LayerCache, attend, merge
 from momentkv.backends import get_backend
-from momentkv.backends.plain import decode_plain, estimate_expansion, flash, join
+from momentkv.backends.flash import flash
+from momentkv.backends.plain import decode_plain, estimate_expansion, join
 from momentkv.testing.decoding import Decode, make
 
 RNG = np.random.default_rng(0)

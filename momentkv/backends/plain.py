@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from momentkv.attention import AttentionState
+from momentkv.backends.flash import flash, flash_fits
 from momentkv.backends.layout import Recent
 from momentkv.backends.records import attend_logits, logits_of
 from momentkv.codes import Coded, Coding
@@ -16,65 +17,11 @@ from momentkv.statistics.expansion import Expansion
 __all__ = [
     "Prepared",
     "decode_plain",
-    "differentiated",
     "estimate_expansion",
-    "flash",
-    "flash_fits",
     "join",
     "joined_output",
     "prepare",
 ]
-
-# Of fewer tokens than a register has numbers, the flash kernel for CPUs gives zeros to a query of NaN.
-REGISTER = 16
-FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-
-
-def flash_fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `flash` may be called: it is a private operator of PyTorch's, for CPU tensors of one floating dtype."""
-    return (
-        FLASH is not None
-        and q.ndim == 4
-        and q.device.type == k.device.type == "cpu"
-        and q.dtype == k.dtype == v.dtype
-        and q.dtype in (torch.float32, torch.float64)  # halves would round the output before it is corrected
-        and q.shape[-1] == v.shape[-1]
-        and k.shape[-2] > 0
-        and min(*q.shape, *k.shape) > 0
-        and not differentiated(q, k, v)  # its lse has no gradient, and nothing says so
-    )
-
-
-def differentiated(*tensors: torch.Tensor) -> bool:
-    """Whether a gradient is asked for."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float, valid: torch.Tensor | None = None
-) -> AttentionState:
-    """Attention state of queries that see all tokens, by the flash kernel for CPUs: no weights are ever held.
-
-    The group is folded into the query axis: the kernel then reads keys and values once for all of it. ``valid``, bool
-    (batch, kv_head, n), hides slots, which must hold finite numbers all the same: their weight is zero.
-    """
-    heads = q.shape[:3]
-    batch, kv_heads, n, d = k.shape
-    folded = q.reshape(batch, kv_heads, -1, d)
-    mask = None
-    if valid is not None:
-        mask = torch.zeros_like(valid, dtype=q.dtype).masked_fill(~valid, -torch.inf)[..., None, :]
-        mask = mask.expand(*folded.shape[:3], n)
-    out, lse = FLASH(folded, k, v, attn_mask=mask, scale=scale)
-    if valid is None and n < REGISTER:
-        most = folded.amax(-1)
-        # NaN, times zero, is NaN.
-        out, lse = torch.add(out, most[..., None], alpha=0), torch.add(lse, most, alpha=0)
-    if valid is not None:
-        # A query that sees no token: the kernel gives NaN, the empty state is zero.
-        none = ~valid.any(-1)[..., None]
-        out, lse = out.masked_fill(none[..., None], 0.0), lse.masked_fill(none, -torch.inf)
-    return AttentionState(out.reshape(*heads, d), lse.reshape(heads))
 
 
 def estimate_expansion(q: torch.Tensor, expansion: Expansion, *, scale: float) -> AttentionState:

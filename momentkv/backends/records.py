@@ -11,7 +11,15 @@ from momentkv.attention import AttentionState
 from momentkv.backends.layout import Tiers
 from momentkv.codes import GRADES, PLANES, Coded, Coding, Standard, centre
 
-__all__ = ["attend_logits", "attend_packed", "attend_records", "logits_of"]
+__all__ = [
+    "attend_logits",
+    "attend_packed",
+    "attend_records",
+    "dtype_of",
+    "in_order",
+    "levels_of",
+    "logits_of",
+]
 
 # Words of so many bytes, the widest first.
 WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -217,6 +225,23 @@ def numbers(packed: torch.Tensor, block: slice, how: MaskedBytes, dtype: torch.d
     if how.sums is None:
         return packed.to(dtype)
     return (packed.view(how.dtype).index_select(-1, how.words) & how.masks).view(torch.uint8).to(dtype)
+
+
+def levels_of(
+    codes: torch.Tensor,
+    step: torch.Tensor,
+    valid: torch.Tensor | None,
+    standard: Standard,
+    bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Records as tokens (..., n, d), in deviations from the mean, channels as they lie there; zero if not ``valid``."""
+    how = masked_bytes_of(bits, standard, dtype)
+    levels = from_numbers(numbers(codes, slice(0, codes.shape[-2]), how, dtype), how) - how.centre
+    step = step.to(dtype)
+    if valid is not None:  # what lies in other slots may be anything
+        step = step.masked_fill(~valid, 0.0)
+    return levels * step[..., None]
 
 
 def from_numbers(out: torch.Tensor, how: MaskedBytes) -> torch.Tensor:

@@ -17,19 +17,19 @@ from momentkv._array import Array
 from momentkv.attention import AttentionState
 from momentkv.backends.autocast import without_autocast
 from momentkv.backends.base import ArrayBackend, causal_mask
+from momentkv.backends.flash import (
+    differentiated,
+    flash,
+    flash_causal,
+    flash_codes,
+    flash_fits,
+    flash_fits_codes,
+    flash_retained,
+)
 from momentkv.backends.layout import Layout, Tiers
 from momentkv.backends.operators import DTYPES, decode, reads_codes
 from momentkv.backends.placed import kept
-from momentkv.backends.plain import (
-    Prepared,
-    differentiated,
-    estimate_expansion,
-    flash,
-    flash_fits,
-    join,
-    joined_output,
-    prepare,
-)
+from momentkv.backends.plain import Prepared, estimate_expansion, join, joined_output, prepare
 from momentkv.backends.records import BLOCK, attend_packed, attend_records
 from momentkv.codes import Coded
 from momentkv.statistics.expansion import Expansion
@@ -67,7 +67,7 @@ class TorchBackend(ArrayBackend):
     def attend(
         self, q: Array, k: Array, v: Array, *, scale: float, mask: Array | None = None
     ) -> tuple[AttentionState, Array]:
-        dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
+        dtype = wide_dtype(q, k, v)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         *batch, kv_heads, n, d = k.shape
         q_heads, q_len = q.shape[-3], q.shape[-2]
@@ -94,11 +94,25 @@ class TorchBackend(ArrayBackend):
             weights.reshape(*batch, kv_heads, -1, q_len, n),
         )
 
+    def attend_causal(
+        self, q: Array, k: Array, v: Array, *, scale: float, valid: Array | None = None
+    ) -> AttentionState:
+        before = k.shape[-2] - q.shape[-2]
+        wide = [x.to(wide_dtype(q, k, v)) for x in (q, k, v)]
+        if valid is not None or not flash_fits(*wide):
+            return super().attend_causal(q, k, v, scale=scale, valid=valid)
+        own = flash_causal(wide[0], *(x[..., before:, :] for x in wide[1:]), scale=scale)
+        if before == 0:
+            return own
+        return join(flash(wide[0], *(x[..., :before, :] for x in wide[1:]), scale=scale), own)
+
     def attend_retained(
         self, q: Array, tiers: Tiers, *, scale: float, weights: bool
     ) -> tuple[AttentionState | None, Array | None]:
         coding, few = tiers.coding, q.ndim == 4 and tiers.keys.shape[-2] <= BLOCK
         if coding is not None and not weights and q.shape[-2] > QUERIES and tiers.layout.width:
+            if flash_fits_codes(q, coding):
+                return flash_codes(q, tiers, coding, scale=scale), None
             # Attention to codes holds a number for each query and token, so a chunk is read by blocks of queries.
             parts = (self.attend_retained(x, tiers, scale=scale, weights=False)[0] for x in q.split(QUERIES, dim=-2))
             out, lse = zip(*(state for state in parts if state is not None), strict=True)
@@ -235,32 +249,17 @@ class TorchBackend(ArrayBackend):
         return torch.cat(blocks, dim=-2)
 
 
+def wide_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """What logits, sums and outputs are computed in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
 def attend_most(backend: TorchBackend, q: torch.Tensor, tiers: Tiers, *, scale: float) -> AttentionState:
     """Attention state over retained tokens, where there are any and flash reads the recent ones."""
     if tiers.coding is None:
         return flash_retained(q, tiers, scale=scale)
     state: Any = backend.attend_retained(q, tiers, scale=scale, weights=False)[0]
     return state
-
-
-def flash_retained(q: torch.Tensor, tiers: Tiers, *, scale: float) -> AttentionState:
-    """Attention state over retained tokens, by one call if heads have equally many, else by one for each head."""
-    layout = tiers.layout
-    if layout.equal:
-        k, v = (layout.rectangle(x, vectors=True) for x in (tiers.keys, tiers.values))
-        return flash(q, k, v, scale=scale, valid=tiers.valid)
-    group = q.shape[-3] // layout.heads
-    states = []
-    for head, (start, width) in enumerate(zip(layout.starts, layout.widths, strict=True)):
-        k, v = (x[:, None, start : start + width] for x in (tiers.keys, tiers.values))
-        own, valid = q[:, head * group : (head + 1) * group], tiers.valid
-        if width == 0:
-            dead = own.new_full(own.shape[:-1], -torch.inf)
-            states.append(AttentionState(own.new_zeros((*own.shape[:-1], v.shape[-1])), dead))
-            continue
-        seen = None if valid is None else valid[:, head : head + 1, :width]
-        states.append(flash(own, k, v, scale=scale, valid=seen))
-    return AttentionState(torch.cat([x.out for x in states], dim=1), torch.cat([x.lse for x in states], dim=1))
 
 
 def decode_prepared(
@@ -290,7 +289,7 @@ def attend_both(q: torch.Tensor, tiers: Tiers, *, scale: float) -> tuple[Attenti
         (layout.rectangle(tiers.keys, vectors=True), layout.rectangle(tiers.values, vectors=True), tiers.valid),
         (tiers.recent_keys, tiers.recent_values, tiers.recent_valid),
     ]
-    dtype = torch.float64 if torch.float64 in (q.dtype, tiers.keys.dtype, tiers.values.dtype) else torch.float32
+    dtype = wide_dtype(q, tiers.keys, tiers.values)
     *batch, kv_heads, _, d = tiers.recent_keys.shape
     folded = (q.to(dtype) * scale).reshape(*batch, kv_heads, -1, d)
     logits = torch.cat([torch.matmul(folded, k.to(dtype).mT) for k, _, _ in parts], dim=-1)
