@@ -12,11 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from momentkv import LayerCache, Moments, attend, correct, merge
+from momentkv import Moments, attend, correct, merge
 from momentkv import codes as few
-from momentkv.backends import get_backend, plain, records
+from momentkv.backends import flash, get_backend, records
 from momentkv.backends import torch as torch_backend
 from momentkv.backends.base import ArrayBackend
 from momentkv.backends.layout import Layout, Tiers
@@ -92,8 +91,8 @@ def test_prepared_expansions_are_evaluated_as_the_core_does(case: Case):
 
 def test_flash_is_used_where_it_may_be_and_only_there(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
-    flash = plain.flash
-    monkeypatch.setattr(torch_backend, "flash", lambda *xs, **options: calls.append(1) or flash(*xs, **options))
+    kernel = flash.FLASH
+    monkeypatch.setattr(flash, "FLASH", lambda *xs, **options: calls.append(1) or kernel(*xs, **options))
 
     def used(q: torch.Tensor, tiers: Tiers, prepared: bool = True, **options: Any) -> int:
         calls.clear()
@@ -114,7 +113,7 @@ def test_flash_is_used_where_it_may_be_and_only_there(monkeypatch: pytest.Monkey
         assert not used(halves[0], Tiers.of(*halves[1:]), prepared)
         assert not used(q, Tiers.of(k, v[..., :3]), prepared)
         assert not used(rows[0], Tiers.of(*rows[1:]), prepared)
-    monkeypatch.setattr(plain, "FLASH", None)  # as in a PyTorch that has no such operator
+    monkeypatch.setattr(flash, "FLASH", None)  # as in a PyTorch that has no such operator
     assert not used(q, Tiers.of(k, v))
 
 
@@ -297,70 +296,6 @@ def test_records_are_attended_to_as_by_the_reference(
     exact, shares = few.attend_codes(q, coded, scale=0.2, mask=mask)
     for x, y in ((state.out, exact.out), (state.lse, exact.lse), (weights, shares)):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_records_of_unequal_heads_are_attended_to_as_by_the_reference(padded: bool):
-    generator = torch.Generator().manual_seed(0)
-    cache = LayerCache([60, 24], policy="snapkv", bits=4, window=8, block=8)
-    q, k, v = (torch.randn(2, heads, 150, 16, generator=generator) for heads in (4, 2, 2))
-    valid = torch.ones(2, 1, 150, dtype=torch.bool)
-    valid[0, :, :110] = not padded  # fewer tokens than the wider head has room for
-    cache.step(q, 3 + k, v, valid=valid if padded else None)
-    tiers = cache.state.tiers()
-    assert tiers.coding is not None
-    assert tiers.coding.key_standard.mean is not None
-    assert not tiers.layout.equal
-    assert (tiers.valid is not None) == padded
-    if tiers.valid is not None:  # nothing may be read of slots that hold no token
-        packed = tiers.layout.pack(~tiers.valid)
-        nothing = {x: getattr(tiers.coding, x).masked_fill(packed, torch.nan) for x in ("key_step", "value_step")}
-        tiers = tiers._replace(coding=tiers.coding._replace(**nothing))
-    state, weights = records.attend_packed(q[:, :, -2:], tiers, tiers.coding, scale=0.3)
-    for head in range(2):
-        one, asked = tiers.records(tiers.coding, head), q[:, 2 * head : 2 * head + 2, -2:]
-        width = tiers.layout.widths[head]
-        mask = None if tiers.valid is None else tiers.valid[:, head, None, None, None, :width]
-        steps = {x: getattr(one, x).nan_to_num(0.0) for x in ("key_step", "value_step")}
-        exact, shares = few.attend_codes(asked.double(), one._replace(**steps), scale=0.3, mask=mask)
-        for x, y in (
-            (state.out[:, 2 * head : 2 * head + 2], exact.out),
-            (state.lse[:, 2 * head : 2 * head + 2], exact.lse),
-            (weights[:, head, ..., :width], shares[:, 0]),
-        ):
-            torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-5)
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operator makes."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
-        self.numbers = max([self.numbers, *(x.numel() for x in made)])
-        return out
-
-
-@pytest.mark.parametrize("budgets", [[90, 40], [70, 70]])
-def test_a_chunk_attends_to_codes_a_block_of_queries_at_a_time(monkeypatch: pytest.MonkeyPatch, budgets: list[int]):
-    generator = torch.Generator().manual_seed(0)
-    cache = LayerCache(budgets, bits=4, window=8, block=8)
-    cache.step(*(torch.randn(2, heads, 300, 16, generator=generator) for heads in (4, 2, 2)))
-    tiers, q = cache.state.tiers(), torch.randn(2, 4, 500, 16, generator=generator)
-    width = max(budgets) - 9
-    for size, most in ((64, 2 * 4 * 64 * width), (10**6, 2 * 4 * 500 * width)):
-        monkeypatch.setattr(torch_backend, "QUERIES", size)
-        with Largest() as largest:
-            state, weights = BACKEND.attend_stored(q, tiers, scale=0.25)
-        assert weights is None
-        # Outputs of all queries are there in any case.
-        assert largest.numbers == max(most, 2 * 4 * 500 * 16)
-        if size == 64:
-            blocked = state
-    torch.testing.assert_close(blocked.out, state.out, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(blocked.lse, state.lse, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("seen", [1.0, 0.5, 0.0])
