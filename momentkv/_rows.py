@@ -16,6 +16,7 @@ __all__ = [
     "row_products",
     "scaled",
     "stacked_rows",
+    "take_columns",
     "take_rows",
     "take_rows_of",
 ]
@@ -56,6 +57,18 @@ def take_rows_of(index: Array, *arrays: Array) -> tuple[Array, ...]:
         xp.reshape(xp.take(xp.reshape(x, (count * n, x.shape[-1])), flat, axis=0), (*lead, m, x.shape[-1]))
         for x in arrays
     )
+
+
+def take_columns(x: Array, index: Array) -> Array:
+    """Columns, by an index for each of the leading axes: (..., n, d) by (..., m) is (..., n, m); see `take_rows`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> take_columns(np.asarray([[[1.0, 2.0], [3.0, 4.0]]]), np.asarray([[1, 0]])).tolist()
+    [[[2.0, 1.0], [4.0, 3.0]]]
+    """
+    return take_rows(x.mT, index).mT
 
 
 def real_rows(x: Array, real: Array) -> Array:

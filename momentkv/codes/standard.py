@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from momentkv._array import Array, accumulate, accumulation_dtype, array_namespace, check_mask, index_dtype
-from momentkv._rows import inverse_permutation
+from momentkv._rows import inverse_permutation, take_columns
 from momentkv.codes.packing import can_grade
 
 __all__ = ["Standard"]
@@ -116,16 +116,13 @@ class Standard(NamedTuple):
         """Channels of ``x`` (..., n, d) as they lie in records."""
         if self.order is None:
             return x
-        xp = array_namespace(x)
-        return xp.take_along_axis(x, xp.broadcast_to(self.places()[..., None, :], x.shape), axis=-1)
+        return take_columns(x, self.places())
 
     def disordered(self, x: Array) -> Array:
         """The inverse of `ordered`."""
         if self.order is None:
             return x
-        xp = array_namespace(x)
-        back = inverse_permutation(self.places())
-        return xp.take_along_axis(x, xp.broadcast_to(back[..., None, :], x.shape), axis=-1)
+        return take_columns(x, inverse_permutation(self.places()))
 
     def map(self, function: Callable[[Array], Array]) -> Standard:
         """The images of its arrays."""
