@@ -68,6 +68,8 @@ def take_columns(x: Array, index: Array) -> Array:
     >>> take_columns(np.asarray([[[1.0, 2.0], [3.0, 4.0]]]), np.asarray([[1, 0]])).tolist()
     [[[2.0, 1.0], [4.0, 3.0]]]
     """
+    if is_torch_array(x):
+        return x.gather(-1, index[..., None, :].expand(*x.shape[:-1], index.shape[-1]))
     return take_rows(x.mT, index).mT
 
 

@@ -8,7 +8,7 @@ import torch
 
 from momentkv.attention import AttentionState
 from momentkv.backends.layout import Tiers
-from momentkv.backends.records import dtype_of, in_order, levels_of
+from momentkv.backends.records import dtype_of, levels_of
 from momentkv.codes import Coding
 
 __all__ = [
@@ -131,7 +131,7 @@ def flash_codes(q: torch.Tensor, tiers: Tiers, coding: Coding, *, scale: float) 
     mean, deviation = coding.key_standard.mean, coding.key_standard.deviation.to(dtype)
     batch, kv_heads, d = deviation.shape
     folded = q.to(dtype).reshape(batch, kv_heads, -1, d)
-    asked = in_order(folded * deviation[..., None, :], coding.key_standard)
+    asked = coding.key_standard.ordered(folded * deviation[..., None, :])
     states = []
     for head, (start, width) in enumerate(zip(layout.starts, layout.widths, strict=True)):
         own, slots = asked[:, head : head + 1], slice(start, start + width)

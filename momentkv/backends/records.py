@@ -16,7 +16,6 @@ __all__ = [
     "attend_packed",
     "attend_records",
     "dtype_of",
-    "in_order",
     "levels_of",
     "logits_of",
 ]
@@ -206,17 +205,10 @@ def asked_of(
     mean, deviation, dtype = standard.mean, standard.deviation, how.centre.dtype
     *batch, kv_heads, d = deviation.shape
     folded = q.to(dtype).reshape(*batch, kv_heads, -1, d) * scale
-    tilted = in_order(folded * deviation.to(dtype)[..., None, :], standard)
+    tilted = standard.ordered(folded * deviation.to(dtype)[..., None, :])
     shift = None if mean is None else torch.matmul(folded, mean.to(dtype)[..., None])
     asked = tilted if how.sums is None else torch.matmul(tilted, how.sums.mT)
     return asked, -torch.matmul(tilted, how.centre[:, None]), shift
-
-
-def in_order(x: torch.Tensor, standard: Standard) -> torch.Tensor:
-    """`momentkv.codes.Standard.ordered`, of queries."""
-    if standard.order is None:
-        return x
-    return x.gather(-1, standard.order.to(torch.int64)[..., None, :].expand_as(x))
 
 
 def numbers(packed: torch.Tensor, block: slice, how: MaskedBytes, dtype: torch.dtype) -> torch.Tensor:
