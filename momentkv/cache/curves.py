@@ -16,7 +16,6 @@ from momentkv.cache.layer import LayerCache
 from momentkv.cache.packing import View
 from momentkv.codes import Standard, coarse
 from momentkv.policies.select import protected, ranking
-from momentkv.statistics.expansion import estimate_expansion
 
 __all__ = ["error_at", "error_curve", "error_curves", "measured_errors"]
 
@@ -99,20 +98,18 @@ def measured_errors(
         visible = (positions[..., None, :] <= places) & (positions >= 0)[..., None, :]
         return backend.attend(q, k, v, scale=scale, mask=visible[..., None, :, :])[0]
 
-    # states[i] is attention over what the i-th budget retains, and what stands for tokens that are gone already.
+    # states[i] is attention over what the i-th budget retains; the first has all of the window.
     parts = (attended(*segment, all_seen=earlier and place > 0) for place, segment in enumerate(segments))
-    gone = config.correction.expansion(state.evicted) if state.has_evicted else None
-    before = None if gone is None else estimate_expansion(q, gone, scale=scale)
-    states = list(itertools.accumulate(parts if before is None else itertools.chain([before], parts), merge))
-    if before is not None:
-        states = states[1:]
-    correction = config.correction.stand_in()
-    evicted = correction.empty(view.keys, view.values)
+    states = list(itertools.accumulate(parts, merge))
+    evicted, correction = state.evicted, config.correction
+    if not state.has_evicted:
+        correction = correction.stand_in()
+        evicted = correction.empty(view.keys, view.values)
 
     def output(state: AttentionState, expansion: Any) -> Array:
         return state.out if expansion is None else backend.correct(state, q, expansion, scale=scale)
 
-    exact = states[-1].out
+    exact = output(states[-1], correction.expansion(evicted) if state.has_evicted else None)
     norm = xp.mean(xp.sum(exact * exact, axis=-1), axis=(-2, -1), keepdims=True)
     kv_heads, window = view.keys.shape[-3], cache.query_window
 
@@ -129,12 +126,11 @@ def measured_errors(
     ):
         if budget < n:
             evicted = folded(correction, evicted, k, v, mask=positions >= 0, window=window)
-        expansion = correction.expansion(evicted) if budget < n else None
+        expansion = correction.expansion(evicted) if state.has_evicted or budget < n else None
         errors.append(error(kept, expansion))
         if budget == at:
             tokens = rounded_tokens(view, order[..., : min(budget, n)], codes, config, state.query_square)
-            coarse = (attended(*each) for each in tokens)
-            rounded = [error(each if before is None else merge(before, each), expansion) for each in coarse]
+            rounded = [error(attended(*each), expansion) for each in tokens]
     by_row = xp.stack([*errors[::-1], *rounded])  # (budget or code, row, kv_head)
     counts = xp.all(xp.isfinite(by_row), axis=(0, 2))[:, None]
     number = xp.sum(xp.astype(counts, by_row.dtype))
