@@ -165,13 +165,17 @@ def test_refined_curves_pass_through_what_was_measured_and_never_rise():
     )
 
 
+@pytest.mark.parametrize("window", [8, 32])
 @pytest.mark.parametrize("correction", ["moments", "summaries"])
-def test_curves_of_heads_are_those_of_each_head_alone(correction: str):
-    """Also where heads hold different numbers, after an eviction; each in proportion to what it says."""
+def test_curves_of_heads_are_those_of_each_head_alone(correction: str, window: int):
+    """Also where heads hold different numbers, after an eviction; each in proportion to what it says.
+
+    Of a window that has all queries that judge, too.
+    """
     rng = np.random.default_rng(3)
     q, k, v = (rng.standard_normal((1, heads, 260, 8)) for heads in (4, 2, 2))
-    options = {"correction": correction, "window": 8, "block": 1, "keep_queries": True}
-    layer = LayerCache([40, 55], **options)
+    options = {"correction": correction, "window": window, "block": 1, "keep_queries": True}
+    layer, grid = LayerCache([40, 55], **options), [20 if window == 8 else 36, 50, 90]
     alone = [LayerCache(budget, **options) for budget in (40, 55)]
     for start, stop in ((0, 200), (200, 260)):
         layer.append(k[:, :, start:stop], v[:, :, start:stop])
@@ -180,12 +184,12 @@ def test_curves_of_heads_are_those_of_each_head_alone(correction: str):
         for head, each in enumerate(alone):
             each.append(*(x[:, head : head + 1, start:stop] for x in (k, v)))
             said.append((each.attend(q[:, 2 * head : 2 * head + 2, start:stop])[..., -32:, :] ** 2).mean())
-            expected.append(error_curve(each, [20, 50, 90]))
+            expected.append(error_curve(each, grid))
             each.evict()
         expected = np.array(expected) * (np.array(said) / np.mean(said))[:, None]
         # The same sums in arrays of another shape; where all is retained, their rounding is all there is.
-        np.testing.assert_allclose(error_curves(layer, [20, 50, 90]), expected, rtol=1e-9, atol=1e-24)
-        np.testing.assert_allclose(error_curve(layer, [20, 50, 90]), np.mean(expected, axis=0), rtol=1e-9)
+        np.testing.assert_allclose(error_curves(layer, grid), expected, rtol=1e-9, atol=1e-24)
+        np.testing.assert_allclose(error_curve(layer, grid), np.mean(expected, axis=0), rtol=1e-9)
         layer.evict()
         with pytest.raises(ValueError, match="the cache holds no newest queries"):
             error_curves(layer, [20, 50])

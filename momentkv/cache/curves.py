@@ -89,8 +89,10 @@ def measured_errors(
     cuts = [0, *(min(budget, n) for budget in grid), n]
     segments = [ranked(view, order[..., start:stop]) for start, stop in itertools.pairwise(cuts)]
     places = view.positions[..., -q.shape[-2] :, None]  # a query of padding sees nothing
-    # Where no slot is empty and the window has every judge, all else came before them.
-    earlier = not (state.padded or (cache.new is not None and cache.new.padded)) and config.window >= q.shape[-2]
+    # Where no slot is empty and the window has every judge, all else came before them. Heads that retain fewer tokens
+    # than others have empty slots.
+    whole = state.layout.equal and not (state.padded or (cache.new is not None and cache.new.padded))
+    earlier = whole and config.window >= q.shape[-2]
 
     def attended(k: Array, v: Array, positions: Array, *, all_seen: bool = False) -> AttentionState:
         if all_seen:
