@@ -158,3 +158,50 @@ def test_models_keep_to_the_total_and_go_on(sharing: str):
         assert all(stored < budget + 8 for stored, budget in zip(core.stored_by_head, core.budgets, strict=True))
         assert sum(core.budgets) <= 2 * 60 or sharing == "pyramid"
         assert len(set(core.budgets)) == 1 or sharing != "pyramid"
+
+
+def read_in_two_parts(budgets: list[int], average: int, seed: int, *, spread: bool | None = None) -> LayerCache:
+    """A layer whose heads hold different numbers of tokens: 200 were cut to the budgets, and 60 have come.
+
+    If ``spread`` is not None, what comes looks for one token; if it is true, that of the last head for all.
+    """
+    cache = waiting(seed, peaked=4.0)
+    cache.budgets = budgets
+    cache.evict()
+    rng = np.random.default_rng(seed + 1)
+    q, k, v = (rng.standard_normal((1, heads, 60, 8)) for heads in (4, 2, 2))
+    if spread is not None:
+        q[:], k[:, :, 20] = 1.0, 30.0
+    if spread:
+        q[:, 2:], v[:, 1] = 0.0, 10 * v[:, 1]
+    cache.append(k, v)
+    cache.attend(q)
+    cache.budget = average
+    return cache
+
+
+@given(seed=st.integers(0, 10**6), first=st.integers(10, 150), average=st.integers(60, 140))
+def test_no_head_is_given_more_than_it_holds_where_others_can_use_it(seed: int, first: int, average: int):
+    caches = [read_in_two_parts(budgets, average, seed) for budgets in ([first, 150], [40, 60])]
+    shares = minimise_error(caches, [cache.importance() for cache in caches], average, True)
+    held = [count for cache in caches for count in cache.stored_by_head]
+    assert held == [first + 60, 210, 100, 120]
+    if sum(held) >= 4 * average:
+        assert all(share <= most for share, most in zip(shares, held, strict=True))
+        # Those that have least are filled to one level, which leaves less than a token for each.
+        assert 4 * average - 4 < sum(shares) <= 4 * average
+    else:  # nothing has to go, and there is room for what comes
+        assert all(share >= most for share, most in zip(shares, held, strict=True))
+        assert 4 * average - 4 < sum(shares) <= 4 * average
+
+
+def test_a_head_may_keep_all_it_holds_though_no_head_of_the_first_layer_holds_as_much():
+    """Errors are measured up to what the fullest layer holds, whichever it is."""
+    average = 75
+    caches = [
+        read_in_two_parts(budgets, average, 0, spread=spread)
+        for budgets, spread in (([30, 30], False), ([10, 190], True))
+    ]
+    assert [cache.stored_by_head for cache in caches] == [[90, 90], [70, 250]]
+    shares = minimise_error(caches, [cache.importance() for cache in caches], average, True)
+    assert shares[3] == max(shares) > 90

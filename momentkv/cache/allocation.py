@@ -24,6 +24,7 @@ __all__ = [
     "refine",
     "share_budget",
     "share_on_grids",
+    "up_to",
     "water_level",
 ]
 
@@ -151,20 +152,39 @@ def minimise_error(
     Rows of a batch whose errors are not finite are left out. If no row has finite errors, each share is the average.
     """
     config = caches[0].config
-    grid = budget_grid(average, config.protected + 1, importances[0].shape[-1])
+    grid = budget_grid(average, config.protected + 1, max(importance.shape[-1] for importance in importances))
     least = least_share(average, config.protected + 1, caches[0].seen)
-    fine: list[int] = []
-    curves: list[list[float] | None] = []
+    grids, curves, is_known = list[list[int]](), list[list[float]](), list[bool]()
     for cache, importance in zip(caches, importances, strict=True):
-        measured = error_curves(cache, grid, importance)
+        measured, held = error_curves(cache, grid, importance), cache.stored_by_head
         if not by_head:
-            measured = [[sum(errors) / len(errors) for errors in zip(*measured, strict=True)]]
-        for curve in measured:
-            fine, refined = refine(grid, curve, least)
-            curves.append(refined if all(map(math.isfinite, curve)) else None)
-    known = [curve for curve in curves if curve is not None]
-    shares = iter(share_budget(known, fine, average * len(known)))
-    return [average if curve is None else next(shares) for curve in curves]
+            measured, held = [[sum(errors) / len(errors) for errors in zip(*measured, strict=True)]], [max(held)]
+        for curve, most in zip(measured, held, strict=True):
+            is_known.append(all(map(math.isfinite, curve)))
+            if is_known[-1]:
+                fine, refined = refine(*up_to(most, grid, curve), min(least, most))
+                grids.append(fine)
+                curves.append(refined)
+    total = average * len(curves)
+    shares = share_on_grids(curves, grids, total)
+    # What all that is held leaves over is room to come.
+    spare = (total - sum(shares)) // max(1, len(shares)) if shares == [fine[-1] for fine in grids] else 0
+    rest = iter(shares)
+    return [next(rest) + spare if known else average for known in is_known]
+
+
+def up_to(most: int, grid: Sequence[int], curve: Sequence[float]) -> tuple[list[int], list[float]]:
+    """A curve of a head that holds ``most`` tokens: with all of them it errs by nothing, and cannot use more.
+
+    Examples
+    --------
+    >>> up_to(300, [100, 250, 625], [0.5, 0.1, 0.0]), up_to(900, [100, 250, 625], [0.5, 0.1, 0.02])
+    (([100, 250, 300], [0.5, 0.1, 0.0]), ([100, 250, 625], [0.5, 0.1, 0.02]))
+    """
+    if most >= grid[-1]:
+        return list(grid), list(curve)
+    below = [budget for budget in grid if budget < most]
+    return [*below, most], [*curve[: len(below)], 0.0]
 
 
 def pyramid_budgets(average: int, layers: int, *, sinks: int = 1, window: int = 32) -> list[int]:

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from momentkv._array import Array, array_namespace, device
-from momentkv.cache.allocation import MULTIPLES, budget_grid, least_share, minimise_error, share_on_grids, water_level
+from momentkv.cache.allocation import (
+    MULTIPLES,
+    budget_grid,
+    least_share,
+    minimise_error,
+    share_on_grids,
+    up_to,
+    water_level,
+)
 from momentkv.cache.coded_budget import CodedBudget
 from momentkv.cache.competition import candidates, finite_rows, whole_shares, wins
 from momentkv.cache.curves import error_at, error_curves
@@ -216,8 +224,8 @@ def extra_tokens(
     heads = sum(map(len, chosen))
     if total < 1:
         return [0] * heads
-    fixed, stored = caches[0].config.protected, importances[0].shape[-1]
-    grid = budget_grid(average, fixed + 1, stored, WIDER)
+    fixed, stored = caches[0].config.protected, [count for cache in caches for count in cache.stored_by_head]
+    grid = budget_grid(average, fixed + 1, max(stored), WIDER)
     curves = [
         curve
         for cache, importance in zip(caches, importances, strict=True)
@@ -226,17 +234,18 @@ def extra_tokens(
     counts = [fixed + count for own in chosen for count in own]
     finite = [all(map(math.isfinite, curve)) for curve in curves]
     even = total // heads
-    known = [(curve, count) for curve, count, is_known in zip(curves, counts, finite, strict=True) if is_known]
+    every = zip(curves, counts, stored, finite, strict=True)
+    known = [(curve, count, most) for curve, count, most, is_known in every if is_known]
     rest = total - even * (heads - len(known))
-    most = least_share(average, fixed + 1, caches[0].seen)
-    least = water_level([count for _, count in known], rest, [most] * len(known))
+    level = least_share(average, fixed + 1, caches[0].seen)
+    least = water_level([count for _, count, _ in known], rest, [level] * len(known))
     grids = [
-        sorted({min(max(round(part * average), least - count), stored - count) for part in EXTRAS})
-        for _, count in known
+        sorted({min(max(round(part * average), least - count), most - count) for part in EXTRAS})
+        for _, count, most in known
     ]
     errors = [
-        [error_at(grid, curve, count + extra) for extra in extras]
-        for (curve, count), extras in zip(known, grids, strict=True)
+        [error_at(*up_to(most, grid, curve), count + extra) for extra in extras]
+        for (curve, count, most), extras in zip(known, grids, strict=True)
     ]
     shares = iter(share_on_grids(errors, grids, rest))
     return [next(shares) if is_known else even for is_known in finite]
