@@ -189,6 +189,23 @@ def test_a_later_prefill_shares_anew_and_scores_have_stayed():
     assert len(before & after) > 10
 
 
+@given(seed=st.integers(0, 10**6), average=st.integers(55, 80))
+def test_after_a_second_reading_too_no_head_is_given_more_than_it_holds(seed: int, average: int):
+    cache = waiting(seed, policy=Twice(share=0.1))
+    cache.budgets = [FIXED + 1, 100]
+    cache.evict()
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((1, heads, 64, 8)) for heads in (4, 2, 2))
+    q[:, :2], v[:, 0] = 0, 30 * v[:, 0]  # the first head attends to all it has, and says most
+    cache.append(k, v)
+    cache.attend(q)
+    cache.budget = average
+    held = cache.stored_by_head
+    assert held == [FIXED + 1 + 64, 164]
+    RereadBudget([cache]).evict(cache)
+    assert all(budget <= most for budget, most in zip(cache.budgets, held, strict=True))
+
+
 def test_after_a_second_reading_nothing_of_the_text_is_unforetold(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(CodedBudget, "unforetold", 5.0)
     caches = [waiting(layer, exact_window=2) for layer in range(2)]
