@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from momentkv import LayerCache
 from momentkv import codes as few
+from momentkv.backends import flash as flash_module
 from momentkv.backends import get_backend, records
 from momentkv.backends import torch as torch_backend
 from momentkv.backends.flash import flash, flash_causal, flash_codes
@@ -97,6 +98,17 @@ def test_a_chunk_that_asks_for_a_gradient_gets_one():
     state.lse.sum().backward()
     assert bool((q.grad != 0).any())
     assert bool((k.grad != 0).any())
+
+
+def test_a_chunk_that_asks_for_a_gradient_through_codes_gets_that_of_plain_operators(monkeypatch: pytest.MonkeyPatch):
+    tiers, (q,) = coded_tiers([60, 24], False, 4, torch.float32), of_heads(4, n=90)
+    gradients = []
+    for kernel in (flash_module.FLASH, None):
+        monkeypatch.setattr(flash_module, "FLASH", kernel)
+        own = q.clone().requires_grad_()
+        BACKEND.attend_retained(own, tiers, scale=0.3, weights=False)[0].lse.sum().backward()
+        gradients.append(own.grad)
+    assert torch.equal(*gradients)
 
 
 def coded_tiers(budgets: list[int], padded: bool, bits: Any, dtype: torch.dtype) -> Tiers:
