@@ -9,8 +9,9 @@ import pytest
 from libraries import LIBRARIES, Library
 
 from momentkv import LayerCache, Moments, Tokens, get_policy
-from momentkv.cache.allocation import SharedBudget, minimise_error
+from momentkv.cache.allocation import minimise_error
 from momentkv.cache.competition import by_importance
+from momentkv.cache.shared_budget import SharedBudget
 from momentkv.statistics.corrections import AnchoredSummaries
 
 # A prefill that evicts, tokens until several flushes, a chunk.

@@ -226,7 +226,7 @@ def test_an_eviction_that_fails_leaves_bits_as_they_were(monkeypatch: pytest.Mon
     caches = [waiting(layer)[0] for layer in range(2)]
     shared = CodedBudget(caches, minimise_error, by_head=True, chooses_bits=True)
     shared.evict(caches[0])
-    monkeypatch.setattr(LayerCache, "evict", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(LayerCache, "evict", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         shared.evict(caches[1])
     assert all(cache.config.bits is None for cache in caches)
@@ -287,13 +287,14 @@ def test_what_fits_as_it_came_stays_exact_and_is_coded_when_it_no_longer_does():
         else:
             assert bits == {pair_of_bits(4)}
         spent.append(cache.nbytes)
-    # As many bytes as 80 tokens and a block as they came, and what stands for the evicted ones.
+    # As many bytes as 80 tokens and a block as they came, what stands for the evicted ones, and the queries that
+    # budgets are shared by, one for each KV head and token.
     core = cores[0]
     token = 2 * 16 * 4
     beside = core.state.evicted.nbytes / 2 + 2 * 16 * 4 + 3 * token / 2
     retained = core.state.layout.width
     assert retained > 3 * (80 - 9)
-    per_head = (80 + 8) * token + 4 * (retained + 17) + 8 + beside
+    per_head = (80 + 8) * token + 4 * (retained + 17) + 8 + beside + 32 * 16 * 4
     assert max(spent) <= len(cores) * 2 * per_head
 
 

@@ -10,8 +10,9 @@ import torch
 from libraries import LIBRARIES
 
 from momentkv import LayerCache
-from momentkv.cache.allocation import SharedBudget, minimise_error
+from momentkv.cache.allocation import minimise_error
 from momentkv.cache.competition import finite_rows
+from momentkv.cache.shared_budget import SharedBudget
 
 LENGTH, PADDED = 60, 45
 STEPS = {"one by one": [40] + [1] * 20, "chunks": [40, 10, 10], "a chunk with its window": [20, 40]}

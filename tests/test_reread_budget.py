@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from momentkv import LayerCache
-from momentkv.cache.allocation import SharedBudget, least_share, minimise_error
+from momentkv.cache.allocation import least_share, minimise_error
 from momentkv.cache.coded_budget import CodedBudget, chosen_code
 from momentkv.cache.curves import error_curves
 from momentkv.cache.rereading import take_scores
 from momentkv.cache.second_reading import RereadBudget, by_threshold, error_at, looked_for, places_of
+from momentkv.cache.shared_budget import SharedBudget
 from momentkv.policies import Policy, Twice, get_policy
 
 SINKS, WINDOW, AVERAGE, COUNT = 1, 4, 30, 150

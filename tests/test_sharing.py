@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from models import left_padded, prompt, tiny
 
 from momentkv import LayerCache
-from momentkv.cache.allocation import SharedBudget, minimise_error, pyramid_budgets
+from momentkv.cache.allocation import minimise_error, pyramid_budgets
 from momentkv.cache.competition import by_importance
+from momentkv.cache.shared_budget import SharedBudget
 from momentkv.hf import MomentCache
 
 SINKS, WINDOW, AVERAGE = 1, 8, 40

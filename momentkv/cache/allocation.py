@@ -6,7 +6,7 @@ import bisect
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from momentkv._array import Array
@@ -15,9 +15,9 @@ from momentkv.cache.curves import error_at, error_curves
 from momentkv.cache.layer import LayerCache
 
 __all__ = [
-    "SharedBudget",
     "Sharing",
     "budget_grid",
+    "least_errors",
     "least_share",
     "minimise_error",
     "pyramid_budgets",
@@ -35,95 +35,6 @@ MULTIPLES = ((0.4, 0.0), (1.0, 0.0), (2.5, 0.6), (6.25, 0.9))
 STEPS = 4
 # How many times fewer tokens than the average PyramidKV gives to the last layer, as in its paper.
 STEEPNESS = 20
-
-
-Rule = Callable[[Sequence[LayerCache], Sequence[Array], int, bool], list[int]]
-
-
-class SharedBudget:
-    """Evicts caches together after a prefill, each layer or each KV head to its share of one total.
-
-    Parameters
-    ----------
-    caches : sequence of LayerCache
-        Made with ``keep_queries=True`` and one budget, the average.
-    rule : callable
-        A function such as `minimise_error` or `by_importance`. Its arguments are the caches that are full, the
-        importances of their tokens, the average, and whether heads have shares. It returns a budget for each share.
-    by_head : bool
-        Whether every KV head has a share of its own, or all heads of a layer one.
-
-    Notes
-    -----
-    Until the last of the caches has attended, each holds all its tokens and the importance of each. So when the layers
-    of a model share, a prefill in one piece needs as much memory as the full cache while it lasts. A prefill in chunks
-    needs as much as the budget and one chunk. The total is shared again after each chunk. While decoding, each cache
-    keeps to its budget.
-    """
-
-    def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool) -> None:
-        self.caches = list(caches)
-        self.rule, self.by_head = rule, by_head
-        budget = self.caches[0].budget
-        self.average = budget if isinstance(budget, int) else budget[0]
-        self.waiting: list[tuple[LayerCache, Array]] = []  # and importances, of those of which something is to go
-
-    def evict(self, cache: LayerCache) -> None:
-        """Evict one cache, or, after a prefill, wait for the others and then evict them all, or none."""
-        if cache.newest_queries is None:
-            self.prepare(cache)
-            cache.evict()
-            return
-        if any(cache is other for other, _ in self.waiting):
-            self.waiting = []  # left by a pass that failed
-        self.waiting.append((cache, self.ranked(cache)))
-        if len(self.waiting) < len(self.caches):
-            return
-        waiting, self.waiting = self.waiting, []
-        before = [each.held() for each, _ in waiting]
-        try:
-            self._evict(*map(list, zip(*waiting, strict=True)))
-        except BaseException:
-            for (each, _), held in zip(waiting, before, strict=True):
-                each.go_back(held)
-            raise
-
-    def prepare(self, cache: LayerCache) -> None:
-        """Make ready a cache that evicts by itself, while decoding; nothing to do here."""
-
-    def ranked(self, cache: LayerCache) -> Array:
-        """Importances of a cache that waits, or None if nothing of it is to go; what ranked its tokens is let go."""
-        if not cache.is_due:
-            return None
-        importance = self.importance(cache)
-        cache.release_queries()
-        return importance
-
-    def importance(self, cache: LayerCache) -> Array:
-        """What the tokens of a cache are ranked by before anything is shared."""
-        return cache.importance()
-
-    def _evict(self, waiting: list[LayerCache], ranked: list[Array]) -> None:
-        if not any(each.is_due for each in waiting):
-            for each in waiting:
-                each.evict()  # nothing goes yet, but the queries are let go
-            return
-        importances = [self.importance(each) if x is None else x for each, x in zip(waiting, ranked, strict=True)]
-        shares = iter(self.rule(waiting, importances, self.tokens(waiting, importances), self.by_head))
-        for each, importance in zip(waiting, importances, strict=True):
-            heads = importance.shape[-2]
-            each.budgets = [next(shares) for _ in range(heads)] if self.by_head else [next(shares)] * heads
-            each.evict(importance)
-
-    def tokens(self, waiting: Sequence[LayerCache], importances: Sequence[Array]) -> int:
-        """Tokens that each KV head may retain on average."""
-        return self.average
-
-    def reset(self) -> None:
-        """Back to the average for all."""
-        self.waiting = []
-        for cache in self.caches:
-            cache.budget = self.average
 
 
 def minimise_error(
@@ -151,14 +62,26 @@ def minimise_error(
     -----
     Rows of a batch whose errors are not finite are left out. If no row has finite errors, each share is the average.
     """
-    config = caches[0].config
-    grid = budget_grid(average, config.protected + 1, max(importance.shape[-1] for importance in importances))
-    least = least_share(average, config.protected + 1, caches[0].seen)
+    grid = budget_grid(average, caches[0].config.protected + 1, max(importance.shape[-1] for importance in importances))
+    measured = [error_curves(cache, grid, importance) for cache, importance in zip(caches, importances, strict=True)]
+    return least_errors(caches, grid, measured, average, by_head)
+
+
+def least_errors(
+    caches: Sequence[LayerCache],
+    grid: Sequence[int],
+    curves_of: Sequence[list[list[float]]],
+    average: int,
+    by_head: bool,
+) -> list[int]:
+    """`minimise_error`, given the curves of the heads of each cache at the budgets of a grid."""
+    least = least_share(average, caches[0].config.protected + 1, caches[0].seen)
     grids, curves, is_known = list[list[int]](), list[list[float]](), list[bool]()
-    for cache, importance in zip(caches, importances, strict=True):
-        measured, held = error_curves(cache, grid, importance), cache.stored_by_head
+    for cache, measured in zip(caches, curves_of, strict=True):
+        held = cache.stored_by_head
         if not by_head:
-            measured, held = [[sum(errors) / len(errors) for errors in zip(*measured, strict=True)]], [max(held)]
+            measured = [[sum(errors) / len(errors) for errors in zip(*measured, strict=True)]]
+            held = [max(held)]
         for curve, most in zip(measured, held, strict=True):
             is_known.append(all(map(math.isfinite, curve)))
             if is_known[-1]:

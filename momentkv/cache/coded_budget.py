@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from momentkv._array import Array, array_namespace
-from momentkv.cache.allocation import Rule, SharedBudget, budget_grid, least_share, refine, share_budget
+from momentkv.cache.allocation import budget_grid, least_share, refine, share_budget
 from momentkv.cache.budget_rules import tokens_bought
 from momentkv.cache.curves import error_at, measured_errors
 from momentkv.cache.layer import LayerCache
+from momentkv.cache.shared_budget import Rule, SharedBudget
 from momentkv.codes import USUAL, pair_of_bits, record_bytes
 
 __all__ = ["CODES", "EVICTION_COUNTS", "UNFORETOLD", "CodedBudget", "chosen_code", "expected_error", "shared_error"]
@@ -30,7 +31,7 @@ class CodedBudget(SharedBudget):
 
     Parameters
     ----------
-    caches, rule, by_head
+    caches, rule, by_head, while_decoding
         As `SharedBudget` takes them.
     chooses_bits : bool
         Whether the average is in tokens as they came, whose bytes are spent on tokens of few bits once they do not do:
@@ -46,9 +47,22 @@ class CodedBudget(SharedBudget):
 
     unforetold = UNFORETOLD
 
-    def __init__(self, caches: Sequence[LayerCache], rule: Rule, *, by_head: bool, chooses_bits: bool) -> None:
-        super().__init__(caches, rule, by_head=by_head)
+    def __init__(
+        self,
+        caches: Sequence[LayerCache],
+        rule: Rule,
+        *,
+        by_head: bool,
+        chooses_bits: bool,
+        while_decoding: bool = True,
+    ) -> None:
+        super().__init__(caches, rule, by_head=by_head, while_decoding=while_decoding)
         self.chooses_bits, self.beside = chooses_bits, 0
+
+    @property
+    def can_share(self) -> bool:
+        """Whether bits are known: at a first eviction while decoding there is too little to choose them by."""
+        return not self.chooses_bits or self.caches[0].config.bits is not None
 
     def prepare(self, cache: LayerCache) -> None:
         """Choose the bits of a cache whose first tokens go while decoding, or whose steps are static from now on."""

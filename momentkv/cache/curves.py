@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from momentkv._array import Array, array_namespace
+from momentkv._array import Array, array_namespace, device
 from momentkv._rows import take_rows
 from momentkv.attention import AttentionState, merge
 from momentkv.cache.by_heads import folded
@@ -64,10 +64,12 @@ def measured_errors(
     *,
     codes: Sequence[tuple[int, int]] = (),
     at: int | None = None,
+    layers: int = 1,
 ) -> tuple[list[list[float]], list[list[float]]]:
     """`error_curves`, and for each code the errors of all KV heads where retained tokens are rounded as well.
 
-    ``codes`` are bits of keys and of values, ``at`` the budget of the grid that they are measured at.
+    ``codes`` are bits of keys and of values, ``at`` the budget of the grid that they are measured at. The heads may be
+    those of several ``layers``, as many of each (`momentkv.cache.joining.joined_state`).
     """
     q = cache.newest_queries
     if q is None:
@@ -88,7 +90,7 @@ def measured_errors(
     )
     cuts = [0, *(min(budget, n) for budget in grid), n]
     segments = [ranked(view, order[..., start:stop]) for start, stop in itertools.pairwise(cuts)]
-    places = view.positions[..., -q.shape[-2] :, None]  # a query of padding sees nothing
+    places = places_of_queries(cache, view, q.shape[-2])
     # Where no slot is empty and the window has every judge, all else came before them. Heads that retain fewer tokens
     # than others have empty slots.
     whole = state.layout.equal and not (state.padded or (cache.new is not None and cache.new.padded))
@@ -112,7 +114,9 @@ def measured_errors(
         return state.out if expansion is None else backend.correct(state, q, expansion, scale=scale)
 
     exact = output(states[-1], correction.expansion(evicted) if state.has_evicted else None)
-    norm = xp.mean(xp.sum(exact * exact, axis=-1), axis=(-2, -1), keepdims=True)
+    squares = xp.sum(exact * exact, axis=-1)
+    of_layers = xp.mean(xp.reshape(squares, (*squares.shape[:-2], layers, -1)), axis=-1)
+    norm = xp.repeat(of_layers, squares.shape[-2] // layers, axis=-1)[..., None]
     kv_heads, window = view.keys.shape[-3], cache.query_window
 
     def error(state: AttentionState, expansion: Any) -> Array:
@@ -140,6 +144,16 @@ def measured_errors(
     mean = xp.where(number > 0, mean, xp.full_like(mean, math.nan))
     numbers = [[float(mean[place, head]) for head in range(kv_heads)] for place in range(mean.shape[0])]
     return [list(curve) for curve in zip(*numbers[: len(grid)], strict=True)], numbers[len(grid) :]
+
+
+def places_of_queries(cache: LayerCache, view: View, count: int) -> Array:
+    """Place in the sequence of each newest query, shape (..., count, 1); -1 for padding, which sees nothing."""
+    if cache.new is not None and cache.new.length >= count:
+        return view.positions[..., -count:, None]
+    # Gathered while decoding: of the newest tokens, not all of which need be stored. Those of padding are NaN.
+    xp = array_namespace(view.positions)
+    newest = xp.arange(cache.seen - count, cache.seen, dtype=view.positions.dtype, device=device(view.positions))
+    return newest[:, None]
 
 
 def rounded_tokens(

@@ -168,10 +168,11 @@ def evicted_state(
     importance: Array | None = None,
     newest: Array | None = None,
     resized: bool = False,
+    block: int | None = None,
 ) -> tuple[LayerState, dict[int, float]]:
     """A layer's state after eviction to its budgets, all heads at once.
 
-    Every row and head that holds a block more tokens than its budget is cut to the budget; others keep all they have.
+    Every row and head that holds a block (of the settings, or another) more tokens than its budget is cut to it.
 
     Parameters
     ----------
@@ -196,7 +197,7 @@ def evicted_state(
     refused : dict
         KV heads whose eviction was refused for the tolerance, with the certified error; they keep all their tokens.
     """
-    heads, stored = len(budgets), None if state.is_empty else state
+    heads, stored, block = len(budgets), None if state.is_empty else state, block or config.block
     view = view_of(stored, new)
     xp = array_namespace(view.keys)
     if importance is not None and tuple(importance.shape) != tuple(view.positions.shape):
@@ -210,12 +211,12 @@ def evicted_state(
     budget = get_backend(view.keys).numbers(state.layout, tuple(budgets), view.keys)
     counts = xp.sum(xp.astype(view.positions >= 0, xp.int32), axis=-1)
     if totals is None:
-        due, most = list(range(heads)), config.block
-        full = (state.ticks if state.ticks is not None else counts) >= budget + config.block
+        due, most = list(range(heads)), block
+        full = (state.ticks if state.ticks is not None else counts) >= budget + block
     else:
-        due = [head for head in range(heads) if totals.most[head] >= budgets[head] + config.block]
+        due = [head for head in range(heads) if totals.most[head] >= budgets[head] + block]
         most = max((totals.most[head] - budgets[head] for head in due), default=0)
-        full = counts >= budget + config.block
+        full = counts >= budget + block
     evicted, evidence, attention = state.evicted, state.evidence, view.attention
     positions, refused, cut = view.positions, dict[int, float](), xp.zeros_like(full)
     alike, fills = totals is not None and totals.even, None
@@ -259,7 +260,8 @@ def evicted_state(
                 state = state.changed(**with_lost(state, EVICTED, gone))
             judged = state.changed(evicted=evicted, evidence=evidence)
             renew = renewal(config, state, limits < counts, alike=alike, goes=True)[0]
-            refused = refused_heads(config, judged, view, positions, budgets, totals, scale, renew, fills)
+            later = None if totals is None else totals.after(budgets, block)
+            refused = refused_heads(config, judged, view, positions, budgets, later, scale, renew, fills)
             if refused:
                 stays = xp.asarray([head in refused for head in range(heads)], device=device(view.keys))
                 state = choose_lost(stays, before, state)
@@ -273,7 +275,7 @@ def evicted_state(
             state = state.changed(ticks=state.ticks - xp.astype(full, state.ticks.dtype) * config.block)
     if totals is not None:
         budgets = [totals.most[head] if head in refused else budgets[head] for head in range(heads)]
-        totals = totals.after(budgets, config.block)
+        totals = totals.after(budgets, block)
     went = any(head not in refused for head in due)
     renew, early = renewal(config, state, cut, alike=alike, goes=went)
     view = view._replace(attention=attention)
@@ -298,9 +300,8 @@ def settle(
     ``totals`` are those of the kept tokens; None where the host may not ask. With ``renew`` they are coded anew, see
     `repack`. Where rows differ, those and heads that are False in ``fills`` retain what they do, and no more.
     """
-    xp, beside = array_namespace(view.keys), config.exact
-    where, padded = device(view.keys), True
-    filled, room = config.recent, None
+    xp, where, beside = array_namespace(view.keys), device(view.keys), config.exact
+    filled, room, padded = config.recent, None, True
     if config.static:
         widths = tuple(max(0, budget - beside) for budget in budgets)
     else:
@@ -332,15 +333,16 @@ def without_newest(
     config: CacheConfig, state: LayerState, budgets: Sequence[int], seen: int, tokens: int
 ) -> LayerState:
     """A state without its newest tokens, none of which has been evicted."""
+    state = state.changed(judges=None, seen=seen - tokens)
     if state.is_empty:  # all that was read was padding
-        return state.changed(seen=seen - tokens)
+        return state
     view = view_of(state)
     kept = (view.positions >= 0) & (view.positions < seen - tokens)
     if view.attention is not None:
         xp = array_namespace(view.attention)
         view = view._replace(attention=xp.where(kept, view.attention, xp.zeros_like(view.attention)))
     counted = Totals.of_kept(kept)
-    return settle(config, state.changed(seen=seen - tokens), view, kept, budgets, counted)
+    return settle(config, state, view, kept, budgets, counted)
 
 
 def refused_heads(
@@ -349,7 +351,7 @@ def refused_heads(
     view: View,
     positions: Array,
     budgets: Sequence[int],
-    totals: Totals | None,
+    left: Totals | None,
     scale: float,
     renew: bool | Array,
     fills: Array | None,
@@ -365,9 +367,8 @@ def refused_heads(
     xp, losses, evidence = array_namespace(view.keys), None, state.evidence
     if evidence is None:
         raise ValueError("evidence is None, without which nothing is certified")
-    if config.bits is not None and totals is not None:
+    if config.bits is not None and left is not None:
         # What is judged are the tokens as they would be read.
-        left = totals.after(budgets, config.block)
         state = settle(config, state, view, positions >= 0, budgets, left, renew=renew, fills=fills)
         view = view_of(state)
         positions, losses = view.positions, losses_of(state, view.positions)

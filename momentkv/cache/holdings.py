@@ -50,6 +50,8 @@ class Holdings:
         Of a prefill, until the eviction that follows.
     budgets : list of int, or None
         Of each KV head, once their number is known.
+    shares_from : int or None
+        From what length on the next eviction shares budgets anew, while decoding too; None where none does.
     fixed : LayerState or None
         Where steps are static, the state in the arrays that later ones are written into.
     torn : bool
@@ -68,6 +70,7 @@ class Holdings:
     recording: bool = False
     newest_queries: Array = None
     budgets: list[int] | None = None
+    shares_from: int | None = None
     fixed: LayerState | None = None
     torn: bool = False
     handle: Array = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from copy import copy as copy_of
 from typing import Any
 
 from momentkv._array import array_namespace, device
@@ -23,24 +24,24 @@ from momentkv.cache.state import PACKED, STATISTICS, LayerState, overwritten
 from momentkv.policies import Policy
 from momentkv.statistics.corrections import Correction
 
-__all__ = ["evict_together", "flush_together", "flushed_together", "groups"]
+__all__ = ["evict_together", "flush_together", "flushed_together", "groups", "joined_cache"]
 
 
-def evict_together(caches: Sequence[LayerCache]) -> None:
+def evict_together(caches: Sequence[LayerCache], *, block: int | None = None) -> None:
     """`LayerCache.evict` of caches that have run full (`LayerCache.is_full`); those that are alike evict together.
 
-    Results are those of one after the other, to rounding: sums may be taken in another order. If it fails, all caches
-    are as before.
+    With a ``block`` of 1, of all that hold more than their budgets, full or not. Results are those of one after the
+    other, to rounding: sums may be taken in another order. If it fails, all caches are as before.
     """
     held = [cache.held() for cache in caches]
     states = [cache.stored_state for cache in caches]
     try:
-        for group in groups(caches, states):
+        for group in groups(caches, states, block=block):
             alike = [caches[index] for index in group]
             if len(group) == 1:
-                alike[0].evict()
+                alike[0].evict(block=block)
                 continue
-            after = evicted_together(alike, [states[index] for index in group], copy=True)
+            after = evicted_together(alike, [states[index] for index in group], copy=True, block=block)
             for cache, state in zip(alike, after, strict=True):
                 cache.take(state)
     except BaseException:
@@ -88,7 +89,7 @@ def flushed_together(caches: Sequence[LayerCache], states: Sequence[LayerState])
     return after
 
 
-def groups(caches: Sequence[LayerCache], states: Sequence[LayerState]) -> list[list[int]]:
+def groups(caches: Sequence[LayerCache], states: Sequence[LayerState], *, block: int | None = None) -> list[list[int]]:
     """Numbers of the caches that may evict at once, a list for each time.
 
     Those of a group have equal settings, arrays that differ in the number of heads or slots alone, and come to have as
@@ -97,7 +98,7 @@ def groups(caches: Sequence[LayerCache], states: Sequence[LayerState]) -> list[l
     """
     kinds: list[tuple[Any, list[int]]] = []
     for index, (cache, state) in enumerate(zip(caches, states, strict=True)):
-        kind = kind_of(cache, state)
+        kind = kind_of(cache, state, block or cache.config.block)
         members = next((own for other, own in kinds if kind is not None and same(kind, other)), None)
         if members is None:
             kinds.append((kind, [index]))
@@ -124,7 +125,7 @@ def joined_bytes(states: Sequence[LayerState]) -> int:
     return 4 * heads * width * (states[0].recent_keys.shape[-1] + states[0].recent_values.shape[-1])
 
 
-def kind_of(cache: LayerCache, state: LayerState) -> Any:
+def kind_of(cache: LayerCache, state: LayerState, block: int) -> Any:
     """What caches that evict at once have in common; None for one that must evict by itself."""
     config, budgets = cache.config, cache.budgets or []
     # Evidence counts the terms of sums, which depend on what is summed beside.
@@ -141,8 +142,8 @@ def kind_of(cache: LayerCache, state: LayerState) -> Any:
         # Of padded rows the host does not know which evict; records are made when the first ones do.
         return kind if config.static or state.has_evicted else None
     totals = Totals(state, None, len(budgets))
-    due = any(most >= budget + config.block for most, budget in zip(totals.most, budgets, strict=True))
-    left = totals.after(budgets, config.block).most
+    due = any(most >= budget + block for most, budget in zip(totals.most, budgets, strict=True))
+    left = totals.after(budgets, block).most
     _, filled = widths_of(left, budgets, config.exact)
     return (*kind, due, filled, min(left) < filled)
 
@@ -163,12 +164,22 @@ def same(a: Any, b: Any) -> bool:
     return not hasattr(a, "shape") and bool(a == b)
 
 
-def evicted_together(caches: Sequence[LayerCache], states: Sequence[LayerState], *, copy: bool) -> list[LayerState]:
+def evicted_together(
+    caches: Sequence[LayerCache], states: Sequence[LayerState], *, copy: bool, block: int | None = None
+) -> list[LayerState]:
     """`evicted_state` of caches that are alike; with ``copy``, in arrays that share no memory with each other."""
     first, whole = caches[0], joined_state(states)
     budgets = [budget for cache in caches for budget in cache.budgets or []]
-    after, _ = evicted_state(first.config, whole, None, budgets, scale=first.attention_scale)
+    after, _ = evicted_state(first.config, whole, None, budgets, scale=first.attention_scale, block=block)
     return parted_state(after, whole, states, copy=copy)
+
+
+def joined_cache(caches: Sequence[LayerCache]) -> LayerCache:
+    """A cache with the heads of all, which must be alike, to look at: nothing is to be read or evicted with it."""
+    whole = copy_of(caches[0])
+    whole.state = joined_state([cache.stored_state for cache in caches])
+    whole.budgets = [budget for cache in caches for budget in cache.budgets or []]
+    return whole
 
 
 def joined_state(states: Sequence[LayerState]) -> LayerState:

@@ -14,6 +14,7 @@ from momentkv.cache.config import EXACT_WINDOW, NO_GRADIENT, RECENT_QUERIES, Cac
 from momentkv.cache.eviction import evicted_state, importance_of, without_newest
 from momentkv.cache.holdings import Holdings
 from momentkv.cache.observing import observed_queries, real_ones_last, without_padding
+from momentkv.cache.queries import gathers
 from momentkv.cache.state import LayerState, NewTokens, hidden, joined, place, told
 from momentkv.cache.step import arrived, attended, check_like_stored, check_step, decoded, fresh, remembered, started
 from momentkv.cache.threads import alone
@@ -267,7 +268,9 @@ class LayerCache(Holdings):
     def decoded(self, state: LayerState, new: NewTokens, q: ArrayObject) -> tuple[Array, LayerState]:
         """`momentkv.cache.step.decoded` by these settings; nothing is changed."""
         expansion = self._prepared(self.config.backend_of(q), state)
-        return decoded(self.config, state, new, q, scale=self.attention_scale, expansion=expansion)
+        return decoded(
+            self.config, state, new, q, scale=self.attention_scale, expansion=expansion, gathers=gathers(self)
+        )
 
     @property
     def attention_scale(self) -> float:
@@ -297,17 +300,19 @@ class LayerCache(Holdings):
         with backend.as_given():
             new, q = real_ones_last(new, backend.detach(q), ask=not self.is_fixed)
             q = without_padding(new, q)
-        state = remembered(config, state, new, q, scale=self.attention_scale)
+        few = q.shape[-2] < RECENT_QUERIES
+        state = remembered(config, state, new, q, scale=self.attention_scale, gathers=few and gathers(self))
         if q.shape[-2] >= RECENT_QUERIES and (config.remembers_queries or config.keep_queries):
             self.newest_queries = backend.copy(q[..., max(q.shape[-2] - config.newest, 0) :, :])
         if new.attention is not None and state.attention is not None:
             state, new = observed_queries(config, backend, state, new, q, self.attention_scale)
         self.state, self.new = state, new
 
-    def evict(self, importance: ArrayObject | None = None) -> None:
+    def evict(self, importance: ArrayObject | None = None, *, block: int | None = None) -> None:
         """Evict down to the budget where a row has filled its block, and fold in what goes (last part of `step`).
 
-        The policy's `importance` of the tokens as they are now may be given, where it is known already.
+        The policy's `importance` of the tokens as they are now may be given, where it is known already; and a
+        ``block`` of another size, 1 to go down to the budget in any case.
         """
         state, new = self.state, self.new
         if state is None or self.recording or (self.is_fixed and new is None and importance is None):
@@ -327,6 +332,7 @@ class LayerCache(Holdings):
                 scale=self.attention_scale,
                 importance=importance,
                 newest=newest,
+                block=block,
             )
         self.state, self.new, self.newest_queries = state, None, None
         if refused:

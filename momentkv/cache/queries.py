@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from momentkv._array import Array, accumulate, array_namespace
@@ -9,7 +10,7 @@ from momentkv.attention import group_queries
 from momentkv.cache.config import RECENT_QUERIES
 from momentkv.statistics.summaries import QueryWindow
 
-__all__ = ["query_window", "remember"]
+__all__ = ["gathers", "joined_judges", "judges_of", "query_window", "remember"]
 
 
 def query_window(state: Any) -> QueryWindow | None:
@@ -19,6 +20,55 @@ def query_window(state: Any) -> QueryWindow | None:
     xp = array_namespace(state.query_mean)
     variance = state.query_square - state.query_mean * state.query_mean
     return QueryWindow(state.query_mean, xp.maximum(variance, xp.zeros_like(variance)))
+
+
+def gathers(cache: Any) -> bool:
+    """Whether a `LayerCache` that was given new tokens keeps their queries to share budgets by."""
+    return cache.shares_from is not None and cache.seen > cache.shares_from - RECENT_QUERIES
+
+
+def judges_of(cache: Any) -> Array | None:
+    """Queries to share budgets by, shape (..., kv_head, 32, d), once it is time to and there are so many."""
+    judges = None if cache.state is None else cache.state.judges
+    if judges is None or judges.shape[-2] < RECENT_QUERIES:
+        return None
+    return judges if cache.shares_from is not None and cache.seen >= cache.shares_from else None
+
+
+def joined_judges(judges: Array | None, recent: Array, real: Array | None, kv_heads: int, first: int) -> Array:
+    """The newest judges, given those before: of each token the query of one head of each group, in turn.
+
+    One for each KV head takes a group's part of the memory that all would. Their errors average to the same.
+
+    Parameters
+    ----------
+    judges : array, shape (..., kv_head, m, d), or None
+    recent : array, shape (..., kv_head * group, n, d)
+        Of the newest tokens.
+    real : bool array, shape (..., kv_head, n), or None
+        False for the query of padding; None where there is none.
+    kv_heads : int
+    first : int
+        Where in the group to begin, counted round and round.
+
+    Returns
+    -------
+    array, shape (..., kv_head, min(m + n, 32), d)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> joined_judges(None, np.array([[[1.0], [2.0]], [[3.0], [4.0]]]), None, 1, 7).tolist()  # a group of two heads
+    [[[3.0], [2.0]]]
+    """
+    xp = array_namespace(recent)
+    count, group = recent.shape[-2], recent.shape[-3] // kv_heads
+    grouped = xp.reshape(recent, (*recent.shape[:-3], kv_heads, group, *recent.shape[-2:]))
+    own = xp.stack([grouped[..., (first + token) % group, token, :] for token in range(count)], axis=-2)
+    if real is not None:  # padding judges nothing
+        own = xp.where(real[..., None], own, xp.full_like(own, math.nan))
+    own = own if judges is None else xp.concat([judges, own], axis=-2)
+    return own[..., max(own.shape[-2] - RECENT_QUERIES, 0) :, :]
 
 
 def remember(

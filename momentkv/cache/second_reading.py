@@ -22,6 +22,7 @@ from momentkv.cache.competition import candidates, finite_rows, whole_shares, wi
 from momentkv.cache.curves import error_at, error_curves
 from momentkv.cache.eviction import importance_of
 from momentkv.cache.layer import LayerCache
+from momentkv.cache.shared_budget import AGAIN, LONGER
 from momentkv.policies.select import protected
 from momentkv.policies.turns import ranks
 from momentkv.policies.twice import Twice, largest_changes
@@ -129,7 +130,7 @@ class RereadBudget(CodedBudget):
     ----------
     caches : sequence of LayerCache
         With the policy `momentkv.policies.Twice`, made with ``keep_queries=True`` and one budget, the average.
-    chooses_bits : bool
+    chooses_bits, while_decoding : bool
         See `CodedBudget`.
 
     Notes
@@ -145,8 +146,10 @@ class RereadBudget(CodedBudget):
     # The text has been asked what it needs: what its own queries foretell is all that its errors have to count.
     unforetold = 0.0
 
-    def __init__(self, caches: Sequence[LayerCache], *, chooses_bits: bool = False) -> None:
-        super().__init__(caches, minimise_error, by_head=True, chooses_bits=chooses_bits)
+    def __init__(
+        self, caches: Sequence[LayerCache], *, chooses_bits: bool = False, while_decoding: bool = True
+    ) -> None:
+        super().__init__(caches, minimise_error, by_head=True, chooses_bits=chooses_bits, while_decoding=while_decoding)
         policy = caches[0].config.policy
         if not isinstance(policy, Twice):
             raise ValueError(f"policy is {policy.name!r}; budgets after a second reading are for policy='twice'")
@@ -181,6 +184,23 @@ class RereadBudget(CodedBudget):
             super()._evict(waiting, ranked)
             return
         ranked = [self.importance(each) if x is None else x for each, x in zip(waiting, ranked, strict=True)]
+        for each, importance in zip(waiting, self.shared_out(waiting, ranked), strict=True):
+            each.evict(importance)
+        self.share_from(LONGER * waiting[0].seen)
+
+    def judge(self, judges: Sequence[Array]) -> None:
+        """Share by these queries of each cache, and evict."""
+        ranked = [self.importance(each) for each in self.caches]
+        for each, queries in zip(self.caches, judges, strict=True):
+            each.newest_queries = queries
+        importances = self.shared_out(self.caches, ranked)
+        for each, importance in zip(self.caches, importances, strict=True):
+            each.newest_queries = None  # of one head of a group: nothing is calibrated by them
+            each.evict(importance, block=1)
+        self.share_from(self.caches[0].seen + AGAIN)
+
+    def shared_out(self, waiting: Sequence[LayerCache], ranked: Sequence[Array]) -> list[Array]:
+        """Give the caches their budgets; what the tokens of each are to be evicted by."""
         config = waiting[0].config
         fixed = config.protected
         heads = [each.view().keys.shape[-3] for each in waiting]
@@ -194,9 +214,9 @@ class RereadBudget(CodedBudget):
             for each, score, own, rest in zip(waiting, scores, chosen, ranked, strict=True)
         ]
         more = iter(extra_tokens(waiting, importances, chosen, total - sum(map(sum, chosen)), average))
-        for each, importance, own in zip(waiting, importances, chosen, strict=True):
+        for each, own in zip(waiting, chosen, strict=True):
             each.budgets = [fixed + count + next(more) for count in own]
-            each.evict(importance)
+        return importances
 
 
 def looked_for(cache: LayerCache) -> Array:

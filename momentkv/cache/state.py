@@ -65,6 +65,9 @@ class LayerState:
         First and second moment of the scaled recent queries.
     recent_queries : array, shape (..., q_head, m, d), or None
         What an eviction is judged by where there is a tolerance.
+    judges : array, shape (..., kv_head, m, d), or None
+        Of each of the newest tokens the query of one head of the group, of the next head in turn: what budgets are
+        shared by while decoding. NaN for padding.
     clock : int32 array, shape (...), or None
         ``seen``, on the device: where steps are static, the host does not count.
     ticks : int32 array, shape (..., kv_head), or None
@@ -105,6 +108,7 @@ class LayerState:
     query_mean: Array | None = None
     query_square: Array | None = None
     recent_queries: Array | None = None
+    judges: Array | None = None
     clock: Any = None
     ticks: Any = None
     seen: int = 0
@@ -222,7 +226,8 @@ class LayerState:
 ARRAYS = (
     "recent_keys", "recent_values", "recent_positions", "recent_count", "keys", "values", "positions", "counts",
     "key_step", "value_step", "key_mean", "key_deviation", "key_order", "value_deviation", "early", "key_loss",
-    "value_loss", "recent_attention", "attention", "query_mean", "query_square", "recent_queries", "clock", "ticks",
+    "value_loss", "recent_attention", "attention", "query_mean", "query_square", "recent_queries", "judges", "clock",
+    "ticks",
 )  # fmt: skip
 
 # Those that have an axis of packed slots, of all heads, where others have one of heads: behind that of rows.

@@ -13,7 +13,7 @@ from momentkv.backends.layout import Layout
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.given import as_given
 from momentkv.cache.observing import observed, of_real_queries
-from momentkv.cache.queries import remember
+from momentkv.cache.queries import joined_judges, remember
 from momentkv.cache.state import LayerState, NewTokens, empty_state, place
 from momentkv.statistics.moments import Moments
 
@@ -48,12 +48,20 @@ def arrived(config: CacheConfig, state: LayerState, k: Array, v: Array) -> NewTo
 
 @as_given
 def decoded(
-    config: CacheConfig, state: LayerState, new: NewTokens, q: Array, *, scale: float, expansion: Any
+    config: CacheConfig,
+    state: LayerState,
+    new: NewTokens,
+    q: Array,
+    *,
+    scale: float,
+    expansion: Any,
+    gathers: bool = False,
 ) -> tuple[Array, LayerState]:
     """Output of one query a head, whose token becomes a recent one at once, and the state after it.
 
-    ``expansion`` is the estimate of the evicted tokens, as `ArrayBackend.prepare` makes it, or None. Nothing is asked
-    of the device and nothing is changed but recent slots that are not in use: a step that can be traced and captured.
+    ``expansion`` is the estimate of the evicted tokens, as `ArrayBackend.prepare` makes it, or None; with ``gathers``
+    the query is kept as one of those that budgets will be shared by. Nothing is asked of the device and nothing is
+    changed but recent slots that are not in use: a step that can be traced and captured.
     """
     backend = config.backend_of(q)
     state = place(backend, state, new)
@@ -64,7 +72,7 @@ def decoded(
     out, weights = backend.decode(q, state.tiers(), expansion, scale=scale, weights=config.observes)
     if weights is not None:
         state = observed(config.policy, state, of_real_queries(backend.detach(weights), new))
-    return out, remembered(config, state, new, backend.detach(q), scale=scale)
+    return out, remembered(config, state, new, backend.detach(q), scale=scale, gathers=gathers)
 
 
 def attended(
@@ -82,8 +90,13 @@ def attended(
         return both.out if expansion is None else backend.correct(both, q, expansion, scale=scale)
 
 
-def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array, *, scale: float) -> LayerState:
-    """The state after first and second moment of recent queries, and those for a tolerance, were brought up to date."""
+def remembered(
+    config: CacheConfig, state: LayerState, new: NewTokens, q: Array, *, scale: float, gathers: bool = False
+) -> LayerState:
+    """The state after all that it knows of recent queries was brought up to date.
+
+    That is their first and second moment; themselves for a tolerance; and with ``gathers``, judges.
+    """
     recent = q[..., max(q.shape[-2] - RECENT_QUERIES, 0) :, :]
     xp = array_namespace(recent)
     real = None
@@ -98,6 +111,9 @@ def remembered(config: CacheConfig, state: LayerState, new: NewTokens, q: Array,
             kept = xp.concat([state.recent_queries, kept], axis=-2)
         kept = kept[..., max(kept.shape[-2] - RECENT_QUERIES, 0) :, :]
         state = state.changed(recent_queries=(config.backend_of(q)).copy(kept))
+    if gathers:
+        kept = joined_judges(state.judges, recent, real, state.layout.heads, state.seen)
+        state = state.changed(judges=config.backend_of(q).copy(kept))
     if not config.remembers_queries:
         return state
     mean, square = remember(recent, real, state.layout.heads, scale, state.query_mean, state.query_square)

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from momentkv.cache.config import RECENT_QUERIES
+from momentkv.cache.shared_budget import LONGER
 from momentkv.evaluation.code import code_version
 from momentkv.evaluation.fidelity import measure
 from momentkv.evaluation.gap import measure_gap
@@ -146,12 +148,18 @@ def always_of(options: argparse.Namespace) -> dict[str, int]:
 def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
     """Settings of a command, at equal bytes: its methods, or all its policies with all its corrections."""
     counted, always = options.bytes // 8, always_of(options)
+    # By fewer than a window of queries at a time budgets are shared as while decoding.
+    few = (getattr(options, "segment", None) or RECENT_QUERIES) < RECENT_QUERIES
+    longer = getattr(options, "decode", None) is not None and options.following >= (LONGER - 1) * options.context
+    decodes = few or longer
     if options.methods:
         grid: list[Setting] = []
         for x in map(setting_of, options.methods):
             ways = [(x.order, x.kind, x.sharing, x.bits)]
             try:
-                own = settings_grid(model, [x.policy], options.budgets, ways, itemsize=counted, **always)
+                own = settings_grid(
+                    model, [x.policy], options.budgets, ways, itemsize=counted, decodes=decodes, **always
+                )
             except ValueError as error:
                 raise ValueError(f"{error}, or leave {x.method!r} out of methods") from None
             grid += [dataclasses.replace(setting, method=x.method, trial=x.trial) for setting in own]
@@ -160,7 +168,9 @@ def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
     called = {Setting("", 0, *correction): name for name, correction in CHOICES.items()}
     return [
         dataclasses.replace(x, method=f"{x.policy}/{called[dataclasses.replace(x, policy='', budget=0)]}")
-        for x in settings_grid(model, options.policies, options.budgets, corrections, itemsize=counted, **always)
+        for x in settings_grid(
+            model, options.policies, options.budgets, corrections, itemsize=counted, decodes=decodes, **always
+        )
     ]
 
 

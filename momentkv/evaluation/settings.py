@@ -10,9 +10,10 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from momentkv.cache.accounting import token_equivalents
-from momentkv.cache.config import EXACT_WINDOW, exact_tokens
+from momentkv.cache.config import EXACT_WINDOW, RECENT_QUERIES, exact_tokens
 from momentkv.codes import AUTO, USUAL, bits_as_text, bits_from_text, order_bytes, record_bytes
 from momentkv.hf import MomentCache
+from momentkv.hf.building import MEASURED
 from momentkv.hf.checks import SHARING, SHARING_BY_HEADS
 from momentkv.policies import POLICIES, Policy, get_policy
 from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correction
@@ -161,7 +162,7 @@ def setting_of(method: str) -> Setting:
     return dataclasses.replace(Setting(policy, 0, *CHOICES[correction]), method=method)
 
 
-def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None) -> int:
+def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None, decodes: bool = False) -> int:
     """Retained tokens per KV head that a setting's correction and query statistics cost, rounded up.
 
     Parameters
@@ -171,6 +172,9 @@ def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None) 
     itemsize : int, optional
         Bytes of one number of the keys and values that tokens are counted in; by default what the model stores.
         Statistics are counted as they are stored.
+    decodes : bool
+        Whether tokens are decoded, so that the queries count which budgets are then shared by: half a token each, for
+        they have the numbers of keys.
     """
     itemsize = itemsize or model.dtype.itemsize
     cost = token_equivalents(
@@ -187,6 +191,8 @@ def moment_tokens(model: Any, setting: Setting, *, itemsize: int | None = None) 
         if counted or needed:
             d, bits = head_dim(model), USUAL if isinstance(setting.bits, str) else setting.bits
             cost += order_bytes(bits[0], d) / (2 * d * itemsize)
+    if decodes and setting.sharing in MEASURED:
+        cost += RECENT_QUERIES / 2
     return math.ceil(cost)
 
 
@@ -238,6 +244,7 @@ def settings_grid(
     sinks: int = 1,
     window: int = 32,
     exact_window: int = EXACT_WINDOW,
+    decodes: bool = False,
 ) -> list[Setting]:
     """All combinations, at equal bytes.
 
@@ -246,7 +253,8 @@ def settings_grid(
     bytes, by default as the model stores them; what a correction costs is taken from the tokens that it retains. With
     few bits, that many bytes hold more tokens, except for sinks and the newest tokens, which are exact. Combinations
     that would retain fewer
-    than sinks, window and one are left out, and so are budgets by heads for policies that look across heads.
+    than sinks, window and one are left out, and so are budgets by heads for policies that look across heads. With
+    ``decodes``, what decoding adds is counted as well: see `moment_tokens`.
 
     Raises
     ------
@@ -260,7 +268,7 @@ def settings_grid(
             for correction in corrections:
                 setting = Setting(policy, budget, *correction)
                 exact = exact_tokens(setting.bits, sinks=sinks, window=window, exact_window=exact_window)
-                beside = budget - moment_tokens(model, setting, itemsize=itemsize) - exact
+                beside = budget - moment_tokens(model, setting, itemsize=itemsize, decodes=decodes) - exact
                 tokens = exact + math.floor(beside / record_share(model, setting, itemsize=itemsize))
                 most = max(most, tokens)
                 if tokens >= least and setting.sharing in SHARING_BY_HEADS and get_policy(policy).couples_heads:

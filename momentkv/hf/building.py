@@ -147,13 +147,15 @@ def shared_budgets(layers: Sequence[MomentLayer], plan: Plan) -> list[CodedBudge
     rule = {"ada-kv": by_importance, "kvzip": by_threshold}.get(sharing, minimise_error)
     rereads = isinstance(layers[0].core.config.policy, Twice) and sharing in ("heads", "layer-heads")
     totals: list[CodedBudget] = []
+    # A budget in bytes has no room for more queries.
+    options = {"chooses_bits": plan.chooses_bits, "while_decoding": not isinstance(plan.rule, TotalBytes)}
     for group in groups:
         cores = [layer.core for layer in group]
         by_head = sharing in SHARING_BY_HEADS
         if rereads:
-            totals.append(RereadBudget(cores, chooses_bits=plan.chooses_bits))
+            totals.append(RereadBudget(cores, **options))
         else:
-            totals.append(CodedBudget(cores, rule, by_head=by_head, chooses_bits=plan.chooses_bits))
+            totals.append(CodedBudget(cores, rule, by_head=by_head, **options))
         for layer in group:
             layer.sharing = totals[-1]
     return totals

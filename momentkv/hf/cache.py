@@ -61,7 +61,7 @@ class MomentCache(GeneratingCache):
         is the size of the whole cache, everything counted.
     sharing : {"uniform", "layers", "heads", "layer-heads", "ada-kv", "kvzip", "pyramid"}, optional
         What shares one budget. ``"uniform"``: nothing, every KV head has the same. Otherwise the budget is an average,
-        shared after every prefill by the error that each share would cause: ``"layers"`` among layers, ``"heads"``
+        shared after prefills, and while decoding, by the error of each share: ``"layers"`` among layers, ``"heads"``
         among all heads of all layers, ``"layer-heads"`` among those of each layer. ``"ada-kv"``, ``"kvzip"`` and
         ``"pyramid"`` are the rules of those papers. By default ``"heads"``, but ``"layers"`` if
         `Policy.couples_heads`, and ``"uniform"`` if the budget lists one for each layer.

@@ -16,6 +16,7 @@ from momentkv.backends import BACKENDS, get_backend
 from momentkv.backends.layout import Layout
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.second_reading import RereadBudget
+from momentkv.cache.shared_budget import LONGER
 from momentkv.cache.state import LayerState, below, empty_state
 from momentkv.codes import AUTO, pair_of_bits
 from momentkv.hf import former
@@ -38,7 +39,7 @@ NUMBERS = ("seen", "filled", "padded", "has_evicted")
 # Arrays that a state of the same settings may have or not, and their axes.
 OPTIONAL = {"clock": 1, "ticks": 2, "early": 2, "query_mean": 3, "query_square": 3, "recent_queries": 4}
 OPTIONAL |= dict.fromkeys(("key_mean", "key_deviation", "key_order", "value_deviation"), 3)
-OPTIONAL |= dict.fromkeys(("key_loss", "value_loss"), 4)
+OPTIONAL |= dict.fromkeys(("key_loss", "value_loss", "judges"), 4)
 
 
 def save(cache: Any, path: str | os.PathLike[str]) -> None:
@@ -53,6 +54,7 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
             # Layout in memory is part of the state: products over differently laid out arrays may round differently.
             core.map(torch.Tensor.contiguous)
             arrays, held = core.arrays(), {"budgets": core.budgets, "scale": core.scale, "refused": core.refused}
+            held["shares_from"] = core.shares_from
             if core.state is not None:
                 held |= {name: getattr(core.state, name) for name in NUMBERS}
                 held["widths"] = list(core.state.layout.widths)
@@ -186,6 +188,9 @@ def load(
                 layer.keys, layer.values = arrays["keys"], arrays["values"]
                 layer.cumulative_length = whole_number(stored["cumulative_length"])
         check_alike(cache.layers, record["seen"])
+        if not any("shares_from" in stored for stored in record["layers"]):
+            for shared in cache.shared_budgets:  # as after a prefill; such files are of before decoding shared
+                shared.share_from(LONGER * record["seen"])
     # Last, as it changes the model.
     cache.moved.load(tensors, path)
     if cache.static is not None and all(core.state is not None for core in cache.static.cores):
@@ -205,6 +210,8 @@ def restore(core: LayerCache, held: Mapping[str, Any], arrays: Mapping[str, torc
     if held["budgets"] is not None:  # else they are what the cache is made with
         core.budgets = held["budgets"]
     core.scale, core.refused = held["scale"], held["refused"]
+    if held.get("shares_from") is not None and core.shares_from is not None:
+        core.shares_from = whole_number(held["shares_from"])
     if held.get("bits") is not None:
         core.code(pair_of_bits(held["bits"]))
     if not arrays:

@@ -9,8 +9,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from momentkv.backends.autocast import without_autocast
-from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.layer import LayerCache
+from momentkv.cache.shared_budget import SharedBudget
 from momentkv.cache.step import check_like_stored
 from momentkv.hf.attention import NEWEST, link, linked
 from momentkv.hf.checks import check_new_tokens, check_pass, check_static_pass, plain_mask, refuse_arguments

@@ -11,8 +11,9 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.backends.autocast import without_autocast
-from momentkv.cache.allocation import SharedBudget
 from momentkv.cache.joining import evict_together
+from momentkv.cache.queries import judges_of
+from momentkv.cache.shared_budget import SharedBudget
 from momentkv.hf.checks import NAME, records
 from momentkv.hf.clock import Clock
 from momentkv.hf.layer import MomentLayer
@@ -171,10 +172,14 @@ class PassKeeper:
         if self.left > 1:
             return
         due, self.due = self.due, []
+        again = [each.sharing for each in due if each.sharing is not None and judges_of(each.core) is not None]
+        due = [each for each in due if each.sharing not in again]
         for each in due:
             if each.sharing is not None:
                 each.sharing.prepare(each.core)
         with without_autocast():
+            for sharing in dict.fromkeys(again):
+                sharing.share_again()
             evict_together([each.core for each in due])
 
     def attended(self) -> None:
