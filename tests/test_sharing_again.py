@@ -150,6 +150,18 @@ def test_where_budgets_are_not_shared_while_decoding_no_query_is_kept(options: d
 
 
 @torch.inference_mode()
+def test_layers_that_evict_one_by_one_share_too(shared_at: list[int]):
+    """Evidence counts the terms of sums, so that these layers are never joined."""
+    model, ids = tiny("llama"), prompt(1, 300)
+    cache = MomentCache(model, BUDGET, certify=1)
+    decode(model, cache, ids)
+    budgets = [budget for core in cores_of(cache) for budget in core.budgets]
+    assert len(shared_at) == 4
+    assert len(set(budgets)) > 1
+    assert sum(budgets) <= BUDGET * len(budgets)
+
+
+@torch.inference_mode()
 def test_after_a_second_reading_its_scores_count_too(shared_at: list[int]):
     model, ids = tiny("llama"), prompt(1, 400)
     cache = MomentCache(model, BUDGET, policy="twice")

@@ -323,7 +323,8 @@ class LayerCache(Holdings):
         if new is not None and importance is None and state.filled + new.length <= recent:
             state, new = place(self.config.backend_of(new.keys), state, new), None
         refused: dict[int, float] = {}
-        if new is not None or state.filled == recent or (self.config.static and state.clock is None):
+        full = state.filled == recent or (self.config.static and state.clock is None)
+        if new is not None or full or block is not None:
             state, refused = evicted_state(
                 self.config,
                 state,

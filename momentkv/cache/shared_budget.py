@@ -88,13 +88,12 @@ class SharedBudget:
     def share_again(self) -> None:
         """Share anew by the queries gathered since the last eviction, and evict every cache down to its budget."""
         with self.all_or_nothing():
-            judges = [judges_of(each) for each in self.caches]
-            if not self.can_share or any(x is None for x in judges) or not any(each.is_due for each in self.caches):
-                for each in self.caches:
-                    self.prepare(each)
-                    each.evict()
+            if self.is_ready:
+                self.judge([judges_of(each) for each in self.caches])
                 return
-            self.judge(judges)
+            for each in self.caches:
+                self.prepare(each)
+                each.evict()
 
     def judge(self, judges: Sequence[Array]) -> None:
         """Share by these queries of each cache, and evict; caches that are alike are measured and evicted together."""
@@ -120,6 +119,12 @@ class SharedBudget:
         else:
             evict_together(self.caches, block=1)
         self.share_from(self.caches[0].seen + AGAIN)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is time to share anew, by queries that were gathered, and some cache has to evict."""
+        judged = self.can_share and all(judges_of(each) is not None for each in self.caches)
+        return judged and any(each.is_due for each in self.caches)
 
     @property
     def can_share(self) -> bool:

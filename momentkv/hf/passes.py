@@ -12,7 +12,6 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from momentkv.backends.autocast import without_autocast
 from momentkv.cache.joining import evict_together
-from momentkv.cache.queries import judges_of
 from momentkv.cache.shared_budget import SharedBudget
 from momentkv.hf.checks import NAME, records
 from momentkv.hf.clock import Clock
@@ -172,13 +171,14 @@ class PassKeeper:
         if self.left > 1:
             return
         due, self.due = self.due, []
-        again = [each.sharing for each in due if each.sharing is not None and judges_of(each.core) is not None]
+        sharings = dict.fromkeys(each.sharing for each in due if each.sharing is not None)
+        again = [sharing for sharing in sharings if sharing.is_ready]
         due = [each for each in due if each.sharing not in again]
         for each in due:
             if each.sharing is not None:
                 each.sharing.prepare(each.core)
         with without_autocast():
-            for sharing in dict.fromkeys(again):
+            for sharing in again:
                 sharing.share_again()
             evict_together([each.core for each in due])
 
