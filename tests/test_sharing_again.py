@@ -14,7 +14,7 @@ from models import prompt, tiny
 from momentkv.cache.allocation import minimise_error
 from momentkv.cache.curves import error_curves
 from momentkv.cache.layer import LayerCache
-from momentkv.cache.queries import joined_judges
+from momentkv.cache.queries import joined_judges, judges_of
 from momentkv.cache.second_reading import RereadBudget
 from momentkv.cache.shared_budget import AGAIN, SharedBudget
 from momentkv.hf import MomentCache, read
@@ -39,6 +39,7 @@ def shared_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         def judge(self: SharedBudget, judges: Any, before: Any = kind.judge) -> None:
             seen.append(self.caches[0].seen)
+            assert any(cache.is_due for cache in self.caches)
             before(self, judges)
             for cache in self.caches:
                 assert all(n <= b for n, b in zip(cache.stored_by_head, cache.budgets, strict=True))
@@ -165,11 +166,12 @@ def test_layers_that_evict_one_by_one_share_too(shared_at: list[int]):
 def test_after_a_second_reading_its_scores_count_too(shared_at: list[int]):
     model, ids = tiny("llama"), prompt(1, 400)
     cache = MomentCache(model, BUDGET, policy="twice")
-    read(model, ids[:, :100], cache, request=[])
+    read(model, ids[:, :130], cache, request=[])
+    assert {core.shares_from for core in cores_of(cache)} == {2 * 130}
     before = [core.budgets for core in cores_of(cache)]
-    decode(model, cache, ids[:, 100:])
+    decode(model, cache, ids[:, 130:])
     after = [core.budgets for core in cores_of(cache)]
-    assert len(shared_at) == 5
+    assert len(shared_at) == 2
     assert after != before
     assert sum(map(sum, after)) <= BUDGET * 4
 
@@ -266,6 +268,46 @@ def test_tokens_that_are_taken_back_judge_nothing(shared_at: list[int]):
     before = len(shared_at)
     decode(model, cache, ids[:, 157:])
     assert shared_at[before] >= 157 + 32
+
+
+def test_a_head_goes_down_to_its_budget_though_its_block_is_not_full():
+    rng = np.random.default_rng(0)
+    cache = LayerCache(20, sinks=1, window=4, block=8)
+    for _ in range(40):
+        cache.step(*(rng.normal(size=(1, heads, 1, 8)) for heads in (4, 2, 2)))
+    assert 20 < cache.stored < 28
+    cache.evict()
+    assert cache.stored > 20
+    cache.evict(block=1)
+    assert cache.stored == 20
+    assert (cache.moments.weight == 20).all()
+
+
+def test_layers_of_different_heads_each_err_as_a_part_of_their_own_outputs():
+    rng = np.random.default_rng(0)
+    settings = {"sinks": 1, "window": 32, "block": 32, "policy": "attention", "correction": "summaries"}
+    caches = [LayerCache([60] * heads, keep_queries=True, **settings) for heads in (2, 4)]
+    shared = SharedBudget(caches, minimise_error, by_head=True)
+    for _ in range(400):
+        for layer, cache in enumerate(caches):
+            heads = (2, 4)[layer]
+            q, k, v = (rng.normal(size=(1, number, 1, 8)) for number in (2 * heads, heads, heads))
+            cache.append(k, v * 10.0**layer)  # outputs of one layer are ten times as large
+            cache.attend(q)
+        if not shared.is_ready:
+            for cache in caches:
+                shared.evict(cache)
+            continue
+        judges = [judges_of(cache) for cache in caches]
+        ranked = [cache.importance() for cache in caches]
+        for cache, queries in zip(caches, judges, strict=True):
+            cache.newest_queries = queries
+        expected = minimise_error(caches, ranked, 60, True)
+        for cache in caches:
+            cache.newest_queries = None
+        shared.share_again()
+        assert [budget for cache in caches for budget in cache.budgets] == expected
+    assert len(set(expected)) > 1
 
 
 @torch.inference_mode()
