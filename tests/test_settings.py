@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from models import prompt, tiny
 
 from momentkv import POLICIES
+from momentkv.evaluation.commands import grid_of
 from momentkv.evaluation.settings import (
     CHOICES,
     DEFAULT,
@@ -180,3 +182,25 @@ def test_settings_have_names():
     assert Setting("h2o", 20, None, "summaries").correction == "none"
     assert Setting("h2o", 20, 1, "summaries").correction == "summaries"
     assert "summaries=3" in Setting("h2o", 20, 1, AnchoredSummaries(summaries=3)).correction
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        ({"decode": 32, "context": 64, "following": 64}, True),  # a text that becomes twice as long
+        ({"decode": 32, "context": 64, "following": 63}, False),
+        ({"segment": 31}, True),
+        ({"segment": 32}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("bits", [16, 32])
+def test_queries_that_budgets_are_shared_by_while_decoding_count(options: dict[str, int], counted: bool, bits: int):
+    """32 vectors for each KV head, half a token each; where budgets are not shared by errors there are none."""
+    model, methods = tiny("llama"), ["default", "default@4", "snapkv/none"]
+    protocol = {"methods": methods, "budgets": [128], "bytes": bits, "window": 32, "exact_window": 8}
+    default, coded, plain = grid_of(model, argparse.Namespace(**(protocol | options)))
+    before = grid_of(model, argparse.Namespace(**protocol))
+    assert before[0].budget - default.budget == (16 if counted else 0)
+    assert (before[1].budget - coded.budget > 16) == counted
+    assert plain.budget == 128
