@@ -243,6 +243,25 @@ def test_a_shared_eviction_that_fails_leaves_no_trace(monkeypatch: pytest.Monkey
 
 
 @torch.inference_mode()
+def test_a_padded_row_shares_as_it_does_alone():
+    model, ids, pads = tiny("llama"), prompt(1, 300), 20
+    padded, alone = MomentCache(model, BUDGET), MomentCache(model, BUDGET)
+    mask = torch.ones(1, pads + 300, dtype=torch.long)
+    mask[:, :pads] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    long = torch.cat([torch.zeros(1, pads, dtype=torch.long), ids], dim=1)
+    for start, stop in [(0, 40), *((t, t + 1) for t in range(40, 300))]:
+        given = slice(pads + start if start else 0, pads + stop)
+        kwargs = {"attention_mask": mask[:, : given.stop], "position_ids": places[:, given]}
+        out = model(long[:, given], past_key_values=padded, **kwargs).logits[:, -1]
+        expected = model(ids[:, start:stop], past_key_values=alone).logits[:, -1]
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    budgets = [[core.budgets for core in cores_of(cache)] for cache in (padded, alone)]
+    assert budgets[0] == budgets[1]
+    assert len({budget for own in budgets[0] for budget in own}) > 1
+
+
+@torch.inference_mode()
 def test_rows_that_have_ended_have_no_say():
     model, ids = tiny("llama"), prompt(2, 300)
     both, alone = MomentCache(model, BUDGET), MomentCache(model, BUDGET)
