@@ -97,17 +97,22 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
         # Registers, and bytes in flight: at head dimension 128, calls with 128 tokens a tile took 1.4 times as long in
         # 4 bits, and calls with 64 took 1.1 times as long in 8 bits (H200).
         wide_tile = not single and (largest <= 64 or (largest == 128 and bits > 12 and queries < 16))
-        # Moments have a whole matrix: with three tiles in flight two registers were spilled in a loop (8.0).
-        few = 2 if summaries == 1 and largest == 128 else 3
+        # What does not fit spills registers, in loops or many: compiled for 8.0, 9.0 and 10.0. Few bits are unpacked
+        # from several planes. Moments have a whole matrix, which many queries read in smaller pieces.
+        whole = summaries == 1 and largest == 128
+        few = 2 if whole or (largest <= 64 and (single or queries == 16)) else 3
+        if largest > 128 and summaries > 1:
+            tokens = 64 if summaries > SUMMARIES_AT_ONCE else 16
+        elif single and largest <= 64 and bits <= 8:
+            tokens = 64
         return DecodeBlocks(
             BLOCK_M=queries,
             BLOCK_N=128 if wide_tile else 64,
             BLOCK_R=tokens,
             BLOCK_D=wide[0],
             BLOCK_V=wide[1],
-            BLOCK_C=16 if single or largest > 128 else 32,
+            BLOCK_C=16 if single or largest > 128 or (whole and queries == 16) else 32,
             num_warps=4,
-            # For many queries, and for wide heads, there are no registers for more.
             num_stages=2 if largest > (64 if queries == 16 else 128) else 4 if bits > 12 else few,
         )
     queries = 32 if rows > 16 and not single and largest <= widest else 16
