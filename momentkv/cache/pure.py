@@ -7,7 +7,7 @@ import functools
 import importlib
 
 from momentkv._array import Array, array_namespace, is_jax_array
-from momentkv.cache.config import NO_GRADIENT, CacheConfig
+from momentkv.cache.config import CacheConfig
 from momentkv.cache.eviction import evicted_state
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.state import ARRAYS, HOST, STATISTICS, LayerState
@@ -115,7 +115,10 @@ class PureLayer:
             raise ValueError(f"k has shape {tuple(k.shape)}; a step without effect takes one token a head")
         backend = self.config.backend_of(k)
         if backend.differentiates(q):
-            raise RuntimeError(NO_GRADIENT)
+            raise RuntimeError(
+                "a gradient is asked for with respect to q, but a step of PureLayer has none; run it under "
+                "torch.no_grad(), give it q.detach(), or step a LayerCache made with static=False"
+            )
         k, v = backend.detach(k), backend.detach(v)
         if not is_jax_array(k):
             # Slots that are not in use are written in place.

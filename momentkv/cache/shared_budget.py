@@ -41,7 +41,7 @@ class SharedBudget:
 
     Attributes
     ----------
-    shares_again : bool
+    shares_while_decoding : bool
         Whether budgets are shared while decoding: where errors are measured as well, steps are not static and no
         eviction may be refused.
 
@@ -62,7 +62,7 @@ class SharedBudget:
         self.waiting: list[tuple[LayerCache, Array]] = []  # and importances, of those of which something is to go
         config = self.caches[0].config
         measured = rule is minimise_error and not config.static and config.tolerance is None
-        self.shares_again = while_decoding and measured
+        self.shares_while_decoding = while_decoding and measured
         self.share_from(self.average + RECENT_QUERIES)
 
     def evict(self, cache: LayerCache) -> None:
@@ -145,7 +145,7 @@ class SharedBudget:
     def share_from(self, tokens: int) -> None:
         """Let the first eviction be shared that comes after so many tokens, also while decoding."""
         for each in self.caches:
-            each.shares_from = tokens if self.shares_again else None
+            each.shares_from = tokens if self.shares_while_decoding else None
             if each.state is not None and each.state.judges is not None:
                 each.state = each.state.changed(judges=None)
 
