@@ -97,8 +97,10 @@ def decode_blocks(rows: int, d: int, dv: int, dtype: torch.dtype, summaries: int
         # Registers, and bytes in flight: at head dimension 128, calls with 128 tokens a tile took 1.4 times as long in
         # 4 bits, and calls with 64 took 1.1 times as long in 8 bits (H200).
         wide_tile = not single and (largest <= 64 or (largest == 128 and bits > 12 and queries < 16))
-        # What does not fit spills registers, in loops or many: compiled for 8.0, 9.0 and 10.0. Few bits are unpacked
-        # from several planes. Moments have a whole matrix, which many queries read in smaller pieces.
+        # Sizes with which all builds for 8.0, 9.0 and 10.0 fit: they spill nothing in loops and little elsewhere. Many
+        # queries, wide heads and float32 leave no registers for many tiles in flight, nor does the whole matrix of
+        # moments, which many queries read in smaller pieces. That recent tokens come fewer or more at a time is trial
+        # and error: where one register is lacking, the assembler spills with some sizes and not with others.
         whole = summaries == 1 and largest == 128
         few = 2 if whole or (largest <= 64 and (single or queries == 16)) else 3
         if largest > 128 and summaries > 1:
