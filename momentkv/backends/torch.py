@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from momentkv._array import Array
 from momentkv.attention import AttentionState
 from momentkv.backends.autocast import without_autocast
+from momentkv.backends.available import has_triton
 from momentkv.backends.base import ArrayBackend, causal_mask
 from momentkv.backends.flash import (
     differentiated,
@@ -27,6 +25,7 @@ from momentkv.backends.flash import (
     flash_retained,
 )
 from momentkv.backends.layout import Layout, Tiers
+from momentkv.backends.numba.codes import attend_compiled, compiles
 from momentkv.backends.operators import DTYPES, decode, reads_codes
 from momentkv.backends.placed import kept
 from momentkv.backends.plain import Prepared, estimate_expansion, join, joined_output, prepare
@@ -39,8 +38,8 @@ __all__ = ["TorchBackend"]
 # Bytes that an eviction works on at once where a launch costs more than the work on a layer: enough that a few launches
 # serve a model, and so few that copies of them are small beside it.
 AT_ONCE_ON_DEVICE = 128 * 2**20
-# Queries that attend to codes at once.
-QUERIES = 64
+# Queries that attend to codes at once by plain operators, and up to how many a compiled kernel takes.
+QUERIES, FEW = 64, 32
 
 
 class TorchBackend(ArrayBackend):
@@ -111,9 +110,12 @@ class TorchBackend(ArrayBackend):
         self, q: Array, tiers: Tiers, *, scale: float, weights: bool
     ) -> tuple[AttentionState | None, Array | None]:
         coding, few = tiers.coding, q.ndim == 4 and tiers.keys.shape[-2] <= BLOCK
-        if coding is not None and not weights and q.shape[-2] > QUERIES and tiers.layout.width:
-            if flash_fits_codes(q, coding):
+        if coding is not None and not weights and tiers.layout.width:
+            if q.shape[-2] <= FEW and compiles(q, tiers, coding):
+                return attend_compiled(q, tiers, coding, scale=scale), None
+            if q.shape[-2] > FEW and flash_fits_codes(q, coding):
                 return flash_codes(q, tiers, coding, scale=scale), None
+        if coding is not None and not weights and q.shape[-2] > QUERIES and tiers.layout.width:
             # Attention to codes holds a number for each query and token, so a chunk is read by blocks of queries.
             parts = (self.attend_retained(x, tiers, scale=scale, weights=False)[0] for x in q.split(QUERIES, dim=-2))
             out, lse = zip(*(state for state in parts if state is not None), strict=True)
@@ -383,17 +385,3 @@ def fuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether the Triton kernel takes these tensors: on CUDA, of one of its dtypes, without a gradient."""
     fitting = q.is_cuda and q.ndim == 4 and q.dtype == k.dtype == v.dtype and q.dtype in DTYPES
     return fitting and not differentiated(q, k, v) and has_triton()
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed; if not, say once what is lost."""
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    warnings.warn(
-        "Triton is not installed: momentkv.backends.torch decodes on CUDA by plain PyTorch operators, which is slower "
-        "and reads more memory than its fused kernel; run pip install triton",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    return False

@@ -1,0 +1,40 @@
+"""Which compilers of kernels are installed; where one is not, what is lost is said once."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import cache
+
+__all__ = ["has_numba", "has_triton"]
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    say(
+        "Triton is not installed: momentkv.backends.torch decodes on CUDA by plain PyTorch operators, which is slower "
+        "and reads more memory than its fused kernel; run pip install triton"
+    )
+    return False
+
+
+@cache
+def has_numba() -> bool:
+    """Whether Numba is installed and takes the NumPy beside it."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        say(
+            f"Numba cannot be imported ({error}): momentkv.backends.torch reads retained tokens in few bits by plain "
+            "PyTorch operators, several times slower than by its compiled kernel; run pip install numba"
+        )
+        return False
+    return True
+
+
+def say(message: str) -> None:
+    """A warning, as from the step that asked."""
+    warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -1,0 +1,274 @@
+"""The kernel that attends to records on a CPU: codes become numbers in registers, and are never written down.
+
+Of a record's bytes, each lane of a vector takes the one that holds its channel, shifts it and masks it: three
+instructions for sixteen channels of a plane. The compiler does not find this by itself, so vectors are written in
+LLVM's language; loops are Numba's.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+from momentkv.codes import GRADES, PLANES, centre
+
+__all__ = ["LANES", "kernel"]
+
+# Numbers in a vector. Where registers are narrower, the compiler takes two or four for one.
+LANES = 16
+
+BYTE, INT, FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
+# A step of 16 bits from here on is infinite or no number.
+INFINITE = 0x7C00
+# The exponents of 16 and 32 bits count from other numbers.
+REBASED = (127 - 15) << 23
+# Added to a number of less than 2 ** 22, it leaves the nearest whole number in the lowest bits.
+ROUNDING = np.float32(1.5 * 2**23)
+# Below, a weight is no normal number any more.
+LEAST = np.float32(-87.0)
+PER_NAT = np.float32(1 / np.log(2))
+# The logarithm of two in two parts, the first of which has few digits: its whole multiples are exact.
+LN2, LN2_REST = np.float32(355 / 512), np.float32(np.log(2) - 355 / 512)
+
+
+def integers(values):
+    """A constant vector."""
+    return ir.Constant(ir.VectorType(INT, len(values)), [ir.Constant(INT, int(value)) for value in values])
+
+
+def at(builder, pointer, offset, type_):
+    """A pointer of a type, so many bytes behind another."""
+    return builder.bitcast(builder.gep(pointer, [ir.Constant(INT, offset)]), type_.as_pointer())
+
+
+def fused(builder, x, y, z):
+    """``x * y + z``, rounded once where the processor can."""
+    return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
+
+
+def channels_of(bits, d, graded):
+    """For each half of the channels: its first, their number, the centre, and the planes of their codes.
+
+    A plane is its first byte, the number of bytes, the bits of a code in it, and the place of the lowest.
+    """
+    halves = tuple((each, d // 2) for each in GRADES[bits]) if graded else ((bits, d),)
+    byte = first = 0
+    for each, channels in halves:
+        place, planes = each, []
+        for width in PLANES[each]:
+            place -= width
+            planes.append((byte, -(-channels * width // 8), width, place))
+            byte += planes[-1][1]
+        yield first, channels, centre(each), planes
+        first += channels
+
+
+@intrinsic(prefer_literal=True)
+def unpack(typing, record, levels, bits, d, graded):
+    """The codes of a record, less their centre, as ``d`` numbers of 32 bits."""
+
+    def emit(context, builder, signature, arguments):
+        source, target = arguments[:2]
+        found = []
+        for first, channels, middle, planes in channels_of(bits.literal_value, d.literal_value, graded.literal_value):
+            loaded = [
+                builder.load(at(builder, source, byte, ir.VectorType(BYTE, size)), align=1)
+                for byte, size, _, _ in planes
+            ]
+            for start in range(0, channels, LANES):
+                own = range(start, min(start + LANES, channels))
+                wide, code = ir.VectorType(INT, len(own)), None
+                for (_, size, width, place), x in zip(planes, loaded, strict=True):
+                    x = builder.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), integers([c % size for c in own]))
+                    x = builder.lshr(builder.zext(x, wide), integers([width * (c // size) for c in own]))
+                    x = builder.shl(builder.and_(x, integers([2**width - 1] * len(own))), integers([place] * len(own)))
+                    code = x if code is None else builder.or_(code, x)
+                level = builder.sitofp(code, ir.VectorType(FLOAT, len(own)))
+                level = builder.fsub(level, ir.Constant(level.type, [ir.Constant(FLOAT, middle)] * len(own)))
+                found.append((first + start, level))
+        for start, level in found:
+            builder.store(level, at(builder, target, 4 * start, level.type), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.voidptr, types.voidptr, bits, d, graded), emit
+
+
+@intrinsic(prefer_literal=True)
+def dot(typing, x, y, d):
+    """The product of two vectors of ``d`` numbers, a multiple of `LANES`."""
+
+    def emit(context, builder, signature, arguments):
+        vector = ir.VectorType(FLOAT, LANES)
+        total = ir.Constant(vector, [ir.Constant(FLOAT, 0.0)] * LANES)
+        for start in range(0, d.literal_value, LANES):
+            pair = [builder.load(at(builder, each, 4 * start, vector), align=4) for each in arguments[:2]]
+            total = fused(builder, *pair, total)
+        half = LANES
+        while half > 1:  # halves are added to each other, down to one number
+            half //= 2
+            nothing = ir.Constant(total.type, ir.Undefined)
+            low, high = (
+                builder.shuffle_vector(total, nothing, integers(part)) for part in (range(half), range(half, 2 * half))
+            )
+            total = builder.fadd(low, high)
+        return builder.extract_element(total, ir.Constant(INT, 0))
+
+    return types.float32(types.voidptr, types.voidptr, d), emit
+
+
+@intrinsic(prefer_literal=True)
+def add(typing, total, factor, x, d):
+    """To ``d`` numbers, that many times those of ``x``."""
+
+    def emit(context, builder, signature, arguments):
+        target, factor, source = arguments[:3]
+        vector = ir.VectorType(FLOAT, LANES)
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), factor, ir.Constant(INT, 0))
+        factors = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), integers([0] * LANES))
+        for start in range(0, d.literal_value, LANES):
+            into = at(builder, target, 4 * start, vector)
+            new = builder.load(at(builder, source, 4 * start, vector), align=4)
+            builder.store(fused(builder, factors, new, builder.load(into, align=4)), into, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.voidptr, types.float32, types.voidptr, d), emit
+
+
+@intrinsic
+def address(typing, array, offset):
+    """Where an array's bytes from ``offset`` on lie."""
+
+    def emit(context, builder, signature, arguments):
+        data = make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.gep(builder.bitcast(data, BYTE.as_pointer()), [arguments[1]])
+
+    return types.voidptr(array, types.intp), emit
+
+
+@intrinsic
+def as_float(typing, bits):
+    """The number that has these 32 bits."""
+    return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(
+        arguments[0], FLOAT
+    )
+
+
+@intrinsic
+def as_bits(typing, x):
+    """The inverse of `as_float`."""
+    return types.int32(types.float32), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], INT)
+
+
+@njit(error_model="numpy")
+def step_of(half):
+    """A positive number of 16 bits; NaN for one that is infinite or none."""
+    if half >= INFINITE:
+        return np.float32(np.nan)
+    return as_float(np.int32((np.int32(half) << 13) + REBASED))
+
+
+@njit(error_model="numpy")
+def exponential(x):
+    """``exp`` of a number of at most 0, to rounding; of less than `LEAST`, that of `LEAST`.
+
+    With ``x = n ln 2 + r`` the Taylor series of ``exp(r)``, of which the term in ``r ** 8`` is below 6e-9.
+    """
+    x = LEAST if x < LEAST else x
+    shifted = x * PER_NAT + ROUNDING
+    whole = shifted - ROUNDING
+    rest = (x - whole * LN2) - whole * LN2_REST
+    series = np.float32(1 / 5040)
+    for divisor in (720, 120, 24, 6, 2, 1, 1):
+        series = series * rest + np.float32(1 / divisor)
+    return series * as_float(np.int32((as_bits(shifted) << 23) + (127 << 23)))
+
+
+def compiled(function):
+    """A function compiled when it is first called, and kept on disk where there is a place for it."""
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # neither beside this file nor in the user's home
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@cache
+def kernel(key_bits, value_bits, d, dv, graded):
+    """Attention of few queries to the records of all heads, compiled for these codes.
+
+    Arrays are float32 and C-contiguous, but for the records, whose rows may lie apart.
+
+    Parameters
+    ----------
+    key_bits, value_bits : int
+    d, dv : int
+        Multiples of `LANES`.
+    graded : int
+        1 where channels of keys are graded; of values none are.
+    """
+
+    @compiled
+    def attend(
+        q, scale, keys, values, key_step, value_step, mean, deviation, order, value_deviation, valid, slots, out, lse
+    ):
+        batch, heads, rows, _ = q.shape
+        asked, levels = np.empty((rows, d), np.float32), np.empty(max(d, dv), np.float32)
+        shift, top = np.empty(rows, np.float32), np.empty(rows, np.float32)
+        logits = np.empty((rows, max(1, slots[:, 1].max())), np.float32)
+        where, numbers = address(levels, 0), 4 * d
+        for row in range(batch):
+            for head in range(heads):
+                start, width = slots[head]
+                for r in range(rows):
+                    shift[r], top[r] = np.float32(0), np.float32(-np.inf)
+                    for c in range(d):
+                        shift[r] += scale * q[row, head, r, c] * mean[row, head, c]
+                        channel = order[row, head, c] if graded else c
+                        asked[r, c] = scale * q[row, head, r, channel] * deviation[row, head, channel]
+                for t in range(width):
+                    if valid.size and not valid[row, head, t]:
+                        for r in range(rows):
+                            logits[r, t] = np.float32(-np.inf)
+                        continue
+                    record = address(keys, row * keys.strides[0] + (start + t) * keys.strides[1])
+                    unpack(record, where, key_bits, d, graded)
+                    step = step_of(key_step[row, start + t])
+                    for r in range(rows):
+                        logit = dot(address(asked, r * numbers), where, d) * step
+                        logits[r, t] = logit
+                        if logit > top[r]:
+                            top[r] = logit
+                own = out[row, head]
+                for r in range(rows):
+                    own[r] = 0
+                    lse[row, head, r] = -np.inf
+                    if top[r] == -np.inf and not np.isnan(logits[r, :width]).any():
+                        logits[r, :width] = 0
+                        continue
+                    for t in range(width):
+                        seen = logits[r, t] != -np.inf
+                        weight = exponential(logits[r, t] - top[r])
+                        logits[r, t] = weight if seen else np.float32(0)
+                    total = np.float32(0)
+                    for t in range(width):
+                        total += logits[r, t]
+                    lse[row, head, r] = np.log(total) + top[r] + shift[r]
+                    for t in range(width):
+                        logits[r, t] /= total
+                for t in range(width):
+                    if valid.size and not valid[row, head, t]:
+                        continue
+                    record = address(values, row * values.strides[0] + (start + t) * values.strides[1])
+                    unpack(record, where, value_bits, dv, 0)
+                    step = step_of(value_step[row, start + t])
+                    for r in range(rows):
+                        add(address(own, r * 4 * dv), logits[r, t] * step, where, dv)
+                for r in range(rows):
+                    for c in range(dv):
+                        own[r, c] *= value_deviation[row, head, c]
+
+    return attend
