@@ -158,6 +158,12 @@ class Tiers(NamedTuple):
         """Recent tokens alone."""
         return Recent(self.recent_keys, self.recent_values, self.recent_valid)
 
+    @property
+    def retained(self) -> Tiers:
+        """Retained tokens alone."""
+        keys, values = (x[..., :0, :] for x in (self.recent_keys, self.recent_values))
+        return self._replace(recent_keys=keys, recent_values=values, recent_valid=None)
+
     def vectors(self, head: int | None = None) -> tuple[Array, Array]:
         """Keys and values (..., kv_head, n, d) of one head's slots, or of all heads', which must then be equal."""
         layout = self.layout

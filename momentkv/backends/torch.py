@@ -25,7 +25,7 @@ from momentkv.backends.flash import (
     flash_retained,
 )
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.backends.numba.codes import attend_compiled, compiles
+from momentkv.backends.numba.decode import attend_compiled, compiles
 from momentkv.backends.operators import DTYPES, decode, reads_codes
 from momentkv.backends.placed import kept
 from momentkv.backends.plain import Prepared, estimate_expansion, join, joined_output, prepare
@@ -38,8 +38,8 @@ __all__ = ["TorchBackend"]
 # Bytes that an eviction works on at once where a launch costs more than the work on a layer: enough that a few launches
 # serve a model, and so few that copies of them are small beside it.
 AT_ONCE_ON_DEVICE = 128 * 2**20
-# Queries that attend to codes at once by plain operators, and up to how many a compiled kernel takes.
-QUERIES, FEW = 64, 32
+# Queries that attend to codes at once by plain operators, and from how many on these are unpacked.
+QUERIES, FEW = 64, 16
 
 
 class TorchBackend(ArrayBackend):
@@ -111,8 +111,8 @@ class TorchBackend(ArrayBackend):
     ) -> tuple[AttentionState | None, Array | None]:
         coding, few = tiers.coding, q.ndim == 4 and tiers.keys.shape[-2] <= BLOCK
         if coding is not None and not weights and tiers.layout.width:
-            if q.shape[-2] <= FEW and compiles(q, tiers, coding):
-                return attend_compiled(q, tiers, coding, scale=scale), None
+            if compiles(q, tiers):
+                return attend_compiled(q, tiers.retained, scale=scale), None
             if q.shape[-2] > FEW and flash_fits_codes(q, coding):
                 return flash_codes(q, tiers, coding, scale=scale), None
         if coding is not None and not weights and q.shape[-2] > QUERIES and tiers.layout.width:
@@ -135,6 +135,8 @@ class TorchBackend(ArrayBackend):
         self, q: Array, tiers: Tiers, *, scale: float, weights: bool = False
     ) -> tuple[AttentionState, Array | None]:
         tiers = with_own_recent(q, tiers)
+        if not weights and compiles(q, tiers):
+            return attend_compiled(q, tiers, scale=scale), None
         if weights and tiers.layout.equal and tiers.layout.width and tiers.coding is None:
             return attend_both(q, tiers, scale=scale)
         if weights or not flash_fits(q, tiers.recent_keys, tiers.recent_values):
@@ -152,6 +154,8 @@ class TorchBackend(ArrayBackend):
         self, q: Array, tiers: Tiers, expansion: Any, *, scale: float, weights: bool = False
     ) -> tuple[Array, Array | None]:
         if isinstance(expansion, Prepared):
+            if not weights and compiles(q, tiers, expansion):
+                return attend_compiled(q, tiers, expansion, scale=scale).out, None
             return decode_prepared(self, q, with_own_recent(q, tiers), expansion, scale=scale, weights=weights)
         readable = tiers.coding is None or reads_codes(tiers.coding, q.dtype)
         if readable and fuses(q, tiers.recent_keys, tiers.recent_values):

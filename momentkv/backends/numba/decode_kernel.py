@@ -196,79 +196,193 @@ def compiled(function):
         return njit(nogil=True, error_model="numpy")(function)
 
 
+@njit
+def packed(x, row, slot):
+    """Where the vector or the record of a packed slot lies."""
+    return address(x, row * x.strides[0] + slot * x.strides[1])
+
+
+@njit
+def token(x, row, head, slot):
+    """Where a vector (row, head, slot) lies."""
+    return address(x, row * x.strides[0] + head * x.strides[1] + slot * x.strides[2])
+
+
+@njit(error_model="numpy")
+def shares(logits, top):
+    """Logits as weights that add up to one, and their log-sum-exp; all zero, and ``-inf``, where no token is seen.
+
+    ``top`` is the largest logit that is a number.
+    """
+    if top == -np.inf and not np.isnan(logits).any():
+        logits[:] = 0
+        return np.float32(-np.inf)
+    total = np.float32(0)
+    for t in range(logits.size):
+        seen = logits[t] != -np.inf
+        weight = exponential(logits[t] - top)
+        logits[t] = weight if seen else np.float32(0)
+    for t in range(logits.size):
+        total += logits[t]
+    for t in range(logits.size):
+        logits[t] /= total
+    return np.float32(np.log(total)) + top
+
+
 @cache
 def kernel(key_bits, value_bits, d, dv, graded):
-    """Attention of few queries to the records of all heads, compiled for these codes.
-
-    Arrays are float32 and C-contiguous, but for the records, whose rows may lie apart.
+    """Attention of few queries to stored tokens and groups of evicted ones, compiled for these codes.
 
     Parameters
     ----------
     key_bits, value_bits : int
+        0 where retained tokens are vectors.
     d, dv : int
         Multiples of `LANES`.
     graded : int
         1 where channels of keys are graded; of values none are.
+
+    Returns
+    -------
+    callable
+        Of the arrays that `momentkv.backends.numba.decode` gives it, C-contiguous and of 32 bits, but for steps and
+        records; tokens may lie apart. What there is none of has size 0. It works on the pairs of row and head from the
+        first number to the second.
     """
 
     @compiled
     def attend(
-        q, scale, keys, values, key_step, value_step, mean, deviation, order, value_deviation, valid, slots, out, lse
+        q,
+        scale,
+        keys,
+        values,
+        valid,
+        slots,
+        key_step,
+        value_step,
+        mean,
+        deviation,
+        order,
+        value_deviation,
+        recent_keys,
+        recent_values,
+        recent_valid,
+        against,
+        into,
+        log_weight,
+        less_anchor,
+        half,
+        cap,
+        out,
+        lse,
+        first_pair,
+        last_pair,
     ):
-        batch, heads, rows, _ = q.shape
-        asked, levels = np.empty((rows, d), np.float32), np.empty(max(d, dv), np.float32)
+        heads, rows, numbers = q.shape[1], q.shape[2], 4 * d
+        m, groups = recent_keys.shape[2], log_weight.shape[2]
+        rank = against.shape[2] - groups
+        longest = slots[:, 1].max() + m + groups
+        asked, coded = np.empty((rows, d), np.float32), np.empty((rows, d), np.float32)
+        levels = np.empty(max(d, dv), np.float32)
         shift, top = np.empty(rows, np.float32), np.empty(rows, np.float32)
-        logits = np.empty((rows, max(1, slots[:, 1].max())), np.float32)
-        where, numbers = address(levels, 0), 4 * d
-        for row in range(batch):
-            for head in range(heads):
-                start, width = slots[head]
-                for r in range(rows):
-                    shift[r], top[r] = np.float32(0), np.float32(-np.inf)
+        logits, right = np.empty((rows, longest), np.float32), np.empty((rows, rank), np.float32)
+        where = address(levels, 0)
+        for pair in range(first_pair, last_pair):
+            row, head = pair // heads, pair % heads
+            start, width = slots[head]
+            stored = width + m
+            length = stored + groups
+            for r in range(rows):
+                shift[r], top[r] = np.float32(0), np.float32(-np.inf)
+                for c in range(d):
+                    asked[r, c] = scale * q[row, head, r, c]
+                if key_bits:
                     for c in range(d):
-                        shift[r] += scale * q[row, head, r, c] * mean[row, head, c]
+                        shift[r] += asked[r, c] * mean[row, head, c]
                         channel = order[row, head, c] if graded else c
-                        asked[r, c] = scale * q[row, head, r, channel] * deviation[row, head, channel]
-                for t in range(width):
-                    if valid.size and not valid[row, head, t]:
-                        for r in range(rows):
-                            logits[r, t] = np.float32(-np.inf)
-                        continue
-                    record = address(keys, row * keys.strides[0] + (start + t) * keys.strides[1])
-                    unpack(record, where, key_bits, d, graded)
+                        coded[r, c] = asked[r, channel] * deviation[row, head, channel]
+
+            # Logits of retained tokens.
+            for t in range(width):
+                if valid.size and not valid[row, head, t]:
+                    for r in range(rows):
+                        logits[r, t] = np.float32(-np.inf)
+                    continue
+                key = packed(keys, row, start + t)
+                if key_bits:
+                    unpack(key, where, key_bits, d, graded)
                     step = step_of(key_step[row, start + t])
-                    for r in range(rows):
-                        logit = dot(address(asked, r * numbers), where, d) * step
-                        logits[r, t] = logit
-                        if logit > top[r]:
-                            top[r] = logit
-                own = out[row, head]
                 for r in range(rows):
-                    own[r] = 0
-                    lse[row, head, r] = -np.inf
-                    if top[r] == -np.inf and not np.isnan(logits[r, :width]).any():
-                        logits[r, :width] = 0
-                        continue
-                    for t in range(width):
-                        seen = logits[r, t] != -np.inf
-                        weight = exponential(logits[r, t] - top[r])
-                        logits[r, t] = weight if seen else np.float32(0)
-                    total = np.float32(0)
-                    for t in range(width):
-                        total += logits[r, t]
-                    lse[row, head, r] = np.log(total) + top[r] + shift[r]
-                    for t in range(width):
-                        logits[r, t] /= total
-                for t in range(width):
-                    if valid.size and not valid[row, head, t]:
-                        continue
-                    record = address(values, row * values.strides[0] + (start + t) * values.strides[1])
-                    unpack(record, where, value_bits, dv, 0)
+                    if key_bits:
+                        logit = dot(address(coded, r * numbers), where, d) * step + shift[r]
+                    else:
+                        logit = dot(address(asked, r * numbers), key, d)
+                    logits[r, t] = logit
+                    top[r] = logit if logit > top[r] else top[r]
+
+            # Of recent ones.
+            for t in range(m):
+                seen = not recent_valid.size or recent_valid[row, head, t]
+                key = token(recent_keys, row, head, t)
+                for r in range(rows):
+                    logit = dot(address(asked, r * numbers), key, d) if seen else np.float32(-np.inf)
+                    logits[r, width + t] = logit
+                    top[r] = logit if logit > top[r] else top[r]
+
+            # Of groups, as `momentkv.backends.plain.Prepared` says.
+            for r in range(rows if groups else 0):
+                if less_anchor.size:
+                    for c in range(d):
+                        asked[r, c] += less_anchor[row, head, c]
+                gain = np.float32(0)
+                if half.size:
+                    for c in range(d):
+                        gain += asked[r, c] * asked[r, c] * half[row, head, c]
+                    gain = gain if gain < cap[row, head] else cap[row, head]
+                own = address(asked, r * numbers)
+                for i in range(groups):
+                    logit = dot(own, token(against, row, head, i), d)
+                    logit += log_weight[row, head, i] + gain
+                    logits[r, stored + i] = logit
+                    top[r] = logit if logit > top[r] else top[r]
+                for i in range(rank):
+                    right[r, i] = dot(own, token(against, row, head, groups + i), d)
+
+            for r in range(rows):
+                lse[row, head, r] = shares(logits[r, :length], top[r])
+
+            total = out[row, head]
+            total[:] = 0
+            for t in range(width):
+                if valid.size and not valid[row, head, t]:
+                    continue
+                value = packed(values, row, start + t)
+                if value_bits:
+                    unpack(value, where, value_bits, dv, 0)
                     step = step_of(value_step[row, start + t])
-                    for r in range(rows):
-                        add(address(own, r * 4 * dv), logits[r, t] * step, where, dv)
+                for r in range(rows):
+                    sum_of = address(total, r * 4 * dv)
+                    if value_bits:
+                        add(sum_of, logits[r, t] * step, where, dv)
+                    else:
+                        add(sum_of, logits[r, t], value, dv)
+            if value_bits:
                 for r in range(rows):
                     for c in range(dv):
-                        own[r, c] *= value_deviation[row, head, c]
+                        total[r, c] *= value_deviation[row, head, c]
+            for t in range(m):
+                if recent_valid.size and not recent_valid[row, head, t]:
+                    continue
+                for r in range(rows):
+                    add(address(total, r * 4 * dv), logits[r, width + t], token(recent_values, row, head, t), dv)
+            for r in range(rows if groups else 0):
+                share = np.float32(0)
+                for i in range(groups + rank):
+                    if i < groups:
+                        factor = logits[r, stored + i]
+                        share += factor
+                    else:
+                        factor = share * right[r, i - groups]
+                    add(address(total, r * 4 * dv), factor, token(into, row, head, i), dv)
 
     return attend

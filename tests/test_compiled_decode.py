@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import warnings
 
@@ -9,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from momentkv import LayerCache
 from momentkv.backends import available
 from momentkv.backends import torch as torch_backend
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.backends.numba import codes as launch
-from momentkv.backends.numba import codes_kernel
+from momentkv.backends.numba import decode as launch
+from momentkv.backends.numba import decode_kernel
 from momentkv.codes import Coding, Standard, decode, encode
+from momentkv.statistics.expansion import Expansion
 
 EPS = float(np.finfo(np.float32).eps)
 WIDTHS = (40, 0, 17)
@@ -36,11 +40,9 @@ def stored(bits=(5, 3), d=64, dv=64, batch=2, widths=WIDTHS, graded=True, seed=0
         torch.cat([x[:, head, :width] for head, width in enumerate(widths)], dim=1) for part in parts for x in part
     ]
     keys, key_step, values, value_step = packed
-    nothing = torch.empty(batch, heads, 0, d)
+    nothing = torch.empty(batch, heads, 0, d), torch.empty(batch, heads, 0, dv)
     layout = Layout(0, 0, tuple(widths), bits)
-    tiers = Tiers(
-        nothing, nothing, None, keys, values, None, layout, Coding(bits, key_step, value_step, of_keys, of_values)
-    )
+    tiers = Tiers(*nothing, None, keys, values, None, layout, Coding(bits, key_step, value_step, of_keys, of_values))
     wide = (of.map(lambda x: x.double() if x.is_floating_point() else x) for of in (of_keys, of_values))
     read = [decode(codes, step, of, each).double() for (codes, step), of, each in zip(parts, wide, bits, strict=True)]
     return tiers, *read
@@ -90,8 +92,8 @@ CODES = [
 def test_is_attention_to_the_decoded_tokens(bits, d, dv, graded):
     tiers, k, v = stored(bits, d, dv, graded=graded)
     q = asked(tiers, q_len=3)
-    assert launch.compiles(q, tiers, tiers.coding)
-    state = launch.attend_compiled(q, tiers, tiers.coding, scale=0.3)
+    assert launch.compiles(q, tiers)
+    state = launch.attend_compiled(q, tiers, scale=0.3)
     assert state.out.dtype == state.lse.dtype == torch.float32
     agree(state, exact(q, k, v, WIDTHS, 0.3), d)
 
@@ -105,12 +107,12 @@ def test_queries_and_standards_of_16_bits(dtype):
         value_standard=coding.value_standard.map(lambda x: x.to(dtype)),
     )
     q = asked(tiers).to(dtype)
-    got = launch.attend_compiled(q, tiers, narrow, scale=0.3)
+    got = launch.attend_compiled(q, tiers._replace(coding=narrow), scale=0.3)
     wide = narrow._replace(
         key_standard=narrow.key_standard.map(lambda x: x.float() if x.is_floating_point() else x),
         value_standard=narrow.value_standard.map(lambda x: x.float()),
     )
-    want = launch.attend_compiled(q.float(), tiers, wide, scale=0.3)
+    want = launch.attend_compiled(q.float(), tiers._replace(coding=wide), scale=0.3)
     assert torch.equal(got.out, want.out)
     assert torch.equal(got.lse, want.lse)
 
@@ -125,7 +127,7 @@ def test_slots_without_a_token_may_hold_anything():
         value_step=tiers.coding.value_step.masked_fill(~packed, torch.inf),
     )
     q = asked(tiers)
-    state = launch.attend_compiled(q, tiers._replace(valid=valid, coding=coding), coding, scale=0.3)
+    state = launch.attend_compiled(q, tiers._replace(valid=valid, coding=coding), scale=0.3)
     agree(state, exact(q, k, v, WIDTHS, 0.3, valid), 64)
     assert (state.out[1, 2 * GROUP :] == 0).all()
 
@@ -134,7 +136,7 @@ def test_slots_without_a_token_may_hold_anything():
 def test_what_is_not_finite_stays_in_its_own_head(broken):
     tiers, *_ = stored()
     coding, q = tiers.coding, asked(tiers)
-    before = launch.attend_compiled(q, tiers, coding, scale=0.3)
+    before = launch.attend_compiled(q, tiers, scale=0.3)
     own = torch.zeros(2, 3 * GROUP, 1, dtype=torch.bool)
     if broken in ("key", "value"):
         step = getattr(coding, f"{broken}_step").clone()
@@ -144,7 +146,7 @@ def test_what_is_not_finite_stays_in_its_own_head(broken):
     else:
         q[0, 1, 0, 5] = torch.nan if broken == "query" else torch.inf
         own[0, 1] = True
-    after = launch.attend_compiled(q, tiers._replace(coding=coding), coding, scale=0.3)
+    after = launch.attend_compiled(q, tiers._replace(coding=coding), scale=0.3)
     assert after.out[own].isnan().all()
     assert torch.equal(after.out[~own], before.out[~own])
     assert torch.equal(after.lse[~own], before.lse[~own])
@@ -155,35 +157,155 @@ def test_records_that_are_part_of_larger_ones():
     q = asked(tiers)
     apart = [torch.cat([x, torch.full_like(x, 255)], dim=-1)[..., : x.shape[-1]] for x in (tiers.keys, tiers.values)]
     assert not apart[0].is_contiguous()
-    want = launch.attend_compiled(q, tiers, tiers.coding, scale=0.3)
+    want = launch.attend_compiled(q, tiers, scale=0.3)
     across = [x.mT.contiguous().mT for x in (tiers.keys, tiers.values)]
     for keys, values in (apart, across):
-        got = launch.attend_compiled(q, tiers._replace(keys=keys, values=values), tiers.coding, scale=0.3)
+        got = launch.attend_compiled(q, tiers._replace(keys=keys, values=values), scale=0.3)
         assert torch.equal(got.out, want.out)
 
 
 def test_far_logits_neither_overflow_nor_lose_the_nearest():
     tiers, k, v = stored()
     q = 30 * asked(tiers)
-    state = launch.attend_compiled(q, tiers, tiers.coding, scale=5.0)
+    state = launch.attend_compiled(q, tiers, scale=5.0)
     agree(state, exact(q, k, v, WIDTHS, 5.0), 64)
 
 
 def test_the_exponential_is_right_to_rounding():
     x = np.concatenate([np.linspace(-87, 0, 20001), -np.logspace(-8, 0, 1001)]).astype(np.float32)
-    got = np.asarray([codes_kernel.exponential(each) for each in x], dtype=np.float64)
+    got = np.asarray([decode_kernel.exponential(each) for each in x], dtype=np.float64)
     assert (np.abs(got / np.exp(x.astype(np.float64)) - 1) <= 2 * EPS).all()
-    assert codes_kernel.exponential(np.float32(0)) == 1
-    assert np.isnan(codes_kernel.exponential(np.float32(np.nan)))
+    assert decode_kernel.exponential(np.float32(0)) == 1
+    assert np.isnan(decode_kernel.exponential(np.float32(np.nan)))
 
 
 def test_steps_of_16_bits_are_read_exactly():
     every = np.arange(2**16, dtype=np.uint16)
     steps = every.view(np.float16)
     used = every[(steps >= 2.0**-14) | np.isnan(steps) & (every < 2**15)]
-    got = np.asarray([codes_kernel.step_of(each) for each in used], dtype=np.float32)
+    got = np.asarray([decode_kernel.step_of(each) for each in used], dtype=np.float32)
     want = used.view(np.float16).astype(np.float32)
     assert np.array_equal(got, np.where(np.isinf(want), np.nan, want), equal_nan=True)
+
+
+def groups(batch=2, d=64, dv=64, number=12, rank=2, anchored=True, spread=True, seed=3):
+    """An expansion in float64; of the last head of the last row, nothing has been evicted."""
+    make, heads = torch.Generator().manual_seed(seed), len(WIDTHS)
+
+    def some(*shape):
+        return torch.randn(batch, heads, *shape, generator=make, dtype=torch.float64)
+
+    log_weight = some(number) + 2
+    log_weight[-1, -1] = -torch.inf
+    return Expansion(
+        log_weight=log_weight,
+        key_mean=0.3 * some(number, d),
+        value_mean=some(number, dv),
+        anchor=0.2 * some(d) if anchored else None,
+        slope_left=0.2 * some(dv, rank) if rank else None,
+        slope_right=0.2 * some(rank, d) if rank else None,
+        variance=0.1 * some(d).abs() if spread else None,
+        strength=torch.full((batch, heads), 0.75, dtype=torch.float64) if spread else None,
+        cap=torch.full((batch, heads), 0.5, dtype=torch.float64) if spread else None,
+    )
+
+
+def recent(d, dv, batch=2, n=21, seed=4):
+    """Keys and values in the first slots of larger buffers, and which of them there are."""
+    make, heads = torch.Generator().manual_seed(seed), len(WIDTHS)
+    keys, values = (torch.randn(batch, heads, n + 9, each, generator=make)[:, :, :n] for each in (d, dv))
+    return keys, values, torch.rand(batch, heads, n, generator=make) < 0.7
+
+
+KINDS = [
+    {},
+    {"rank": 0},
+    {"spread": False},
+    {"anchored": False},
+    {"number": 1, "rank": 0, "spread": False, "anchored": False},
+    None,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("retained", ["records", "vectors", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_decodes_as_plain_operators_do_in_twice_the_precision(kind, retained, masked):
+    backend, (d, dv) = torch_backend.TorchBackend(), (64, 64)
+    tiers, k, v = stored(d=d, dv=dv)
+    keys, values, there = recent(d, dv)
+    tiers = tiers._replace(recent_keys=keys, recent_values=values, recent_valid=there if masked else None)
+    q, widths = 3 * asked(tiers, q_len=2), (0, 0, 0) if retained == "none" else WIDTHS
+    packed = [torch.cat([x[:, head, :width] for head, width in enumerate(widths)], dim=1) for x in (k, v)]
+    vectors = tiers._replace(keys=packed[0], values=packed[1], layout=Layout(0, 0, widths), coding=None)
+    if retained != "records":
+        tiers = vectors._replace(keys=packed[0].float(), values=packed[1].float())
+    wide = vectors._replace(
+        **{name: x.double() for name, x in vectors._asdict().items() if torch.is_tensor(x) and x.is_floating_point()}
+    )
+    expansion = None if kind is None else groups(**kind)
+    narrow = expansion and backend.prepare(Expansion(*map(single, expansion)))
+    assert launch.compiles(q, tiers, narrow)
+    if expansion is None:
+        got, truth = (backend.attend_stored(*each, scale=0.2)[0] for each in ((q, tiers), (q.double(), wide)))
+        assert torch.allclose(got.lse.double(), truth.lse, rtol=0, atol=1e-4)
+        got, truth = got.out, truth.out
+    else:
+        got = backend.decode(q, tiers, narrow, scale=0.2)[0]
+        truth = backend.decode(q.double(), wide, expansion, scale=0.2)[0]
+    most = 0.2 * d * float(q.abs().max() * max(x.abs().max() for x in (k, keys)))
+    largest = max(float(x.abs().max()) for x in (v, values, truth, *(() if expansion is None else expansion[2:3])))
+    assert got.dtype == torch.float32
+    assert float((got - truth).abs().max()) <= 2 * (2 * d * most + 64) * EPS * largest
+
+
+def single(x):
+    return None if x is None else x.float()
+
+
+def test_threads_share_heads_and_change_nothing(monkeypatch):
+    tiers, *_ = stored()
+    keys, values, there = recent(64, 64)
+    tiers = tiers._replace(recent_keys=keys, recent_values=values, recent_valid=there)
+    q, expansion = asked(tiers), torch_backend.TorchBackend().prepare(Expansion(*map(single, groups())))
+    alone = launch.attend_compiled(q, tiers, expansion, scale=0.3)
+    monkeypatch.setattr(launch, "ALONE", 0)
+    for threads in (1, 2, 4, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        shared = launch.attend_compiled(q, tiers, expansion, scale=0.3)
+        assert torch.equal(shared.out, alone.out)
+        assert torch.equal(shared.lse, alone.lse)
+
+
+FORKED = """
+import os, torch
+from momentkv.backends.numba import decode
+assert decode.pool(1).submit(int).result() == 0
+child = os.fork()
+if not child:
+    os._exit(decode.pool(1).submit(int).result(timeout=60))
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_threads_of_its_own():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=600)
+
+
+def test_a_cache_decodes_by_it(monkeypatch):
+    calls, real = [], launch.attend_compiled
+    monkeypatch.setattr(torch_backend, "attend_compiled", lambda *a, **k: calls.append(len(a)) or real(*a, **k))
+    make = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, heads, 200, 64, generator=make) for heads in (6, 3, 3))
+    for bits in (None, 4):
+        cache = LayerCache(40, policy="expected-attention", correction="summaries", bits=bits)
+        cache.step(q, k, v)
+        calls.clear()
+        for t in range(3):
+            out = cache.step(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1])
+            assert out.isfinite().all()
+        assert calls == [3, 3, 3]  # with an expansion
 
 
 def test_the_backend_takes_it_where_it_can(monkeypatch):
@@ -200,9 +322,9 @@ def test_the_backend_takes_it_where_it_can(monkeypatch):
     wide = tiers._replace(coding=tiers.coding._replace(key_standard=tiers.coding.key_standard.map(torch.Tensor.double)))
     q.requires_grad_()
     for other in (q, q.detach().double()):
-        assert not launch.compiles(other, tiers, tiers.coding)
-    assert not launch.compiles(q.detach(), wide, wide.coding)
-    many = asked(tiers, q_len=torch_backend.FEW + 1)
+        assert not launch.compiles(other, tiers)
+    assert not launch.compiles(q.detach(), wide)
+    many = asked(tiers, q_len=launch.MOST_OF_CODES + 1)
     backend.attend_retained(many, tiers, scale=0.3, weights=False)
     assert len(calls) == 1
 
@@ -230,12 +352,12 @@ def test_without_a_place_on_disk_it_is_compiled_all_the_same(monkeypatch):
             raise RuntimeError("cannot cache function 'attend': no locator available")
         return real(*args, **kwargs)
 
-    real = codes_kernel.njit
-    monkeypatch.setattr(codes_kernel, "njit", nowhere)
-    codes_kernel.kernel.cache_clear()
+    real = decode_kernel.njit
+    monkeypatch.setattr(decode_kernel, "njit", nowhere)
+    decode_kernel.kernel.cache_clear()
     tiers, k, v = stored()
     q = asked(tiers)
     try:
-        agree(launch.attend_compiled(q, tiers, tiers.coding, scale=0.3), exact(q, k, v, WIDTHS, 0.3), 64)
+        agree(launch.attend_compiled(q, tiers, scale=0.3), exact(q, k, v, WIDTHS, 0.3), 64)
     finally:
-        codes_kernel.kernel.cache_clear()
+        decode_kernel.kernel.cache_clear()

@@ -1,0 +1,163 @@
+"""Attention of few queries on a CPU by one compiled kernel, where Numba is installed: all tiers and the correction."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from momentkv.attention import AttentionState
+from momentkv.backends.available import has_numba
+from momentkv.backends.flash import differentiated
+from momentkv.backends.layout import Layout, Tiers
+from momentkv.backends.placed import kept
+from momentkv.backends.plain import Prepared
+from momentkv.backends.records import dtype_of
+from momentkv.codes import Coding
+
+__all__ = ["attend_compiled", "compiles"]
+
+# Head dimensions that kernels are compiled for: multiples of the first number, from the second to the third. One takes
+# seconds to compile, once on a machine, and for the dimensions of models alone that is worth it.
+LANES, NARROWEST, WIDEST = 16, 32, 256
+# More queries at once than these are better served by products of matrices, of codes or of vectors.
+MOST_OF_CODES, MOST_OF_VECTORS = 32, 4
+# Numbers read, times queries, above which threads share the heads.
+ALONE = 2**20
+
+
+def compiles(q: torch.Tensor, tiers: Tiers, expansion: Prepared | None = None) -> bool:
+    """Whether `attend_compiled` may be called, and is fastest."""
+    coding, d, dv = tiers.coding, q.shape[-1], tiers.recent_values.shape[-1]
+    return (
+        q.ndim == 4
+        and q.device.type == tiers.keys.device.type == "cpu"
+        and q.shape[-2] <= (MOST_OF_VECTORS if coding is None else MOST_OF_CODES)
+        and all(each % LANES == 0 and NARROWEST <= each <= WIDEST for each in (d, dv))
+        and torch.float64 not in (q.dtype, tiers.recent_keys.dtype, tiers.recent_values.dtype)
+        and (reads_vectors(tiers) if coding is None else reads_records(q, coding))
+        and (expansion is None or reads_groups(expansion))
+        and not differentiated(q, tiers.recent_keys, tiers.recent_values, tiers.keys, tiers.values)
+        and not torch.compiler.is_compiling()
+        # What is traced, counted or transformed are operators.
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and has_numba()
+    )
+
+
+def reads_vectors(tiers: Tiers) -> bool:
+    """Whether retained tokens are vectors of 32 bits, or there are none."""
+    return tiers.layout.width == 0 or tiers.keys.dtype == tiers.values.dtype == torch.float32
+
+
+def reads_records(q: torch.Tensor, coding: Coding) -> bool:
+    """Whether records are those that the kernel knows: keys around a mean, values around zero."""
+    keys, values = coding.key_standard, coding.value_standard
+    return (
+        keys.mean is not None
+        and values.mean is None
+        and dtype_of(q, keys) == dtype_of(q, values) == torch.float32
+        and coding.key_step.dtype == coding.value_step.dtype == torch.float16
+        and not differentiated(keys.deviation, values.deviation)
+    )
+
+
+def reads_groups(expansion: Prepared) -> bool:
+    """Whether the expansion has no full matrix, for which products of matrices are better."""
+    half, dtype = expansion.half, expansion.into.dtype
+    return expansion.slope is None and (half is None or half.shape[-1] == 1) and dtype == torch.float32
+
+
+def attend_compiled(
+    q: torch.Tensor, tiers: Tiers, expansion: Prepared | None = None, *, scale: float
+) -> AttentionState:
+    """Attention state over all tiers, and over the evicted tokens where an expansion stands for them; in 32 bits."""
+    from momentkv.backends.numba.decode_kernel import kernel
+
+    layout, coding, heads = tiers.layout, tiers.coding, q.shape[:-1]
+    batch, kv_heads, _, dv = tiers.recent_values.shape
+    asked = numbers(q).reshape(batch, kv_heads, -1, q.shape[-1])
+    out, lse = np.empty((*asked.shape[:-1], dv), np.float32), np.empty(asked.shape[:-1], np.float32)
+    bits, graded, of_coding = (0, 0), False, (HALVES, HALVES, NUMBERS[0], NUMBERS[0], BYTES, NUMBERS[0])
+    if coding is not None and layout.width:
+        bits, keys, values = coding.bits, coding.key_standard, coding.value_standard
+        graded = keys.order is not None
+        of_coding = (
+            *(numbers(x.view(torch.uint16)) for x in (coding.key_step, coding.value_step)),
+            numbers(keys.mean),
+            numbers(keys.deviation),
+            numbers(keys.order) if graded else BYTES,
+            numbers(values.deviation),
+        )
+    arguments = (
+        asked,
+        np.float32(scale),
+        *(side_by_side(x) for x in (tiers.keys, tiers.values)),
+        FLAGS if tiers.valid is None else numbers(tiers.valid),
+        slots_of(layout),
+        *of_coding,
+        *(side_by_side(x.float()) for x in (tiers.recent_keys, tiers.recent_values)),
+        FLAGS if tiers.recent_valid is None else numbers(tiers.recent_valid),
+        *(EMPTY if expansion is None else of_groups(expansion)),
+        out,
+        lse,
+    )
+    run = kernel(*bits, asked.shape[-1], dv, int(graded))
+    read = (sum(layout.widths) + kv_heads * tiers.recent_keys.shape[-2]) * batch * (asked.shape[-1] + dv)
+    pairs = batch * kv_heads
+    parts = min(pairs, torch.get_num_threads()) if read * asked.shape[-2] > ALONE else 1
+    own, *rest = pairwise(pairs * part // parts for part in range(parts + 1))
+    others = [pool(parts - 1).submit(run, *arguments, *part) for part in rest]
+    run(*arguments, *own)
+    for other in others:
+        other.result()
+    return AttentionState(torch.from_numpy(out).reshape(*heads, dv), torch.from_numpy(lse).reshape(heads))
+
+
+def of_groups(expansion: Prepared) -> tuple[Any, ...]:
+    """What the kernel reads of an expansion."""
+    anchor, half, cap = expansion.less_anchor, expansion.half, expansion.cap
+    return (
+        numbers(expansion.against),
+        numbers(expansion.into),
+        numbers(expansion.log_weight)[..., 0, :],
+        NUMBERS[0] if anchor is None else numbers(anchor)[..., 0, :],
+        NUMBERS[0] if half is None else numbers(half)[..., 0],
+        NUMBERS[1] if cap is None else numbers(cap)[..., 0, 0],
+    )
+
+
+def numbers(x: Any) -> Any:
+    """A tensor as an array without gaps, of 32 bits where it is of floating-point numbers."""
+    return (x.detach().float() if x.is_floating_point() else x.detach()).contiguous().numpy()
+
+
+def side_by_side(x: torch.Tensor) -> Any:
+    """A tensor of vectors or records as an array, each without gaps."""
+    return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).detach().numpy()
+
+
+def slots_of(layout: Layout) -> Any:
+    """First slot and number of slots of each head."""
+    return kept(layout, "slots", lambda: np.array([layout.starts, layout.widths], dtype=np.int64).T.copy())
+
+
+@cache
+def pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that wait for work; a kernel holds no lock of Python's."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="momentkv")
+
+
+# A child process has its parent's list of threads, and none of them.
+os.register_at_fork(after_in_child=pool.cache_clear)
+
+# What there is none of.
+NUMBERS = {0: np.empty((0, 0, 0), np.float32), 1: np.empty((0, 0), np.float32)}
+HALVES, BYTES, FLAGS = np.empty((0, 0), np.uint16), np.empty((0, 0, 0), np.uint8), np.empty((0, 0, 0), np.bool_)
+EMPTY = (np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.float32), *([NUMBERS[0]] * 3), NUMBERS[1])
