@@ -370,7 +370,7 @@ def test_asking_the_device_is_noticed():
 
 def test_accesses_of_spilled_registers_in_loops_are_seen():
     """A kernel that is given too few registers, compiled: the report would fail."""
-    builds = reachable((torch.bfloat16,), (128,))
+    builds = reachable((torch.bfloat16,), (64,))
     build = next(build for build in builds if dict(build.constants).get("SUMMARIES") == 12)
     usage = compile_build(build._replace(options=(*build.options, ("maxnreg", 40))), 90)
     assert usage.looped > 0

@@ -1,4 +1,4 @@
-"""The kernel that attends to records on a CPU: codes become numbers in registers, and are never written down.
+"""The kernel that decodes on a CPU: one softmax over retained tokens, recent ones, and groups of evicted ones.
 
 Of a record's bytes, each lane of a vector takes the one that holds its channel, shifts it and masks it: three
 instructions for sixteen channels of a plane. The compiler does not find this by itself, so vectors are written in
@@ -217,7 +217,7 @@ def shares(logits, top):
     if top == -np.inf and not np.isnan(logits).any():
         logits[:] = 0
         return np.float32(-np.inf)
-    total = np.float32(0)
+    total = np.float64(0)  # of thousands of weights
     for t in range(logits.size):
         seen = logits[t] != -np.inf
         weight = exponential(logits[t] - top)
@@ -225,8 +225,8 @@ def shares(logits, top):
     for t in range(logits.size):
         total += logits[t]
     for t in range(logits.size):
-        logits[t] /= total
-    return np.float32(np.log(total)) + top
+        logits[t] /= np.float32(total)
+    return np.float32(np.log(total) + top)
 
 
 @cache

@@ -15,7 +15,7 @@ from momentkv.testing.gpu.parts import Row, modules_needed
 __all__ = ["MODES", "compared"]
 
 BUDGET, PROMPT, STEPS, ROWS = 96, 300, 72, 2
-REHEARSED = 24  # steps of a rehearsal, which compares a model with itself: some evict
+REHEARSED = 18  # steps of a rehearsal, which compares a model with itself: some evict
 # Texts to try: rounding may tip a ranking or a code that is close to a tie, but hardly in each; a fault shows in all.
 # Of 4 bits and rows that are padded, it tips some code in two texts of three (weights changed by 1e-7, on a CPU).
 TRIES = 8
