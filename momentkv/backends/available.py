@@ -28,8 +28,8 @@ def has_numba() -> bool:
         import numba  # noqa: F401
     except ImportError as error:
         say(
-            f"Numba cannot be imported ({error}): on a CPU, momentkv.backends.torch decodes by plain PyTorch operators, "
-            "which is slower, most of all in few bits; run pip install numba"
+            f"Numba cannot be imported ({error}): on a CPU, momentkv.backends.torch decodes by plain PyTorch "
+            "operators, which is slower, most of all in few bits; run pip install numba"
         )
         return False
     return True
