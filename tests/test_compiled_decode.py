@@ -117,6 +117,19 @@ def test_queries_and_standards_of_16_bits(dtype):
     assert torch.equal(got.lse, want.lse)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_recent_tokens_of_16_bits_are_read_exactly(dtype):
+    tiers, *_ = stored()
+    keys, values, there = recent(64, 64)
+    narrow = tiers._replace(recent_keys=keys.to(dtype), recent_values=values.to(dtype), recent_valid=there)
+    wide = narrow._replace(recent_keys=narrow.recent_keys.float(), recent_values=narrow.recent_values.float())
+    q = asked(tiers).to(dtype)
+    assert launch.compiles(q, narrow)
+    got, want = (launch.attend_compiled(each, x, scale=0.3) for each, x in ((q, narrow), (q.float(), wide)))
+    assert torch.equal(got.out, want.out)
+    assert torch.equal(got.lse, want.lse)
+
+
 def test_slots_without_a_token_may_hold_anything():
     tiers, k, v = stored()
     valid = torch.rand(2, 3, max(WIDTHS), generator=torch.Generator().manual_seed(2)) < 0.6
@@ -126,10 +139,19 @@ def test_slots_without_a_token_may_hold_anything():
         key_step=tiers.coding.key_step.masked_fill(~packed, torch.nan),
         value_step=tiers.coding.value_step.masked_fill(~packed, torch.inf),
     )
-    q = asked(tiers)
-    state = launch.attend_compiled(q, tiers._replace(valid=valid, coding=coding), scale=0.3)
+    q, hidden = asked(tiers), tiers._replace(valid=valid, coding=coding)
+    state = launch.attend_compiled(q, hidden, scale=0.3)
     agree(state, exact(q, k, v, WIDTHS, 0.3, valid), 64)
     assert (state.out[1, 2 * GROUP :] == 0).all()
+    keys, values, there = recent(64, 64)
+    want = launch.attend_compiled(
+        q, hidden._replace(recent_keys=keys, recent_values=values, recent_valid=there), scale=0.3
+    )
+    keys, values = (x.masked_fill(~there[..., None], torch.nan) for x in (keys, values))
+    got = launch.attend_compiled(
+        q, hidden._replace(recent_keys=keys, recent_values=values, recent_valid=there), scale=0.3
+    )
+    assert torch.equal(got.out, want.out)
 
 
 @pytest.mark.parametrize("broken", ["key", "value", "query", "infinite query"])
@@ -269,10 +291,14 @@ def test_threads_share_heads_and_change_nothing(monkeypatch):
     tiers = tiers._replace(recent_keys=keys, recent_values=values, recent_valid=there)
     q, expansion = asked(tiers), torch_backend.TorchBackend().prepare(Expansion(*map(single, groups())))
     alone = launch.attend_compiled(q, tiers, expansion, scale=0.3)
+    real, asked_for = launch.pool, []
+    monkeypatch.setattr(launch, "pool", lambda workers: asked_for.append(workers) or real(workers))
     monkeypatch.setattr(launch, "ALONE", 0)
-    for threads in (1, 2, 4, 64):
+    for threads, others in ((1, []), (2, [1]), (4, [3] * 3), (64, [5] * 5)):  # there are six pairs of row and head
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        asked_for.clear()
         shared = launch.attend_compiled(q, tiers, expansion, scale=0.3)
+        assert asked_for == others
         assert torch.equal(shared.out, alone.out)
         assert torch.equal(shared.lse, alone.lse)
 
@@ -319,6 +345,8 @@ def test_the_backend_takes_it_where_it_can(monkeypatch):
     plain, weights = backend.attend_retained(q, tiers, scale=0.3, weights=True)
     assert (len(calls), weights.shape) == (1, (2, 3, GROUP, 1, max(WIDTHS)))
     assert torch.allclose(plain.out, compiled.out, atol=1e-5)
+    out, weights = backend.decode(q, tiers, backend.prepare(Expansion(*map(single, groups()))), scale=0.3, weights=True)
+    assert (len(calls), out.shape, weights.shape) == (1, q.shape, (2, 3, GROUP, 1, max(WIDTHS)))
     wide = tiers._replace(coding=tiers.coding._replace(key_standard=tiers.coding.key_standard.map(torch.Tensor.double)))
     q.requires_grad_()
     for other in (q, q.detach().double()):

@@ -212,16 +212,14 @@ def token(x, row, head, slot):
 def shares(logits, top):
     """Logits as weights that add up to one, and their log-sum-exp; all zero, and ``-inf``, where no token is seen.
 
-    ``top`` is the largest logit that is a number.
+    ``top`` is the largest logit that is a number. A slot that holds no token has a weight of 2e-38, and is not read.
     """
     if top == -np.inf and not np.isnan(logits).any():
         logits[:] = 0
         return np.float32(-np.inf)
     total = np.float64(0)  # of thousands of weights
     for t in range(logits.size):
-        seen = logits[t] != -np.inf
-        weight = exponential(logits[t] - top)
-        logits[t] = weight if seen else np.float32(0)
+        logits[t] = exponential(logits[t] - top)
     for t in range(logits.size):
         total += logits[t]
     for t in range(logits.size):
