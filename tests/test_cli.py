@@ -353,7 +353,7 @@ def test_speed_measures_every_cache(
     assert [row["cache"] for row in rows] == list(speed.KINDS)
     head = 2 * 2  # layers and KV heads
     token = 2 * 16 * 4  # keys and values of float32
-    assert rows[0]["cache_bytes"] == head * 336 * token
+    assert rows[0]["cache_bytes"] == head * 337 * token
     # Budget and block, each token with position and score, and the counts of two tiers.
     assert rows[1]["cache_bytes"] == head * ((64 + 32) * (token + 4 + 4) + 8)
     assert rows[2]["cache_bytes"] - rows[1]["cache_bytes"] == head * (

@@ -15,8 +15,8 @@ from momentkv import LayerCache
 from momentkv.backends import available
 from momentkv.backends import torch as torch_backend
 from momentkv.backends.layout import Layout, Tiers
+from momentkv.backends.numba import compiled, decode_kernel
 from momentkv.backends.numba import decode as launch
-from momentkv.backends.numba import decode_kernel
 from momentkv.codes import Coding, Standard, decode, encode
 from momentkv.statistics.expansion import Expansion
 
@@ -380,12 +380,13 @@ def test_without_a_place_on_disk_it_is_compiled_all_the_same(monkeypatch):
             raise RuntimeError("cannot cache function 'attend': no locator available")
         return real(*args, **kwargs)
 
-    real = decode_kernel.njit
-    monkeypatch.setattr(decode_kernel, "njit", nowhere)
+    real = compiled.njit
+    monkeypatch.setattr(compiled, "njit", nowhere)
     decode_kernel.kernel.cache_clear()
     tiers, k, v = stored()
     q = asked(tiers)
     try:
         agree(launch.attend_compiled(q, tiers, scale=0.3), exact(q, k, v, WIDTHS, 0.3), 64)
+        assert decode_kernel.kernel(5, 3, 64, 64, 1).stats.cache_path is None
     finally:
         decode_kernel.kernel.cache_clear()

@@ -155,7 +155,8 @@ def of_layer(shape: Shape, sizes: Sizes, device: torch.device) -> Iterator[Row]:
     def corrected(expansion: Expansion | None) -> Call:
         if device.type == "cuda":
             return lambda i: decode(q, *held[i % len(held)], expansion, scale=scale)
-        return lambda i: backend.decode(q, Tiers.of(*held[i % len(held)]), expansion, scale=scale)
+        prepared = None if expansion is None else backend.prepare(expansion)
+        return lambda i: backend.decode(q, Tiers.of(*held[i % len(held)]), prepared, scale=scale)
 
     yield row("decode", "SDPA", sdpa(held), stored)
     full = caches(context)

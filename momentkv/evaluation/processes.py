@@ -12,6 +12,9 @@ from typing import Any
 
 __all__ = ["in_a_process", "interrupts_later"]
 
+# Seconds in which a process that has answered may end by itself.
+PATIENCE = 10.0
+
 
 @contextlib.contextmanager
 def interrupts_later() -> Iterator[None]:
@@ -55,6 +58,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     theirs.close()
     try:
         raised, result = ours.recv()
+        process.join(PATIENCE)  # it gives back what the system would miss
     except EOFError as error:
         process.join()
         raise ChildProcessError(

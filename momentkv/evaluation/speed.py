@@ -47,7 +47,7 @@ def speed(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; use at least 1")
     check_evicts(options)
-    least = max(options.steps, MEMORY_STEPS)
+    least = max(options.steps + 1, MEMORY_STEPS)
     if options.context < least:
         raise ValueError(
             f"context is {options.context}, but {least} steps of a decode read its first tokens once more; use a "
@@ -62,7 +62,7 @@ def speed(options: argparse.Namespace) -> int:
     )
     with progress_bar(console) as progress:
         # In tokens, so that the time left is that of what is left; a decoded token takes that of several.
-        total = len(KINDS) * (2 * options.context + DECODED * (MEMORY_STEPS + options.steps))
+        total = len(KINDS) * (2 * options.context + DECODED * (MEMORY_STEPS + 1 + options.steps))
         task = progress.add_task("memory", total=total)
         peaks: dict[str, int] = {}
         began = time.perf_counter()
@@ -86,12 +86,13 @@ def speed(options: argparse.Namespace) -> int:
             progress.advance(task, options.context)
         progress.update(task, description="decoding in turns")
         steps: dict[str, list[Step]] = {kind: [] for kind in KINDS}
-        for step in range(options.steps):
+        for step in range(1 + options.steps):
             token = ids[:, step : step + 1]
             for kind, cache in caches.items():
                 before = evicted_tokens(cache)
                 took = decode(model, token, cache)
-                steps[kind].append(Step(took, evicted_tokens(cache) > before))
+                if step:  # the first one loads or compiles kernels
+                    steps[kind].append(Step(took, evicted_tokens(cache) > before))
             progress.advance(task, DECODED * len(KINDS))
     seconds = {kind: [step.seconds for step in each] for kind, each in steps.items()}
     rows = [
@@ -125,7 +126,8 @@ def speed(options: argparse.Namespace) -> int:
             "steps": options.steps,
             "threads": options.threads,
             "prefill_chunk": options.chunk,
-            "timing": "decode steps of the caches in turns; mean, and medians of those that evict and of the others",
+            "timing": "decode steps of the caches in turns, after one that is not counted; mean, and medians of those "
+            "that evict and of the others",
             "memory": "peak resident memory above the loaded model, prefill and "
             f"{MEMORY_STEPS} decode steps, a process each",
         },

@@ -12,10 +12,12 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from momentkv.codes import GRADES, PLANES, centre
+from momentkv.backends.numba.compiled import compiled, signature_of
+from momentkv.codes import GRADES, PLANES, centre, row_bytes
 
 __all__ = ["LANES", "kernel"]
 
@@ -29,6 +31,8 @@ INFINITE = 0x7C00
 REBASED = (127 - 15) << 23
 # Added to a number of less than 2 ** 22, it leaves the nearest whole number in the lowest bits.
 ROUNDING = np.float32(1.5 * 2**23)
+# Bytes that come from memory at once, and tokens that are asked for before their turn.
+LINE, AHEAD = 64, 16
 # Below, a weight is no normal number any more.
 LEAST = np.float32(-87.0)
 PER_NAT = np.float32(1 / np.log(2))
@@ -150,6 +154,21 @@ def address(typing, array, offset):
     return types.voidptr(array, types.intp), emit
 
 
+@intrinsic(prefer_literal=True)
+def fetch(typing, pointer, size):
+    """Ask for bytes that are read soon; where there are none, nothing happens."""
+
+    def emit(context, builder, signature, arguments):
+        one = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
+        function = cgutils.get_or_insert_function(builder.module, one, "llvm.prefetch.p0i8")
+        for line in range(0, size.literal_value, LINE):
+            where = builder.gep(arguments[0], [ir.Constant(INT, line)])
+            builder.call(function, [where, ir.Constant(INT, 0), ir.Constant(INT, 3), ir.Constant(INT, 1)])
+        return context.get_dummy_value()
+
+    return types.void(types.voidptr, size), emit
+
+
 @intrinsic
 def as_float(typing, bits):
     """The number that has these 32 bits."""
@@ -186,14 +205,6 @@ def exponential(x):
     for divisor in (720, 120, 24, 6, 2, 1, 1):
         series = series * rest + np.float32(1 / divisor)
     return series * as_float(np.int32((as_bits(shifted) << 23) + (127 << 23)))
-
-
-def compiled(function):
-    """A function compiled when it is first called, and kept on disk where there is a place for it."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither beside this file nor in the user's home
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 @njit
@@ -247,36 +258,19 @@ def kernel(key_bits, value_bits, d, dv, graded):
         records; tokens may lie apart. What there is none of has size 0. It works on the pairs of row and head from the
         first number to the second.
     """
+    vector, wide = 4 * d, 4 * dv
+    key_bytes = row_bytes(d, key_bits) if key_bits else vector
+    value_bytes = row_bytes(dv, value_bits) if value_bits else wide
 
-    @compiled
+    @compiled(signature_of(key_bits, value_bits))
     def attend(
-        q,
-        scale,
-        keys,
-        values,
-        valid,
-        slots,
-        key_step,
-        value_step,
-        mean,
-        deviation,
-        order,
-        value_deviation,
-        recent_keys,
-        recent_values,
-        recent_valid,
-        against,
-        into,
-        log_weight,
-        less_anchor,
-        half,
-        cap,
-        out,
-        lse,
-        first_pair,
-        last_pair,
-    ):
-        heads, rows, numbers = q.shape[1], q.shape[2], 4 * d
+        q, scale, keys, values, valid, slots,
+        key_step, value_step, mean, deviation, order, value_deviation,
+        recent_keys, recent_values, recent_valid,
+        against, into, log_weight, less_anchor, half, cap,
+        out, lse, first_pair, last_pair,
+    ):  # fmt: skip
+        heads, rows = q.shape[1], q.shape[2]
         m, groups = recent_keys.shape[2], log_weight.shape[2]
         rank = against.shape[2] - groups
         longest = slots[:, 1].max() + m + groups
@@ -307,14 +301,15 @@ def kernel(key_bits, value_bits, d, dv, graded):
                         logits[r, t] = np.float32(-np.inf)
                     continue
                 key = packed(keys, row, start + t)
+                fetch(packed(keys, row, start + t + AHEAD), key_bytes)
                 if key_bits:
                     unpack(key, where, key_bits, d, graded)
                     step = step_of(key_step[row, start + t])
                 for r in range(rows):
                     if key_bits:
-                        logit = dot(address(coded, r * numbers), where, d) * step + shift[r]
+                        logit = dot(address(coded, r * vector), where, d) * step + shift[r]
                     else:
-                        logit = dot(address(asked, r * numbers), key, d)
+                        logit = dot(address(asked, r * vector), key, d)
                     logits[r, t] = logit
                     top[r] = logit if logit > top[r] else top[r]
 
@@ -322,8 +317,9 @@ def kernel(key_bits, value_bits, d, dv, graded):
             for t in range(m):
                 seen = not recent_valid.size or recent_valid[row, head, t]
                 key = token(recent_keys, row, head, t)
+                fetch(token(recent_keys, row, head, t + AHEAD), vector)
                 for r in range(rows):
-                    logit = dot(address(asked, r * numbers), key, d) if seen else np.float32(-np.inf)
+                    logit = dot(address(asked, r * vector), key, d) if seen else np.float32(-np.inf)
                     logits[r, width + t] = logit
                     top[r] = logit if logit > top[r] else top[r]
 
@@ -337,7 +333,7 @@ def kernel(key_bits, value_bits, d, dv, graded):
                     for c in range(d):
                         gain += asked[r, c] * asked[r, c] * half[row, head, c]
                     gain = gain if gain < cap[row, head] else cap[row, head]
-                own = address(asked, r * numbers)
+                own = address(asked, r * vector)
                 for i in range(groups):
                     logit = dot(own, token(against, row, head, i), d)
                     logit += log_weight[row, head, i] + gain
@@ -355,11 +351,12 @@ def kernel(key_bits, value_bits, d, dv, graded):
                 if valid.size and not valid[row, head, t]:
                     continue
                 value = packed(values, row, start + t)
+                fetch(packed(values, row, start + t + AHEAD), value_bytes)
                 if value_bits:
                     unpack(value, where, value_bits, dv, 0)
                     step = step_of(value_step[row, start + t])
                 for r in range(rows):
-                    sum_of = address(total, r * 4 * dv)
+                    sum_of = address(total, r * wide)
                     if value_bits:
                         add(sum_of, logits[r, t] * step, where, dv)
                     else:
@@ -371,8 +368,9 @@ def kernel(key_bits, value_bits, d, dv, graded):
             for t in range(m):
                 if recent_valid.size and not recent_valid[row, head, t]:
                     continue
+                fetch(token(recent_values, row, head, t + AHEAD), wide)
                 for r in range(rows):
-                    add(address(total, r * 4 * dv), logits[r, width + t], token(recent_values, row, head, t), dv)
+                    add(address(total, r * wide), logits[r, width + t], token(recent_values, row, head, t), dv)
             for r in range(rows if groups else 0):
                 share = np.float32(0)
                 for i in range(groups + rank):
@@ -381,6 +379,6 @@ def kernel(key_bits, value_bits, d, dv, graded):
                         share += factor
                     else:
                         factor = share * right[r, i - groups]
-                    add(address(total, r * 4 * dv), factor, token(into, row, head, i), dv)
+                    add(address(total, r * wide), factor, token(into, row, head, i), dv)
 
     return attend
