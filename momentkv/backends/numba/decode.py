@@ -155,7 +155,8 @@ def pool(workers: int) -> ThreadPoolExecutor:
 
 
 # A child process has its parent's list of threads, and none of them.
-os.register_at_fork(after_in_child=pool.cache_clear)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)
 
 # What there is none of.
 NUMBERS = {0: np.empty((0, 0, 0), np.float32), 1: np.empty((0, 0), np.float32)}
