@@ -130,6 +130,21 @@ def test_recent_tokens_of_16_bits_are_read_exactly(dtype):
     assert torch.equal(got.lse, want.lse)
 
 
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.uint8])
+def test_before_an_eviction_nothing_is_retained_whatever_it_would_be_stored_as(of):
+    tiers, *_ = stored()
+    keys, values, _ = recent(64, 64)
+    none = {"keys": tiers.keys[:, :0].to(of), "values": tiers.values[:, :0].to(of), "layout": Layout(0, 0, (0, 0, 0))}
+    tiers = tiers._replace(recent_keys=keys, recent_values=values, **none)
+    if of != torch.uint8:
+        tiers = tiers._replace(coding=None)
+    q = asked(stored()[0])
+    assert launch.compiles(q, tiers)
+    got = torch_backend.TorchBackend().attend_stored(q, tiers, scale=0.3)[0]
+    want = torch.nn.functional.scaled_dot_product_attention(q, keys, values, scale=0.3, enable_gqa=True)
+    assert torch.allclose(got.out, want, atol=1e-5)
+
+
 def test_slots_without_a_token_may_hold_anything():
     tiers, k, v = stored()
     valid = torch.rand(2, 3, max(WIDTHS), generator=torch.Generator().manual_seed(2)) < 0.6

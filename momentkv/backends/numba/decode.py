@@ -92,13 +92,13 @@ def attend_compiled(
             *(numbers(x.view(torch.uint16)) for x in (coding.key_step, coding.value_step)),
             numbers(keys.mean),
             numbers(keys.deviation),
-            numbers(keys.order) if graded else BYTES,
+            numbers(keys.order.to(torch.uint8)) if keys.order is not None else BYTES,
             numbers(values.deviation),
         )
     arguments = (
         asked,
         np.float32(scale),
-        *(side_by_side(x) for x in (tiers.keys, tiers.values)),
+        *((side_by_side(x) for x in (tiers.keys, tiers.values)) if layout.width else NOTHING),
         FLAGS if tiers.valid is None else numbers(tiers.valid),
         slots_of(layout),
         *of_coding,
@@ -160,5 +160,6 @@ if hasattr(os, "register_at_fork"):
 
 # What there is none of.
 NUMBERS = {0: np.empty((0, 0, 0), np.float32), 1: np.empty((0, 0), np.float32)}
+NOTHING = (NUMBERS[0], NUMBERS[0])
 HALVES, BYTES, FLAGS = np.empty((0, 0), np.uint16), np.empty((0, 0, 0), np.uint8), np.empty((0, 0, 0), np.bool_)
 EMPTY = (np.empty((0, 0, 0, 0), np.float32), np.empty((0, 0, 0, 0), np.float32), *([NUMBERS[0]] * 3), NUMBERS[1])
