@@ -130,6 +130,20 @@ def test_recent_tokens_of_16_bits_are_read_exactly(dtype):
     assert torch.equal(got.lse, want.lse)
 
 
+@pytest.mark.parametrize("dv", [64, 48])
+def test_retained_vectors_of_bfloat16_are_read_exactly(dv):
+    tiers, k, v = stored(dv=dv)
+    keys, values = (torch.cat([x[:, i, :width] for i, width in enumerate(WIDTHS)], 1).bfloat16() for x in (k, v))
+    narrow = tiers._replace(keys=keys, values=values, layout=Layout(0, 0, WIDTHS), coding=None)
+    wide = narrow._replace(keys=keys.float(), values=values.float())
+    q = asked(tiers)
+    assert launch.compiles(q, narrow)
+    got, want = (launch.attend_compiled(q, x, scale=0.3) for x in (narrow, wide))
+    assert torch.equal(got.out, want.out)
+    assert torch.equal(got.lse, want.lse)
+    assert not launch.compiles(q, narrow._replace(keys=keys.half(), values=values.half()))
+
+
 @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.uint8])
 def test_before_an_eviction_nothing_is_retained_whatever_it_would_be_stored_as(of):
     tiers, *_ = stored()

@@ -7,7 +7,12 @@ from typing import Any
 
 from numba import njit, types
 
-__all__ = ["compiled", "signature_of"]
+__all__ = ["BFLOAT", "compiled", "signature_of"]
+
+# In place of a number of bits: vectors of bfloat16.
+BFLOAT = -16
+# What vectors are stored as; codes are bytes.
+STORED = {0: types.float32, BFLOAT: types.uint16}
 
 
 def compiled(signature: Any) -> Callable[[Any], Any]:
@@ -32,7 +37,7 @@ def signature_of(key_bits: int, value_bits: int) -> Any:
     return types.void(
         array(number, 4),
         number,
-        *(array(types.uint8 if bits else number, 3, apart) for bits in (key_bits, value_bits)),
+        *(array(STORED.get(bits, types.uint8), 3, apart) for bits in (key_bits, value_bits)),
         array(types.bool_, 3),
         array(types.int64, 2),
         *[array(types.uint16, 2)] * 2,

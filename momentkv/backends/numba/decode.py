@@ -52,8 +52,8 @@ def compiles(q: torch.Tensor, tiers: Tiers, expansion: Prepared | None = None) -
 
 
 def reads_vectors(tiers: Tiers) -> bool:
-    """Whether retained tokens are vectors of 32 bits, or there are none."""
-    return tiers.layout.width == 0 or tiers.keys.dtype == tiers.values.dtype == torch.float32
+    """Whether retained tokens are vectors of a dtype that the kernel reads, or there are none."""
+    return tiers.layout.width == 0 or tiers.keys.dtype == tiers.values.dtype in (torch.float32, torch.bfloat16)
 
 
 def reads_records(q: torch.Tensor, coding: Coding) -> bool:
@@ -78,6 +78,7 @@ def attend_compiled(
     q: torch.Tensor, tiers: Tiers, expansion: Prepared | None = None, *, scale: float
 ) -> AttentionState:
     """Attention state over all tiers, and over the evicted tokens where an expansion stands for them; in 32 bits."""
+    from momentkv.backends.numba.compiled import BFLOAT
     from momentkv.backends.numba.decode_kernel import kernel
 
     layout, coding, heads = tiers.layout, tiers.coding, q.shape[:-1]
@@ -108,6 +109,8 @@ def attend_compiled(
         out,
         lse,
     )
+    if coding is None and layout.width and tiers.keys.dtype == torch.bfloat16:
+        bits = (BFLOAT, BFLOAT)
     run = kernel(*bits, asked.shape[-1], dv, int(graded))
     read = (sum(layout.widths) + kv_heads * tiers.recent_keys.shape[-2]) * batch * (asked.shape[-1] + dv)
     pairs = batch * kv_heads
@@ -139,7 +142,8 @@ def numbers(x: Any) -> Any:
 
 
 def side_by_side(x: torch.Tensor) -> Any:
-    """A tensor of vectors or records as an array, each without gaps."""
+    """A tensor of vectors or records as an array, each without gaps; bfloat16, which NumPy has not, as its bits."""
+    x = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
     return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).detach().numpy()
 
 

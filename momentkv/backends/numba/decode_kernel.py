@@ -16,7 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from momentkv.backends.numba.compiled import compiled, signature_of
+from momentkv.backends.numba.compiled import BFLOAT, compiled, signature_of
+from momentkv.backends.numba.llvm import BYTE, FLOAT, INT, at, fused, integers
 from momentkv.codes import GRADES, PLANES, centre, row_bytes
 
 __all__ = ["LANES", "kernel"]
@@ -24,7 +25,6 @@ __all__ = ["LANES", "kernel"]
 # Numbers in a vector. Where registers are narrower, the compiler takes two or four for one.
 LANES = 16
 
-BYTE, INT, FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 # A step of 16 bits from here on is infinite or no number.
 INFINITE = 0x7C00
 # The exponents of 16 and 32 bits count from other numbers.
@@ -38,21 +38,6 @@ LEAST = np.float32(-87.0)
 PER_NAT = np.float32(1 / np.log(2))
 # The logarithm of two in two parts, the first of which has few digits: its whole multiples are exact.
 LN2, LN2_REST = np.float32(355 / 512), np.float32(np.log(2) - 355 / 512)
-
-
-def integers(values):
-    """A constant vector."""
-    return ir.Constant(ir.VectorType(INT, len(values)), [ir.Constant(INT, int(value)) for value in values])
-
-
-def at(builder, pointer, offset, type_):
-    """A pointer of a type, so many bytes behind another."""
-    return builder.bitcast(builder.gep(pointer, [ir.Constant(INT, offset)]), type_.as_pointer())
-
-
-def fused(builder, x, y, z):
-    """``x * y + z``, rounded once where the processor can."""
-    return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
 
 def channels_of(bits, d, graded):
@@ -100,6 +85,21 @@ def unpack(typing, record, levels, bits, d, graded):
         return context.get_dummy_value()
 
     return types.void(types.voidptr, types.voidptr, bits, d, graded), emit
+
+
+@intrinsic(prefer_literal=True)
+def widen(typing, vector, numbers, d):
+    """A vector of bfloat16 as ``d`` numbers of 32 bits, of which it is the upper half."""
+
+    def emit(context, builder, signature, arguments):
+        half, whole = (ir.VectorType(kind, LANES) for kind in (ir.IntType(16), INT))
+        for start in range(0, d.literal_value, LANES):
+            x = builder.zext(builder.load(at(builder, arguments[0], 2 * start, half), align=2), whole)
+            x = builder.shl(x, integers([16] * LANES))
+            builder.store(x, at(builder, arguments[1], 4 * start, whole), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.voidptr, types.voidptr, d), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -238,6 +238,11 @@ def shares(logits, top):
     return np.float32(np.log(total) + top)
 
 
+def bytes_of(d, bits):
+    """Of a vector or a record."""
+    return row_bytes(d, bits) if bits > 0 else 2 * d if bits == BFLOAT else 4 * d
+
+
 @cache
 def kernel(key_bits, value_bits, d, dv, graded):
     """Attention of few queries to stored tokens and groups of evicted ones, compiled for these codes.
@@ -245,7 +250,7 @@ def kernel(key_bits, value_bits, d, dv, graded):
     Parameters
     ----------
     key_bits, value_bits : int
-        0 where retained tokens are vectors.
+        Where retained tokens are vectors, 0 of 32 bits, or `BFLOAT`.
     d, dv : int
         Multiples of `LANES`.
     graded : int
@@ -259,8 +264,8 @@ def kernel(key_bits, value_bits, d, dv, graded):
         first number to the second.
     """
     vector, wide = 4 * d, 4 * dv
-    key_bytes = row_bytes(d, key_bits) if key_bits else vector
-    value_bytes = row_bytes(dv, value_bits) if value_bits else wide
+    key_bytes, value_bytes = bytes_of(d, key_bits), bytes_of(dv, value_bits)
+    coded = key_bits > 0
 
     @compiled(signature_of(key_bits, value_bits))
     def attend(
@@ -274,7 +279,7 @@ def kernel(key_bits, value_bits, d, dv, graded):
         m, groups = recent_keys.shape[2], log_weight.shape[2]
         rank = against.shape[2] - groups
         longest = slots[:, 1].max() + m + groups
-        asked, coded = np.empty((rows, d), np.float32), np.empty((rows, d), np.float32)
+        asked, tilted = np.empty((rows, d), np.float32), np.empty((rows, d), np.float32)
         levels = np.empty(max(d, dv), np.float32)
         shift, top = np.empty(rows, np.float32), np.empty(rows, np.float32)
         logits, right = np.empty((rows, longest), np.float32), np.empty((rows, rank), np.float32)
@@ -288,11 +293,11 @@ def kernel(key_bits, value_bits, d, dv, graded):
                 shift[r], top[r] = np.float32(0), np.float32(-np.inf)
                 for c in range(d):
                     asked[r, c] = scale * q[row, head, r, c]
-                if key_bits:
+                if coded:
                     for c in range(d):
                         shift[r] += asked[r, c] * mean[row, head, c]
                         channel = order[row, head, c] if graded else c
-                        coded[r, c] = asked[r, channel] * deviation[row, head, channel]
+                        tilted[r, c] = asked[r, channel] * deviation[row, head, channel]
 
             # Logits of retained tokens.
             for t in range(width):
@@ -302,12 +307,15 @@ def kernel(key_bits, value_bits, d, dv, graded):
                     continue
                 key = packed(keys, row, start + t)
                 fetch(packed(keys, row, start + t + AHEAD), key_bytes)
-                if key_bits:
+                if coded:
                     unpack(key, where, key_bits, d, graded)
                     step = step_of(key_step[row, start + t])
+                if key_bits == BFLOAT:
+                    widen(key, where, d)
+                    key = where
                 for r in range(rows):
-                    if key_bits:
-                        logit = dot(address(coded, r * vector), where, d) * step + shift[r]
+                    if coded:
+                        logit = dot(address(tilted, r * vector), where, d) * step + shift[r]
                     else:
                         logit = dot(address(asked, r * vector), key, d)
                     logits[r, t] = logit
@@ -352,16 +360,19 @@ def kernel(key_bits, value_bits, d, dv, graded):
                     continue
                 value = packed(values, row, start + t)
                 fetch(packed(values, row, start + t + AHEAD), value_bytes)
-                if value_bits:
+                if coded:
                     unpack(value, where, value_bits, dv, 0)
                     step = step_of(value_step[row, start + t])
+                if value_bits == BFLOAT:
+                    widen(value, where, dv)
+                    value = where
                 for r in range(rows):
                     sum_of = address(total, r * wide)
-                    if value_bits:
+                    if coded:
                         add(sum_of, logits[r, t] * step, where, dv)
                     else:
                         add(sum_of, logits[r, t], value, dv)
-            if value_bits:
+            if coded:
                 for r in range(rows):
                     for c in range(dv):
                         total[r, c] *= value_deviation[row, head, c]
