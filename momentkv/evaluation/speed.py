@@ -47,7 +47,7 @@ def speed(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; use at least 1")
     check_evicts(options)
-    least = max(options.steps + 1, MEMORY_STEPS)
+    least = max(options.steps, MEMORY_STEPS)
     if options.context < least:
         raise ValueError(
             f"context is {options.context}, but {least} steps of a decode read its first tokens once more; use a "
@@ -87,7 +87,7 @@ def speed(options: argparse.Namespace) -> int:
         progress.update(task, description="decoding in turns")
         steps: dict[str, list[Step]] = {kind: [] for kind in KINDS}
         for step in range(1 + options.steps):
-            token = ids[:, step : step + 1]
+            token = ids[:, max(step - 1, 0)][:, None]
             for kind, cache in caches.items():
                 before = evicted_tokens(cache)
                 took = decode(model, token, cache)
