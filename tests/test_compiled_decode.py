@@ -176,6 +176,12 @@ def test_slots_without_a_token_may_hold_anything():
     want = launch.attend_compiled(
         q, hidden._replace(recent_keys=keys, recent_values=values, recent_valid=there), scale=0.3
     )
+    common = there[:, :1]  # the same for all heads, said once
+    got, said = (
+        launch.attend_compiled(q, tiers._replace(recent_keys=keys, recent_values=values, recent_valid=x), scale=0.3)
+        for x in (common, common.repeat(1, 3, 1))
+    )
+    assert torch.equal(got.out, said.out)
     keys, values = (x.masked_fill(~there[..., None], torch.nan) for x in (keys, values))
     got = launch.attend_compiled(
         q, hidden._replace(recent_keys=keys, recent_values=values, recent_valid=there), scale=0.3
