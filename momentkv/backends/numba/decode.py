@@ -22,9 +22,11 @@ from momentkv.codes import Coding
 
 __all__ = ["attend_compiled", "compiles"]
 
-# Head dimensions that kernels are compiled for: multiples of the first number, from the second to the third. One takes
-# seconds to compile, once on a machine, and for the dimensions of models alone that is worth it.
-LANES, NARROWEST, WIDEST = 16, 32, 256
+# Numbers in a vector of the kernel. Where registers are narrower, the compiler takes two or four for one.
+LANES = 16
+# Head dimensions that kernels are compiled for: multiples of that, from the first to the second. One takes seconds to
+# compile, once on a machine, and for the dimensions of models alone that is worth it.
+NARROWEST, WIDEST = 32, 256
 # More queries at once than these are better served by products of matrices, of codes or of vectors.
 MOST_OF_CODES, MOST_OF_VECTORS = 32, 4
 # Numbers read, times queries, above which threads share the heads.

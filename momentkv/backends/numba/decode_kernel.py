@@ -17,13 +17,11 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
 from momentkv.backends.numba.compiled import BFLOAT, compiled, signature_of
+from momentkv.backends.numba.decode import LANES
 from momentkv.backends.numba.llvm import BYTE, FLOAT, INT, at, fused, integers
 from momentkv.codes import GRADES, PLANES, centre, row_bytes
 
-__all__ = ["LANES", "kernel"]
-
-# Numbers in a vector. Where registers are narrower, the compiler takes two or four for one.
-LANES = 16
+__all__ = ["kernel"]
 
 # A step of 16 bits from here on is infinite or no number.
 INFINITE = 0x7C00
