@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from momentkv._array import Array, array_namespace, device, is_torch_array
+from momentkv._array import Array, array_namespace, device, index_dtype, is_torch_array
 
 __all__ = [
+    "chosen_first",
     "column_products",
     "inverse_permutation",
     "less_product",
@@ -170,6 +171,24 @@ def less_product(x: Array, a: Array, b: Array) -> Array:
         return x - a @ b
     flat, a, b = (y.reshape(-1, *y.shape[-2:]) for y in (x, a, b))
     return flat.baddbmm(a, b, alpha=-1).reshape(x.shape)
+
+
+def chosen_first(chosen: Array) -> Array:
+    """Numbers of the slots (..., n) by order: those that are chosen, then the others, each in turn.
+
+    As a stable sort of the mask gives them, by counting.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> chosen_first(np.asarray([False, True, False, True])).tolist()
+    [1, 3, 0, 2]
+    """
+    xp = array_namespace(chosen)
+    number = xp.astype(chosen, index_dtype(xp))
+    before = xp.cumulative_sum(number, axis=-1)
+    slots = xp.arange(chosen.shape[-1], dtype=before.dtype, device=device(chosen))
+    return inverse_permutation(xp.where(chosen, before - 1, before[..., -1:] + slots - before))
 
 
 def inverse_permutation(order: Array) -> Array:

@@ -16,6 +16,7 @@ from models import left_padded, prompt, tiny
 from test_hf_static import Counting
 
 from momentkv import LayerCache
+from momentkv.backends.base import JOINED
 from momentkv.cache import joining
 from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.cache.joining import evict_together, flush_together, groups
@@ -215,11 +216,11 @@ def test_layers_that_are_not_alike_do_not_evict_at_once(other: dict[str, Any]):
     assert groups(caches, [cache.stored_state for cache in caches]) == [[0, 2], [1]]
 
 
-def test_no_more_evict_at_once_than_take_the_bytes_a_backend_works_on(monkeypatch: pytest.MonkeyPatch):
+def test_no_more_evict_at_once_than_take_the_bytes_a_backend_joins(monkeypatch: pytest.MonkeyPatch):
     caches = ready([{}] * 4, [[20, 20], [30, 12], [20, 20], [12, 30]])
     states = [cache.stored_state for cache in caches]
     assert [sorted(group) for group in groups(caches, states)] == [[0, 1, 2, 3]]
-    monkeypatch.setattr("momentkv.backends.base.AT_ONCE", joining.joined_bytes([states[0], states[2]]))
+    monkeypatch.setattr("momentkv.backends.base.AT_ONCE", -(-joining.joined_bytes([states[0], states[2]]) // JOINED))
     # In order of width: what is as wide goes together.
     assert groups(caches, states) == [[0, 2], [1], [3]]
     monkeypatch.setattr("momentkv.backends.base.AT_ONCE", 0)

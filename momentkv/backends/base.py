@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from momentkv._array import Array, array_namespace, device
 from momentkv.attention import AttentionState, logits, merge, softmax_state
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.codes import Coded, attend_codes
+from momentkv.codes import Coded, Standard, attend_codes, decode
 from momentkv.statistics.expansion import Expansion, estimate_expansion
 
 __all__ = ["ArrayBackend", "causal_mask"]
@@ -18,6 +18,8 @@ __all__ = ["ArrayBackend", "causal_mask"]
 # With fewer bytes, calls cost more than the work. More memory than this the system allocates anew at every call. See
 # docs/evaluation.md#speed.
 AT_ONCE = 4 * 2**20
+# What an eviction does with few tokens, such as those that go, costs calls alone, and more heads at once are better.
+JOINED = 4
 
 
 class ArrayBackend:
@@ -234,6 +236,17 @@ class ArrayBackend:
             return xp.where(some, xp.take_along_axis(new, source, axis=-1), x)
         return xp.where(some[..., None], xp.take_along_axis(new, source[..., None], axis=-2), x)
 
+    def tokens(self, layout: Layout, codes: Array, step: Array, standard: Standard, bits: int) -> Array:
+        """Records of packed slots as tokens, a rectangle (..., kv_head, width, d); see `Layout`.
+
+        Slots that a head does not have are zero.
+        """
+        xp = array_namespace(codes, step)
+        tokens = decode(layout.rectangle(codes, vectors=True), layout.rectangle(step, vectors=False), standard, bits)
+        if layout.equal:
+            return tokens
+        return xp.where(layout.beside(tokens, "real")[..., None], tokens, xp.zeros_like(tokens))
+
     def overwrite(self, x: Array, new: Array) -> Array:
         """An array with all elements of ``new``, in the memory of ``x`` where arrays can be written to."""
         return new
@@ -241,6 +254,10 @@ class ArrayBackend:
     def at_once(self, x: Array) -> int:
         """Bytes of vectors, on the device of ``x``, that an eviction should work on at once; more take another turn."""
         return AT_ONCE
+
+    def joined_at_once(self, x: Array) -> int:
+        """Bytes of vectors that layers which evict together have in all; `at_once` are worked on at a time."""
+        return JOINED * self.at_once(x)
 
     def overwrite_all(self, xs: Sequence[Array], new: Sequence[Array]) -> list[Array]:
         """`overwrite` of several arrays, at once where a library can."""

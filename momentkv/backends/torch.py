@@ -26,11 +26,12 @@ from momentkv.backends.flash import (
 )
 from momentkv.backends.layout import Layout, Tiers
 from momentkv.backends.numba.decode import attend_compiled, compiles
+from momentkv.backends.numba.tokens import compiles_tokens, tokens_compiled
 from momentkv.backends.operators import DTYPES, decode, reads_codes
 from momentkv.backends.placed import kept
 from momentkv.backends.plain import Prepared, estimate_expansion, join, joined_output, prepare
 from momentkv.backends.records import BLOCK, attend_packed, attend_records
-from momentkv.codes import Coded
+from momentkv.codes import Coded, Standard
 from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
@@ -192,11 +193,19 @@ class TorchBackend(ArrayBackend):
             slots, new = only_written(x, slots, new, axis)
         return x.scatter_(axis, slots[..., None].expand(new.shape) if axis == -2 else slots, new)
 
+    def tokens(self, layout: Layout, codes: Array, step: Array, standard: Standard, bits: int) -> Array:
+        if compiles_tokens(codes, step, standard):
+            return tokens_compiled(layout, codes, step, standard, bits)
+        return super().tokens(layout, codes, step, standard, bits)
+
     def overwrite(self, x: Array, new: Array) -> Array:
         return x.copy_(new)
 
     def at_once(self, x: Array) -> int:
         return super().at_once(x) if x.device.type == "cpu" else AT_ONCE_ON_DEVICE
+
+    def joined_at_once(self, x: Array) -> int:
+        return super().joined_at_once(x) if x.device.type == "cpu" else AT_ONCE_ON_DEVICE
 
     def overwrite_all(self, xs: Sequence[Array], new: Sequence[Array]) -> list[Array]:
         if xs:

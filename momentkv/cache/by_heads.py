@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from momentkv._array import Array, array_namespace
-from momentkv._rows import take_rows_of
+from momentkv._rows import chosen_first, take_rows_of
 from momentkv.backends import get_backend
 from momentkv.cache.packing import View
 from momentkv.policies import Policy, Tokens
@@ -23,7 +23,7 @@ def gathered(view: View, gone: Array, most: int) -> tuple[Array, Array, Array]:
     xp = array_namespace(gone)
     if 2 * most >= gone.shape[-1]:
         return view.keys, view.values, gone
-    index = xp.argsort(xp.astype(~gone, xp.int8), axis=-1, stable=True)[..., :most]
+    index = chosen_first(gone)[..., :most]
     k, v = take_rows_of(index, view.keys, view.values)
     return k, v, xp.take_along_axis(gone, index, axis=-1)
 

@@ -94,7 +94,7 @@ def groups(caches: Sequence[LayerCache], states: Sequence[LayerState], *, block:
 
     Those of a group have equal settings, arrays that differ in the number of heads or slots alone, and come to have as
     many recent tokens; their keys and values take at most
-    `ArrayBackend.at_once` bytes in float32.
+    `ArrayBackend.joined_at_once` bytes in float32.
     """
     kinds: list[tuple[Any, list[int]]] = []
     for index, (cache, state) in enumerate(zip(caches, states, strict=True)):
@@ -105,7 +105,7 @@ def groups(caches: Sequence[LayerCache], states: Sequence[LayerState], *, block:
         else:
             members.append(index)
     parts: list[list[int]] = []
-    most = get_backend(states[0].counts).at_once(states[0].counts) if states else 0
+    most = get_backend(states[0].counts).joined_at_once(states[0].counts) if states else 0
     for _, members in kinds:
         part: list[int] = []
         # In order of their widths: side by side, all heads are as wide as the widest.

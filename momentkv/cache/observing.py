@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from momentkv._array import Array, array_namespace
-from momentkv._rows import take_rows
+from momentkv._rows import chosen_first, take_rows
 from momentkv.backends import ArrayBackend
 from momentkv.backends.base import causal_mask
 from momentkv.cache.config import CacheConfig
@@ -35,7 +35,7 @@ def real_ones_last(new: NewTokens, q: Array, *, ask: bool = True) -> tuple[NewTo
     real = new.positions[..., new.length - q_len :] >= 0
     if not new.padded or q_len == 1 or (ask and not bool(xp.any(real[..., :-1] & ~real[..., 1:]))):
         return new, q
-    order = xp.argsort(xp.astype(real, xp.int8), axis=-1, stable=True)
+    order = chosen_first(~real)
 
     def moved(x: Array) -> Array:
         earlier, last = x[..., : new.length - q_len], x[..., new.length - q_len :]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace, device
-from momentkv._rows import take_rows, take_rows_of
+from momentkv._rows import chosen_first, take_rows, take_rows_of
 from momentkv.backends.layout import Layout
 from momentkv.cache.losses import STORED, with_lost
 from momentkv.cache.recoding import Pool, pool_of
@@ -52,6 +52,7 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
     parts: dict[str, list[Array]] = {
         "positions": [recent_positions[..., :sinks], positions, recent_positions[..., sinks:]]
     }
+    padded, both = state.padded or (new is not None and new.padded), None
     at_once = not layout.equal and layout.bits is None and can_stack(state.keys, state.values)
     for name, retained in () if at_once else zip(("keys", "values"), state.retained(), strict=True):
         recent = getattr(state, f"recent_{name}")
@@ -63,9 +64,14 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
     if new is not None:
         for name, pieces in parts.items():
             pieces.append(getattr(new, name))
+    if layout.bits is not None and not padded and can_stack(state.recent_keys, state.recent_values):
+        # Slots without a token are zero already.
+        pairs = (xp.stack(pair) for pair in zip(parts.pop("keys"), parts.pop("values"), strict=True))
+        both = xp.concat(list(pairs), axis=-2)
     whole = {name: xp.concat(pieces, axis=-2 if name in ("keys", "values") else -1) for name, pieces in parts.items()}
     if at_once:
         both = side_by_side(state, new, whole["positions"] >= 0)
+    if both is not None:
         return View(both[0, ...], both[1, ...], whole["positions"], whole.get("attention"), both)
     return View(whole["keys"], whole["values"], whole["positions"], whole.get("attention"))
 
@@ -153,7 +159,7 @@ def repack(
     else:
         retained = room
     # The slots of kept tokens first, in order: the j-th of them is token j.
-    order = xp.argsort(xp.astype(~kept, xp.int8), axis=-1, stable=True)
+    order = chosen_first(kept)
     flat = order + xp.arange(heads, dtype=order.dtype, device=where)[:, None] * n
 
     # Number of the token in each slot, n for none: of retained ones, from the first after the sinks on; then of the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace, device
-from momentkv._rows import take_rows
+from momentkv._rows import chosen_first, take_rows
 from momentkv.backends.layout import Layout
 from momentkv.cache.config import CacheConfig
 from momentkv.cache.state import LayerState
@@ -80,7 +80,7 @@ def pool_of(
         anew, (of_keys, of_values) = renew[..., None], standards_of(keys, values, real, bits[0], queries)
         standards = of_keys.where(anew, standards[0]), of_values.where(anew, standards[1])
         enters, most = enters | (retained & anew), max(1, min(layout.width, n))
-    index = xp.argsort(xp.astype(~enters, xp.int8), axis=-1, stable=True)[..., :most]
+    index = chosen_first(enters)[..., :most]
     records = [
         encode(take_rows(x, index), standard, number)
         for x, standard, number in zip((keys, values), standards, bits, strict=True)

@@ -17,9 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, accumulation_dtype, array_namespace, check_mask, device, nbytes
+from momentkv.backends import get_backend
 from momentkv.backends.layout import Layout, Tiers
 from momentkv.cache.traces import hides_nothing
-from momentkv.codes import Coding, Standard, decode, row_bytes, step_dtype
+from momentkv.codes import Coding, Standard, row_bytes, step_dtype
 from momentkv.statistics.moments import Moments
 
 __all__ = ["LayerState", "NewTokens", "empty_state", "hidden", "joined", "overwritten", "place", "told"]
@@ -192,23 +193,20 @@ class LayerState:
         return Coding(self.layout.bits, self.key_step, self.value_step, *standards)
 
     def retained(self) -> tuple[Array, Array]:
-        """Keys and values of retained tokens, decoded, as a rectangle (..., kv_head, width, d); see `Layout`."""
+        """Retained tokens, decoded, as a rectangle: `Layout.rectangle`, for records `ArrayBackend.tokens`."""
         if self.layout.width == 0:
             return self.recent_keys[..., :0, :], self.recent_values[..., :0, :]
         coding = self.coding()
         if coding is None:
             keys, values = (self.layout.rectangle(x, vectors=True) for x in (self.keys, self.values))
             return keys, values
-        xp, layout = array_namespace(self.keys), self.layout
+        xp, layout, backend = array_namespace(self.keys), self.layout, get_backend(self.keys)
         parts = (
             (self.keys, coding.key_step, coding.key_standard, coding.bits[0], self.recent_keys),
             (self.values, coding.value_step, coding.value_standard, coding.bits[1], self.recent_values),
         )
         keys, values = (
-            xp.astype(
-                decode(layout.rectangle(codes, vectors=True), layout.rectangle(step, vectors=False), standard, bits),
-                like.dtype,
-            )
+            xp.astype(backend.tokens(layout, codes, step, standard, bits), like.dtype, copy=False)
             for codes, step, standard, bits, like in parts
         )
         return keys, values

@@ -7,7 +7,7 @@ import math
 from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device, inverse_factor
-from momentkv._rows import plus_product, real_rows, row_products
+from momentkv._rows import plus_product, real_rows
 from momentkv.policies.base import Policy, Tokens
 from momentkv.policies.snapkv import check_kernel, pool_neighbours
 from momentkv.statistics.weights import positive
@@ -95,5 +95,5 @@ def mahalanobis(off: Array, real: Array) -> Array:
     # A matrix that is not finite may stop the inversion of all. No entry of a covariance is above its diagonal's.
     finite = xp.isfinite(mean)[..., None]
     whitened = off @ inverse_factor(xp.where(finite[..., None], covariance, identity)).mT
-    distance = row_products(whitened, whitened)
+    distance = xp.linalg.vector_norm(whitened, axis=-1) ** 2  # whitened * whitened would be as large as the tokens
     return xp.where(finite, distance, xp.full_like(distance, math.nan))

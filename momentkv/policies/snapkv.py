@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from momentkv._array import Array, array_namespace, device
 from momentkv._numbers import whole_number
+from momentkv._rows import chosen_first
 from momentkv.policies.base import Policy, Tokens
 
 __all__ = ["SnapKV", "check_kernel", "pool_neighbours"]
@@ -69,7 +70,7 @@ def pool_neighbours(score: Array, positions: Array, kernel: int) -> Array:
     half, n = kernel // 2, score.shape[-1]
     # Empty slots may lie between neighbours; moved to the end, they no longer do.
     real = positions >= 0
-    order = xp.argsort(xp.astype(real, xp.int8), axis=-1, descending=True, stable=True)
+    order = chosen_first(real)
     score = xp.take_along_axis(xp.where(real, score, 0.0), order, axis=-1)
     place = xp.take_along_axis(positions, order, axis=-1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -35,18 +36,30 @@ ALONE = 2**20
 
 def compiles(q: torch.Tensor, tiers: Tiers, expansion: Prepared | None = None) -> bool:
     """Whether `attend_compiled` may be called, and is fastest."""
-    coding, d, dv = tiers.coding, q.shape[-1], tiers.recent_values.shape[-1]
+    coding = tiers.coding
     return (
         q.ndim == 4
         and q.device.type == tiers.keys.device.type == "cpu"
         and q.shape[-2] <= (MOST_OF_VECTORS if coding is None else MOST_OF_CODES)
-        and all(each % LANES == 0 and NARROWEST <= each <= WIDEST for each in (d, dv))
+        and has_width(q)
+        and has_width(tiers.recent_values)
         and torch.float64 not in (q.dtype, tiers.recent_keys.dtype, tiers.recent_values.dtype)
         and (reads_vectors(tiers) if coding is None else reads_records(q, coding))
         and (expansion is None or reads_groups(expansion))
         and not differentiated(q, tiers.recent_keys, tiers.recent_values, tiers.keys, tiers.values)
-        and not torch.compiler.is_compiling()
-        # What is traced, counted or transformed are operators.
+        and may_compile()
+    )
+
+
+def has_width(x: torch.Tensor) -> bool:
+    """Whether kernels are compiled for vectors or channels of as many numbers as the last axis has."""
+    return x.shape[-1] % LANES == 0 and NARROWEST <= x.shape[-1] <= WIDEST
+
+
+def may_compile() -> bool:
+    """Whether a kernel may stand for operators: there is Numba, and nobody traces, counts or transforms these."""
+    return (
+        not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and has_numba()
@@ -115,14 +128,18 @@ def attend_compiled(
         bits = (BFLOAT, BFLOAT)
     run = kernel(*bits, asked.shape[-1], dv, int(graded))
     read = (sum(layout.widths) + kv_heads * tiers.recent_keys.shape[-2]) * batch * (asked.shape[-1] + dv)
-    pairs = batch * kv_heads
-    parts = min(pairs, torch.get_num_threads()) if read * asked.shape[-2] > ALONE else 1
+    run_shared(run, arguments, batch * kv_heads, read * asked.shape[-2])
+    return AttentionState(torch.from_numpy(out).reshape(*heads, dv), torch.from_numpy(lse).reshape(heads))
+
+
+def run_shared(run: Callable[..., None], arguments: tuple[Any, ...], pairs: int, work: int) -> None:
+    """Run a kernel on all pairs of row and head, in several threads if so many numbers are worth it."""
+    parts = min(pairs, torch.get_num_threads()) if work > ALONE else 1
     own, *rest = pairwise(pairs * part // parts for part in range(parts + 1))
     others = [pool(parts - 1).submit(run, *arguments, *part) for part in rest]
     run(*arguments, *own)
     for other in others:
         other.result()
-    return AttentionState(torch.from_numpy(out).reshape(*heads, dv), torch.from_numpy(lse).reshape(heads))
 
 
 def of_groups(expansion: Prepared) -> tuple[Any, ...]:
