@@ -19,7 +19,7 @@ __all__ = ["ArrayBackend", "causal_mask"]
 # docs/evaluation.md#speed.
 AT_ONCE = 4 * 2**20
 # What an eviction does with few tokens, such as those that go, costs calls alone, and more heads at once are better.
-JOINED = 4
+JOINED = 2
 
 
 class ArrayBackend:
