@@ -9,8 +9,16 @@ import torch
 
 from momentkv.backends.flash import differentiated
 from momentkv.backends.layout import Layout
-from momentkv.backends.numba.decode import BYTES, NUMBERS, has_width, may_compile, numbers, run_shared, slots_of
-from momentkv.backends.numba.decode import side_by_side as vectors
+from momentkv.backends.numba.decode import (
+    BYTES,
+    NUMBERS,
+    has_width,
+    may_compile,
+    numbers,
+    run_shared,
+    side_by_side,
+    slots_of,
+)
 from momentkv.codes import Standard
 
 __all__ = ["compiles_tokens", "tokens_compiled"]
@@ -40,7 +48,7 @@ def tokens_compiled(
     mean, order = standard.mean, standard.order
     out: Any = np.empty((batch, heads, layout.width, d), np.float32)
     arguments = (
-        vectors(codes),
+        side_by_side(codes),
         numbers(step.view(torch.uint16)),
         NUMBERS[0] if mean is None else numbers(mean),
         numbers(standard.deviation),
