@@ -123,3 +123,19 @@ def test_a_view_of_records_is_zero_where_no_token_is():
     assert torch.equal(view.both, torch.stack([view.keys, view.values]))
     assert (view.both[:, view.positions < 0] == 0).all()
     assert (view.both[:, view.positions >= 0] != 0).any(-1).all()
+
+
+def test_padded_rows_are_ranked_whatever_lies_in_slots_without_a_token():
+    make = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(2, heads, 120, 64, generator=make) for heads in (6, 3, 3))
+    valid = torch.ones(2, 1, 120, dtype=torch.bool)
+    valid[1, :, :80] = False  # fewer tokens than the budget
+    cache = LayerCache(60, policy="balanced", correction="summaries", bits=4, window=8, block=8)
+    cache.step(q, k, v, valid=valid)
+    before, state = cache.importance(), cache.stored_state
+    empty = torch.cat([~state.retained_valid()[:, head, :width] for head, width in enumerate(state.layout.widths)], 1)
+    assert empty[1].any()
+    steps = {name: getattr(state, name).masked_fill(empty, torch.nan) for name in ("key_step", "value_step")}
+    cache.take(state.changed(**steps))
+    real = cache.view().positions >= 0
+    assert torch.equal(cache.importance()[real], before[real])
