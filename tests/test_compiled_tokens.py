@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_compiled_decode import CODES, WIDTHS, stored
+from test_compiled_decode import CODES, WIDTHS, asked, stored
+from torch.utils.flop_counter import FlopCounterMode
 
 from momentkv import LayerCache
 from momentkv.backends import torch as torch_backend
@@ -139,3 +140,20 @@ def test_padded_rows_are_ranked_whatever_lies_in_slots_without_a_token():
     cache.take(state.changed(**steps))
     real = cache.view().positions >= 0
     assert torch.equal(cache.importance()[real], before[real])
+
+
+def test_what_is_counted_or_transformed_are_operators(monkeypatch):
+    tiers, *_ = stored()
+    q, records = asked(tiers), of_keys(tiers)[:3]
+
+    def compiled(_=None):
+        return launch.compiles(q, tiers), compiles_tokens(*records)
+
+    assert compiled() == (True, True)
+    with FlopCounterMode(display=False):
+        assert compiled() == (False, False)
+    told = []
+    torch.func.vmap(lambda x: told.append(compiled()) or x)(torch.zeros(2))
+    assert told == [(False, False)]
+    monkeypatch.setattr(launch, "has_numba", lambda: False)
+    assert compiled() == (False, False)
