@@ -111,3 +111,20 @@ def test_static_rows_with_padding_are_as_alone(bits: int | None):
     both, alone = outs[0], torch.cat(outs[1:])
     real = valid[..., None]
     torch.testing.assert_close(both.where(real, 0.0), alone.where(real, 0.0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["balanced", "expected-attention", "snapkv"])
+def test_a_row_with_padding_behind_it_is_ranked_by_its_own_newest_queries(policy: str):
+    """More padding than the queries that rank: none of the newest slots would have one of the row's."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, heads, 500, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    q[..., :200, :] *= 4  # older queries would rank otherwise
+    valid = torch.ones(2, 1, 500, dtype=torch.bool)
+    valid[1, :, 210:] = False
+    options: dict[str, Any] = {"policy": policy, "correction": "summaries", "window": 8, "block": 4}
+    both, alone = LayerCache(40, **options), LayerCache(40, **options)
+    both.step(q, k, v, valid=valid)
+    alone.step(*(x[1:, :, :210] for x in (q, k, v)))
+    own = both.positions[1:]
+    for head in range(2):
+        assert torch.equal(own[0, head][own[0, head] >= 0], alone.positions[0, head])
