@@ -13,7 +13,7 @@ from momentkv.attention import AttentionState, merge
 from momentkv.cache.by_heads import folded
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.layer import LayerCache
-from momentkv.cache.packing import View
+from momentkv.cache.packing import View, view_is_padded
 from momentkv.codes import Standard, coarse
 from momentkv.policies.select import protected, ranking
 
@@ -93,7 +93,7 @@ def measured_errors(
     places = places_of_queries(cache, view, q.shape[-2])
     # Where no slot is empty and the window has every judge, all else came before them. Heads that retain fewer tokens
     # than others have empty slots.
-    whole = state.layout.equal and not (state.padded or (cache.new is not None and cache.new.padded))
+    whole = state.layout.equal and not view_is_padded(state, cache.new)
     earlier = whole and config.window >= q.shape[-2]
 
     def attended(k: Array, v: Array, positions: Array, *, all_seen: bool = False) -> AttentionState:

@@ -14,7 +14,7 @@ from momentkv.cache.by_heads import calibrated, folded, gathered, importance_by_
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.given import as_given
 from momentkv.cache.losses import EVICTED, choose_lost, losses_of, with_lost
-from momentkv.cache.packing import View, repack, view_of, widths_of
+from momentkv.cache.packing import View, repack, view_is_padded, view_of, widths_of
 from momentkv.cache.queries import query_window
 from momentkv.cache.recoding import renewal
 from momentkv.cache.state import LayerState, NewTokens
@@ -23,11 +23,6 @@ from momentkv.policies.select import kept
 from momentkv.trust import trust_of
 
 __all__ = ["Totals", "evicted_state", "importance_of", "kept_by_rank"]
-
-
-def view_is_padded(state: LayerState | None, new: NewTokens | None) -> bool:
-    """Whether some slots of what is stored and of what has come may hold no token, as far as the host knows."""
-    return (state is not None and state.padded) or (new is not None and new.padded)
 
 
 class Totals:

@@ -14,7 +14,7 @@ from momentkv.cache.losses import STORED, with_lost
 from momentkv.cache.recoding import Pool, pool_of
 from momentkv.cache.state import LayerState, NewTokens, empty_state
 
-__all__ = ["View", "repack", "view_of", "widths_of"]
+__all__ = ["View", "repack", "view_is_padded", "view_of", "widths_of"]
 
 
 class View(NamedTuple):
@@ -52,7 +52,7 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
     parts: dict[str, list[Array]] = {
         "positions": [recent_positions[..., :sinks], positions, recent_positions[..., sinks:]]
     }
-    padded, both = state.padded or (new is not None and new.padded), None
+    both = None
     at_once = not layout.equal and layout.bits is None and can_stack(state.keys, state.values)
     for name, retained in () if at_once else zip(("keys", "values"), state.retained(), strict=True):
         recent = getattr(state, f"recent_{name}")
@@ -64,7 +64,7 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
     if new is not None:
         for name, pieces in parts.items():
             pieces.append(getattr(new, name))
-    if layout.bits is not None and not padded and can_stack(state.recent_keys, state.recent_values):
+    if layout.bits is not None and not view_is_padded(state, new) and can_stack(state.recent_keys, state.recent_values):
         # Slots without a token are zero already.
         pairs = (xp.stack(pair) for pair in zip(parts.pop("keys"), parts.pop("values"), strict=True))
         both = xp.concat(list(pairs), axis=-2)
@@ -74,6 +74,11 @@ def view_of(state: LayerState | None, new: NewTokens | None = None) -> View:
     if both is not None:
         return View(both[0, ...], both[1, ...], whole["positions"], whole.get("attention"), both)
     return View(whole["keys"], whole["values"], whole["positions"], whole.get("attention"))
+
+
+def view_is_padded(state: LayerState | None, new: NewTokens | None) -> bool:
+    """Whether some slots of what is stored and of what has come may hold no token, as far as the host knows."""
+    return (state is not None and state.padded) or (new is not None and new.padded)
 
 
 def can_stack(keys: Array, values: Array) -> bool:
