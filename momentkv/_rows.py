@@ -11,6 +11,7 @@ __all__ = [
     "chosen_first",
     "column_products",
     "inverse_permutation",
+    "joined_rows",
     "less_product",
     "plus_product",
     "real_rows",
@@ -20,6 +21,7 @@ __all__ = [
     "take_columns",
     "take_rows",
     "take_rows_of",
+    "take_rows_of_heads",
 ]
 
 
@@ -49,15 +51,65 @@ def take_rows_of(index: Array, *arrays: Array) -> tuple[Array, ...]:
     """
     xp = array_namespace(index, *arrays)
     *lead, n, _ = arrays[0].shape
-    count, m = math.prod(lead), index.shape[-1]
-    if count > 1:
+    count, numbers = math.prod(lead), dict[bool, Array]()
+    taken = []
+    for x in arrays:
+        by_token = lies_by_token(x)
+        if by_token not in numbers:
+            numbers[by_token] = xp.reshape(numbers_of_rows(index, lead, n, by_token=by_token), (-1,))
+        rows = xp.reshape(xp.permute_dims(x, swapped(x.ndim)) if by_token else x, (count * n, x.shape[-1]))
+        taken.append(xp.reshape(xp.take(rows, numbers[by_token], axis=0), (*index.shape, x.shape[-1])))
+    return tuple(taken)
+
+
+def take_rows_of_heads(index: Array, *arrays: Array) -> tuple[Array, ...]:
+    """Rows of arrays (..., heads, n, d) by numbers (..., m) that count on from head to head: (..., m, d).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> keys = np.asarray([[[1.0], [2.0]], [[3.0], [4.0]]])
+    >>> [x.tolist() for x in take_rows_of_heads(np.asarray([3, 0]), keys)]
+    [[[4.0], [1.0]]]
+    """
+    *lead, heads, n, _ = arrays[0].shape
+    taken, turned = [], None
+    for x in arrays:
+        own, by_token = index, lies_by_token(x)
+        if by_token:
+            turned = index % n * heads + index // n if turned is None else turned
+            own, x = turned, array_namespace(x).permute_dims(x, swapped(x.ndim))
+        taken.append(take_rows(array_namespace(x).reshape(x, (*lead, heads * n, x.shape[-1])), own))
+    return tuple(taken)
+
+
+def lies_by_token(x: Array) -> bool:
+    """Whether an array (..., head, n, d) has the heads of a token side by side, as projections of a model have them.
+
+    Rows of such an array are read where they are; to put them in the order of its axes would copy all of it.
+    """
+    if not is_torch_array(x) or x.ndim < 3 or x.is_contiguous():
+        return False
+    return bool(x.transpose(-3, -2).is_contiguous())
+
+
+def swapped(axes: int) -> tuple[int, ...]:
+    """So many axes, with the last but two and the last but one in each other's place."""
+    return (*range(axes - 3), axes - 2, axes - 3, axes - 1)
+
+
+def numbers_of_rows(index: Array, lead: Sequence[int], n: int, *, by_token: bool) -> Array:
+    """Which rows of the matrix of all rows, as they lie, an index (*lead, m) for each of the leading axes means."""
+    xp, count = array_namespace(index), math.prod(lead)
+    if count <= 1:
+        return index
+    if not by_token:
         first = xp.arange(0, count * n, n or 1, dtype=index.dtype, device=device(index))
-        index = index + xp.reshape(first, (*lead, 1))
-    flat = xp.reshape(index, (-1,))
-    return tuple(
-        xp.reshape(xp.take(xp.reshape(x, (count * n, x.shape[-1])), flat, axis=0), (*lead, m, x.shape[-1]))
-        for x in arrays
-    )
+        return index + xp.reshape(first, (*lead, 1))
+    heads = lead[-1]
+    first = xp.arange(0, count * n, heads * n or 1, dtype=index.dtype, device=device(index))[:, None]
+    first = first + xp.arange(heads, dtype=index.dtype, device=device(index))
+    return index * heads + xp.reshape(first, (*lead, 1))
 
 
 def take_columns(x: Array, index: Array) -> Array:
@@ -106,6 +158,28 @@ def stacked_rows(arrays: Sequence[Array], real: Array) -> Array:
     index = xp.reshape(xp.arange(len(arrays) * count, device=device(real)), (len(arrays), *lead, n))
     index = xp.reshape(xp.where(real, index, xp.full_like(index, len(arrays) * count)), (-1,))
     return xp.reshape(xp.take(rows, index, axis=0), (len(arrays), *lead, n, d))
+
+
+def joined_rows(first: Array, x: Array, real: Array | None) -> Array:
+    """Rows (..., m, d) and then those of ``x`` (..., n, d), zero where ``real``, if given, is not true, as `real_rows`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> joined_rows(np.asarray([[1.0]]), np.asarray([[2.0], [np.nan]]), np.asarray([True, False])).tolist()
+    [[1.0], [2.0], [0.0]]
+    """
+    xp, where = array_namespace(first, x), device(x)
+    if real is None:
+        return xp.concat([first, x], axis=-2)
+    *lead, n, d = x.shape
+    count, m = math.prod(lead), first.shape[-2]
+    zero = xp.zeros((1, d), dtype=x.dtype, device=where)
+    rows = xp.concat([xp.reshape(first, (count * m, d)), xp.reshape(x, (count * n, d)), zero])
+    mine = xp.reshape(xp.arange(count * m, device=where), (*lead, m))
+    index = xp.reshape(xp.arange(count * m, count * (m + n), device=where), (*lead, n))
+    index = xp.concat([mine, xp.where(real, index, xp.full_like(index, count * (m + n)))], axis=-1)
+    return xp.reshape(xp.take(rows, xp.reshape(index, (-1,)), axis=0), (*lead, m + n, d))
 
 
 def row_products(own: Array, x: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from momentkv._array import Array, array_namespace, device
 from momentkv.attention import AttentionState, logits, merge, softmax_state
 from momentkv.backends.layout import Layout, Tiers
-from momentkv.codes import Coded, Standard, attend_codes, decode
+from momentkv.codes import Coded, Standard, attend_codes, coarse, decode
 from momentkv.statistics.expansion import Expansion, estimate_expansion
 
 __all__ = ["ArrayBackend", "causal_mask"]
@@ -247,6 +247,12 @@ class ArrayBackend:
         if layout.equal:
             return tokens
         return xp.where(layout.beside(tokens, "real")[..., None], tokens, xp.zeros_like(tokens))
+
+    def rounded(self, x: Array, standard: Standard, bits: int, exact: Array) -> Array:
+        """Tokens (..., n, d) as records of so many bits would give them; as they are where ``exact`` (..., n)."""
+        xp = array_namespace(x)
+        read = standard.restore(coarse(standard.standardise(x), standard, bits))
+        return xp.where(exact[..., None], x, xp.astype(read, x.dtype))
 
     def overwrite(self, x: Array, new: Array) -> Array:
         """An array with all elements of ``new``, in the memory of ``x`` where arrays can be written to."""

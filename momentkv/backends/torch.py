@@ -26,11 +26,13 @@ from momentkv.backends.flash import (
 )
 from momentkv.backends.layout import Layout, Tiers
 from momentkv.backends.numba.decode import attend_compiled, compiles
+from momentkv.backends.numba.rounded import compiles_rounded, rounded_compiled
 from momentkv.backends.numba.tokens import compiles_tokens, tokens_compiled
 from momentkv.backends.operators import DTYPES, decode, reads_codes
 from momentkv.backends.placed import kept
 from momentkv.backends.plain import Prepared, estimate_expansion, join, joined_output, prepare
 from momentkv.backends.records import BLOCK, attend_packed, attend_records
+from momentkv.backends.writing import only_written
 from momentkv.codes import Coded, Standard
 from momentkv.statistics.expansion import Expansion
 
@@ -197,6 +199,11 @@ class TorchBackend(ArrayBackend):
         if compiles_tokens(codes, step, standard):
             return tokens_compiled(layout, codes, step, standard, bits)
         return super().tokens(layout, codes, step, standard, bits)
+
+    def rounded(self, x: Array, standard: Standard, bits: int, exact: Array) -> Array:
+        if compiles_rounded(x, standard):
+            return rounded_compiled(x, standard, bits, exact)
+        return super().rounded(x, standard, bits, exact)
 
     def overwrite(self, x: Array, new: Array) -> Array:
         return x.copy_(new)
@@ -374,24 +381,6 @@ def packed_slots(layout: Layout, batch: int, where: torch.device) -> tuple[torch
 
     slots: tuple[torch.Tensor, torch.Tensor] = kept(layout, ("packed slots", batch, where), make)
     return slots
-
-
-def only_written(
-    x: torch.Tensor, slots: torch.Tensor, new: torch.Tensor, axis: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots none of which is negative, and what goes there; does not wait for the device.
-
-    A negative one becomes another of its row, with the same content; in a row of none but such, slot 0 as it is.
-    """
-    valid = slots >= 0
-    own = torch.arange(slots.shape[-1], device=slots.device)
-    source = torch.where(valid, own, valid.to(torch.uint8).argmax(-1, keepdim=True))
-    slots = slots.gather(-1, source).clamp(min=0)
-    some = valid.any(-1, keepdim=True).expand(slots.shape)
-    if axis == -1:
-        return slots, torch.where(some, new.gather(-1, source), x.gather(-1, slots))
-    source, wide = (index[..., None].expand(new.shape) for index in (source, slots))
-    return slots, torch.where(some[..., None], new.gather(-2, source), x.gather(-2, wide))
 
 
 def fuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

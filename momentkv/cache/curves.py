@@ -14,7 +14,7 @@ from momentkv.cache.by_heads import folded
 from momentkv.cache.config import RECENT_QUERIES, CacheConfig
 from momentkv.cache.layer import LayerCache
 from momentkv.cache.packing import View, view_is_padded
-from momentkv.codes import Standard, coarse
+from momentkv.codes import Standard
 from momentkv.policies.select import protected, ranking
 
 __all__ = ["error_at", "error_curve", "error_curves", "measured_errors"]
@@ -165,13 +165,10 @@ def rounded_tokens(
     keys, values, positions = ranked(view, slots)
     plain = Standard.of(view.keys, real), Standard.of(view.values, real, centred=False)
     kept = protected(view.positions, sinks=config.sinks, window=config.exact_with(codes) - config.sinks)
-    exact = xp.take_along_axis(kept, slots, axis=-1)[..., None]
+    exact, backend = xp.take_along_axis(kept, slots, axis=-1), config.backend_of(keys)
     for bits in codes:
         standards = plain[0].graded(bits[0], queries), plain[1]
-        read = (
-            xp.where(exact, x, xp.astype(standard.restore(coarse(standard.standardise(x), standard, number)), x.dtype))
-            for x, standard, number in zip((keys, values), standards, bits, strict=True)
-        )
+        read = (backend.rounded(*each, exact) for each in zip((keys, values), standards, bits, strict=True))
         yield (*read, positions)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from momentkv._array import Array, array_namespace, device
-from momentkv._rows import chosen_first, take_rows, take_rows_of
+from momentkv._rows import chosen_first, take_rows_of_heads
 from momentkv.backends.layout import Layout
 from momentkv.cache.losses import STORED, with_lost
 from momentkv.cache.recoding import Pool, pool_of
@@ -183,8 +183,7 @@ def repack(
         """Tokens by place; slots without one hold another's vectors, and are told by their position."""
         taken = {}
         if vectors:
-            both = (xp.reshape(x, (*x.shape[:-3], heads * n, x.shape[-1])) for x in (view.keys, view.values))
-            taken["keys"], taken["values"] = take_rows_of(index, *both)
+            taken["keys"], taken["values"] = take_rows_of_heads(index, view.keys, view.values)
         for name, empty in (("positions", -1), ("attention", 0)):
             x = getattr(view, name)
             if x is not None:
@@ -232,10 +231,7 @@ def recorded(pool: Pool, index: Array) -> dict[str, Array]:
     first = xp.arange(heads, dtype=pool.source.dtype, device=device(index))[:, None] * width
     source = xp.reshape(pool.source + first, (*pool.source.shape[:-2], heads * pool.source.shape[-1]))
     source = xp.take_along_axis(source, index, axis=-1)
-    arrays = {}
-    for name in ("keys", "values"):
-        x = getattr(pool, name)
-        arrays[name] = take_rows(xp.reshape(x, (*x.shape[:-3], heads * width, x.shape[-1])), source)
+    arrays = dict(zip(("keys", "values"), take_rows_of_heads(source, pool.keys, pool.values), strict=True))
     for name in ("key_step", "value_step"):
         x = getattr(pool, name)
         arrays[name] = xp.take_along_axis(xp.reshape(x, (*x.shape[:-2], heads * width)), source, axis=-1)

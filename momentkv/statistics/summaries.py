@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from momentkv._array import Array, accumulate, accumulate_as, array_namespace, check_arrays, check_mask, device, nbytes
 from momentkv._numbers import check_kind, is_one_of, real_number, whole_number
+from momentkv._rows import joined_rows
 from momentkv.attention import AttentionState, check_values
 from momentkv.statistics.calibration import fitted_strength, gain_cap, refitted_cap
 from momentkv.statistics.checks import check_anchor, equal_anchors
@@ -188,15 +189,13 @@ class Summaries:
         count = xp.ones(k.shape[:-1], dtype=k.dtype, device=device(k))
         if mask is not None:
             check_mask("mask", mask, k.shape[:-1], k)
-            # Left-out slots may hold anything; times a weight of zero would keep their NaN and infinities.
             count = xp.where(mask, count, 0.0)
-            k, v = (xp.where(mask[..., None], x, 0.0) for x in (k, v))
-        tokens = xp.matmul(k, moved.anchor[..., None])[..., 0]
-        tokens = xp.where(count > 0, tokens, -math.inf)
-        added = xp.sum(count, axis=-1)
+        # Left-out slots may hold anything; times a weight of zero would keep their NaN and infinities.
+        k, v = joined_rows(moved.key_mean, k, mask), joined_rows(moved.value_mean, v, mask)
+        own, added = self.log_weight.shape[-1], xp.sum(count, axis=-1)
+        tokens = xp.where(count > 0, xp.matmul(k[..., own:, :], moved.anchor[..., None])[..., 0], -math.inf)
         held = xp.concat([moved.log_weight, tokens], axis=-1)
-        k, v = xp.concat([moved.key_mean, k], axis=-2), xp.concat([moved.value_mean, v], axis=-2)
-        new = moved._group(held, k, v, moved.slope, self.log_weight.shape[-1], window, self.count + added).arrays()
+        new = moved._group(held, k, v, moved.slope, own, window, self.count + added).arrays()
         # Grouping anew would move what a head holds; a row of a batch must not feel when other rows evict.
         some = [added > 0]
         some += [some[0][..., None], some[0][..., None, None]]
