@@ -96,14 +96,22 @@ def measured_errors(
     whole = state.layout.equal and not view_is_padded(state, cache.new)
     earlier = whole and config.window >= q.shape[-2]
 
-    def attended(k: Array, v: Array, positions: Array, *, all_seen: bool = False) -> AttentionState:
-        if all_seen:
+    def attended(k: Array, v: Array, positions: Array, *, first: int = 0) -> AttentionState:
+        """Over tokens by rank, of which those before ``first`` have a higher one."""
+        near = config.protected - first if earlier else k.shape[-2]
+        if near <= 0:
             return backend.attend(q, k, v, scale=scale)[0]
+        if near < k.shape[-2]:
+            # To hide nothing takes a CPU as long as all else.
+            hidden, seen = (
+                (k[..., own, :], v[..., own, :], positions[..., own]) for own in (slice(near), slice(near, None))
+            )
+            return merge(attended(*hidden, first=first), attended(*seen, first=first + near))
         visible = (positions[..., None, :] <= places) & (positions >= 0)[..., None, :]
         return backend.attend(q, k, v, scale=scale, mask=visible[..., None, :, :])[0]
 
     # states[i] is attention over what the i-th budget retains; the first has all of the window.
-    parts = (attended(*segment, all_seen=earlier and place > 0) for place, segment in enumerate(segments))
+    parts = (attended(*segment, first=cut) for cut, segment in zip(cuts, segments, strict=False))
     states = list(itertools.accumulate(parts, merge))
     evicted, correction = state.evicted, config.correction
     if not state.has_evicted:
@@ -135,7 +143,8 @@ def measured_errors(
         expansion = correction.expansion(evicted) if state.has_evicted or budget < n else None
         errors.append(error(kept, expansion))
         if budget == at:
-            tokens = rounded_tokens(view, order[..., : min(budget, n)], codes, config, state.query_square)
+            real = None if whole else view.positions >= 0
+            tokens = rounded_tokens(view, real, order[..., : min(budget, n)], codes, config, state.query_square)
             rounded = [error(attended(*each), expansion) for each in tokens]
     by_row = xp.stack([*errors[::-1], *rounded])  # (budget or code, row, kv_head)
     counts = xp.all(xp.isfinite(by_row), axis=(0, 2))[:, None]
@@ -157,11 +166,18 @@ def places_of_queries(cache: LayerCache, view: View, count: int) -> Array:
 
 
 def rounded_tokens(
-    view: View, slots: Array, codes: Sequence[tuple[int, int]], config: CacheConfig, queries: Array | None
+    view: View,
+    real: Array | None,
+    slots: Array,
+    codes: Sequence[tuple[int, int]],
+    config: CacheConfig,
+    queries: Array | None,
 ) -> Iterator[tuple[Array, Array, Array]]:
-    """For each code, keys, values and positions of some slots as they are read; sinks and the newest stay exact."""
+    """For each code, keys, values and positions of some slots as they are read; sinks and the newest stay exact.
+
+    ``real`` says which slots of the view hold a token, None that all do.
+    """
     xp = array_namespace(slots)
-    real = view.positions >= 0
     keys, values, positions = ranked(view, slots)
     plain = Standard.of(view.keys, real), Standard.of(view.values, real, centred=False)
     kept = protected(view.positions, sinks=config.sinks, window=config.exact_with(codes) - config.sinks)

@@ -8,7 +8,6 @@ import numpy as np
 from numba import njit, types
 
 from momentkv.backends.numba.compiled import compiled
-from momentkv.backends.numba.decode import LANES
 from momentkv.backends.numba.decode_kernel import as_bits, as_float
 from momentkv.codes.records import LEAST, MOST, UP
 
@@ -23,7 +22,9 @@ SIGNATURE = types.void(
     *[types.int64] * 2,
 )
 SMALLEST, LARGEST, RAISED = np.float32(LEAST), np.float32(MOST), np.float32(UP)
-HALF, ONE, ZERO = np.float32(0.5), np.float32(1), np.float32(0)
+HALF = np.float32(0.5)
+# Sizes of numbers are in the order of their bits but for the sign; of infinite ones and of none they are these or more.
+SIZE, INFINITE = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 
 
 @njit(error_model="numpy")
@@ -37,18 +38,21 @@ def in_16_bits(x):
 def kernel(d):
     """Compiled for so many channels, and any bits.
 
-    ``middle`` is the centre of each channel's codes; ``mean`` is empty where it is zero. Loops go over lanes, so that
-    the compiler need not put sums and maxima in another order to take a vector at once.
+    ``middle`` is the centre of each channel's codes: one number, or two. ``mean`` is empty where it is zero.
     """
 
     @compiled(SIGNATURE)
     def rounded(x, exact, mean, deviation, middle, out, first_pair, last_pair):
         heads, n = x.shape[1], x.shape[2]
         z = np.empty(d, np.float32)
-        tops, nothing = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        bits, finer, coarser = z.view(np.int32), np.empty(d, np.int32), np.empty(d, np.int32)
         for pair in range(first_pair, last_pair):
             row, head = pair // heads, pair % heads
             by, centre = deviation[row, head], middle[row, head]
+            high, low = centre.max(), centre.min()
+            for c in range(d):
+                finer[c] = SIZE if centre[c] == high else 0
+                coarser[c] = SIZE & ~finer[c]
             for t in range(n):
                 own, read = x[row, head, t], out[row, head, t]
                 if exact[row, head, t]:
@@ -61,21 +65,15 @@ def kernel(d):
                 else:
                     for c in range(d):
                         z[c] = own[c] / by[c]
-                for j in range(LANES):
-                    tops[j], nothing[j] = ZERO, ZERO
-                for first in range(0, d, LANES):
-                    for j in range(LANES):
-                        far = abs(z[first + j]) / (centre[first + j] + HALF)
-                        tops[j] = far if far > tops[j] else tops[j]
-                        nothing[j] += z[first + j] * ZERO
-                top, none = tops[0], nothing[0]
-                for j in range(1, LANES):
-                    top = tops[j] if tops[j] > top else top
-                    none += nothing[j]
-                if none != ZERO:  # some channel is infinite or no number
+                fine = coarse = np.int32(0)
+                for c in range(d):
+                    fine = np.int32(max(fine, np.int32(bits[c] & finer[c])))
+                    coarse = np.int32(max(coarse, np.int32(bits[c] & coarser[c])))
+                if max(fine, coarse) >= INFINITE:
                     for c in range(d):
                         read[c] = np.nan
                     continue
+                top = max(as_float(fine) / (high + HALF), as_float(coarse) / (low + HALF))
                 step = in_16_bits(min(max(top * RAISED, SMALLEST), LARGEST))
                 for c in range(d):
                     code = np.floor(z[c] / step) + HALF
