@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "one budget": {"sharing": "uniform"},
     "default": {},
     "in 4 bits": {"bits": 4},
+    "in chosen bits": {"bits": "auto"},
 }
 TEXT = "specialnames"
 # Steps of a decode in which memory is looked at.
@@ -152,7 +153,7 @@ def lasting(seconds: float) -> str:
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """What the storage of a layer is judged by."""
-    full, snapkv, _, one, default, bits = rows
+    full, snapkv, _, one, default, bits, chosen = rows
     mean_of, median_of = ({row["cache"]: row["seconds_per_step"][key] for row in rows} for key in ("mean", "median"))
     return {
         "step between flushes: default / one budget": default["seconds_between_flushes"]
@@ -162,7 +163,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         "default: mean step / median step": mean_of["default"] / median_of["default"],
         "mean step: default / snapkv": mean_of["default"] / mean_of[snapkv["cache"]],
         "mean step: default / full cache": mean_of["default"] / mean_of[full["cache"]],
+        "mean step: in chosen bits / full cache": mean_of[chosen["cache"]] / mean_of[full["cache"]],
         "prefill: default / full cache": default["prefill_seconds"] / full["prefill_seconds"],
+        "prefill: in chosen bits / full cache": chosen["prefill_seconds"] / full["prefill_seconds"],
     }
 
 
