@@ -25,6 +25,7 @@ from momentkv.backends.flash import (
     flash_retained,
 )
 from momentkv.backends.layout import Layout, Tiers
+from momentkv.backends.numba.clusters import cluster_compiled
 from momentkv.backends.numba.decode import attend_compiled, compiles
 from momentkv.backends.numba.rounded import compiles_rounded, rounded_compiled
 from momentkv.backends.numba.tokens import compiles_tokens, tokens_compiled
@@ -34,6 +35,7 @@ from momentkv.backends.plain import Prepared, estimate_expansion, join, joined_o
 from momentkv.backends.records import BLOCK, attend_packed, attend_records
 from momentkv.backends.writing import only_written
 from momentkv.codes import Coded, Standard
+from momentkv.statistics.clustering import FASTER
 from momentkv.statistics.expansion import Expansion
 
 __all__ = ["TorchBackend"]
@@ -43,6 +45,7 @@ __all__ = ["TorchBackend"]
 AT_ONCE_ON_DEVICE = 128 * 2**20
 # Queries that attend to codes at once by plain operators, and from how many on these are unpacked.
 QUERIES, FEW = 64, 16
+FASTER["torch"] = cluster_compiled
 
 
 class TorchBackend(ArrayBackend):

@@ -18,7 +18,7 @@ from numba.np.arrayobj import make_array
 
 from momentkv.backends.numba.compiled import BFLOAT, compiled, signature_of
 from momentkv.backends.numba.decode import LANES
-from momentkv.backends.numba.llvm import BYTE, FLOAT, INT, at, fused, integers
+from momentkv.backends.numba.llvm import BYTE, FLOAT, INT, at, fused, integers, summed
 from momentkv.codes import GRADES, PLANES, centre, row_bytes
 
 __all__ = ["kernel"]
@@ -110,15 +110,7 @@ def dot(typing, x, y, d):
         for start in range(0, d.literal_value, LANES):
             pair = [builder.load(at(builder, each, 4 * start, vector), align=4) for each in arguments[:2]]
             total = fused(builder, *pair, total)
-        half = LANES
-        while half > 1:  # halves are added to each other, down to one number
-            half //= 2
-            nothing = ir.Constant(total.type, ir.Undefined)
-            low, high = (
-                builder.shuffle_vector(total, nothing, integers(part)) for part in (range(half), range(half, 2 * half))
-            )
-            total = builder.fadd(low, high)
-        return builder.extract_element(total, ir.Constant(INT, 0))
+        return summed(builder, total)
 
     return types.float32(types.voidptr, types.voidptr, d), emit
 
