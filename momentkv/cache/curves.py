@@ -102,7 +102,7 @@ def measured_errors(
         if near <= 0:
             return backend.attend(q, k, v, scale=scale)[0]
         if near < k.shape[-2]:
-            # To hide nothing takes a CPU as long as all else.
+            # A mask that hides nothing takes a CPU as long as all else.
             hidden, seen = (
                 (k[..., own, :], v[..., own, :], positions[..., own]) for own in (slice(near), slice(near, None))
             )

@@ -44,7 +44,7 @@ def cluster(x: Array, weight: Array, groups: int) -> Array:
     xp = array_namespace(x, weight)
     if groups == 1:
         return xp.ones_like(x[..., :1])
-    faster = FASTER.get(library(x)) if FASTER else None
+    faster = FASTER.get(library(x))
     member = None if faster is None else faster(x, weight, groups)
     return by_products(x, weight, groups) if member is None else member
 
