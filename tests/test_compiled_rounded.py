@@ -53,7 +53,7 @@ def test_is_what_records_give(d, centred, bits, dtype):
 def test_tokens_that_are_not_finite_or_very_large_or_small(graded):
     x, exact, standard = given(graded=graded)
     exact[:] = False
-    for place, number in enumerate([torch.nan, torch.inf, -torch.inf, 1e30, 1e-30, -1e6]):
+    for place, number in enumerate([torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 1e-30, -1e6]):
         x[1, 2, place, 5 * place] = number
     got, plain = rounded_compiled(x, standard, 4, exact), plainly(x, standard, 4, exact)
     assert got[1, 2, :3].isnan().all()
