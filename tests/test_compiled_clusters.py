@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from momentkv import LayerCache
+from momentkv.backends import torch as torch_backend
 from momentkv.backends.numba import decode as launch
 from momentkv.backends.numba.clusters import cluster_compiled
 from momentkv.statistics import clustering
@@ -102,7 +103,7 @@ def test_threads_share_sets_and_change_nothing(monkeypatch):
 
 def test_it_is_asked_for_and_other_points_are_grouped_by_products(monkeypatch):
     x, weight = points()
-    assert clustering.FASTER["torch"] is cluster_compiled
+    assert clustering.FASTER[torch_backend.TorchBackend.name] is cluster_compiled
     asked = []
     monkeypatch.setitem(clustering.FASTER, "torch", lambda *each: asked.append(1) or cluster_compiled(*each))
     assert torch.equal(cluster(x, weight, 6), by_products(x, weight, 6))

@@ -51,17 +51,13 @@ def kernel(f):
     def clusters(x, weight, member, first_set, last_set):
         n, groups = member.shape[1], member.shape[2]
         centre, mean = np.empty((groups, f), np.float32), np.empty((groups, f), np.float32)
-        part, again = np.empty(groups, np.float32), np.empty(groups, np.bool_)
-        nearest, group = np.empty(n, np.float32), np.empty(n, np.int64)
+        part, nearest, group = np.empty(groups, np.float32), np.empty(n, np.float32), np.empty(n, np.int64)
         for i in range(first_set, last_set):
             w = weight[i]
             picked = np.argmax(w)
             for g in range(groups):
                 for c in range(f):
                     centre[g, c] = x[i, picked, c]
-                again[g] = False
-                for before in range(g):
-                    again[g] |= apart(address(centre, before * size), address(centre, g * size), f) == 0
                 if g == groups - 1:
                     break
                 most, picked = np.float32(-1), 0
@@ -77,11 +73,11 @@ def kernel(f):
                 part[:] = 0
                 for t in range(n):
                     point, least, own = address(x, (i * n + t) * size), np.float32(np.inf), groups - 1
+                    # Of two centres at one place, which there are where points are few, the first.
                     for g in range(groups):
-                        if not again[g]:
-                            far = apart(point, address(centre, g * size), f)
-                            if far < least:
-                                least, own = far, g
+                        far = apart(point, address(centre, g * size), f)
+                        if far < least:
+                            least, own = far, g
                     group[t] = own
                     if w[t] != 0:
                         part[own] += w[t]
