@@ -63,7 +63,6 @@ def kernel(f):
                 most, picked = np.float32(-1), 0
                 for t in range(n):
                     far = w[t] * apart(address(x, (i * n + t) * size), address(centre, g * size), f)
-                    far = far if far > 0 else np.float32(0)
                     if g == 0 or far < nearest[t]:
                         nearest[t] = far
                     if nearest[t] > most:
