@@ -101,3 +101,19 @@ def test_a_cache_measures_with_them_what_it_measures_without(monkeypatch, ragged
     of_codes = found[0][1]
     assert len(of_codes) == len(CODES)
     assert all(sum(few) > sum(many) for few, many in zip(of_codes[::2], of_codes[2::2], strict=False))
+
+
+def test_slots_without_a_token_have_no_part_in_means_and_deviations():
+    make = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, heads, 200, 32, generator=make) for heads in (6, 3, 3))
+    k = k + 4
+    found = []
+    for budgets in ([60, 60, 60], [60, 60, 100]):  # of the second the first two heads have slots without a token
+        cache = LayerCache(budgets, policy="balanced", correction="none", block=8, keep_queries=True)
+        cache.step(q[:, :, :100], k[:, :, :100], v[:, :, :100])
+        cache.append(k[:, :, 100:], v[:, :, 100:])
+        cache.attend(q[:, :, 100:])
+        found.append(measured_errors(cache, [60, 120], codes=CODES, at=120)[1])
+    for head in (0, 1):  # as parts of what all heads say, which the third has changed
+        few, many = (torch.tensor([error[head] for error in errors]) for errors in found)
+        assert torch.allclose(few / few[0], many / many[0], rtol=1e-3)
