@@ -247,7 +247,8 @@ def evicted_state(
             first = xp.all(view.positions[..., -RECENT_QUERIES:] >= 0, axis=-1) & (state.evicted.weight == 0)
             judges = newest[..., -RECENT_QUERIES:, :]
             mask = gone & first[..., None]
-            if in_place or bool(xp.any(mask)):  # later chunks of a prefill mostly have none
+            # In later chunks of a prefill there are mostly none.
+            if in_place or not concrete(mask) or bool(xp.any(mask)):
                 evicted = calibrated(config.correction, evicted, judges, view.keys, scale=scale, mask=mask)
         if evidence is not None:
             k, v, mask = gathered(view, gone, most)

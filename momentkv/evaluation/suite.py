@@ -94,18 +94,11 @@ PLAN = (
         "--tasks multi-key --value uuid --keys 2 --lengths 1000 --samples 10 --budgets 128 256 512 --question unseen",
         "--tasks multi-key --value uuid --keys 2 --lengths 700 --question unseen",
     ),
-    *(
-        Measurement(
-            name,
-            f"fidelity --decode 32 --text {' '.join(REPORT_TEXTS[::2])} --context {read} --following {decoded} "
-            f"--budgets 256 --methods default {bits} h2o/none tova/none snapkv/none streaming/none",
-            f"fidelity --decode 4 --text typesmapping --context {few} --following 8 --budgets 80 --methods snapkv/none",
-        )
-        # Bits are chosen after a prefill; from a short prompt nothing is.
-        for name, read, decoded, bits, few in (
-            ("decoding", 2048, 512, "default@auto", 100),
-            ("decoding-from-a-prompt", 64, 1024, "default@4", 80),
-        )
+    Measurement(
+        "decoding",
+        f"fidelity --decode 32 --text {' '.join(REPORT_TEXTS[::2])} --context 2048 --following 512 --budgets 256 "
+        "--methods default default@auto h2o/none tova/none snapkv/none streaming/none",
+        "fidelity --decode 4 --text typesmapping --context 100 --following 8 --budgets 80 --methods snapkv/none",
     ),
     *(
         Measurement(
