@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from momentkv.backends.numba.compiled import compiled
-from momentkv.backends.numba.decode import LANES
 from momentkv.backends.numba.decode_kernel import add, address
-from momentkv.backends.numba.llvm import FLOAT, at, fused, summed
+from momentkv.backends.numba.llvm import fused, summed
 from momentkv.statistics.clustering import LLOYD_STEPS
 
 __all__ = ["kernel"]
@@ -28,13 +26,11 @@ def apart(typing, x, y, d):
     """The squared distance of two vectors of ``d`` numbers, a multiple of `LANES`."""
 
     def emit(context, builder, signature, arguments):
-        vector = ir.VectorType(FLOAT, LANES)
-        total = ir.Constant(vector, [ir.Constant(FLOAT, 0.0)] * LANES)
-        for start in range(0, d.literal_value, LANES):
-            pair = [builder.load(at(builder, each, 4 * start, vector), align=4) for each in arguments[:2]]
-            off = builder.fsub(*pair)
-            total = fused(builder, off, off, total)
-        return summed(builder, total)
+        def squared(one, other, total):
+            off = builder.fsub(one, other)
+            return fused(builder, off, off, total)
+
+        return summed(builder, *arguments[:2], d.literal_value, squared)
 
     return types.float32(types.voidptr, types.voidptr, d), emit
 

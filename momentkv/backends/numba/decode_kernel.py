@@ -105,12 +105,7 @@ def dot(typing, x, y, d):
     """The product of two vectors of ``d`` numbers, a multiple of `LANES`."""
 
     def emit(context, builder, signature, arguments):
-        vector = ir.VectorType(FLOAT, LANES)
-        total = ir.Constant(vector, [ir.Constant(FLOAT, 0.0)] * LANES)
-        for start in range(0, d.literal_value, LANES):
-            pair = [builder.load(at(builder, each, 4 * start, vector), align=4) for each in arguments[:2]]
-            total = fused(builder, *pair, total)
-        return summed(builder, total)
+        return summed(builder, *arguments[:2], d.literal_value, lambda *each: fused(builder, *each))
 
     return types.float32(types.voidptr, types.voidptr, d), emit
 

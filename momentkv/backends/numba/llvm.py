@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llvmlite import ir
+
+from momentkv.backends.numba.decode import LANES
 
 __all__ = ["BYTE", "FLOAT", "INT", "at", "fused", "integers", "summed"]
 
@@ -28,10 +30,15 @@ def fused(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
 
-def summed(builder: Any, total: Any) -> Any:
-    """The sum of a vector's numbers: halves are added to each other, down to one."""
-    half = total.type.count
-    while half > 1:
+def summed(builder: Any, x: Any, y: Any, d: int, term: Callable[[Any, Any, Any], Any]) -> Any:
+    """The sum over two vectors of ``d`` numbers of what ``term`` adds for a part of each to a total, lane by lane."""
+    vector = ir.VectorType(FLOAT, LANES)
+    total = ir.Constant(vector, [ir.Constant(FLOAT, 0.0)] * LANES)
+    for start in range(0, d, LANES):
+        one, other = (builder.load(at(builder, each, 4 * start, vector), align=4) for each in (x, y))
+        total = term(one, other, total)
+    half = LANES
+    while half > 1:  # halves are added to each other, down to one number
         half //= 2
         nothing = ir.Constant(total.type, ir.Undefined)
         low, high = (
