@@ -77,6 +77,8 @@ def test_other_tokens_are_rounded_plainly():
     assert compiles_rounded(x, standard)
     assert not compiles_rounded(x[0], standard.map(lambda each: each[0]))
     assert not compiles_rounded(x.double(), standard)
+    assert not compiles_rounded(x, standard.map(lambda each: each[:1]))  # one for both rows
+    assert not compiles_rounded(x[:, :2], standard)
     assert not compiles_rounded(x, standard.map(lambda each: each.double()))
     assert not compiles_rounded(x[..., :24], standard.map(lambda each: each[..., :24]))
     assert not compiles_rounded(x.clone().requires_grad_(), standard)

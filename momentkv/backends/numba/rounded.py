@@ -20,6 +20,7 @@ def compiles_rounded(x: torch.Tensor, standard: Standard) -> bool:
         x.ndim == 4
         and x.device.type == "cpu"
         and has_width(x)
+        and standard.deviation.shape == (*x.shape[:2], x.shape[-1])  # the kernel does not broadcast
         and torch.float64 not in (x.dtype, standard.deviation.dtype)
         and not differentiated(x, *(each for each in (standard.mean, standard.deviation) if each is not None))
         and may_compile()

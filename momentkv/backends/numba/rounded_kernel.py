@@ -1,4 +1,4 @@
-"""The kernel that rounds tokens as records of few bits would, and makes no record: a token at a time, in registers."""
+"""The kernel that rounds tokens as records of few bits would, and makes no record: a token at a time."""
 
 from __future__ import annotations
 
