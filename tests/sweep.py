@@ -190,8 +190,9 @@ def outcome(kind: str) -> str:
             raise
         return said
     ours = build_with(kind, "momentkv")
+    weights = ours.state_dict()
     for name, x in own.state_dict().items():
-        assert torch.equal(x, ours.state_dict()[name]), name
+        assert torch.equal(x, weights[name]), name
     said, found = tried(ours)
     try:
         expected = both(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import threading
@@ -95,6 +96,32 @@ def test_a_step_that_fails_leaves_the_cache_to_others(error: type[BaseException]
         cache.step(*tokens(60))
     assert in_a_thread(lambda: cache.step(*tokens(60))) is None
     assert cache.seen == 60
+
+
+@pytest.mark.parametrize("raised", [None, KeyboardInterrupt])
+def test_who_keeps_the_frame_of_a_step_does_not_keep_the_cache(raised: type[BaseException] | None):
+    """As debuggers do, and profilers that look at a process from a thread of their own."""
+    policy = Meanwhile()
+    cache, alone = (LayerCache(20, policy=one, window=8, block=4) for one in (policy, Meanwhile()))
+    kept: list[Any] = []
+
+    def look() -> None:
+        frame = sys._getframe()
+        while frame is not None:
+            kept.append((frame, dict(frame.f_locals)))
+            frame = frame.f_back
+        if raised is not None:
+            raise raised
+
+    policy.does = look
+    with contextlib.nullcontext() if raised is None else pytest.raises(raised):
+        cache.step(*tokens(60))
+    assert any("own" in names for _, names in kept)
+    for one in (cache, alone):
+        if one.seen == 0:
+            one.step(*tokens(60))
+        one.step(*tokens(1, seed=1))
+    assert all(np.array_equal(x, alone.arrays()[name]) for name, x in cache.arrays().items())
 
 
 @pytest.mark.parametrize(("family", "layer"), [("llama", 0), ("gemma3", 0), ("gemma3", 1), ("gemma3", 2)])
