@@ -6,6 +6,7 @@ matrices of bfloat16, so halves are float16 here.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,32 @@ def test_decode_kernel_agrees_with_the_oracle(case: Decode):
     if case.scored:
         assert logits is not None
         assert_within(f64(logits).reshape(exact_logits.shape), exact_logits, logits_error(case, x))
+
+
+def channels_first(x: torch.Tensor | None) -> torch.Tensor | None:
+    """The same numbers, the last axis farthest apart in memory."""
+    return None if x is None else x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+@pytest.mark.parametrize("case", CASES[::5], ids=str)
+def test_decode_kernel_finds_vectors_wherever_they_lie(case: Decode):
+    x = make(case)
+    recent = x.recent
+    if recent is not None:
+        recent = recent._replace(keys=channels_first(recent.keys), values=channels_first(recent.values))
+    k, v, positions = (channels_first(y) for y in (x.k, x.v, x.positions))
+    moved = dataclasses.replace(x, k=k, v=v, positions=positions, recent=recent)
+    found, same = (
+        decode_triton(
+            *(y.q, y.k, y.v, y.positions, y.counts, y.starts, case.capacity, y.recent, y.expansion),
+            *(case.scale, case.scored, case.splits, y.coding),
+        )
+        for y in (moved, x)
+    )
+    for one, other in zip(found, same, strict=True):
+        assert (one is None) == (other is None)
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 from momentkv.attention import AttentionState
 from momentkv.backends.layout import Tiers
 from momentkv.backends.records import dtype_of, levels_of
+from momentkv.backends.strides import side_by_side
 from momentkv.codes import Coding
 
 __all__ = [
@@ -56,10 +57,10 @@ def flash(
     """
     heads = q.shape[:3]
     batch, kv_heads, n, d = k.shape
-    folded = q.reshape(batch, kv_heads, -1, d)
+    folded, k, v = (side_by_side(x) for x in (q.reshape(batch, kv_heads, -1, d), k, v))
     mask = None
     if valid is not None:
-        mask = torch.zeros_like(valid, dtype=q.dtype).masked_fill(~valid, -torch.inf)[..., None, :]
+        mask = side_by_side(torch.zeros_like(valid, dtype=q.dtype).masked_fill(~valid, -torch.inf))[..., None, :]
         mask = mask.expand(*folded.shape[:3], n)
     out, lse = FLASH(folded, k, v, attn_mask=mask, scale=scale)
     if valid is None and n < REGISTER:
@@ -81,7 +82,7 @@ def with_nan(q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[tor
 def flash_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> AttentionState:
     """Attention state of as many queries as tokens, each of which sees the tokens up to its own."""
     group = q.shape[-3] // k.shape[-3]
-    k, v = (x.repeat_interleave(group, dim=-3) for x in (k, v))
+    q, k, v = (side_by_side(x) for x in (q, *(x.repeat_interleave(group, dim=-3) for x in (k, v))))
     return AttentionState(*with_nan(q, *FLASH(q, k, v, is_causal=True, scale=scale)))
 
 

@@ -19,6 +19,7 @@ from momentkv.backends.layout import Layout, Tiers
 from momentkv.backends.placed import kept
 from momentkv.backends.plain import Prepared
 from momentkv.backends.records import dtype_of
+from momentkv.backends.strides import side_by_side
 from momentkv.codes import Coding
 
 __all__ = ["attend_compiled", "compiles"]
@@ -114,11 +115,11 @@ def attend_compiled(
     arguments = (
         asked,
         np.float32(scale),
-        *((side_by_side(x) for x in (tiers.keys, tiers.values)) if layout.width else NOTHING),
+        *((array_of(x) for x in (tiers.keys, tiers.values)) if layout.width else NOTHING),
         FLAGS if tiers.valid is None else numbers(tiers.valid.expand(batch, kv_heads, -1)),
         slots_of(layout),
         *of_coding,
-        *(side_by_side(x.float()) for x in (tiers.recent_keys, tiers.recent_values)),
+        *(array_of(x.float()) for x in (tiers.recent_keys, tiers.recent_values)),
         FLAGS if tiers.recent_valid is None else numbers(tiers.recent_valid.expand(batch, kv_heads, -1)),
         *(EMPTY if expansion is None else of_groups(expansion)),
         out,
@@ -160,10 +161,9 @@ def numbers(x: Any) -> Any:
     return (x.detach().float() if x.is_floating_point() else x.detach()).contiguous().numpy()
 
 
-def side_by_side(x: torch.Tensor) -> Any:
+def array_of(x: torch.Tensor) -> Any:
     """A tensor of vectors or records as an array, each without gaps; bfloat16, which NumPy has not, as its bits."""
-    x = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
-    return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).detach().numpy()
+    return side_by_side(x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()
 
 
 def slots_of(layout: Layout) -> Any:

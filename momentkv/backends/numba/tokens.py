@@ -12,11 +12,11 @@ from momentkv.backends.layout import Layout
 from momentkv.backends.numba.decode import (
     BYTES,
     NUMBERS,
+    array_of,
     has_width,
     may_compile,
     numbers,
     run_shared,
-    side_by_side,
     slots_of,
 )
 from momentkv.codes import Standard
@@ -48,7 +48,7 @@ def tokens_compiled(
     mean, order = standard.mean, standard.order
     out: Any = np.empty((batch, heads, layout.width, d), np.float32)
     arguments = (
-        side_by_side(codes),
+        array_of(codes),
         numbers(step.view(torch.uint16)),
         NUMBERS[0] if mean is None else numbers(mean),
         numbers(standard.deviation),

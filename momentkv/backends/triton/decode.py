@@ -8,6 +8,7 @@ import torch
 import triton
 
 from momentkv.backends.layout import Recent
+from momentkv.backends.strides import side_by_side
 from momentkv.backends.triton.decode_kernel import combine_kernel, decode_kernel
 from momentkv.backends.triton.tuned import Choice, Choices, Family, chosen
 from momentkv.codes import GRADES, PLANES, Coding
@@ -290,6 +291,10 @@ def decode_launches(
         blocks = blocks._replace(BLOCK_R=choice.tokens)
     tiles = triton.cdiv(rows, blocks.BLOCK_M)
     q = q.contiguous()
+    k, v = (side_by_side(x) if coding is None else x.contiguous() for x in (k, v))
+    positions = None if positions is None else side_by_side(positions)
+    if recent is not None:
+        recent = recent._replace(keys=side_by_side(recent.keys), values=side_by_side(recent.values))
     # With few heads the estimate or recent tokens would make one split the slowest; they get one for themselves.
     apart = expansion is not None or recent is not None
     if splits is None:
@@ -323,8 +328,8 @@ def decode_launches(
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     arguments = {
         "Q": q,
-        "K": k if coding is None else k.contiguous(),
-        "V": v if coding is None else v.contiguous().view(WORDS[flags_of_codes["VALUE_W"]]),
+        "K": k,
+        "V": v if coding is None else v.view(WORDS[flags_of_codes["VALUE_W"]]),
         "POSITIONS": positions,
         "COUNTS": counts,
         "STARTS": starts,
