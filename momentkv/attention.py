@@ -282,7 +282,7 @@ def check_scale(scale: Any) -> None:
 def scale_of(scale: float | None, d: int) -> float:
     """The factor on ``q . k``, checked: `default_scale` where none is given."""
     check_scale(scale)
-    return default_scale(d) if scale is None else scale
+    return default_scale(d) if scale is None else 1.0 * scale  # of a fraction, say
 
 
 def check_alike(**states: AttentionState) -> None:

@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_output(output)
         before = written(options)
         status = int(options.run(options))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where it was closed before Python began
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         tell(f"interrupted; {kept(options, before)}")
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tell(message: str) -> None:
     """Say what went wrong on stderr: words are not cut where a terminal ends; elsewhere it is one line."""
     message = f"momentkv: {message}"
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         message = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
     print(message, file=sys.stderr)

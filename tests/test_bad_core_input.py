@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -400,3 +401,18 @@ def test_any_librarys_numbers_are_numbers():
     given = estimate(Q, MOMENTS, order=np.int64(2), strength=np.float64(0.5), scale=np.float32(0.25))
     for x, y in zip(given, expected, strict=True):
         assert_same(np.asarray(x), np.asarray(y))
+
+
+def test_a_factor_may_be_a_fraction():
+    x = np.random.default_rng(0).standard_normal((3, 1, 2, 60, 8))
+    fraction, same = (LayerCache(40, scale=scale, window=8) for scale in (Fraction(1, 8), 0.125))
+    assert np.array_equal(fraction.step(*x), same.step(*x))
+    assert np.array_equal(attend(*x, scale=Fraction(1, 8)).out, attend(*x, scale=0.125).out)
+
+
+def test_a_budget_that_positions_cannot_count_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"budget is 2147483648, .*use at most 2147483647"):
+        LayerCache(2**31)
+    cache, x = LayerCache(2**31 - 1), np.random.default_rng(0).standard_normal((3, 1, 2, 60, 8))
+    cache.step(*x)
+    assert cache.seen == 60

@@ -83,6 +83,43 @@ def test_what_is_no_ranking_is_refused_by_name(backend: Library, kind: str, padd
             assert np.array_equal(backend.numpy(x), backend.numpy(other.arrays()[name])), name
 
 
+@dataclasses.dataclass(frozen=True)
+class Watching(Policy):
+    """Ranks by what tokens have received, which it is told to get wrong."""
+
+    name = "watching"
+    observes = None
+    wrong: list[Callable[[Any], Any]] = dataclasses.field(default_factory=list)
+
+    def observe(self, received: Any, attention: Any) -> Any:
+        right = super().observe(received, attention)
+        return self.wrong[0](right) if self.wrong else right
+
+    def importance(self, tokens: Tokens) -> Any:
+        return tokens.attention
+
+
+@pytest.mark.parametrize(
+    ("act", "given"),
+    [
+        (lambda x: x[..., :1], r"an array of shape \(2, 2, 1\)"),
+        (lambda x: x[0, ...], r"an array of shape \(2, \d+\)"),
+        (lambda _: None, "NoneType"),
+    ],
+)
+def test_what_tokens_have_received_is_a_number_each(backend: Library, act: Callable[[Any], Any], given: str):
+    policy, good = Watching(), Watching()
+    cache, other = (LayerCache(12, policy=each, **SIZES) for each in (policy, good))
+    for q, k, v in steps(backend, (30, 1, 5)):
+        state = cache.state
+        policy.wrong.append(act)
+        with pytest.raises(ValueError, match=rf"policy 'watching' gave {given} as what tokens have received"):
+            cache.step(q, k, v)
+        policy.wrong.clear()
+        assert cache.state is state
+        assert np.array_equal(*(backend.numpy(each.step(q, k, v)) for each in (cache, other)))
+
+
 def test_a_ranking_asked_for_is_checked_too(backend: Library):
     policy = Own()
     cache = LayerCache(20, policy=policy, **SIZES)

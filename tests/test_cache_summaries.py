@@ -271,3 +271,21 @@ def test_strength_is_fitted_at_the_first_eviction_and_stays():
         assert (given.moments.strength == 0.75).all()
     assert (strengths[0] != 0.75).all()
     assert_same(strengths[1], strengths[0])
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_queries_may_have_more_bits_than_keys_and_values(backend: Library, bits: int | None):
+    """Statistics stay as wide as keys make them; outputs are those of queries of as many bits, to rounding."""
+    rng = np.random.default_rng(0)
+    settings = {"correction": "summaries", "policy": "snapkv", "window": 8, "block": 4, "bits": bits}
+    wide, narrow = (LayerCache(40, **settings) for _ in range(2))
+    for n in (100, 1, 1, 1, 1, 5):
+        q, k, v = (rng.standard_normal((1, heads, n, 16)).astype(np.float32) for heads in (4, 2, 2))
+        found = wide.step(*(backend.asarray(x) for x in (q.astype(np.float64), k, v)))
+        expected = narrow.step(*(backend.asarray(x) for x in (q, k, v)))
+        np.testing.assert_allclose(backend.numpy(found), backend.numpy(expected), rtol=1e-3, atol=1e-3)
+    found, expected = (
+        {name: x.dtype for name, x in cache.arrays().items() if name.startswith("evicted")} for cache in (wide, narrow)
+    )
+    assert len(found) > 5
+    assert found == expected

@@ -85,14 +85,19 @@ def importance_by_heads(policy: Policy, tokens: Tokens) -> Array:
 def checked(policy: Policy, tokens: Tokens) -> Array:
     """`Policy.importance`, or an error where it is of another shape than tokens are."""
     importance = policy.importance(tokens)
-    shape = getattr(importance, "shape", None)
-    if shape is None or tuple(shape) != tuple(tokens.positions.shape):
-        given = type(importance).__name__ if shape is None else f"an array of shape {tuple(shape)}"
-        raise ValueError(
-            f"policy {name_of(policy)!r} gave {given} as importance; it must give an array of shape "
-            f"{tuple(tokens.positions.shape)}, a number for each token"
-        )
+    check_given(policy, "importance", importance, tokens.positions.shape)
     return importance
+
+
+def check_given(policy: Policy, method: str, x: Any, expected: Sequence[int]) -> None:
+    """Raise unless a method of a policy gave an array of that shape."""
+    shape = getattr(x, "shape", None)
+    if shape is None or tuple(shape) != tuple(expected):
+        given = type(x).__name__ if shape is None else f"an array of shape {tuple(shape)}"
+        raise ValueError(
+            f"policy {name_of(policy)!r} gave {given} as {method}; it must give an array of shape {tuple(expected)}, a "
+            "number for each token"
+        )
 
 
 def name_of(policy: Policy) -> str:

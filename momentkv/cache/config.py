@@ -212,7 +212,7 @@ def make_config(
         sinks=sinks,
         window=window,
         block=block,
-        scale=scale,
+        scale=None if scale is None else 1.0 * scale,
         backend=None if backend is None else get_backend(backend),
         keep_queries=keep_queries,
         certify=certify,

@@ -6,6 +6,7 @@ from momentkv._array import Array, array_namespace
 from momentkv._rows import chosen_first, take_rows
 from momentkv.backends import ArrayBackend
 from momentkv.backends.base import causal_mask
+from momentkv.cache.by_heads import check_given
 from momentkv.cache.config import CacheConfig
 from momentkv.cache.given import as_given
 from momentkv.cache.packing import View
@@ -73,9 +74,16 @@ def observed(policy: Policy, state: LayerState, weights: Array) -> LayerState:
     xp = array_namespace(weights)
     layout, filled, recent = state.layout, state.filled, state.recent_attention
     retained = layout.rectangle(state.attention, vectors=False, fill=0.0)
-    score = policy.observe(xp.concat([retained, recent[..., :filled]], axis=-1), weights)
+    score = received(policy, xp.concat([retained, recent[..., :filled]], axis=-1), weights)
     whole = xp.concat([score[..., layout.width :], recent[..., filled:]], axis=-1)
     return state.changed(attention=layout.pack(score[..., : layout.width]), recent_attention=whole)
+
+
+def received(policy: Policy, before: Array, weights: Array) -> Array:
+    """`Policy.observe`, or an error where it is of another shape than what tokens had received before."""
+    after = policy.observe(before, weights)
+    check_given(policy, "what tokens have received (observe)", after, before.shape)
+    return after
 
 
 @as_given
@@ -111,7 +119,7 @@ def observed_queries(
         )
         of_block = new._replace(positions=new.positions[..., : n - q_len + stop])
         weights = of_real_queries(weights, of_block)
-        part = config.policy.observe(score[..., :visible], weights)
+        part = received(config.policy, score[..., :visible], weights)
         score = xp.concat([part, score[..., visible:]], axis=-1)
     if view is None:
         return state, new._replace(attention=score)

@@ -11,6 +11,8 @@ from momentkv._typing import ArrayObject
 
 __all__ = ["Selection", "check_budget", "kept", "retain"]
 
+MOST = 2**31 - 1  # as positions and counts have
+
 
 class Selection(NamedTuple):
     """Which tokens stay.
@@ -196,6 +198,8 @@ def check_protected(sinks: int, window: int) -> None:
 def check_budget(budget: int, sinks: int, window: int) -> None:
     """Raise unless a budget leaves room for at least one token beside sinks and window."""
     check_protected(sinks, window)
+    if budget > MOST:
+        raise ValueError(f"budget is {budget}, but positions have 32 bits; use at most {MOST}, which keeps every token")
     if budget < sinks + window + 1:
         raise ValueError(
             f"budget is {budget}, but sinks ({sinks}) and window ({window}) are always retained and one more token "

@@ -55,6 +55,7 @@ def fitted_strength(summaries: Summaries, q: Array, k: Array, *, scale: float | 
     rough = estimate_expansion(q, flat.expansion(), scale=scale).lse
     rough = xp.where(xp.isfinite(rough), rough, xp.full_like(rough, math.nan))  # no tokens: nothing to fit
     gap = group_queries((xp.reshape(true, rough.shape) - rough)[..., None], k.shape[-3])[..., 0]
+    gap = xp.astype(gap, anchor.dtype, copy=False)  # queries may have more bits
     scaled = group_queries(xp.astype(q, anchor.dtype, copy=False), anchor.shape[-2]) * scale_of(scale, q.shape[-1])
     off = scaled - anchor[..., None, :]
     half = 0.5 * xp.matmul(off * off, summaries.key_variance[..., None])[..., 0]
