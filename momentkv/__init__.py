@@ -16,7 +16,7 @@ from momentkv.diagnostics import EvictionError, eviction_error
 from momentkv.policies import POLICIES, Policy, Tokens, get_policy
 from momentkv.statistics.moments import Moments
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "POLICIES",

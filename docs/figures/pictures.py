@@ -184,6 +184,7 @@ def draw_held_out(theme: Theme) -> Figure:
         (
             ("snapkv/none", "SnapKV", theme.retained, ">-"),
             ("momentkv/order-1", "MomentKV (the paper)", theme.order_1, "s-"),
+            ("expected-attention/none@4", "expected attention, 4 bits", theme.retained, "<--"),
             ("default", "momentkv", theme.evicted, "D-"),
             ("default@auto", "momentkv, bits='auto'", theme.summaries, "o-"),
             ("twice@auto", "the same, read twice", theme.summaries, "o:"),
@@ -211,7 +212,7 @@ def draw_kl(kind: str, methods: Sequence[tuple[str, str, str, str]], limits: tup
     # Small, so that its letters are still letters where a phone shrinks it.
     figure = Figure(figsize=(4.6, 3.3), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axis, name, title in zip(panels, ("smollm2", "qwen"), ("SmolLM2-135M", "Qwen2.5-0.5B"), strict=True):
+    for axis, name, title in zip(panels, ("smollm2", "qwen"), ("SmolLM2-135M", "Qwen2.5-Coder-0.5B"), strict=True):
         lines = fidelity_lines(read(f"{kind}-{name}.json")["rows"])
         for method, label, colour, style in methods:
             own = lines[lines["method"] == method]
