@@ -101,7 +101,7 @@ def test_the_page_tells_which_ranking_wins_where():
 
 def test_tables_of_held_out_texts_are_made_of_the_data():
     made = runpy.run_path(str(ROOT / "docs" / "figures" / "held_out.py"))
-    text, mark = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"), made["MARK"]
+    text, mark = "".join(page.read_text(encoding="utf-8") for page in made["PAGES"]), made["MARK"]
     assert len(made["tables"]()) == 9
     for name, table in made["tables"]().items():
         begin, end = (mark.format(what, name) for what in ("written", "end of what is written"))

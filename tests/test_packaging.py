@@ -110,7 +110,7 @@ def test_what_pypi_shows_leads_to_the_site_and_the_source(built: Path):
             path, _, _ = target.removeprefix(site).partition("#")
             page = ROOT / "docs" / path
             assert page.is_file() or page.with_suffix(".md").is_file() or (page / "index.md").is_file(), target
-    assert f"{site}evaluation/#held-out" in targets
+    assert f"{site}held-out/#held-out" in targets
     assert f"{source}/blob/HEAD/CONTRIBUTING.md" in targets
 
 

@@ -1,8 +1,8 @@
-"""The tables of docs/evaluation.md that are of held-out texts, from the results in docs/data.
+"""The tables of held-out texts in docs/held-out.md and docs/parts.md, from the results in docs/data.
 
 Run: python docs/figures/held_out.py
 
-The files are made by the commands that stand on that page.
+The files are made by the commands that stand on these pages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 DOCS = Path(__file__).parents[1]
-PAGE = DOCS / "evaluation.md"
+PAGES = (DOCS / "held-out.md", DOCS / "parts.md")
 MARK = "<!-- {} by docs/figures/held_out.py: {} -->\n"
 
 FILES = {
@@ -71,13 +71,15 @@ Columns = Sequence[tuple[str, int]]
 
 def main() -> None:
     """Write the tables between their marks."""
-    page = PAGE.read_text(encoding="utf-8")
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for name, table in tables().items():
         begin, end = (MARK.format(what, name) for what in ("written", "end of what is written"))
-        before, _, rest = page.partition(begin)
+        (page,) = (page for page, text in texts.items() if begin in text)
+        before, _, rest = texts[page].partition(begin)
         _, _, after = rest.partition(end)
-        page = f"{before}{begin}\n{table}\n{end}{after}"
-    PAGE.write_text(page, encoding="utf-8")
+        texts[page] = f"{before}{begin}\n{table}\n{end}{after}"
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")
 
 
 def tables() -> dict[str, str]:

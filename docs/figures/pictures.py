@@ -4,8 +4,8 @@ Run: python docs/figures/pictures.py [--output docs/assets]
 
 - heads.json is made by docs/figures/heads.py;
 - gap.json by momentkv evaluate gap --text compound --budget 128 --policy momentkv --output docs/data/gap.json;
-- held-out-smollm2.json and held-out-qwen.json by the commands in docs/evaluation.md#held-out;
-- summaries-smollm2.json and summaries-qwen.json by those in docs/evaluation.md#summaries;
+- held-out-smollm2.json and held-out-qwen.json by the commands in docs/held-out.md#held-out;
+- summaries-smollm2.json and summaries-qwen.json by those in docs/parts.md#summaries;
 - rankings.json by docs/figures/rankings.py;
 - bits.json by the command in docs/what-we-tried.md#auto.
 

@@ -16,10 +16,10 @@ from momentkv.statistics.expansion import Expansion, estimate_expansion
 __all__ = ["ArrayBackend", "causal_mask"]
 
 # With fewer bytes, calls cost more than the work. More memory than this the system allocates anew at every call. See
-# docs/evaluation.md#speed.
+# docs/decoding.md#speed.
 AT_ONCE = 4 * 2**20
 # What an eviction does with few tokens, such as those that go, costs calls alone, and more heads at once are better.
-# Four times as many bytes cost more where all heads have as many tokens: docs/evaluation.md#speed.
+# Four times as many bytes cost more where all heads have as many tokens: docs/decoding.md#speed.
 JOINED = 2
 
 

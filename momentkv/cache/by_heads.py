@@ -109,7 +109,7 @@ def sizes_of(k: Array) -> list[int]:
     """Numbers of heads that are worked on at once, given keys (..., kv_head, n, d): see `ArrayBackend.at_once`.
 
     What an eviction does with many tokens makes arrays as large as their keys. Those of all heads leave a CPU's caches,
-    and the system hands out new memory of that size page by page: see docs/evaluation.md#speed.
+    and the system hands out new memory of that size page by page: see docs/decoding.md#speed.
     """
     heads, each = k.shape[-3], 2 * 4 * math.prod(k.shape) // max(1, k.shape[-3])
     some = max(1, get_backend(k).at_once(k) // max(1, each))

@@ -36,7 +36,7 @@ class MomentKV(Policy):
     keys are those that attention uses, after RoPE. The paper's loop "evict the least, fold it in, score again" runs one
     block at a time while decoding. At prefill it runs in ``rounds`` rounds of geometrically falling size: one round
     scores all tokens with $r_j = v_j$, many rounds approach the loop. More rounds did not lower the error
-    where we measured it (docs/evaluation.md). With moments of order 0 the residual is ``v_j - mu_v``.
+    where we measured it (docs/parts.md#paper). With moments of order 0 the residual is ``v_j - mu_v``.
 
     Source: MomentKV (arXiv 2606.01563). Derivation: docs/derivations/eviction.md.
     """
