@@ -337,6 +337,21 @@ def test_a_share_of_one_evicts_nothing_in_chunks_and_guesses_do_not_count():
     assert [core.budgets for core in half.moment_layers.values()] == before
 
 
+@pytest.mark.parametrize("sharing", ["heads", "layers"])
+@torch.inference_mode()
+def test_a_share_of_less_after_tokens_were_taken_back_leaves_every_head_its_least(sharing: Any):
+    model = tiny("llama")
+    cache = MomentCache(model, 0.058, sharing=sharing, **SMALL)
+    model(prompt(1, 200), past_key_values=cache)
+    before = [budget for core in cache.moment_layers.values() for budget in core.budgets or [core.budget]]
+    cache.crop(-8)
+    model(prompt(1, 2), past_key_values=cache)
+    after = [budget for core in cache.moment_layers.values() for budget in core.budgets or [core.budget]]
+    assert (sum(before), min(before)) == (12 * len(before), cache.least)
+    assert sum(after) <= round(0.058 * 194) * len(after) < sum(before)
+    assert min(after) == cache.least
+
+
 def test_records_that_are_still_to_be_made_anew_are_counted():
     """A byte for each row and head of padded batches in few bits."""
     model = tiny("gemma3 full")

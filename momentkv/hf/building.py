@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -197,10 +198,28 @@ def apply_rule(cache: Any, index: int, k: Any, v: Any) -> None:
     for layer in layers:
         budget = layer.core.budget
         if cache.shared_budgets and seen:  # too few queries to share anew: shares grow alike
-            budget = budget * tokens // before if isinstance(budget, int) else [x * tokens // before for x in budget]
+            alike = partial(of_another_average, before=before, now=tokens, least=cache.least)
+            budget = alike(budget) if isinstance(budget, int) else [alike(x) for x in budget]
         else:
             budget = tokens if isinstance(budget, int) else [tokens] * len(budget)
         layer.core.budget = budget
+
+
+def of_another_average(budget: int, *, before: int, now: int, least: int) -> int:
+    """A head's share when the average is another: as much more, or so much less that no head falls below the least.
+
+    It is less where tokens were taken back, and fewer are read in their place.
+
+    Examples
+    --------
+    >>> [of_another_average(budget, before=40, now=60, least=34) for budget in (34, 40, 46)]
+    [51, 60, 69]
+    >>> [of_another_average(budget, before=40, now=37, least=34) for budget in (34, 40, 46)]
+    [34, 37, 40]
+    """
+    if now >= before:
+        return budget * now // before
+    return least + (budget - least) * (now - least) // (before - least)
 
 
 def bytes_of_windows(cache: Any, k: Any, v: Any) -> int:
