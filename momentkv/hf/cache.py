@@ -254,7 +254,7 @@ class MomentCache(GeneratingCache):
         with self.passes.all_or_nothing():
             if compressed:
                 crop(compressed, tokens)
-            self.padding.crop(tokens)
+            self.padding.keep(seen - tokens)
             if tokens:
                 self.forget_ended()
             for layer in sliding:

@@ -70,10 +70,10 @@ class Padding:
         old = new.new_ones(ids.shape[0], seen) if codes is None else codes.ne(PAD).to(new)
         return torch.cat([old, new], dim=1)
 
-    def crop(self, tokens: int) -> None:
-        """Forget the last tokens."""
-        if self.codes is not None and tokens:
-            self.codes = self.codes[:, :-tokens]
+    def keep(self, tokens: int) -> None:
+        """Forget all but the first tokens; the last ones may never have been recorded, see `_codes_of`."""
+        if self.codes is not None:
+            self.codes = self.codes[:, :tokens]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Select, repeat or reorder rows."""
