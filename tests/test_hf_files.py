@@ -400,3 +400,38 @@ def test_evidence_of_another_order_is_refused(tmp_path: Path):
     path.write_bytes(rewritten(path.read_bytes(), ask_for_more, sign=True))
     with pytest.raises(CacheFileError, match="holds no evidence of order 2"):
         MomentCache.load(path, tiny("llama"))
+
+
+def read_and_saved(model: Any, cache: MomentCache, path: Path) -> Path:
+    with torch.no_grad():
+        model(prompt(1, 100), past_key_values=cache)
+    cache.save(path)
+    return path
+
+
+def test_a_file_is_of_the_model_that_read_the_text_whatever_its_cache_was_made_for(tmp_path: Path):
+    """Another model after a reset, a configuration, other weights in the same model, and another dtype."""
+    first, second, changed, cast = (build(FAMILIES["llama"]()) for _ in range(4))
+    for x in (*second.parameters(), *changed.parameters()):
+        x.data *= 0.9
+    reset, given = MomentCache(first, 64), MomentCache(first.config, 64)
+    loaded, halved = MomentCache(changed, 64), MomentCache(cast, 64)
+    with torch.no_grad():
+        first(prompt(1, 60), past_key_values=reset)
+    reset.reset()
+    changed.load_state_dict(first.state_dict())
+    cast.bfloat16()
+    files = [
+        (read_and_saved(second, reset, tmp_path / "reset"), second, first),
+        (read_and_saved(first, given, tmp_path / "given"), first, second),
+        (read_and_saved(changed, loaded, tmp_path / "changed"), first, second),
+        (read_and_saved(cast, halved, tmp_path / "cast"), cast, first),
+    ]
+    for path, reader, other in files:
+        again = MomentCache.load(path, reader)
+        with torch.no_grad():
+            assert reader(prompt(1, 1), past_key_values=again).logits.isfinite().all()
+        with pytest.raises(CacheFileError, match=r"other weights|in bfloat16, but its weights are in float32"):
+            MomentCache.load(path, other)
+        MomentCache.load(path, reader).save(tmp_path / "once more")
+        MomentCache.load(tmp_path / "once more", reader)

@@ -25,6 +25,7 @@ from momentkv.hf.checks import check_implementation, records, refuse_architectur
 from momentkv.hf.former import CacheFileError, statistics
 from momentkv.hf.layer import MomentLayer
 from momentkv.hf.models import DIMENSIONS, agree, config_of, dtype_of, fingerprint, model_record
+from momentkv.hf.owner import Weights, same
 from momentkv.hf.storage import KEY, digest, malformed, read, write
 from momentkv.policies import POLICIES, Policy
 from momentkv.statistics.corrections import CORRECTIONS, Correction, get_correction
@@ -33,6 +34,7 @@ __all__ = ["FORMAT", "CacheFileError", "load", "save"]
 
 # Raised by one whenever a file of the version before could no longer be read rightly.
 FORMAT = 2
+OTHER_WEIGHTS = "{} is a cache of a model with other weights or adapters; load it with the model that read the text"
 KINDS = {correction.name: type(correction) for correction in CORRECTIONS.values()}
 # What of a layer's state is a number of the host's.
 NUMBERS = ("seen", "filled", "padded", "has_evicted")
@@ -89,6 +91,11 @@ def save(cache: Any, path: str | os.PathLike[str]) -> None:
         "padding": cache.padding.codes is not None,
         "layers": layers,
     }
+    if cores:
+        # Of the model that has read the text, which may be another than the cache was made for.
+        record["attention"] = cache.owner.weights
+        if not cache.owner.is_as_made():
+            record |= {"dtype": cache.owner.dtype, "weights": {}}
     adapters = cache.owner.adapters if cores else None
     if adapters:  # of few models; a version without it reads the others
         record["adapters"] = list(adapters)
@@ -175,6 +182,8 @@ def load(
                 shared.take_share(share)
         cache.padding.load(tensors, record)
         cache.turn = None if record.get("turn") is None else whole_number(record["turn"])
+        if cache.moment_layers and "attention" in record:
+            check_attention(record["attention"], cache.owner.weights, path)
         if cache.moment_layers and "adapters" in record:
             cache.owner.adapters = tuple(map(str, record["adapters"]))
         for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
@@ -327,6 +336,11 @@ def check_model(
             f"with dtype=torch.{former_dtype}, or read the text again"
         )
     if not agree(record["weights"], weights):
-        raise CacheFileError(
-            f"{path} is a cache of a model with other weights or adapters; load it with the model that read the text"
-        )
+        raise CacheFileError(OTHER_WEIGHTS.format(path))
+
+
+def check_attention(read: Weights, own: Weights, path: Any) -> None:
+    """Raise if attention of other weights than the model's has read a file's text; nothing may be known of either."""
+    known = {kind for kind, _ in own}
+    if any(kind in known for kind, _ in read) and not same(read, own):
+        raise CacheFileError(OTHER_WEIGHTS.format(path))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from momentkv.hf.checks import NAME
 
-__all__ = ["DIMENSIONS", "agree", "config_of", "dtype_of", "fingerprint", "model_record"]
+__all__ = ["DIMENSIONS", "agree", "config_of", "dtype_name", "dtype_of", "fingerprint", "model_record"]
 
 # Entries of a configuration that decide whether a cache fits; one that a model lacks is None.
 DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
@@ -69,7 +69,12 @@ def mistaken(model: Any) -> str:
 def dtype_of(model: Any) -> str | None:
     """Name of the dtype of a model's weights; None for a configuration, which may name another."""
     dtype = getattr(model, "dtype", None) if isinstance(model, torch.nn.Module) else None
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+    return None if dtype is None else dtype_name(dtype)
+
+
+def dtype_name(x: Any) -> str:
+    """Name of a dtype, or of that of a tensor."""
+    return str(getattr(x, "dtype", x)).removeprefix("torch.")
 
 
 def model_record(config: Any, windows: list[int]) -> dict[str, Any]:

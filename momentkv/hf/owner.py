@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from momentkv.hf.models import agree, fingerprint
+from momentkv.hf.models import agree, dtype_name, fingerprint
 
-__all__ = ["Owner", "copied"]
+__all__ = ["Owner", "copied", "same"]
+
+# Attention modules, by type and fingerprint.
+Weights = Sequence[tuple[str, Mapping[str, str]]]
 
 
 class Owner:
@@ -38,6 +41,8 @@ class Owner:
         self.adapters: tuple[str, ...] | None = None
         own = [x for x in modules if getattr(x, "layer_idx", None) == index]
         self.weights = [(type(one).__name__, fingerprint(one)) for one in own]
+        self.made_for = self.weights
+        self.dtype: str | None = None  # of what was read
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
         copied = object.__new__(Owner)
@@ -45,7 +50,7 @@ class Owner:
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": None, "adapted": None, "adapters": self.adapters, "weights": self.weights}
+        return self.__dict__ | {"module": None, "adapted": None}
 
     def check(self, module: Any, filled: bool) -> None:
         """Raise if a cache that is filled is used by an attention module of other weights, or with other adapters."""
@@ -63,19 +68,29 @@ class Owner:
                 "mean something else; activate what was active when the text was read, or make a cache for each adapter"
             )
 
+    def is_as_made(self) -> bool:
+        """Whether the text was read, if any was, by the model that the cache was made for, with the weights of then."""
+        return self.weights is self.made_for or same(self.weights, self.made_for)
+
     def check_weights(self, module: Any, filled: bool) -> None:
         """Raise if a cache that is filled is used by an attention module of other weights."""
-        if self.module is not None and self.module() is module:
+        if filled and self.module is not None and self.module() is module:
             return
         kind, weights = type(module).__name__, fingerprint(module)
-        known = [own for name, own in self.weights if name == kind]
-        if filled and known and not any(agree(weights, own) for own in known):
+        known = any(name == kind for name, _ in self.weights)
+        if filled and known and not same([(kind, weights)], self.weights):
             raise ValueError(
                 f"the cache holds keys of a model with other weights than this {type(module).__name__}; make a "
                 "MomentCache for each model, or call cache.reset() to use it with another one"
             )
         self.weights = [(kind, weights)]
+        self.dtype = next((dtype_name(x) for x in module.parameters() if x.is_floating_point()), None)
         self.module = weakref.ref(module)
+
+
+def same(some: Weights, others: Weights) -> bool:
+    """Whether one of some modules may be one of others: of the same type, with weights that agree."""
+    return any(kind == name and agree(weights, own) for kind, weights in some for name, own in others)
 
 
 def adapted_of(modules: Iterable[Any]) -> weakref.ref[Any] | None:
