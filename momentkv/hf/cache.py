@@ -237,8 +237,8 @@ class MomentCache(GeneratingCache):
         Notes
         -----
         Tokens of recorded passes (`activate_past_recording`) leave no trace. Others can be taken back while they are
-        stored, which the last ``window`` always are: attention is then as if they had not come, but they have had their
-        part in scores and query statistics, and so in what later evictions choose.
+        stored, as the last ``window`` of a row always are, and padding is not. Attention is then as if they had not
+        come, but they have had their part in scores and query statistics, and so in what later evictions choose.
         """
         tokens = waiting_tokens(tokens_to_remove)
         self.passes.undo()

@@ -302,7 +302,9 @@ def is_unpadded(mask: torch.Tensor | None) -> bool:
     return mask is not None and mask.dim() == 2 and mask.stride() == (0, 0)
 
 
-def check_static_pass(layer: Any, module: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+def check_static_pass(
+    layer: Any, module: Any, attention_mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> None:
     """`check_pass` for a step of one token in static buffers, whose mask is of that token alone.
 
     What the rest of the mask says is checked where it is made (`momentkv.hf.momentkv_mask`). A pass that is compiled
@@ -312,6 +314,8 @@ def check_static_pass(layer: Any, module: Any, dropout: float, kwargs: dict[str,
     if layer.owner is not None and not torch.compiler.is_compiling():
         layer.owner.check(module, filled=True)
         layer.moved.check(filled=True)
+        if attention_mask is None:
+            layer.padding.check_positions(kwargs.get("position_ids"))
 
 
 def refuse_arguments(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:

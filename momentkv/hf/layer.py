@@ -226,7 +226,7 @@ class MomentLayer(CacheLayerMixin):
         clock: Any = self.clock
         core, first = self.core, self.core is clock.cores[0]
         try:
-            check_static_pass(self, module, dropout, kwargs)
+            check_static_pass(self, module, attention_mask, dropout, kwargs)
             valid = check_step(query, attention_mask)
         except (ValueError, RuntimeError):
             if first:  # nothing has been changed

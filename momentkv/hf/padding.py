@@ -31,6 +31,18 @@ class Padding:
         """Raise if a mask says something else of the first ``seen`` tokens; see `check_mask_of_stored`."""
         check_mask_of_stored(mask, seen, self._codes_of(seen))
 
+    def check_positions(self, positions: Any) -> None:
+        """Raise if a step without a mask has one position for all rows, some of which were padded."""
+        if self.codes is None or len(self.codes) == 1 or getattr(positions, "ndim", None) != 2 or len(positions) > 1:
+            return
+        rows = self.codes.eq(PAD).any(1)
+        if bool(rows.any()):
+            raise ValueError(
+                f"attention_mask and position_ids are missing, and the cache has read row {int(rows.nonzero()[0, 0])} "
+                "with padding, which the model does not know: all rows would have one position; pass the mask over all "
+                "tokens seen and the new one, or the position of each row"
+            )
+
     def read(self, mask: torch.Tensor | None, valid: torch.Tensor | None, seen: int, new: int) -> None:
         """Record a pass of ``new`` tokens after ``seen``, whose mask has been checked.
 

@@ -82,7 +82,7 @@ def check_crop(layers: Sequence[Recorded], tokens: int) -> None:
             left -= one.tokens
         if left and not core.holds_newest(left, before=tokens - left):
             raise RuntimeError(
-                f"crop(-{tokens}): some of these tokens have been evicted and cannot be taken back; "
+                f"crop(-{tokens}): some of these tokens have been evicted, or are padding, and cannot be taken back; "
                 f"{advice(layer, tokens)}"
             )
 
