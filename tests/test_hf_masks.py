@@ -190,7 +190,7 @@ def moved(model: Any, cache: MomentCache, mask: torch.Tensor, path: Path) -> tup
 
 def repeated(model: Any, cache: MomentCache, mask: torch.Tensor, path: Path) -> tuple[MomentCache, torch.Tensor]:
     cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 3]))
+    cache.batch_select_indices([0, 3])  # a tensor or a list, as of transformers' caches
     return cache, mask
 
 

@@ -283,8 +283,8 @@ class MomentCache(GeneratingCache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows; recorded passes are settled first."""
         with self._rows_moving():
-            self.padding.map(lambda x: x[indices.to(x.device)])
-            super().batch_select_indices(indices)
+            self.padding.map(lambda x: x[torch.as_tensor(indices, device=x.device)])
+            super().batch_select_indices(torch.as_tensor(indices))
 
     def offload(self, layer_idx: int | None = None, only_non_sliding: bool = True) -> None:
         """Move one layer, or all, to the CPU; the next forward pass brings each back to the device of its model."""
