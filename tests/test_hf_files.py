@@ -433,5 +433,11 @@ def test_a_file_is_of_the_model_that_read_the_text_whatever_its_cache_was_made_f
             assert reader(prompt(1, 1), past_key_values=again).logits.isfinite().all()
         with pytest.raises(CacheFileError, match=r"other weights|in bfloat16, but its weights are in float32"):
             MomentCache.load(path, other)
+        unknown = MomentCache.load(path, reader.config)
+        with torch.no_grad():
+            if other.dtype == reader.dtype:
+                with pytest.raises(ValueError, match="other weights"):
+                    other(prompt(1, 1), past_key_values=unknown)
+            assert reader(prompt(1, 1), past_key_values=unknown).logits.isfinite().all()
         MomentCache.load(path, reader).save(tmp_path / "once more")
         MomentCache.load(tmp_path / "once more", reader)

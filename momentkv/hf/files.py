@@ -184,6 +184,7 @@ def load(
         cache.turn = None if record.get("turn") is None else whole_number(record["turn"])
         if cache.moment_layers and "attention" in record:
             check_attention(record["attention"], cache.owner.weights, path)
+            cache.owner.weights = record["attention"]  # all that is known, where it is loaded for a configuration
         if cache.moment_layers and "adapters" in record:
             cache.owner.adapters = tuple(map(str, record["adapters"]))
         for index, (layer, stored) in enumerate(zip(cache.layers, record["layers"], strict=True)):
