@@ -405,8 +405,11 @@ def test_any_librarys_numbers_are_numbers():
 
 def test_a_factor_may_be_a_fraction():
     x = np.random.default_rng(0).standard_normal((3, 1, 2, 60, 8))
-    fraction, same = (LayerCache(40, scale=scale, window=8) for scale in (Fraction(1, 8), 0.125))
-    assert np.array_equal(fraction.step(*x), same.step(*x))
+    for arrays in (x, torch.from_numpy(x), torch.from_numpy(x).float()):
+        fraction, same = (LayerCache(40, scale=scale, window=8) for scale in (Fraction(1, 8), 0.125))
+        for part in (slice(0, 59), slice(59, 60)):
+            one, other = (cache.step(*(a[:, :, part] for a in arrays)) for cache in (fraction, same))
+            assert np.array_equal(np.asarray(one), np.asarray(other))
     assert np.array_equal(attend(*x, scale=Fraction(1, 8)).out, attend(*x, scale=0.125).out)
 
 

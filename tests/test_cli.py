@@ -55,6 +55,15 @@ def test_the_package_is_the_command():
     assert done.stdout == f"momentkv {momentkv.__version__}\n"
 
 
+def test_output_that_was_closed_is_no_error():
+    """As of daemons, and with `>&-`: Python then has no standard output, or no standard error."""
+    command = f"{sys.executable} -m momentkv plan llama-3.1-8b --context 32000 --budget 512"
+    done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = subprocess.run(f"{command} --bits nothing 2>&-", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "")
+
+
 def test_output_that_nobody_reads_is_no_error():
     """As with `momentkv plan --list | head -1`."""
     command = [sys.executable, "-m", "momentkv", "plan", "--list"]

@@ -418,7 +418,9 @@ def test_a_file_is_of_the_model_that_read_the_text_whatever_its_cache_was_made_f
     loaded, halved = MomentCache(changed, 64), MomentCache(cast, 64)
     with torch.no_grad():
         first(prompt(1, 60), past_key_values=reset)
+        changed(prompt(1, 60), past_key_values=loaded)
     reset.reset()
+    loaded.reset()
     changed.load_state_dict(first.state_dict())
     cast.bfloat16()
     files = [

@@ -60,7 +60,7 @@ def flash(
     folded, k, v = (side_by_side(x) for x in (q.reshape(batch, kv_heads, -1, d), k, v))
     mask = None
     if valid is not None:
-        mask = side_by_side(torch.zeros_like(valid, dtype=q.dtype).masked_fill(~valid, -torch.inf))[..., None, :]
+        mask = torch.zeros_like(valid, dtype=q.dtype).masked_fill(~valid, -torch.inf)[..., None, :]
         mask = mask.expand(*folded.shape[:3], n)
     out, lse = FLASH(folded, k, v, attn_mask=mask, scale=scale)
     if valid is None and n < REGISTER:
