@@ -89,8 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tell(message: str) -> None:
     """Say what went wrong on stderr: words are not cut where a terminal ends; elsewhere it is one line."""
+    if sys.stderr is None:  # closed before Python began; print would take stdout in its place
+        return
     message = f"momentkv: {message}"
-    if sys.stderr is not None and sys.stderr.isatty():
+    if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         message = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
     print(message, file=sys.stderr)

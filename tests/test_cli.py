@@ -61,7 +61,7 @@ def test_output_that_was_closed_is_no_error():
     done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     done = subprocess.run(f"{command} --bits nothing 2>&-", shell=True, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 def test_output_that_nobody_reads_is_no_error():
