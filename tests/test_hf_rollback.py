@@ -383,23 +383,3 @@ def test_offloaded_layers_come_back(family: str):
     a.crop(0)
     layer.to(torch.device("meta"))
     assert {x.device.type for x in layer.core.arrays().values()} == {"meta"}
-
-
-@pytest.mark.parametrize("cropped", [3, 5])
-@torch.no_grad()
-def test_tokens_of_steps_without_a_mask_are_taken_back_and_padding_before_them_is_still_known(cropped: int):
-    """As a graph that is replayed reads them; the padding is on the right of the prompt."""
-    model, ids = tiny("llama"), prompt(2, 40)
-    mask = torch.ones(2, 40, dtype=torch.long)
-    mask[1, -5:] = 0
-    places, real = (mask.cumsum(1) - 1).clamp(min=0), mask.sum(1, keepdim=True)
-    tried, other = (MomentCache(model, 400, static=True, window=8) for _ in range(2))
-    for cache in (tried, other):
-        model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
-        for step in range(5 if cache is tried else 5 - cropped):
-            model(prompt(2, 1, seed=step), position_ids=real + step, past_key_values=cache)
-    tried.crop(-cropped)
-    longer = torch.cat([mask, torch.ones(2, 5 - cropped + 3, dtype=torch.long)], 1)
-    given = {"attention_mask": longer, "position_ids": (longer.cumsum(1) - 1)[:, -3:]}
-    found, expected = (model(prompt(2, 3), past_key_values=cache, **given).logits for cache in (tried, other))
-    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()

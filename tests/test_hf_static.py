@@ -679,24 +679,3 @@ def test_a_static_layer_that_is_moved_lets_go_of_its_arrays_and_is_fixed_where_i
     layer.come_to(torch.device("meta"))
     assert layer.core.fixed is layer.core.state
     assert {x.device.type for x in layer.core.arrays().values()} == {"meta"}
-
-
-@torch.no_grad()
-def test_a_step_beside_padding_without_mask_and_positions_is_refused_as_it_is_without_static():
-    """The model would count the padding of the shorter row."""
-    model, (ids, mask) = tiny("llama"), left_padded([prompt(1, 40, seed=1), prompt(1, 27, seed=2)])
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    longer = torch.nn.functional.pad(mask, (0, 1), value=1)
-    new, outs = prompt(2, 1, seed=3), []
-    for static in (False, True):
-        cache = MomentCache(model, 30, static=static, window=8)
-        model(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
-        with pytest.raises(ValueError, match="attention_mask"):
-            model(new, past_key_values=cache)
-        assert cache.get_seq_length() == 40
-        outs.append(model(new, attention_mask=longer, position_ids=mask.sum(1, keepdim=True), past_key_values=cache))
-    told = MomentCache(model, 30, static=True, window=8)
-    model(ids, attention_mask=mask, position_ids=places, past_key_values=told)
-    outs.append(model(new, position_ids=mask.sum(1, keepdim=True), past_key_values=told))
-    for out in outs[1:]:
-        torch.testing.assert_close(out.logits, outs[0].logits, rtol=1e-4, atol=1e-4)
