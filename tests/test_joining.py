@@ -22,6 +22,7 @@ from momentkv.cache.config import MODEL_DEFAULTS
 from momentkv.cache.joining import evict_together, flush_together, groups
 from momentkv.hf import MomentCache
 from momentkv.hf.clock import Clock
+from momentkv.hf.layer import MomentLayer
 from momentkv.hf.steps import step_in_place
 from momentkv.policies import POLICIES
 from momentkv.policies.base import Policy, Tokens
@@ -334,8 +335,7 @@ def test_a_model_decodes_as_with_layers_that_evict_by_themselves(family: str, se
     model = tiny(family, dtype="float64")
     settings = SMALL | {"budget": 20} | settings
     caches = [MomentCache(model, **settings) for _ in range(2)]
-    for layer in caches[0].passes.moments:
-        layer.evict_in_pass = None
+    caches[0].passes.evict = MomentLayer.evict
     ids, mask = left_padded([prompt(1, tokens, seed=1), prompt(1, 11, seed=2)])
     for index in range(30):
         outs = [model(ids, attention_mask=mask, past_key_values=cache).logits for cache in caches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,10 @@ from momentkv.hf.steps import static_step
 __all__ = ["MomentLayer"]
 
 
+def nobody() -> None:
+    """In place of the keeper of passes of a layer that is in no cache."""
+
+
 class MomentLayer(CacheLayerMixin):
     """One full-attention layer of a `MomentCache`: a `LayerCache` behind the interface of transformers.
 
@@ -43,14 +48,11 @@ class MomentLayer(CacheLayerMixin):
         # CacheLayerMixin.__init__ would set `keys` and `values`, which are the core's here.
         self.core, self.rollback = core, rollback
         self.sharing: SharedBudget | None = None
-        # New tokens that wait for their queries, the layer's state before them, and what to call when it has attended.
+        # New tokens that wait for their queries, and the layer's state before them.
         self.waits = 0
         self.before: dict[str, Any] = {}
-        self.attended: Callable[[], None] | None = None
-        # What evicts, before the pass ends, all layers that have run full in it.
-        self.evict_in_pass: Callable[[MomentLayer], None] | None = None
-        # Called with True before attention and with False after it: meanwhile no other thread may begin a pass.
-        self.attending: Callable[[bool], None] = lambda _: None
+        # Finds the `PassKeeper` of its cache, weakly: in a circle, a cache that is dropped would stay in memory.
+        self.keeper: Callable[[], Any] = nobody
         self.record_past = False
         self.passes: list[Pass] = []
         # While `momentkv.hf.read` reads a text: what keeps its queries and, of a second reading, the scores.
@@ -100,6 +102,10 @@ class MomentLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes held now, queries of recorded passes included."""
         return self.core.nbytes + sum(one.queries.nbytes for one in self.passes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has a keeper of its own, which finds its layers.
+        return self.__dict__ | {"keeper": nobody}
 
     def __repr__(self) -> str:
         core = self.core
@@ -165,15 +171,14 @@ class MomentLayer(CacheLayerMixin):
             return self.reread(module, query, attention_mask, dropout, kwargs), None
         if self.steps_statically(query.shape[2]):
             return self.step(module, query, attention_mask, dropout, kwargs), None
-        self.attending(True)
-        try:
+        keeper = self.keeper()
+        # Meanwhile no other thread may begin a pass.
+        with contextlib.nullcontext() if keeper is None else keeper.attending():
             result = self.attend_and_evict(module, query, attention_mask, scaling, dropout, kwargs)
             self.before = {}
             # Still within attention: another thread must not undo what is whole.
-            if self.attended is not None:
-                self.attended()
-        finally:
-            self.attending(False)
+            if keeper is not None:
+                keeper.attended()
         say_what_gradients_lack(result, key, value)
         return result, None
 
@@ -203,10 +208,10 @@ class MomentLayer(CacheLayerMixin):
                 kept = q_len if valid is not None else queries_to_keep(core, q_len, self.rollback)
                 self.passes.append(Pass(q_len, query[:, :, q_len - kept :].detach().clone(), valid))
                 core.release_projections()
-            elif self.evict_in_pass is None:
+            elif (keeper := self.keeper()) is None:
                 self.evict()
             else:
-                self.evict_in_pass(self)
+                keeper.evict(self)
             result = out.transpose(1, 2).contiguous()
             if self.padding is not None:
                 self.padding.read(attention_mask, valid, core.seen - q_len, q_len)
@@ -252,8 +257,8 @@ class MomentLayer(CacheLayerMixin):
         keys, values = self.arrived or (None, None)
         self.arrived, self.waits = None, 0
         out = reader.reread(query, keys, values, valid)
-        if self.attended is not None:
-            self.attended()
+        if (keeper := self.keeper()) is not None:
+            keeper.attended()
         return out.transpose(1, 2).contiguous()
 
     def real_tokens(

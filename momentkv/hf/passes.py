@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -70,8 +71,7 @@ class PassKeeper:
         self.layers, self.shared, self.clock, self.padding, self.moved = layers, shared, clock, padding, moved
         self.moments = [layer for layer in layers if isinstance(layer, MomentLayer)]
         self.stock = [layer for layer in layers if not isinstance(layer, MomentLayer)]
-        for layer in self.moments:
-            layer.attended, layer.evict_in_pass, layer.attending = self.attended, self.evict, self.attending
+        self.find_layers()
         # Of a pass that is under way: how many compressed layers have not attended, what all were before it, and how
         # many tokens they had seen.
         self.left = self.start = 0
@@ -89,6 +89,15 @@ class PassKeeper:
         self.known: set[int] = set()
         self.new = 0
         self.ended_early: list[int] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.find_layers()
+
+    def find_layers(self) -> None:
+        """Let the compressed layers know who keeps their passes."""
+        for layer in self.moments:
+            layer.keeper = weakref.ref(self)
 
     def begin(self, new: int) -> None:
         """Start a pass of ``new`` tokens, from what was before the last one if that failed."""
@@ -134,14 +143,19 @@ class PassKeeper:
         if self.thread != threading.get_ident():
             raise RuntimeError(f"{what}, in thread {self.thread}: {ALONE}; {AGAIN}")
 
-    def attending(self, begins: bool) -> None:
-        """Note that attention of a compressed layer begins or ends, in which no other thread may take the cache."""
-        with TURN:
-            if begins:
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """Attention of a compressed layer, in which no other thread may take the cache."""
+        me = threading.get_ident()
+        try:
+            with TURN:
                 self.check_thread("a pass began while this one was under way")
-                INSIDE[id(self)] = threading.get_ident()
-            else:
-                INSIDE.pop(id(self), None)
+                INSIDE[id(self)] = me
+            yield
+        finally:
+            with TURN:
+                if INSIDE.get(id(self)) == me:
+                    del INSIDE[id(self)]
 
     def check_layer(self, layer_idx: int) -> None:
         """Raise if a layer is not in the state that it has between two passes."""

@@ -7,6 +7,7 @@ part in the choice of what to keep.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -60,7 +61,9 @@ class Trial:
     """
 
     def __init__(self, reading: Reading, tokens: int) -> None:
-        self.reading, self.tokens = reading, tokens
+        # Of which this is a part: in a circle, a cache that is dropped would stay in memory.
+        self.reading: Any = weakref.proxy(reading)
+        self.tokens = tokens
         self.passes = reading.cache.passes
         self.before: list[Any] = []
         self.queries: list[Any] = []
