@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig
 
 from momentkv.hf import MomentCache, read, reading
 from momentkv.hf.layer_reader import LayerReader
-from momentkv.hf.repeating import read_text
+from momentkv.hf.repeating import around, between, read_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}{{ m.content }}<end>{% endfor %}"
@@ -66,12 +66,45 @@ def test_after_anything_else_a_text_begins_a_turn(reader: argparse.Namespace):
         reader.model(torch.tensor([[5]]), past_key_values=cache)
     before = cache.get_seq_length()
     reader.read(SECOND, cache)
-    assert cache.get_seq_length() - before == read_text(reader.tokenizer, SECOND)[0].shape[1]
+    assert cache.get_seq_length() - before == read_text(reader.tokenizer, SECOND, after=True)[0].shape[1]
     assert cache.turn == cache.get_seq_length()
     plain = reader.read(torch.tensor([reader.tokenizer(FIRST).input_ids]))
     assert plain.turn is None
     cache.reset()
     assert cache.turn is None
+
+
+BEGINS = "{% if loop.first %}<begins>{% endif %}"
+SYSTEM = "{% if loop.first %}<system>Be kind.<end>{% endif %}"
+
+
+@pytest.mark.parametrize(("first", "asked"), [("", "<end><user>"), (BEGINS, "<end><user>"), (SYSTEM, "<end><user>")])
+def test_a_text_after_an_answer_is_the_next_turn(reader: argparse.Namespace, first: str, asked: str):
+    """As the template writes it, which ends the answer: no second beginning, nor words of the system."""
+    tokenizer, fed = reader.tokenizer, list[list[int]]()
+    tokenizer.chat_template = TEMPLATE.replace("{{ '<'", first + "{{ '<'", 1)
+    cache = reader.read(FIRST)
+    with torch.no_grad():
+        reader.model(tokenizer("A port.", return_tensors="pt").input_ids, past_key_values=cache)
+    embedding = reader.model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, args: fed.append(args[0][0].tolist()))
+    reader.read(SECOND, cache, twice=False)
+    hook.remove()
+    assert tokenizer.decode(fed[0]) == asked + SECOND
+    chat = [(FIRST, "user"), ("A port.", "assistant"), (SECOND, "user")]
+    whole = tokenizer.apply_chat_template([{"role": role, "content": said} for said, role in chat], tokenize=False)
+    assert whole.endswith("A port." + asked + SECOND + "<end>")
+    # A question ends this turn, as it does the first.
+    assert cache.turn == cache.get_seq_length()
+
+
+def test_of_a_template_without_answers_a_later_turn_begins_as_the_first(reader: argparse.Namespace):
+    one = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    reader.tokenizer.chat_template = "<end>" + one + "<user>{{ messages[0].content }}"
+    assert between(reader.tokenizer) == around(reader.tokenizer)[0] == "<end><user>"
+    reader.tokenizer.bos_token = "<end>"
+    assert between(reader.tokenizer) == "<user>"
+    assert around(reader.tokenizer)[0] == "<end><user>"
 
 
 def test_no_sequence_begins_within_another():

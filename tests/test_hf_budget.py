@@ -232,6 +232,8 @@ def test_a_summary_says_what_each_layer_holds():
         # Scores are scaled queries times keys: the mean query that a cache holds is scaled, the trust's is not.
         mean = core.state.query_mean[:, :, None] * 16**0.5
         assert estimate == pytest.approx(float(trust(core, mean).estimated.mean()), rel=1e-5)
+    with pytest.raises(ValueError, match="trust gave 'x' for a layer; it must give a number"):
+        cache.summary(trust=lambda _: "x")
     trusted = cache.summary(trust=lambda core: core.seen / 100)
     assert [layer.trust for layer in trusted.layers] == [None, 0.62] * 2
     assert str(trusted).splitlines()[0].endswith("trust")

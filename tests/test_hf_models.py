@@ -67,6 +67,15 @@ def test_more_rows_than_were_read_are_refused_until_these_are_repeated(settings:
     assert out.shape[1] == 66 + new
 
 
+def test_of_a_budget_in_bytes_rows_cannot_be_repeated_and_that_is_the_advice():
+    model, cache = tiny("llama"), MomentCache(tiny("llama"), **(SMALL | {"budget": "200KiB"}))
+    with torch.no_grad():
+        model(prompt(1, 60), past_key_values=cache)
+    ids = torch.cat([prompt(1, 60), prompt(1, 1, seed=1)], 1)
+    with pytest.raises(ValueError, match=r"2 rows arrive at a cache that holds 1; its budget of 200KiB was divided"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=6, num_beams=2)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_fewer_rows_than_were_read_are_refused_whichever_layer_is_first(family: str):
     model, cache = tiny(family), MomentCache(tiny(family), **SMALL)

@@ -377,3 +377,40 @@ def test_one_reads_into_a_cache_of_momentkv():
         read(tiny("llama"), prompt(1, 90), stock, twice=False)
     with pytest.raises(TypeError, match=r"rollback is 1.5, a float"):
         made("llama", rollback=1.5)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": Wrapped(tiny("llama"))}, TypeError, r"model is .*Wrapped, which holds a model; pass that itself"),
+        ({"tokenizer": "gpt2"}, TypeError, r"tokenizer is 'gpt2'; load it first: AutoTokenizer.from_pretrained"),
+        ({"tokenizer": 7}, TypeError, "tokenizer is a int; give the model's tokenizer, or token ids"),
+        ({"inputs": {"ids": prompt(1, 60)}}, ValueError, r"inputs has \['ids'\], and no input_ids"),
+        (
+            {"inputs": {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}},
+            ValueError,
+            r"inputs is list; .*: tokenizers return such with return_tensors=\"pt\"",
+        ),
+    ],
+)
+def test_who_reads_and_what_is_read_are_named(change: dict[str, Any], error: type[Exception], message: str):
+    given = {"model": tiny("llama"), "inputs": prompt(1, 60), "tokenizer": None} | change
+    with pytest.raises(error, match=message):
+        read(given["model"], given["inputs"], made("llama", 40), tokenizer=given["tokenizer"], request=REQUEST)
+
+
+def test_a_model_without_a_head_reads_too():
+    one, other = (made("llama", 40) for _ in range(2))
+    model = tiny("llama")
+    for reads, cache in ((model, one), (model.model, other)):
+        read(reads, prompt(1, 60), cache, request=REQUEST, progress=False)
+    for mine, theirs in zip(contents(one), contents(other), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+    with pytest.raises(ValueError, match="trial is 8, and the model is a LlamaModel, which predicts nothing"):
+        read(model.model, prompt(1, 60), made("llama", 40, bits="auto"), request=REQUEST, trial=8, progress=False)

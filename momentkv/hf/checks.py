@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from momentkv.cache.budget_rules import TotalBytes
 from momentkv.hf.lengths import LONGER
 
 __all__ = [
@@ -144,12 +145,18 @@ def check_rows(cache: Any, new: int) -> None:
     rows = next((rows_of(layer) for layer in cache.layers if layer.is_initialized), None)
     if rows is not None and new != rows:
         whole = new // rows if new % rows == 0 else 0
-        remedy = (
-            f"call cache.batch_repeat_interleave({whole}) first, which repeats every row as beams and "
-            f"num_return_sequences={whole} do"
-            if whole
-            else "call cache.batch_select_indices with the rows to keep, or read these with a cache of their own"
-        )
+        if whole and isinstance(cache.rule, TotalBytes):
+            remedy = (
+                f"its budget of {cache.rule.text} was divided among those; read with all rows at once, or give the "
+                "budget in tokens"
+            )
+        elif whole:
+            remedy = (
+                f"call cache.batch_repeat_interleave({whole}) first, which repeats every row as beams and "
+                f"num_return_sequences={whole} do"
+            )
+        else:
+            remedy = "call cache.batch_select_indices with the rows to keep, or read these with a cache of their own"
         raise ValueError(f"{new} rows arrive at a cache that holds {rows}; {remedy}")
 
 

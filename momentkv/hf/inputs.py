@@ -9,9 +9,21 @@ import torch
 
 from momentkv.hf.cache import MomentCache
 from momentkv.hf.checks import check_rows
+from momentkv.hf.models import config_of
 from momentkv.hf.repeating import read_text
 
-__all__ = ["check_positions", "first_ids", "ids_of", "placed"]
+__all__ = ["check_positions", "check_reader", "first_ids", "ids_of", "placed"]
+
+
+def check_reader(model: Any, tokenizer: Any) -> None:
+    """Raise unless there is a model that reads, and a tokenizer that can be asked, if one is given."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give the model that reads")
+    config_of(model)
+    if isinstance(tokenizer, str):
+        raise TypeError(f"tokenizer is {tokenizer!r}; load it first: AutoTokenizer.from_pretrained({tokenizer!r})")
+    if tokenizer is not None and not callable(tokenizer):
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; give the model's tokenizer, or token ids")
 
 
 def ids_of(
@@ -33,14 +45,20 @@ def ids_of(
         ids, own = read_text(tokenizer, inputs, after=bool(seen), goes_on=goes_on)
         check_rows(cache, ids.shape[0])
         return ids, cache.padding.before(ids, own, seen)
+    own = None
     if not isinstance(inputs, torch.Tensor) and hasattr(inputs, "keys"):
-        mask = inputs.get("attention_mask") if mask is None else mask
-        inputs = inputs["input_ids"]
-    if mask is not None and not isinstance(mask, torch.Tensor):
-        raise TypeError(f"attention_mask is a {type(mask).__name__}; give a tensor of shape (batch, tokens), or None")
+        if "input_ids" not in inputs:
+            raise ValueError(f"inputs has {sorted(inputs)}, and no input_ids; give what a tokenizer returns, or ids")
+        own, inputs = inputs.get("attention_mask"), inputs["input_ids"]
     if not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.is_floating_point():
         given = tuple(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
-        raise ValueError(f"inputs is {given}; give text, or token ids as a tensor of shape (batch, tokens)")
+        raise ValueError(
+            f"inputs is {given}; give text, or token ids as a tensor of shape (batch, tokens): tokenizers return such "
+            'with return_tensors="pt"'
+        )
+    mask = own if mask is None else mask
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attention_mask is a {type(mask).__name__}; give a tensor of shape (batch, tokens), or None")
     return inputs, mask
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from momentkv._numbers import whole_number
 from momentkv.cache.second_reading import RereadBudget
 from momentkv.hf.cache import MomentCache
-from momentkv.hf.inputs import check_positions, first_ids, ids_of, placed
+from momentkv.hf.inputs import check_positions, check_reader, first_ids, ids_of, placed
 from momentkv.hf.layer_reader import LayerReader
 from momentkv.hf.repeating import REQUEST, opens_turn, request_of
 from momentkv.hf.stretches import LEAD, parts, passes_of
@@ -74,7 +74,8 @@ def read(
     inputs : str, sequence of str, int tensor (batch, n), or what a tokenizer returns
         A text is the beginning of a user's turn if the tokenizer has a chat template; a question may follow. Several
         are padded at the left. After tokens that the cache has read, these are the new ones: a text directly after
-        another goes on with it, in the same turn.
+        another goes on with it, in the same turn; one after anything else ends the answer there, as the template
+        does, and begins the next turn.
     cache : MomentCache
         To read twice, its policy must be ``"twice"`` or ``"second-reading"``.
     twice : bool or float
@@ -88,7 +89,8 @@ def read(
     request : str or sequence of int
         What the model is told before each part of the text. Ids need no tokenizer, and ``[]`` says nothing.
     chunk : int
-        Most tokens of one pass.
+        Most tokens of the text in one pass. Passes of the second reading also have the request and a few tokens before
+        a part.
     segment : int, optional
         Read, repeat and evict that many tokens at a time, so that at most the budget, one segment and its blocks are
         stored. None for the whole text in one piece.
@@ -124,8 +126,7 @@ def read(
     """
     if not isinstance(cache, MomentCache):
         raise TypeError(f"cache is a {type(cache).__name__}; read into a MomentCache")
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give the model that reads")
+    check_reader(model, tokenizer)
     seen = int(cache.get_seq_length())
     goes_on = 0 < seen == cache.turn
     ids, mask = ids_of(inputs, tokenizer, attention_mask, cache, goes_on=goes_on)
@@ -235,7 +236,7 @@ class Reading:
         for reader in self.readers:
             reader.end_first()
 
-    def pass_over(self, start: int, stop: int, *, logits: bool = False) -> torch.Tensor:
+    def pass_over(self, start: int, stop: int, *, logits: bool = False) -> Any:
         """One pass over tokens of the piece; predictions of the last one, or with ``logits`` of all."""
         mask = None if self.piece.mask is None else self.piece.mask[:, : self.piece.seen + stop]
         return self.forward(self.piece.ids[:, start:stop], mask, logits=logits)
@@ -270,8 +271,8 @@ class Reading:
                 before, after = (round(share * n * count / len(passes)) for count in (number, number + 1))
                 done(after - before)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None, *, logits: bool = False) -> torch.Tensor:
-        """One pass of the model; logits of its last token, or of all, (batch, n, vocabulary)."""
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None, *, logits: bool = False) -> Any:
+        """One pass of the model; logits of its last token, or of all, (batch, n, vocabulary), if it predicts any."""
         options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
         if self.takes_logits:
             options["logits_to_keep"] = ids.shape[1] if logits else 1
@@ -281,8 +282,15 @@ class Reading:
         elif self.tells_positions:
             start, new = int(self.cache.get_seq_length()), ids.shape[1]
             options["position_ids"] = torch.arange(start, start + new, device=ids.device).expand(len(ids), -1)
-        found: torch.Tensor = self.model(ids, **options).logits
-        return found
+        found = self.model(ids, **options)
+        if not hasattr(found, "logits"):
+            if logits:
+                raise ValueError(
+                    f"trial is {len(ids[0])}, and the model is a {type(self.model).__name__}, which predicts nothing; "
+                    "give the model with its head, or trial=0"
+                )
+            return None
+        return found.logits
 
     @property
     def scores(self) -> dict[int, torch.Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["REQUEST", "around", "encode", "opens_turn", "read_text", "request_of"]
+__all__ = ["REQUEST", "around", "between", "encode", "opens_turn", "read_text", "request_of"]
 
 # The wording of KVzip (arXiv 2505.23416).
 REQUEST = "Repeat the previous context exactly."
@@ -26,25 +27,48 @@ def around(tokenizer: Any) -> tuple[str, str]:
     """
     if not getattr(tokenizer, "chat_template", None):
         return "", "\n"
-    from jinja2.exceptions import TemplateError  # which templates of transformers need, and nothing else here
+    from jinja2.exceptions import TemplateError
 
-    # Templates of models that see images expect parts, and write nothing of a plain text.
-    for content in (MARK, [{"type": "text", "text": MARK}]):
-        turn = [{"role": "user", "content": content}]
-        try:
-            rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(
-                f"tokenizer has a chat_template that takes no single turn of a user ({error}); give text and request "
-                "as token ids, with the template around them"
-            ) from None
-        before, found, after = rendered.partition(MARK)
-        if found:
-            return before, after
+    try:
+        before, *after = written_around(tokenizer, ["user"], add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(
+            f"tokenizer has a chat_template that takes no single turn of a user ({error}); give text and request "
+            "as token ids, with the template around them"
+        ) from None
+    if after:
+        return before, MARK.join(after)
     raise ValueError(
-        f"tokenizer has a chat_template that writes {rendered!r} for what a user says, without the words; give text "
+        f"tokenizer has a chat_template that writes {before!r} for what a user says, without the words; give text "
         "and request as token ids, with the template around them"
     )
+
+
+def between(tokenizer: Any) -> str:
+    """What a tokenizer's chat template writes between an answer and the next words of a user.
+
+    Of a template that takes no answer: what is before a user's first words, without the token that begins a sequence.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    from jinja2.exceptions import TemplateError
+
+    with contextlib.suppress(TemplateError):
+        parts = written_around(tokenizer, ["user", "assistant", "user"])
+        if len(parts) == 4:
+            return parts[2]
+    return around(tokenizer)[0].removeprefix(getattr(tokenizer, "bos_token", None) or "")
+
+
+def written_around(tokenizer: Any, roles: Sequence[str], **options: Any) -> list[str]:
+    """What a chat template writes before, between and after the words of turns, or all, where they are not in it."""
+    # Templates of models that see images expect parts, and write nothing of a plain text.
+    for content in (MARK, [{"type": "text", "text": MARK}]):
+        turns = [{"role": role, "content": content} for role in roles]
+        parts: list[str] = tokenizer.apply_chat_template(turns, tokenize=False, **options).split(MARK)
+        if len(parts) > 1:
+            break
+    return parts
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -64,7 +88,8 @@ def read_text(
     tokenizer : PreTrainedTokenizer
     texts : str or sequence of str
     after : bool
-        Other tokens are before it: no special token stands for the beginning of a sequence.
+        Other tokens are before it: no special token stands for the beginning of a sequence, and what a chat template
+        writes ends the answer before it.
     goes_on : bool
         The text goes on with what a user says: nothing of the template is before it.
 
@@ -74,7 +99,7 @@ def read_text(
     mask : int tensor, shape (batch, n), or None
         Zero for padding; None where there is none.
     """
-    before = "" if goes_on else around(tokenizer)[0]
+    before = "" if goes_on else between(tokenizer) if after else around(tokenizer)[0]
     rows = [texts] if isinstance(texts, str) else list(texts)
     special = not (after or goes_on or getattr(tokenizer, "chat_template", None))
     encoded = [list(tokenizer(before + row, add_special_tokens=special, verbose=False).input_ids) for row in rows]
@@ -88,11 +113,13 @@ def read_text(
 
 def opens_turn(tokenizer: Any, first: Sequence[int]) -> bool:
     """Whether a text, whose first ids are given, begins as what a user says does in the chat template."""
-    before = around(tokenizer)[0]
-    opening = encode(tokenizer, before)
-    begins = list(first[: len(opening)])
-    # The last of them may be one with the text, as two new lines are.
-    return bool(opening) and (begins == opening or bool(tokenizer.decode(begins).startswith(before)))
+    for before in (around(tokenizer)[0], between(tokenizer)):
+        opening = encode(tokenizer, before)
+        begins = list(first[: len(opening)])
+        # The last of them may be one with the text, as two new lines are.
+        if opening and (begins == opening or tokenizer.decode(begins).startswith(before)):
+            return True
+    return False
 
 
 def request_of(tokenizer: Any, request: str | Sequence[int], opens: bool) -> list[int]:

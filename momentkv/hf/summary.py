@@ -141,7 +141,11 @@ def summarise(cache: Any, trust: Callable[[Any], float] | None = None) -> CacheS
 def measured(core: Any, trust: Callable[[Any], float] | None) -> float | None:
     """The caller's measure of a layer, or else its estimated error, or None where nothing is known."""
     if trust is not None:
-        return float(trust(core))
+        measure = trust(core)
+        try:
+            return float(measure)
+        except (TypeError, ValueError):
+            raise ValueError(f"trust gave {measure!r} for a layer; it must give a number") from None
     state = core.stored_state
     if core.config.certify is None or state.query_mean is None:
         return None
