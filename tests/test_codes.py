@@ -29,6 +29,26 @@ def coded_of(backend: Library, k: np.ndarray, v: np.ndarray, bits: int, centred:
     return few.Coded((bits, bits), keys, values, key_step, value_step, *standards)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_dead_channel_beside_small_ones_has_a_small_deviation(backend: Library, dtype: str, centred: bool):
+    """Of half precision the least deviation is no number, and must not be taken for that of nothing."""
+    if dtype == "float16" and backend.name == "array-api-strict":
+        pytest.skip("the array API has no half precision")
+    x = 3e-4 * np.random.default_rng(0).normal(size=(2, 40, 8))
+    x[..., 3] = 0.0
+    tokens = backend.asarray(x.astype(dtype))
+    standard = few.Standard.of(tokens, centred=centred)
+    deviation = np.asarray(standard.deviation).astype(float)
+    assert (deviation > 0).all()
+    assert (deviation[..., 3] <= deviation.min(axis=-1)).all()
+    decoded = few.decode(*few.encode(tokens, standard, 8), standard, 8)
+    error = np.abs(np.asarray(decoded).astype(float) - np.asarray(tokens).astype(float))
+    assert error.max() < 2e-5
+    nothing = few.Standard.of(backend.asarray(np.zeros((1, 4, 8), dtype)), centred=centred)
+    assert (np.asarray(nothing.deviation) == 1).all()
+
+
 @given(bits=bits_of, d=st.sampled_from([1, 2, 3, 7, 8, 64, 80, 96, 112, 128]), seed=st.integers(0, 99))
 @pytest.mark.many_shapes
 def test_codes_are_packed_and_unpacked_without_loss(backend: Library, bits: int, d: int, seed: int):

@@ -301,6 +301,22 @@ def test_a_cache_of_a_traced_function_evicts_in_it(way: str):
     assert shapes[0] == shapes[1]
 
 
+def test_no_gradient_flows_through_a_cache():
+    """As with PyTorch: with respect to queries, and not to keys and values, which are stored without."""
+    q, k, v = map(jnp.asarray, some_tokens(9))
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        cache = LayerCache(6, sinks=1, window=2, block=2)
+        cache.step(q[:, :, :8], k[:, :, :8], v[:, :, :8])
+        return cache.step(q[:, :, 8:], k[:, :, 8:], v[:, :, 8:]).sum()
+
+    of_queries, of_keys, of_values = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    assert bool(jnp.any(of_queries[:, :, 8:] != 0))
+    assert not bool(jnp.any(of_queries[:, :, :8] != 0))
+    assert not bool(jnp.any(of_keys != 0))
+    assert not bool(jnp.any(of_values != 0))
+
+
 def test_a_cache_from_outside_of_a_traced_function_is_refused_in_it():
     """It would change once, while that is traced; compiled, every call would give the output of the first."""
     cache, made, (q, k, v) = LayerCache(6, sinks=1, window=2), [], some_tokens(5)

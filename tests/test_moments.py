@@ -324,3 +324,30 @@ def test_factors_and_weights_that_do_not_fit_are_refused():
             moments.decay(gamma.astype(np.float32))
     with pytest.raises(ValueError, match="weights has a sum that is no number of float32"):
         Moments.from_tokens(k, v, weights=np.full(6, 3e38, dtype=np.float32))
+
+
+@pytest.mark.parametrize("small", [1e-15, 1e-17])
+def test_downdate_refuses_what_bounds_would_have_to_cover(backend: Library, small: float):
+    """Of a weight that rounding hides beside the whole, a token may still have all of the attention."""
+    k = backend.asarray(np.asarray([[[0.0], [50.0]]]))
+    weights = backend.asarray(np.asarray([[1.0, small]]))
+    for extent in (False, True):
+        whole = Moments.from_tokens(k, k, weights=weights, extent=extent)
+        first = {"k": k[:, :1, :], "v": k[:, :1, :], "weights": weights[:, :1]}
+        if extent:
+            with pytest.raises(ValueError, match=r"with an extent to a weight of .* gather the moments"):
+                whole.downdate(**first)
+        else:
+            assert float(whole.downdate(**first).weight[0]) == 0
+        # Counts are exact, and so is what is left of them.
+        counted = Moments.from_tokens(k, k, extent=extent)
+        assert float(counted.downdate(k, k).weight[0]) == 0
+        assert float(counted.downdate(k[:, :1, :], k[:, :1, :]).weight[0]) == 1
+
+
+def test_weights_whose_sum_is_no_number_are_refused_one_by_one(backend: Library):
+    k = backend.asarray(np.zeros((1, 1, 2), np.float32))
+    large = backend.asarray(np.full((1, 1), 2e38, np.float32))
+    one = Moments.from_tokens(k, k, weights=large)
+    with pytest.raises(ValueError, match=r"weights has a sum that, with the weight that is there, .*divide all"):
+        one.update(k, k, weights=large)

@@ -112,6 +112,19 @@ def test_a_cache_that_goes_on_changes_no_state_that_was_taken_of_it(library: str
     np.testing.assert_allclose(out, read(**MODEL_DEFAULTS).step(*tokens(1, 1)), rtol=1e-12, atol=1e-12)
 
 
+def test_a_compiled_function_may_take_the_state_for_its_own():
+    """Donated, as decode loops do: JAX deletes its arrays, and the cache goes on, and reads again."""
+    jax = pytest.importorskip("jax")
+    cache = read(static=True, **MODEL_DEFAULTS)
+    cache.map(lambda x: jax.numpy.asarray(x, dtype="float32" if x.dtype == "float64" else None))
+    _, state = PureLayer.of(cache)
+    held = {name: np.asarray(x).copy() for name, x in cache.stored_state.arrays().items()}
+    for x in jax.tree.leaves(state):
+        x.delete()
+    for name, x in cache.stored_state.arrays().items():
+        np.testing.assert_array_equal(x, held[name], err_msg=name)
+
+
 def test_pytorch_gets_no_gradient_and_leaves_no_graph():
     """Its fused attention has none for its lse, which joins the tiers."""
     cache = read(static=True, **MODEL_DEFAULTS)

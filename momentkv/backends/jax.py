@@ -51,6 +51,9 @@ class JaxBackend(ArrayBackend):
     def reads(self, x: Array) -> bool:
         return bool(is_jax_array(x))
 
+    def detach(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(x)
+
     def write_at(self, x: Array, start: int, new: Array, *, axis: int) -> Array:
         stop = start + new.shape[axis]
         return x.at[..., start:stop].set(new) if axis == -1 else x.at[..., start:stop, :].set(new)

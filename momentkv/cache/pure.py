@@ -79,9 +79,8 @@ class PureLayer:
             raise ValueError(f"the cache {why}; make it with static=True, and read a prompt with step() first")
         if is_jax_array(state.keys):
             known_to_jax()
-        else:
-            # The cache writes its next steps over these arrays.
-            state = state.map(cache.config.backend_of(state.keys).copy)
+        # The cache writes its next steps over these arrays, and a compiled function may be given them for its own.
+        state = state.map(cache.config.backend_of(state.keys).copy)
         # What the host counts is not looked at, and would be another for every prompt.
         state = state.changed(filled=cache.config.recent, padded=True, seen=0)
         return cls(cache.config, tuple(cache.budgets or ()), cache.attention_scale), state

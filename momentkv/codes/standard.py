@@ -66,8 +66,9 @@ class Standard(NamedTuple):
         deviation = most * xp.sqrt(xp.sum((wide / most[..., None, :]) ** 2, axis=-2) / count)
         deviation = xp.maximum(deviation, least)
         deviation = xp.maximum(deviation, LEAST_OF_ALL * xp.max(deviation, axis=-1, keepdims=True))
-        deviation = xp.astype(deviation, x.dtype)
-        return cls(mean, xp.where(deviation > 0, deviation, xp.ones_like(deviation)))
+        # A narrow dtype would round the least to zero.
+        narrow = xp.clip(xp.astype(deviation, x.dtype), float(xp.finfo(x.dtype).smallest_normal), None)
+        return cls(mean, xp.where(deviation > 0, narrow, xp.ones_like(narrow)))
 
     def graded(self, bits: int, queries: Array | None) -> Standard:
         """The same with more bits for the half of a key's channels in which rounding costs more, fewer for the others.

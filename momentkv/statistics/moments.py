@@ -21,7 +21,6 @@ from momentkv._array import (
     check_arrays,
     check_broadcast,
     check_mask,
-    concrete,
     nbytes,
 )
 from momentkv.attention import check_values
@@ -30,10 +29,11 @@ from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.extent import Extent, check_orthogonal
 from momentkv.statistics.weights import (
     attended,
+    check_sum,
     common_scale,
     outer,
     positive,
-    remainder_error,
+    remainder,
     weighted,
     weighted_mean,
 )
@@ -247,6 +247,7 @@ class Moments:
         k, v = accumulate_as(self.weight, "moments", k=k, v=v)
         extent = False if self.extent is None else self.extent
         new = Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=extent, anchor=self.anchor)
+        check_sum(weights, self.weight, new.weight)
         return self.merge(new)
 
     def merge(self, other: Moments) -> Moments:
@@ -308,13 +309,13 @@ class Moments:
         Raises
         ------
         ValueError
-            If a head would be left with less than no weight, or the moments have an anchor.
+            If a head would be left with less than no weight, or with an extent and what may be all rounding, of which
+            bounds would be too small; or if the moments have an anchor.
 
         Notes
         -----
         Exact in exact arithmetic. In floating point the error grows like the removed over the remaining weight, so use
-        it to take back a small part. Moments with an anchor are refused: their weights are exponentials, and rounding
-        may leave nothing of those that remain.
+        it to take back a small part. With an anchor, weights are exponentials, and rounding may leave nothing of them.
         """
         if self.anchor is not None:
             raise ValueError(
@@ -326,14 +327,7 @@ class Moments:
         part = Moments.from_tokens(k, v, mask=mask, weights=weights, order=self.order, extent=like)
         check_fits(FIELDS, self, part)
         xp = array_namespace(self.weight, part.weight)
-        left = self.weight - part.weight
-        rounding = remainder_error(self.weight, part.weight)
-        if concrete(left) and bool(xp.any(left < -rounding)):
-            raise ValueError(
-                f"cannot downdate: the least weight that would be left is {float(xp.min(left)):g}; "
-                "remove only tokens (k, v, mask, weights) that were added before"
-            )
-        left = xp.where(left > rounding, left, xp.zeros_like(left))
+        left = remainder(self.weight, part.weight, bounded=self.extent is not None, counts=weights is None)
         share = xp.where(left > 0, part.weight / positive(xp, left), xp.zeros_like(left))
         remains = xp.astype(left > 0, left.dtype)
         key_mean = remains[..., None] * (self.key_mean + share[..., None] * (self.key_mean - part.key_mean))

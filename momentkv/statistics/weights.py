@@ -10,10 +10,11 @@ from momentkv._array import Array, array_namespace, check_broadcast, concrete, l
 __all__ = [
     "attended",
     "check_spread",
+    "check_sum",
     "common_scale",
     "outer",
     "positive",
-    "remainder_error",
+    "remainder",
     "weighted",
     "weighted_mean",
 ]
@@ -139,6 +140,42 @@ def positive(xp: Any, x: Array) -> Array:
 def outer(a: Array, b: Array) -> Array:
     """Outer product of the last axes."""
     return a[..., :, None] * b[..., None, :]
+
+
+def check_sum(given: Array | None, weight: Array, added: Array) -> None:
+    """Raise where a weight and what given weights add to it have a sum that is no number of their dtype."""
+    xp = array_namespace(weight, added)
+    if given is None or not concrete(weight, added):
+        return
+    if bool(xp.any(weight > xp.finfo(weight.dtype).max - added)):
+        raise ValueError(
+            f"weights has a sum that, with the weight that is there, is no number of {weight.dtype}; divide all "
+            "weights by their largest"
+        )
+
+
+def remainder(whole: Array, part: Array, *, bounded: bool, counts: bool) -> Array:
+    """What is left of a weight less a part: none where it is within rounding.
+
+    Raises where that is less than nothing and, if bounds are to cover what is left, where rounding may hide tokens;
+    it hides none where tokens count as one each.
+    """
+    xp = array_namespace(whole, part)
+    left, rounding = whole - part, remainder_error(whole, part)
+    if concrete(left) and bool(xp.any(left < -rounding)):
+        raise ValueError(
+            f"cannot downdate: the least weight that would be left is {float(xp.min(left)):g}; "
+            "remove only tokens (k, v, mask, weights) that were added before"
+        )
+    lost = rounding if counts else 8 * xp.finfo(whole.dtype).eps * whole  # a sum of others may be a whole number, too
+    hidden = (part > 0) & (lost > 0) & (left <= lost)
+    if bounded and concrete(hidden) and bool(xp.any(hidden)):
+        raise ValueError(
+            f"cannot downdate moments with an extent to a weight of {float(xp.max(lost)):g} or less, where "
+            "rounding may hide tokens that bounds must count; gather the moments of the remaining tokens anew, or take "
+            "Moments.empty where none remain"
+        )
+    return xp.where(left > rounding, left, xp.zeros_like(left))
 
 
 def remainder_error(whole: Array, part: Array) -> Array:
