@@ -63,6 +63,8 @@ class PureLayer:
     def of(cls, cache: LayerCache) -> tuple[PureLayer, LayerState]:
         """The functions of a cache, and the state to begin with; `LayerCache.take` gives it a state back.
 
+        The state is a copy. So ``jax.jit(layer.step, donate_argnums=0)`` may write over it.
+
         Parameters
         ----------
         cache : LayerCache
