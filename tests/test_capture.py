@@ -65,6 +65,23 @@ def test_a_replayed_trial_is_reading_with_one(tmp_path: Path, policy: str, famil
         torch.testing.assert_close(mine.keys, core.keys, rtol=1e-4, atol=1e-4)
 
 
+def test_what_a_method_is_measured_at_does_not_depend_on_those_beside_it(tmp_path: Path):
+    """Also not where some of them hold tokens back: a reading without the end has other scores."""
+    model, tokenizer = load_model(save_with_bytes(tmp_path))
+    text = " ".join(f"the fox jumps over dog {n}," for n in range(25))
+    ids, context = tokenizer(text, return_tensors="pt").input_ids, 500
+    ways = [dataclasses.replace(setting_of(name), budget=60) for name in ("twice", "twice@auto", "balanced/none")]
+    tried = [dataclasses.replace(ways[1], trial=trial) for trial in (64, 32)]
+
+    def kl_of(settings: list) -> list[float]:
+        return [found.kl for _, found, _ in measure(model, ids, context, settings, window=8, tokenizer=tokenizer)]
+
+    together = kl_of([*tried, *ways])
+    alone = [kl_of([x])[0] for x in (*tried, *ways)]
+    # Queries of more tokens are kept, and attention sums in another order.
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
 def test_a_trial_needs_queries_and_a_context_that_is_longer(tmp_path: Path):
     folder = save_with_bytes(tmp_path)
     model, _ = load_model(folder)

@@ -20,7 +20,7 @@ from momentkv.hf.building import layer_kinds
 from momentkv.hf.reading import CHUNK, Piece, Reading
 from momentkv.hf.repeating import REQUEST, opens_turn, request_of
 
-__all__ = ["Attended", "CaptureCache", "capture_again", "read_anew", "replay", "replay_tried"]
+__all__ = ["Attended", "CaptureCache", "SecondReading", "capture_again", "read_anew", "replay", "replay_tried"]
 
 
 class Attended(NamedTuple):
@@ -30,6 +30,13 @@ class Attended(NamedTuple):
     values: torch.Tensor
     queries: torch.Tensor
     scaling: float | None
+
+
+class SecondReading(NamedTuple):
+    """Scores of all tokens, by layer; and those that a trial may see, in the layers' order, of what is before it."""
+
+    scores: dict[int, torch.Tensor]
+    early: list[torch.Tensor]
 
 
 class CaptureLayer(DynamicLayer):
@@ -117,9 +124,7 @@ class CaptureCache(Cache):
             raise ValueError(
                 "no layer of this model is compressed (all have a sliding window): there is nothing to measure"
             )
-        # Of a second reading, by layer; see `capture_again`. Those that a trial may see are of what is before it.
-        self.scores: dict[int, torch.Tensor] = {}
-        self.early_scores: dict[int, torch.Tensor] = {}
+        self.read_again: dict[int, SecondReading] = {}  # by the tokens held back, see `capture_again`
 
     @property
     def capture_layers(self) -> dict[int, CaptureLayer]:
@@ -156,7 +161,9 @@ class CaptureCache(Cache):
 
 
 def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokenizer: Any, trial: int = 0) -> None:
-    """Let the model repeat a captured context, and add the scores of that second reading to what was captured.
+    """Let the model repeat a captured context, once, and add the scores of that second reading to what was captured.
+
+    A reading whose end is held back has other scores than one of all, so that each has its own.
 
     Parameters
     ----------
@@ -170,6 +177,8 @@ def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokeniz
     trial : int
         Tokens at the end that are to be held back, see `replay_tried`.
     """
+    if trial in captured.read_again:
+        return
     cache = MomentCache(model, policy="second-reading", correction="none", sharing="uniform")
     for index, core in cache.moment_layers.items():
         layer = captured.capture_layers[index]
@@ -178,9 +187,8 @@ def capture_again(model: Any, captured: CaptureCache, ids: torch.Tensor, tokeniz
     captured.store_windows(cache)
     with Reading(model, cache, Piece(ids, None, 0), CHUNK, trial) as reading:
         reading.read_again(request_of(tokenizer, REQUEST, opens_turn(tokenizer, ids[0].tolist())))
-    captured.scores = reading.scores
-    if reading.trial is not None:
-        captured.early_scores = dict(zip(captured.scores, reading.trial.scores, strict=True))
+    early = () if reading.trial is None else reading.trial.scores
+    captured.read_again[trial] = SecondReading(reading.scores, list(early))
 
 
 def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
@@ -215,8 +223,8 @@ def replay(captured: CaptureCache, cache: MomentCache) -> MomentCache:
         core.scale = layer.scaling
         core.append(layer.keys, layer.values)
         core.observe(queries)
-        if settings.policy.rereads and index in captured.scores:
-            take_scores(core, captured.scores[index])
+        if settings.policy.rereads and 0 in captured.read_again:
+            take_scores(core, captured.read_again[0].scores[index])
         cache.layers[index].evict()
     captured.store_windows(cache)
     return cache
@@ -269,10 +277,11 @@ def replay_tried(
         store(n)
         for reader in reading.readers:
             reader.end_first()
-        if captured.scores and reading.readers[0].core.config.policy.rereads:
-            trial.scores = [captured.early_scores[index] for index in cache.moment_layers]
+        if reading.readers[0].core.config.policy.rereads and held_back in captured.read_again:
+            again = captured.read_again[held_back]
+            trial.scores = list(again.early)
             for index, reader in zip(cache.moment_layers, reading.readers, strict=True):
-                reader.scores = captured.scores[index]
+                reader.scores = again.scores[index]
         trial.choose()
     reading.evict()
     return cache

@@ -141,8 +141,6 @@ def measure(
     full = model(following, past_key_values=captured).logits[0]
     attended = captured.attended()
     captured.go_back(held)  # the reference pass has added its own tokens and queries
-    if segment is None and any(get_policy(setting.policy).rereads for setting in settings):
-        capture_again(model, captured, ids[:, :context], tokenizer, trial)
     for setting in settings:
         empty = empty_cache(
             model,
@@ -153,8 +151,10 @@ def measure(
             block=block or 1,
             rollback=following.shape[1],
         )
+        if segment is None and get_policy(setting.policy).rereads:
+            capture_again(model, captured, ids[:, :context], tokenizer, setting.trial)
         if setting.trial:
-            cache = replay_tried(model, captured, empty, ids[:, :context], expected)
+            cache = replay_tried(model, captured, empty, ids[:, :context], expected[:, -setting.trial :])
         elif segment is None:
             cache = replay(captured, empty)
         else:

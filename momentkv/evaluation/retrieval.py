@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from momentkv.cache.config import wanted_queries
-from momentkv.evaluation.capture import CaptureCache, capture_again, read_anew, replay
+from momentkv.evaluation.capture import CaptureCache, SecondReading, capture_again, read_anew, replay
 from momentkv.evaluation.haystack import Answer, Haystack, Question
 from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.hf import MomentCache
@@ -100,7 +100,7 @@ class Reader:
         self.context = len(haystack.context)
         model(self.ids(haystack.context), past_key_values=self.captured, logits_to_keep=1)
         self.nbytes = self.captured.nbytes
-        self.scores: dict[Any, dict[int, torch.Tensor]] = {}
+        self.second: dict[Any, dict[int, SecondReading]] = {}
         self.layers = list(self.captured.capture_layers.values())
         self.read = self.captured.held()
         self.queries = [layer.queries for layer in self.layers]
@@ -132,10 +132,8 @@ class Reader:
     def read_again(self, tokenizer: Any, after: Question | None = None) -> None:
         """Give the tokens that `rewind` or `rewind_to` brought back the scores of a second reading, once for each."""
         which = None if after is None else tuple(after.tokens)
-        if which not in self.scores:
-            capture_again(self.model, self.captured, self.compressed(after), tokenizer)
-            self.scores[which] = self.captured.scores
-        self.captured.scores = self.scores[which]
+        self.captured.read_again = self.second.setdefault(which, {})
+        capture_again(self.model, self.captured, self.compressed(after), tokenizer)
 
     def ask(self, fresh: Callable[[], Any], question: Question, fed: list[int]) -> Recall:
         """Feed the rest of a question and each of its answers, in one pass on a fresh cache; the best answer counts."""
