@@ -203,6 +203,8 @@ def find_shape(model: str | os.PathLike[str]) -> Shape:
             f"model is {model!r}, a {type(model).__name__}; use the name of a model or the path of a config.json, or "
             "Shape(...) of its sizes"
         )
+    if model == "":  # which would be the directory that this runs in
+        raise ValueError("model is '', which names none; use the name of a model or the path of a config.json")
     path, model = Path(model), str(model)
     if path.is_dir():
         path /= "config.json"

@@ -283,7 +283,7 @@ def test_page_says_where_ours_lose_and_where_there_is_no_signal(folder: Path):
     assert "in 0 of 2 comparisons of one of ours with another the other finds more, in 0 of them beyond chance" in text
     assert "| 100 |  | full cache | 4 | no signal (0 %) |" in text
     assert "`momentkv x`" in text
-    written(folder / "needles.json", needle_rows({FULL: [1] * 4, OURS: [0, 0, 1, 0], PEER: [1, 1, 1, 1]}))
+    written(folder / "needles.json", needle_rows({FULL: [1] * 8, OURS: [0, 0, 1, 0] * 2, PEER: [1] * 8}))
     rows = fidelity_rows()
     written(folder / "fidelity.json", [row | {"kl": 0.5 if row["method"] == OURS else row["kl"]} for row in rows])
     text = page_of(folder).replace(SPACE, " ")
@@ -291,7 +291,7 @@ def test_page_says_where_ours_lose_and_where_there_is_no_signal(folder: Path):
     assert (
         "| model | ours | other | 64 |\n|---|---|---|---:|\n| m | `default` | `snapkv/none` | 0.500 / 0.400 |" in text
     )
-    assert "| m | single | 100 | unseen | 64 | `default` | `snapkv/none` | 4 | -75 (-100 to -25) |" in text
+    assert "| m | single | 100 | unseen | 64 | `default` | `snapkv/none` | 8 | -75 (-100 to -50) |" in text
     assert text.index("## What speaks against us") < text.index("## At a glance") < text.index("## m {")
 
 

@@ -295,6 +295,19 @@ def test_an_average_counts_tasks_with_signal_and_each_of_them_the_same():
     assert low < 0.375 < high
 
 
+def test_tasks_are_compared_on_the_documents_that_all_methods_of_a_budget_answered():
+    """A run that was interrupted had a mean of the first, easier documents beside one of all."""
+    rows = rows_of(full={"one": [1.0] * 4}, snapkv={"one": [1.0, 1.0, 0.0, 0.0]}, h2o={"one": [1.0, 0.5]})
+    lines = task_lines(rows).set_index(["method", "task"])
+    assert dict(lines["value"][:, "one"]) == {"full cache": 1.0, "snapkv": 1.0, "h2o": 0.75}
+    assert dict(lines["n"][:, "one"]) == {"full cache": 4, "snapkv": 2, "h2o": 2}
+    caption = str(tasks_table(task_lines(rows), title="a model: tasks", bits=16).caption)
+    assert "n: one 2 to 4, average 2 to 4;" in caption
+    apart = [x for x in rows if (x["method"], x["document"]) not in (("snapkv", 0), ("snapkv", 1))]
+    lines = task_lines(apart).set_index(["method", "task"])
+    assert dict(lines["n"][:, "one"]) == {"full cache": 4, "snapkv": 2, "h2o": 2}  # nothing in common
+
+
 def test_an_interval_has_a_width_where_all_documents_agree():
     lines = task_lines(rows_of(full={"one": [1.0] * 6}, snapkv={"one": [0.0] * 6})).set_index(["method", "task"])
     for task in ("one", AVERAGE):
@@ -328,6 +341,8 @@ def test_paragraphs_are_packed_and_scored_as_squad_does(saved: str, tmp_path: Pa
     assert task["scores"](document, [" A blue sky!"]) == {"f1": 1.0, "exact_match": 1.0}
     assert task["scores"](document, ["blue"]) == {"f1": pytest.approx(2 / 3), "exact_match": 0.0}
     assert task["scores"](document, [""]) == {"f1": 0.0, "exact_match": 0.0}
+    # As SQuAD 1.1's own script, which gives no F1 without a common word.
+    assert task["scores"]({"answers": ["The"]}, ["a"]) == {"f1": 0.0, "exact_match": 1.0}
 
 
 def test_tasks_are_asked_of_what_a_trial_chose(saved: str):

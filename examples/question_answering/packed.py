@@ -67,7 +67,7 @@ def words(answer: str) -> list[str]:
 
 
 def f1(found: list[str], reference: list[str]) -> float:
-    """Harmonic mean of precision and recall of words.
+    """Harmonic mean of precision and recall of words; 0 where they share none, also where both have none.
 
     Examples
     --------
@@ -75,4 +75,4 @@ def f1(found: list[str], reference: list[str]) -> float:
     0.667
     """
     common = sum((Counter(found) & Counter(reference)).values())
-    return 2 * common / (len(found) + len(reference)) if common else float(not found and not reference)
+    return 2 * common / (len(found) + len(reference)) if common else 0.0

@@ -93,6 +93,11 @@ def listed(numbers: Iterable[int], last: str) -> str:
 def bits_from_text(text: str) -> tuple[int, int] | Literal["auto"]:
     """Bits as they are written on a command line; ``"auto"`` stays itself.
 
+    Raises
+    ------
+    ValueError
+        If there is no code of that many bits.
+
     Examples
     --------
     >>> bits_from_text("4"), bits_from_text("5/4")
@@ -101,7 +106,13 @@ def bits_from_text(text: str) -> tuple[int, int] | Literal["auto"]:
     if text == AUTO:
         return AUTO
     parts = [int(part) if part.isdecimal() else part for part in text.split("/")]
-    return pair_of_bits(parts[0] if len(parts) == 1 else parts)
+    try:
+        return pair_of_bits(parts[0] if len(parts) == 1 else parts)
+    except ValueError:
+        raise ValueError(
+            f"bits is {text!r}; use {listed(SPLIT, 'or')}, two of {listed(PLANES, 'and')} with / between them (of keys "
+            f"and of values), or {AUTO}"
+        ) from None
 
 
 def bits_as_text(bits: tuple[int, int]) -> str:

@@ -175,7 +175,9 @@ def grid_of(model: Any, options: argparse.Namespace) -> list[Setting]:
 
 
 def check_methods(options: argparse.Namespace) -> None:
-    """Refuse unknown names, names that results could not tell apart, and segments of no token; needs no model.
+    """Refuse unknown names, what is named twice or called the same in results, and segments of no token.
+
+    Needs no model.
 
     Raises
     ------
@@ -186,6 +188,11 @@ def check_methods(options: argparse.Namespace) -> None:
     for name in options.corrections:
         if name not in CHOICES:
             raise ValueError(f"corrections has {name!r}; use some of {', '.join(CHOICES)}")
+    for option in ("budgets", "policies", "corrections", "lengths", "depths", "question"):
+        values = getattr(options, option, None) or ()
+        for at, value in enumerate(values):
+            if value in values[:at]:
+                raise ValueError(f"{option} has {value} twice; name it once")
     for option in ("text", "tasks"):
         seen: dict[str, str] = {}
         for given in getattr(options, option, None) or ():
@@ -229,7 +236,10 @@ def earlier_results(options: argparse.Namespace) -> dict[str, Any] | None:
     path = Path(options.output)
     if options.fresh or not path.exists():
         return None
-    content: Any = read_json(path)
+    try:
+        content: Any = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"output {error}") from None
     if not (isinstance(content, dict) and "protocol" in content and "rows" in content):
         raise ValueError(
             f"output is {str(path)!r}, which holds something else than results; name another file, or discard what it "

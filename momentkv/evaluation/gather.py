@@ -118,7 +118,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     ValueError
         If no file holds results. If they count bytes in different tokens: their budgets cannot be compared. If files
         say the same of a text, but read other tokens of it, or measured otherwise what would stand in one cell of a
-        table.
+        table, or have other numbers for it. If models in different places have one name.
     """
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     left_out = []
@@ -135,6 +135,12 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     check_read_alike(
         (path.name, called(content["protocol"]["model"]), content) for kind in OF_TEXTS for path, content in found[kind]
     )
+    check_one_model(
+        (path.name, content.get("protocol", content)["model"])
+        for kind, files in found.items()
+        for path, content in files
+        if kind != "lm_eval"
+    )
     texts: dict[str, Any] = {}
     measured = {
         kind: [(str(path), content["protocol"], rows_of(content, texts)) for path, content in found[kind]]
@@ -143,6 +149,9 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
     measured["tasks"] = [(str(path), content["protocol"], answers_of(content)) for path, content in found["tasks"]]
     for kind, files in measured.items():
         check_measured_alike(kind, files)
+        for file, _, some in files:
+            for row in some:
+                row["file"] = file
     rows = {kind: [row for *_, some in files for row in some] for kind, files in measured.items()}
     asked = needles_of(rows["needles"]) if rows["needles"] else None
     frames = {
@@ -163,6 +172,7 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
                 "file": path.name,
                 "kind": kind,
                 "model": called(content.get("protocol", content)["model"]),
+                "momentkv": content.get("protocol", content).get("momentkv"),
                 "command": without_places(content.get("command")),
                 "protocol": {**content["protocol"], "model": called(content["protocol"]["model"])}
                 if "protocol" in content
@@ -175,6 +185,24 @@ def gather(paths: Iterable[Path]) -> dict[str, Any]:
         ],
         "left_out": left_out,
     }
+
+
+def check_one_model(models: Iterable[tuple[str, str]]) -> None:
+    """Raise if two models would be called the same.
+
+    Parameters
+    ----------
+    models : iterable of (str, str)
+        Name of each file, and its model with the place that it was read from.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    for file, model in models:
+        before, other = seen.setdefault(called(model), (file, model))
+        if other != model:
+            raise ValueError(
+                f"{before} and {file} are of the models {other!r} and {model!r}, which a report would call the same; "
+                "report them apart, or, if they are one, measure both by one path"
+            )
 
 
 def rows_of(content: dict[str, Any], texts: dict[str, Any]) -> list[Row]:
@@ -230,14 +258,14 @@ def answers_of(content: dict[str, Any]) -> list[Row]:
 
 def answer_lines(answers: list[Row]) -> list[Row]:
     """A line for each task, budget and method: of all files together, whose averages are of all tasks."""
-    asked: dict[tuple[str, str], dict[tuple[Any, ...], Row]] = defaultdict(dict)
+    asked: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in answers:
-        which = tuple(row[x] for x in ("task", "document", "method", "bytes_as_tokens"))
-        asked[row["model"], row["question"]][which] = row
-    lines: list[Row] = []
-    for (model, question), rows in asked.items():
-        lines += records(task_lines(list(rows.values())).assign(model=model, question=question))
-    return lines
+        asked[row["model"], row["question"]].append(row)
+    return [
+        line
+        for (model, question), rows in asked.items()
+        for line in records(task_lines(rows).assign(model=model, question=question))
+    ]
 
 
 def lm_eval_lines(content: dict[str, Any]) -> list[Row]:

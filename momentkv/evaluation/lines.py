@@ -7,50 +7,36 @@ from typing import Any
 import pandas as pd
 
 from momentkv.evaluation.intervals import bootstrap, spread
+from momentkv.evaluation.methods import OURS, is_rival
 from momentkv.evaluation.settings import DEFAULT
 
 __all__ = [
     "BANDS",
-    "OURS",
+    "CERTAIN",
+    "common",
     "depth_lines",
     "fidelity_lines",
-    "is_ours",
     "needle_lines",
     "needles_of",
+    "once",
     "pair_lines",
     "rivals",
 ]
 
 Row = dict[str, Any]
-# What stands against all others: the default, with bits chosen by errors or by a trial too, and what is read twice.
-OURS = ("default", "default@auto", "default@tried", "twice@auto", "twice@tried")
 # If the full cache fails more often than not, there is nothing that compression could lose.
 SIGNAL = 0.5
 # Bands of depth that heat maps have.
 BANDS = 5
+# Fewest haystacks that a difference can be beyond chance of: as many that all say the same are a sign test's 95 %.
+CERTAIN = 6
+# Numbers of one measurement that differ by more, relative to the larger, are not of one rounding.
+ROUNDING = 1e-3
 # Where results come from; the rows of one command do not say it.
 ORIGIN = ["model", "part"]
 CELL = ["task", "length", "question", "bytes", "method"]
-
-
-def is_ours(method: str) -> bool:
-    """Whether a method is the default in some bits, read once or twice."""
-    return method.partition("@")[0] in ("default", "twice")
-
-
-def is_rival(ours: str, other: str) -> bool:
-    """Whether a method could be used instead of one of ours: all others, and of chosen bits the same chosen for less.
-
-    Examples
-    --------
-    >>> [is_rival("default@auto", x) for x in ("snapkv/none@4", "default@4", "default", "twice@4", "twice@auto")]
-    [True, True, False, False, False]
-    >>> is_rival("default@tried", "default@auto"), is_rival("default@auto", "default@tried")
-    (True, False)
-    """
-    stem, _, bits = ours.partition("@")
-    cheaper = other not in OURS or (bits == "tried" and other == f"{stem}@auto")
-    return not is_ours(other) or (bool(bits) and cheaper and other.startswith(f"{stem}@"))
+# Needles that methods are compared on: what stands in one group, and what tells its questions apart.
+BESIDE, ASKED = [*ORIGIN, "task", "length", "question", "bytes"], ["haystack", "index"]
 
 
 def rivals(lines: pd.DataFrame, on: list[str]) -> pd.DataFrame:
@@ -73,18 +59,52 @@ def frame_of(rows: list[Row]) -> pd.DataFrame:
     return frame.assign(**{name: "" for name in ORIGIN if name not in frame})
 
 
+def once(frame: pd.DataFrame, keys: list[str], number: str) -> pd.DataFrame:
+    """Rows, the first of each cell, because files may share some.
+
+    Raises
+    ------
+    ValueError
+        If another row of a cell has another number.
+    """
+    shared = frame[frame.duplicated(keys, keep=False)]
+    for cell, group in shared.groupby(keys, dropna=False, sort=False):
+        numbers, files = group[number].astype(float), list(group.get("file", ()))
+        at = int((numbers - numbers.iloc[0]).abs().argmax())
+        first, other = numbers.iloc[0], numbers.iloc[at]
+        if abs(other - first) > ROUNDING * max(abs(first), abs(other)):
+            named = ", ".join(f"{name} {value}" for name, value in zip(keys, cell, strict=True) if value != "")
+            where = f"{files[0]} and {files[at]} have" if files else "results have"
+            raise ValueError(
+                f"{where} other numbers of the same ({named}): {number} {first:.4g} and {other:.4g}; they were "
+                "measured by other code or elsewhere: measure one again, or name one alone"
+            )
+    return frame.drop_duplicates(keys)
+
+
+def common(frame: pd.DataFrame, group: list[str], of: list[str]) -> pd.DataFrame:
+    """Rows of what all methods of a group were asked; all rows of a group whose methods have nothing in common.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        A row for each method and ``of``.
+    group, of : list of str
+        Columns of what is compared, and of what it was asked about.
+    """
+    methods = frame.groupby(group)["method"].transform("nunique")
+    every = frame.groupby([*group, *of])["method"].transform("nunique") == methods
+    return frame[every | ~every.groupby([frame[x] for x in group]).transform("any")]
+
+
 def fidelity_lines(rows: list[Row]) -> pd.DataFrame:
     """Means over texts, with a bootstrap over them; a text weighs the same whatever its length.
 
     Methods of one budget are compared on the same texts: those of all of them, where there are any.
     """
     keys = [*ORIGIN, "bytes", "method"]
-    frame = frame_of(rows).drop_duplicates([*keys, "text"]).sort_values("text", kind="stable")
-    column = frame.groupby([*ORIGIN, "bytes"])
-    every = frame.groupby([*ORIGIN, "bytes", "text"])["method"].transform("size") == column["method"].transform(
-        "nunique"
-    )
-    frame = frame[every | ~every.groupby([frame[x] for x in (*ORIGIN, "bytes")]).transform("any")]
+    frame = once(frame_of(rows), [*keys, "text"], "kl").sort_values("text", kind="stable")
+    frame = common(frame, [*ORIGIN, "bytes"], ["text"])
     for name in ("head_error", "kl_of_quarters", "kept"):
         if name not in frame:
             frame[name] = None
@@ -113,15 +133,17 @@ def needles_of(rows: list[Row]) -> pd.DataFrame:
     frame = frame_of(rows)
     frame["task"] = frame["task"].where(frame["value"] == "number", frame["task"] + ", " + frame["value"])
     frame["haystack"] = frame["layout"] + "/" + frame["length"].astype(str) + "/" + frame["haystack"]
-    return frame.drop_duplicates([*ORIGIN, *CELL, "haystack", "index"])
+    return once(frame, [*BESIDE, "method", *ASKED], "values")
 
 
 def needle_lines(frame: pd.DataFrame) -> pd.DataFrame:
     """Shares of values found, over haystacks and depths, with intervals over haystacks.
 
-    A task on which the full cache finds less than half has no signal: nothing could be lost.
+    Methods of one budget are compared on the same questions: those that all of them were asked, where there are any. A
+    task on which the full cache finds less than half has no signal: nothing could be lost.
     """
     keys = [*ORIGIN, *CELL]
+    frame = common(frame, BESIDE, ASKED)
     groups = frame.astype({"generated": float}).groupby(keys, sort=False)
     lines = groups.agg(
         share=("values", "mean"), n=("values", "size"), haystacks=("haystack", "nunique"), kept=("budget", "first"),
@@ -141,7 +163,8 @@ def needle_lines(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def depth_lines(frame: pd.DataFrame) -> pd.DataFrame:
-    """Share found in each band of depth."""
+    """Share found in each band of depth, of the same questions as `needle_lines`."""
+    frame = common(frame, BESIDE, ASKED)
     bands = frame.assign(band=(frame["depth"] * BANDS).astype(int).clip(upper=BANDS - 1))
     groups = bands.groupby([*ORIGIN, *CELL, "band"])["values"]
     return groups.agg(share="mean", n="size").reset_index()
@@ -151,20 +174,21 @@ def pair_lines(frame: pd.DataFrame) -> pd.DataFrame:
     """What this library recommends against each other method at the same bytes, question by question.
 
     The difference of shares, with a bootstrap over haystacks; the same haystacks were asked of both, so what they
-    share cancels. Tasks without signal are left out.
+    share cancels. Tasks without signal are left out. ``certain`` is the sign of a difference beyond chance, or 0: its
+    interval has one sign, and the haystacks are at least as many as can say so.
     """
     lines = needle_lines(frame)
     signal = lines[lines["signal"]].groupby([*ORIGIN, "task", "length"]).size().index
-    keys = [*ORIGIN, "task", "length", "question", "bytes"]
     asked = frame[frame["bytes"] > 0].set_index([*ORIGIN, "task", "length"])
     asked = asked[asked.index.isin(signal)].reset_index()
-    asked = asked[[*keys, "method", "haystack", "index", "values"]]
-    both = rivals(asked, [*keys, "haystack", "index"])
+    asked = asked[[*BESIDE, "method", *ASKED, "values"]]
+    both = rivals(asked, [*BESIDE, *ASKED])
     both["difference"] = both["values"] - both["values_other"]
     pairs = []
-    for key, group in both.groupby([*keys, "method", "method_other"]):
+    for key, group in both.groupby([*BESIDE, "method", "method_other"]):
         each = group.groupby("haystack")["difference"].agg(["sum", "count"])
         low, high = bootstrap(list(each["sum"]), list(each["count"]))
-        values = {"n": len(group), "difference": group["difference"].mean(), "low": low, "high": high}
-        pairs.append(dict(zip([*keys, "method", "other"], key, strict=True)) | values)
+        sign = (low > 0) - (high < 0) if len(each) >= CERTAIN else 0
+        values = {"n": len(group), "difference": group["difference"].mean(), "low": low, "high": high, "certain": sign}
+        pairs.append(dict(zip([*BESIDE, "method", "other"], key, strict=True)) | values)
     return pd.DataFrame(pairs)

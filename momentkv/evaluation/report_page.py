@@ -16,7 +16,8 @@ from rich.console import Console
 
 from momentkv.evaluation.alike import counted_in
 from momentkv.evaluation.gather import COUNTED, SUMMARY, gather, results_in, summary_in
-from momentkv.evaluation.lines import OURS, Row, is_ours, rivals
+from momentkv.evaluation.lines import Row, rivals
+from momentkv.evaluation.methods import OURS, is_selection, rounds_or_rereads
 from momentkv.evaluation.report import tokens_in, write_json
 from momentkv.evaluation.report_plots import draw, methods_of, slug
 
@@ -112,6 +113,7 @@ def markdown_of(summary: dict[str, Any], pictures: dict[str, dict[str, str]], fo
     text = templates().get_template("report.md").render(
         folder=folder,
         momentkv=summary["momentkv"],
+        measured_by=sorted({x["momentkv"] for x in summary["sources"] if x.get("momentkv")}),
         models=models,
         unit=tokens_in(bits_in(summary)),
         counted=any(map(len, frames.values())),
@@ -152,7 +154,7 @@ def against(model: str, kept: dict[str, pd.DataFrame]) -> list[str]:
             f"**{model}**, KL: in {lost} of {len(both)} comparisons of one of ours with another the other has less."
         )
     if len(pairs):
-        lost, sure = int((pairs["difference"] < 0).sum()), int((pairs["high"] < 0).sum())
+        lost, sure = int((pairs["difference"] < 0).sum()), int((pairs["certain"] < 0).sum())
         found.append(
             f"**{model}**, needles: in {lost} of {len(pairs)} comparisons of one of ours with another the other finds "
             f"more, in {sure} of them beyond chance."
@@ -181,7 +183,7 @@ def worse(pairs: pd.DataFrame) -> list[list[str]]:
             *(x.model, x.task, f"{x.length}", x.question, f"{x.bytes}", code(x.method), code(x.other), f"{x.n}"),
             f"{100 * x.difference:+.0f} ({100 * x.low:+.0f} to {100 * x.high:+.0f})",
         ]
-        for x in (pairs[pairs["high"] < 0].itertuples() if len(pairs) else ())
+        for x in (pairs[pairs["certain"] < 0].itertuples() if len(pairs) else ())
     ]
 
 
@@ -206,7 +208,7 @@ def measure_table(wide: pd.DataFrame, best: str, shown: Callable[[float], str]) 
     plain = wide[[is_selection(x) for x in wide.index]]
     rows = {"best selection": getattr(plain, best)()} if len(plain) else {}
     # Nor would it be fair to leave out who rounds or reads twice, as ours do.
-    others = wide[[is_rival(x) for x in wide.index]]
+    others = wide[[rounds_or_rereads(x) for x in wide.index]]
     rows |= {"best of others that round or read twice": getattr(others, best)()} if len(others) else {}
     rows |= {
         "the paper's" if method == PAPER else code(method): wide.loc[method]
@@ -219,32 +221,6 @@ def measure_table(wide: pd.DataFrame, best: str, shown: Callable[[float], str]) 
         for name, row in rows.items()
     }
     return {"sizes": list(wide.columns), "lines": [[name, *x] for name, x in cells.items()]}
-
-
-def is_rival(method: str) -> bool:
-    """Whether a method corrects nothing, but rounds or reads twice.
-
-    Examples
-    --------
-    >>> [is_rival(x) for x in ("snapkv/none@4", "kvzip/none", "kvpress KVzip")]
-    [True, True, True]
-    >>> [is_rival(x) for x in ("snapkv/none", "snapkv/none-heads", "default@4", "kvpress TOVA")]
-    [False, False, False, False]
-    """
-    name, rounds, _ = method.partition("@")
-    return "kvzip" in method.lower() or bool(rounds and name.endswith("/none"))
-
-
-def is_selection(method: str) -> bool:
-    """Whether a method reads once, and neither corrects nor rounds: plain eviction, kvpress's presses among it.
-
-    Examples
-    --------
-    >>> [is_selection(x) for x in ("snapkv/none", "kvpress TOVA", "snapkv/none@4", "kvzip/none", "kvpress KVzip")]
-    [True, True, False, False, False]
-    """
-    plain = method.endswith("/none") or method.startswith("kvpress ")
-    return plain and "kvzip" not in method.lower() and not is_ours(method)
 
 
 def percent(x: float) -> str:
@@ -315,7 +291,7 @@ def task_cells(task: str, lines: pd.DataFrame, said: str) -> dict[str, Any]:
             for method in methods_of(some):
                 cells = {x.bytes: x for x in some[some["method"] == method].itertuples()}
                 found = [share(cells[size]) if size in cells else "" for size in sizes]
-                rows.append(["", question, code(method), f"{max(x.n for x in cells.values())}", *found])
+                rows.append(["", question, code(method), numbers_of(cells.values()), *found])
     return {
         "name": f"{task[0].upper()}{task[1:]}",
         "of": said.replace("texts", "haystacks"),
@@ -336,8 +312,14 @@ def answer_cells(lines: pd.DataFrame) -> dict[str, Any] | None:
         for method in methods_of(group[group["bytes"] > 0]):
             cells = {x.bytes: x for x in group[group["method"] == method].itertuples()}
             found = [score(cells[size]) if size in cells else "" for size in sizes]
-            rows.append(["", "", code(method), f"{max(x.n for x in cells.values())}", *found])
+            rows.append(["", "", code(method), numbers_of(cells.values()), *found])
     return {"sizes": sizes, "lines": rows}
+
+
+def numbers_of(cells: Iterable[Any]) -> str:
+    """How many answers the cells of a row are of: one number, or the ends where budgets had fewer."""
+    counts = sorted({x.n for x in cells})
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}{DASH}{counts[-1]}"
 
 
 def score(x: Any) -> str:
@@ -380,7 +362,8 @@ def lm_eval_cells(x: Row) -> list[str]:
 
 def source_cells(x: Row) -> list[str]:
     """A results file: what it was measured with."""
-    version = ", ".join(f"{name} {value}" for name, value in (x["environment"] or {}).items())
+    versions = {"momentkv": x.get("momentkv")} | (x["environment"] or {})
+    version = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
     return [f"{x['file']}, {x['model']}", code(x["command"] or "not recorded"), version]
 
 

@@ -14,7 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from momentkv.evaluation.lines import BANDS, OURS
+from momentkv.evaluation.lines import BANDS
+from momentkv.evaluation.methods import OURS
 from momentkv.evaluation.report import tokens_in
 from momentkv.evaluation.task_lines import AVERAGE
 

@@ -149,7 +149,10 @@ def setting_of(method: str) -> Setting:
     if coded:
         if coded == TRIED:
             return dataclasses.replace(setting_of(f"{name}@{AUTO}"), trial=TRIAL, method=method)
-        bits = None if coded == FULL else bits_from_text(coded)
+        try:
+            bits = None if coded == FULL else bits_from_text(coded)
+        except ValueError as error:
+            raise ValueError(f"methods has {method!r}, whose {error}, {TRIED} or {FULL}") from None
         return dataclasses.replace(setting_of(name), bits=bits, method=method)
     if method in NAMED:
         return NAMED[method]

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from momentkv.evaluation.intervals import bootstrap, spread, wilson
-from momentkv.evaluation.lines import SIGNAL
+from momentkv.evaluation.lines import SIGNAL, common, once
 
 __all__ = ["AVERAGE", "task_lines"]
 
@@ -22,11 +22,13 @@ def task_lines(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
     Tasks that the full cache does badly at (a mean below half) have no signal: nothing could be lost. The line
     ``average`` is the mean over the tasks with signal, each with the same weight, of methods that have answered all.
+    Methods of one budget are compared on the documents that all of them answered, where there are any.
 
     Parameters
     ----------
     rows : list of dict
-        With ``task``, ``document``, ``method``, ``bytes_as_tokens`` (None: the full cache) and ``metrics``.
+        With ``task``, ``document``, ``method``, ``bytes_as_tokens`` (None: the full cache) and ``metrics``; where
+        several files were read, with the ``file``.
 
     Returns
     -------
@@ -40,9 +42,12 @@ def task_lines(rows: list[dict[str, Any]]) -> pd.DataFrame:
             "method": row["method"],
             "bytes": row["bytes_as_tokens"] or 0,
             "value": float(next(iter(row["metrics"].values()))),
+            **({"file": row["file"]} if "file" in row else {}),
         }
         for row in rows
     )
+    frame = once(frame, ["task", "document", "method", "bytes"], "value")
+    frame = common(frame, ["bytes", "task"], ["document"])
     keys = ["bytes", "method", "task"]
     lines = []
     for key, group in frame.groupby(keys, sort=False):

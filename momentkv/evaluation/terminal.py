@@ -94,8 +94,10 @@ def tasks_table(lines: pd.DataFrame, *, title: str, bits: int | None) -> Table:
                 ends,
                 style="bold green" if best is not None and one.get(AVERAGE) == best and size else "",
             )
+    counts = lines.groupby("task", sort=False)["n"].agg(["min", "max"])
     documents = ", ".join(
-        f"{name} {count}" for name, count in lines.drop_duplicates("task").set_index("task")["n"].items()
+        f"{name} {most}" if fewest == most else f"{name} {fewest} to {most}"
+        for name, fewest, most in counts.itertuples()
     )
     table.caption = (
         f"bytes: of so many {tokens_in(bits)} per KV head, correction included; n: {documents}; 95 %: of the average; "
