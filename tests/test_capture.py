@@ -33,6 +33,9 @@ def test_a_replay_after_capturing_again_is_reading_twice(tmp_path: Path, family:
     with torch.no_grad():
         model(ids, past_key_values=captured)
         capture_again(model, captured, ids, tokenizer)
+        again = captured.read_again[0]
+        capture_again(model, captured, ids, tokenizer)
+    assert captured.read_again[0] is again  # which took a second reading, and takes no third
     options = {"policy": "twice", "window": 8, "block": 1}
     replayed = replay(captured, MomentCache(model, 40, **options))
     once = read(model, ids, MomentCache(model, 40, **options), tokenizer=tokenizer)

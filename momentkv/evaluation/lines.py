@@ -12,7 +12,6 @@ from momentkv.evaluation.settings import DEFAULT
 
 __all__ = [
     "BANDS",
-    "CERTAIN",
     "common",
     "depth_lines",
     "fidelity_lines",
@@ -68,7 +67,7 @@ def once(frame: pd.DataFrame, keys: list[str], number: str) -> pd.DataFrame:
         If another row of a cell has another number.
     """
     shared = frame[frame.duplicated(keys, keep=False)]
-    for cell, group in shared.groupby(keys, dropna=False, sort=False):
+    for cell, group in shared.groupby(keys, sort=False):
         numbers, files = group[number].astype(float), list(group.get("file", ()))
         at = int((numbers - numbers.iloc[0]).abs().argmax())
         first, other = numbers.iloc[0], numbers.iloc[at]
