@@ -310,7 +310,8 @@ def test_no_gradient_flows_through_a_cache():
         cache.step(q[:, :, :8], k[:, :, :8], v[:, :, :8])
         return cache.step(q[:, :, 8:], k[:, :, 8:], v[:, :, 8:]).sum()
 
-    of_queries, of_keys, of_values = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    # Compiled as a whole: operator by operator that takes five times as long.
+    of_queries, of_keys, of_values = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
     assert bool(jnp.any(of_queries[:, :, 8:] != 0))
     assert not bool(jnp.any(of_queries[:, :, :8] != 0))
     assert not bool(jnp.any(of_keys != 0))
