@@ -83,6 +83,8 @@ def test_models_in_different_places_of_one_name_are_not_put_together(tmp_path: P
         write_json(tmp_path / f"{name}.json", {"protocol": {"model": model, "bytes": 16}, "rows": fidelity_rows()})
     with pytest.raises(ValueError, match=r"a.json and b.json are of the models 'mine/tiny' and 'yours/tiny'"):
         gather(results_in([tmp_path]))
+    write_json(tmp_path / "b.json", {"protocol": {"model": "./mine/tiny/", "bytes": 16}, "rows": fidelity_rows()})
+    assert {x["model"] for x in gather(results_in([tmp_path]))["sources"]} == {"tiny"}
 
 
 @pytest.mark.parametrize(("haystacks", "sure"), [(1, 0), (5, 0), (6, 1)])

@@ -198,7 +198,7 @@ def check_one_model(models: Iterable[tuple[str, str]]) -> None:
     seen: dict[str, tuple[str, str]] = {}
     for file, model in models:
         before, other = seen.setdefault(called(model), (file, model))
-        if other != model:
+        if Path(other) != Path(model):  # "./m/" is "m"
             raise ValueError(
                 f"{before} and {file} are of the models {other!r} and {model!r}, which a report would call the same; "
                 "report them apart, or, if they are one, measure both by one path"
