@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from momentkv.cache.config import wanted_queries
 from momentkv.evaluation.capture import CaptureCache, capture_again, replay
 from momentkv.evaluation.fidelity import Fidelity, compare
-from momentkv.evaluation.report import progress_bar, save_figure, show
+from momentkv.evaluation.report import progress_bar, save_figure, show, titled
 from momentkv.evaluation.settings import Setting, empty_cache, setting_of, settings_grid
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.evaluation.steps import Step, Typical, evicted_tokens, held_tokens, typical
@@ -314,5 +314,5 @@ def plot(readings: list[Reading], path: str | Path, title: str) -> Path:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("cache, MiB (moments counted)")
         axis.legend(frameon=False)
-    figure.suptitle(title, fontsize=10)
+    titled(figure, title, size=10)
     return save_figure(figure, path)

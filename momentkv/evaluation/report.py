@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "read_json",
     "save_figure",
     "show",
+    "titled",
     "tokens_in",
     "write_json",
 ]
@@ -119,6 +121,12 @@ def tokens_in(bits: int | None) -> str:
     ('16-bit tokens', 'tokens as the model stores them')
     """
     return "tokens as the model stores them" if bits is None else f"{bits}-bit tokens"
+
+
+def titled(figure: Any, title: str, *, size: int = 9) -> None:
+    """Give a figure of matplotlib a title above all panels, in as many lines as its width needs."""
+    # Letters are mostly less than seven tenths as wide as their size, of which an inch has 72 points.
+    figure.suptitle(textwrap.fill(title, int(72 * figure.get_figwidth() / (0.7 * size))), fontsize=size)
 
 
 def save_figure(figure: Any, path: str | Path, *, dpi: int = 150) -> Path:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from momentkv.evaluation.lines import BANDS
 from momentkv.evaluation.methods import OURS
-from momentkv.evaluation.report import tokens_in
+from momentkv.evaluation.report import titled, tokens_in
 from momentkv.evaluation.task_lines import AVERAGE
 
 __all__ = ["GROUNDS", "draw", "methods_of", "plot_depths", "plot_found", "plot_gaps", "plot_kl", "plot_tasks", "slug"]
@@ -223,4 +223,4 @@ def legend(figure: Figure, title: str | None = None) -> None:
     }
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     if title is not None:
-        figure.suptitle(title, fontsize=9)
+        titled(figure, title)

@@ -19,7 +19,7 @@ from momentkv.cache.layer import LayerCache
 from momentkv.correction import correct
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import retained_mask
-from momentkv.evaluation.report import environment, save_figure, write_json
+from momentkv.evaluation.report import environment, save_figure, titled, write_json
 from momentkv.evaluation.settings import CHOICES, DEFAULT, Setting, check_evicts, empty_cache, setting_of
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
@@ -204,7 +204,7 @@ def plot_trust(points: TrustPoints, *, title: str) -> Any:
         axis.set_xlabel("true relative error")
         axis.set_title(name)
     axes[0].set_ylabel("certified or estimated")
-    figure.suptitle(title, fontsize=9)
+    titled(figure, title)
     return figure
 
 
