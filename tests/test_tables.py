@@ -103,7 +103,9 @@ def test_tables_of_every_day_fit_and_cut_nothing(name: str, width: int):
 def test_no_table_cuts_anything(name: str, width: int):
     long = {"method": "expected-attention/summaries-layer-heads@5/3"}
     if name == "fidelity":
-        table = fidelity_table(fidelity_lines([row | long for row in fidelity_rows()]), title="title", bits=16)
+        # Of one name, so that each needs a text of its own.
+        measured = [row | long | {"text": f"{at}"} for at, row in enumerate(fidelity_rows())]
+        table = fidelity_table(fidelity_lines(measured), title="title", bits=16)
     elif name == "needles":
         asked = [row | (long if row["question"] else {}) | {"generated": 0.5} for row in needle_rows(True)]
         table = needles_table(needle_lines(needles_of(asked)), title="title", bits=16)
