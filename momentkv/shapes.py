@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from momentkv._numbers import whole_number
 
@@ -247,7 +247,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise ValueError(f"{path} is not JSON ({error}); give the config.json of a model") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object; give the config.json of a model")
@@ -260,7 +260,7 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
     Raises
     ------
     ValueError
-        If an entry is missing, or layers are of a kind that `momentkv.hf.MomentCache` does not support.
+        If an entry is missing or no number, or layers are of a kind that `momentkv.hf.MomentCache` does not support.
     TypeError
         If ``config`` is no mapping.
 
@@ -269,9 +269,14 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
     >>> shape_from_config({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64})
     Shape(layers=2, kv_heads=4, q_heads=4, head_dim=16, full_layers=2, sliding_window=0)
     """
-    check_mapping("config", config)
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"config is {config!r}, a {type(config).__name__}; use the contents of a config.json as a dict, or give "
+            "find_shape its path"
+        )
     config = config.get("text_config") or config
-    check_mapping("text_config", config)
+    if not isinstance(config, Mapping):
+        raise ValueError(f"text_config is {config!r} in the configuration; it must be an object of its own entries")
     for name, what in REFUSED.items():
         if config.get(name):
             raise ValueError(
@@ -289,38 +294,41 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
         raise ValueError(f"the configuration has windows of {sorted(windows)} tokens; use a model with one length")
     return Shape(
         layers=layers,
-        kv_heads=config.get("num_key_value_heads") or q_heads,
+        kv_heads=entry(config, "num_key_value_heads") if has(config, "num_key_value_heads") else q_heads,
         q_heads=q_heads,
-        head_dim=config.get("head_dim") or entry(config, "hidden_size") // q_heads,
+        head_dim=entry(config, "head_dim") if has(config, "head_dim") else entry(config, "hidden_size") // q_heads,
         full_layers=types.count("full_attention"),
         sliding_window=max(windows, default=0),
     )
 
 
-def check_mapping(name: str, config: Any) -> None:
-    """Raise unless this can be the contents of a ``config.json``."""
-    if not isinstance(config, Mapping):
-        raise TypeError(
-            f"{name} is {config!r}, a {type(config).__name__}; use the contents of a config.json as a dict, or give "
-            "find_shape its path"
-        )
-
-
 def entry(config: Mapping[str, Any], name: str) -> int:
     """A number that a configuration must have."""
     value = config.get(name)
-    if not isinstance(value, int) or value < 1:
+    if not is_number(value):
         raise ValueError(
-            f"{name} is {value} in the configuration; it must be a positive integer. If it is left out as a default, "
+            f"{name} is {value!r} in the configuration; it must be a positive integer. If it is left out as a default, "
             "write it down, or give the model's Hugging Face id with transformers installed"
         )
     return value
+
+
+def has(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a configuration says anything of what it may leave out."""
+    return config.get(name) is not None
+
+
+def is_number(value: Any) -> TypeGuard[int]:
+    """Whether an entry is a positive integer; JSON's true is none, though Python's is."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
     """Type of each layer; where a configuration does not list them, by the rules that transformers goes by."""
     listed = config.get("layer_types")
     if listed is not None:
+        if not (isinstance(listed, list | tuple) and all(isinstance(kind, str) for kind in listed)):
+            raise ValueError(f"layer_types is {listed!r} in the configuration; it must be a list of names, one a layer")
         if len(listed) != layers:
             raise ValueError(f"layer_types has {len(listed)} entries but num_hidden_layers is {layers}; correct one")
         return list(listed)
@@ -329,6 +337,10 @@ def layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
         return [chunked if config.get("attention_chunk_size") else full] * layers
     if config.get("use_sliding_window"):
         first = config.get("max_window_layers", 28)
+        if first != 0 and not is_number(first):
+            raise ValueError(f"max_window_layers is {first!r} in the configuration; it must be a whole number")
         return [sliding if index >= first else full for index in range(layers)]
     every = config.get("sliding_window_pattern", 6 if str(config.get("model_type")).startswith("gemma3") else None)
+    if every is not None and not is_number(every):
+        raise ValueError(f"sliding_window_pattern is {every!r} in the configuration; it must be a positive integer")
     return [full if every and (index + 1) % every == 0 else sliding for index in range(layers)]

@@ -313,7 +313,6 @@ OF_SHAPES: Calls = {
         )
         for bad in (None, [], "a")
     },
-    "text_config": (lambda: shape_from_config({"text_config": "a"}), TypeError, "text_config is 'a', a str; use the"),
     "dtype": (lambda: plan(KNOWN["Phi-4"], 1000, 100, dtype=["a"]), ValueError, "dtype is ['a']; use one of bfloat16"),
     "bits": (
         lambda: plan(KNOWN["Phi-4"], 1000, 100, bits=np.array([4, 3])),

@@ -8,7 +8,7 @@ import pytest
 
 from momentkv.cli import main
 
-NEEDLES, FIDELITY = ["evaluate", "needles"], ["evaluate", "fidelity"]
+NEEDLES, FIDELITY, STREAM = (["evaluate", command] for command in ("needles", "fidelity", "stream"))
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,11 @@ NEEDLES, FIDELITY = ["evaluate", "needles"], ["evaluate", "fidelity"]
         ([*NEEDLES, "--depths", "0.5", ".5"], "depths has 0.5 twice; name it once"),
         ([*NEEDLES, "--lengths", "100", "100"], "lengths has 100 twice; name it once"),
         ([*NEEDLES, "--question", "seen", "seen"], "question has seen twice; name it once"),
+        ([*STREAM, "--corrections", "none", "none"], "corrections has none twice; name it once"),
+        (
+            [*STREAM, "--context", "100", "--following", "20", "--budget", "120"],
+            "budget is 120, but context and following tokens are 120, none of which would be evicted; use a",
+        ),
         (["plan", "--context", "9", "--budget", "3", ""], "model is '', which names none; use the name of a model"),
         (
             ["plan", "--context", "9", "--budget", "3", "--bits", "4/", "SmolLM2-135M"],

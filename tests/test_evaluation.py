@@ -369,6 +369,9 @@ def test_tokens_are_the_first_of_a_text():
     assert tokenize(letters, "abcdef", 6).shape == (1, 6)
     with pytest.raises(ValueError, match="own has 6 tokens, but 7 are needed"):
         tokenize(letters, "abcdef", 7, name="own")
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"own is to have {count} tokens; use at least 1"):
+            tokenize(letters, "abcdef", count, name="own")
 
 
 def test_a_text_of_long_tokens_is_read_as_far_as_it_is_needed():

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,6 +250,36 @@ def test_full_attention_layers_are_told_from_the_others(entries: dict[str, objec
     assert shape_from_config({"text_config": base | entries}).full_layers == full_layers
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"text_config": 5},
+        {"num_hidden_layers": True},
+        {"num_attention_heads": "4"},
+        {"num_key_value_heads": "2"},
+        {"num_key_value_heads": 0},
+        {"head_dim": "64"},
+        {"head_dim": True},
+        {"layer_types": 5},
+        {"layer_types": [1] * 6},
+        {"layer_types": {"full_attention": 6}},
+        {"sliding_window": "a"},
+        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": "x"},
+        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": True},
+        {"sliding_window": 8, "sliding_window_pattern": "x"},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_other_things_is_refused_by_its_entry(
+    entries: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"num_hidden_layers": 6, "num_attention_heads": 4, "hidden_size": 64} | entries))
+    assert main(["plan", str(path), "--context", "1000", "--budget", "100"]) == 1
+    name, value = list(entries.items())[-1]
+    assert f"{name} is {value!r} in the configuration; it must be" in capsys.readouterr().err
+
+
 def test_other_ids_are_looked_up_by_transformers(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda name: FAMILIES["gemma3"]())
     assert find_shape("someone/something") == Shape(4, 2, 4, 16, full_layers=2, sliding_window=16)
@@ -298,7 +329,7 @@ def test_impossible_shapes_are_refused(numbers: dict[str, int], message: str):
     ("entries", "message"),
     [
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
-        ({"hidden_size": "64"}, "hidden_size is 64"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"kv_lora_rank": 512}, "kv_lora_rank is 512.*multi-head latent attention is not supported"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries but num_hidden_layers is 2"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),
@@ -324,7 +355,7 @@ def test_files_that_are_no_configuration_say_so(tmp_path: Path):
         find_shape(str(tmp_path))
     with pytest.raises(ValueError, match="there is no such file"):
         find_shape(str(tmp_path / "config.json"))
-    for text, message in (("{", "is not JSON"), ("[]", "holds no JSON object")):
+    for text, message in (("{", "is not JSON"), ("[" * 10**5, "is not JSON"), ("[]", "holds no JSON object")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             find_shape(str(tmp_path))

@@ -365,6 +365,17 @@ def test_a_summary_gives_the_same_page(folder: Path):
         assert (first.parent / name).read_bytes() == (again.parent / name).read_bytes()
 
 
+def test_a_summary_that_does_not_say_what_is_certain_is_refused(folder: Path, tmp_path: Path):
+    write_report([folder], tmp_path / "report")
+    path = tmp_path / "report" / "summary.json"
+    summary = read_json(path)
+    for pair in summary["pairs"]:
+        del pair["certain"]
+    write_json(path, summary | {"momentkv": "0.1.0"})
+    with pytest.raises(ValueError, match=r"summary\.json', a summary by momentkv 0\.1\.0, which does not say"):
+        write_report([path], tmp_path / "again")
+
+
 @pytest.mark.parametrize("name", ["needles", "fidelity", "gap"])
 def test_a_part_alone_is_a_page(folder: Path, name: str):
     text = page_of(folder / f"{name}.json")

@@ -141,6 +141,13 @@ def norm(x: Array) -> Array:
     return array_namespace(x).linalg.vector_norm(x, axis=-1)
 
 
+def times(share: Array, bound: Array) -> Array:
+    """A share of a bound; an infinite one stays so, also where the share is too small for its dtype, and 0."""
+    xp = array_namespace(share, bound)
+    infinite = xp.isinf(bound)
+    return xp.where(infinite, bound, share * xp.where(infinite, xp.zeros_like(bound), bound))
+
+
 @checked(Interval, slope=VECTOR, offset=VECTOR, mass=MASS, radius=POSITIVE, tail=POSITIVE)
 def value_from_representation(slope: Array, offset: Array, mass: Interval, radius: Array, tail: Array) -> Array:
     r"""Theorem B5: bound of the value from an exact representation.
@@ -163,7 +170,7 @@ def value_from_representation(slope: Array, offset: Array, mass: Interval, radiu
 
     def end(kappa: Array) -> Array:
         fade = xp.exp(-kappa)
-        return norm(fade[..., None] * slope - offset) + fade * tail - xp.expm1(-kappa) * radius
+        return norm(fade[..., None] * slope - offset) + times(fade, tail) + times(-xp.expm1(-kappa), radius)
 
     return xp.maximum(end(mass.low), end(mass.high))
 
@@ -175,7 +182,7 @@ def value_from_range(offset: Array, logits: Interval, radius: Array) -> Array:
     Needs no second moment. Sharp for $u = 0$.
     """
     xp = array_namespace(offset)
-    return norm(offset) + radius * xp.tanh((logits.high - logits.low) / 2)
+    return norm(offset) + times(xp.tanh((logits.high - logits.low) / 2), radius)
 
 
 @checked(Interval, slope=VECTOR, offset=VECTOR, logits=LOGITS, mass=MASS, deviation=MASS, trace=POSITIVE, tail=POSITIVE)
@@ -215,12 +222,12 @@ def value_from_residual(
     rho_high = at_high * xp.exp(-mass.low)
     other = high * inverse_low * inverse_low
     rho_high = xp.maximum(xp.where(deviation.low > 0, xp.minimum(rho_high, other), rho_high), rho_low)
-    drift = [norm(rho[..., None] * slope - offset) + rho * tail for rho in (rho_low, rho_high)]
+    drift = [norm(rho[..., None] * slope - offset) + times(rho, tail) for rho in (rho_low, rho_high)]
     slack = [mass.low, mass.high]
     above = xp.expm1(xp.maximum(high - slack[0], zero))
     below = -xp.expm1(xp.minimum(logits.low - slack[1], zero))
     spread = xp.minimum(0.5 * deviation.high * (at_high - at_low) * xp.exp(-mass.low), xp.sqrt(above * below))
-    bound = xp.maximum(*drift) + residual * spread
+    bound = xp.maximum(*drift) + times(spread, residual)
     return xp.where(useful, bound, xp.full_like(bound, math.inf))
 
 
@@ -293,7 +300,7 @@ def output_from_representation(
             + curved[..., None] * (value_mean - output)
         )
         empty = (kept == 0) & (linear == 0) & (curved == 0)
-        return xp.where(empty, norm(output), norm(error) + linear * tail + curved * radius)
+        return xp.where(empty, norm(output), norm(error) + times(linear, tail) + times(curved, radius))
 
     return xp.maximum(end(mass.low), end(mass.high))
 
@@ -311,7 +318,7 @@ def output_from_value(retained: Array, output: Array, centre: Array, error: Arra
     xp = array_namespace(retained, output)
 
     def end(w: Array) -> Array:
-        return norm((1 - w)[..., None] * (retained - output) + w[..., None] * (centre - output)) + w * error
+        return norm((1 - w)[..., None] * (retained - output) + w[..., None] * (centre - output)) + times(w, error)
 
     return xp.maximum(end(share.low), end(share.high))
 

@@ -22,6 +22,7 @@ from momentkv.evaluation.settings import (
     bytes_as_tokens,
     check_evicts,
     check_quarters,
+    check_unrepeated,
     setting_of,
     settings_grid,
 )
@@ -188,11 +189,7 @@ def check_methods(options: argparse.Namespace) -> None:
     for name in options.corrections:
         if name not in CHOICES:
             raise ValueError(f"corrections has {name!r}; use some of {', '.join(CHOICES)}")
-    for option in ("budgets", "policies", "corrections", "lengths", "depths", "question"):
-        values = getattr(options, option, None) or ()
-        for at, value in enumerate(values):
-            if value in values[:at]:
-                raise ValueError(f"{option} has {value} twice; name it once")
+    check_unrepeated(options)
     for option in ("text", "tasks"):
         seen: dict[str, str] = {}
         for given in getattr(options, option, None) or ():

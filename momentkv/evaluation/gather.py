@@ -72,6 +72,11 @@ def summary_in(path: Path) -> dict[str, Any]:
             f"results is {str(path)!r}, which is no summary that momentkv evaluate report wrote; name files or folders "
             "of results"
         )
+    if not all("certain" in pair for pair in summary["pairs"]):
+        raise ValueError(
+            f"results is {str(path)!r}, a summary by momentkv {summary['momentkv']}, which does not say what is beyond "
+            "chance; name the files or folders of results that it is of"
+        )
     return summary
 
 

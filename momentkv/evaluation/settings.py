@@ -28,6 +28,7 @@ __all__ = [
     "bytes_as_tokens",
     "check_evicts",
     "check_quarters",
+    "check_unrepeated",
     "empty_cache",
     "moment_tokens",
     "setting_of",
@@ -328,6 +329,15 @@ def check_evicts(options: argparse.Namespace) -> None:
             f"budget is {options.budget}, but the context has {options.context} tokens, none of which would be "
             "evicted; use a smaller one"
         )
+
+
+def check_unrepeated(options: argparse.Namespace) -> None:
+    """Raise if an option that takes several values has one of them twice."""
+    for option in ("budgets", "policies", "corrections", "lengths", "depths", "question"):
+        values = getattr(options, option, None) or ()
+        for at, value in enumerate(values):
+            if value in values[:at]:
+                raise ValueError(f"{option} has {value} twice; name it once")
 
 
 def check_quarters(options: argparse.Namespace) -> None:

@@ -190,8 +190,10 @@ def tokenize(tokenizer: Any, text: str, count: int, *, name: str = "text") -> to
     Raises
     ------
     ValueError
-        If the text is shorter.
+        If the text is shorter, or nothing is wanted of it.
     """
+    if count < 1:
+        raise ValueError(f"{name} is to have {count} tokens; use at least 1")
     # Encoding a whole book to use its beginning would take seconds; ten characters a token is more than most prose.
     letters = 10 * count
     while True:

@@ -15,7 +15,14 @@ from momentkv.backends import get_backend
 from momentkv.cache.layer import LayerCache
 from momentkv.evaluation.capture import Attended, CaptureCache
 from momentkv.evaluation.report import empty_table, environment, progress_bar, show, tokens_in, write_json
-from momentkv.evaluation.settings import CHOICES, QUARTERS, Setting, check_quarters, settings_grid
+from momentkv.evaluation.settings import (
+    CHOICES,
+    QUARTERS,
+    Setting,
+    check_quarters,
+    check_unrepeated,
+    settings_grid,
+)
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.policies import get_policy
 from momentkv.statistics.corrections import get_correction
@@ -76,6 +83,13 @@ def stream(options: argparse.Namespace) -> int:
     """Run ``momentkv evaluate stream``."""
     console = Console()
     check_quarters(options)
+    check_unrepeated(options)
+    whole = options.context + options.following
+    if options.budget >= whole:
+        raise ValueError(
+            f"budget is {options.budget}, but context and following tokens are {whole}, none of which would be "
+            "evicted; use a smaller one"
+        )
     text = load_text(options.text)[options.skip :]
     with console.status("loading the model"):
         model, tokenizer = load_model(options.model)
