@@ -240,3 +240,20 @@ def test_policies_are_found_by_name():
         assert policy().name == name
     own = SnapKV(kernel=7)
     assert get_policy(own) is own
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_lies_in_an_empty_slot_is_not_looked_at(backend: Library, name: str):
+    rng = np.random.default_rng(0)
+    k, v, score = rng.normal(size=(1, 2, 12, 4)), rng.normal(size=(1, 2, 12, 4)), rng.random((1, 2, 12))
+    positions = np.broadcast_to(np.arange(-1, 11, dtype=np.int32), (1, 2, 12))
+    found = []
+    for x in (0.0, 1e3, np.nan, np.inf):
+        k[..., 0, :] = v[..., 0, :] = x
+        arrays = [backend.asarray(y) for y in (k, v, np.ascontiguousarray(positions), score)]
+        moments = Moments.empty(*arrays[:2])
+        about = [backend.asarray(y) for y in (np.zeros((1, 2, 4)), np.ones((1, 2, 4)))]
+        found.append(backend.numpy(get_policy(name).importance(Tokens(*arrays, moments, SCALE, *about)))[..., 1:])
+    for x in found[1:]:
+        np.testing.assert_array_equal(x, found[0])

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from momentkv._array import Array, accumulate, array_namespace
+from momentkv._rows import real_rows
 from momentkv.policies.base import Policy, Tokens
 
 __all__ = ["KeyDiff"]
@@ -25,8 +26,9 @@ class KeyDiff(Policy):
     def importance(self, tokens: Tokens) -> Array:
         xp = array_namespace(tokens.keys)
         (keys,) = accumulate(xp, tokens.keys)
-        valid = xp.astype(tokens.positions >= 0, keys.dtype)[..., None]
-        directions = unit(keys) * valid
+        real = tokens.positions >= 0
+        valid = xp.astype(real, keys.dtype)[..., None]
+        directions = unit(real_rows(keys, real))
         mean = xp.sum(directions, axis=-2, keepdims=True) / xp.maximum(
             xp.sum(valid, axis=-2, keepdims=True), xp.ones_like(valid[..., :1, :])
         )

@@ -30,7 +30,9 @@ class SnapKV(Policy):
 
     Notes
     -----
-    Source: SnapKV (arXiv 2404.14469), which compresses once, after prefill, with average or max pooling.
+    Source: SnapKV (arXiv 2404.14469), which compresses once, after prefill, with average or max pooling. Its code
+    leaves the window's own tokens out before it averages; here they count, so that the ``kernel // 2`` tokens before
+    the window take part of what the window gives itself. A policy does not know which tokens the cache keeps anyway.
     """
 
     name: ClassVar[str] = "snapkv"
