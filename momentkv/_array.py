@@ -47,6 +47,9 @@ __all__ = [
 # Arrays of any library: the array API has no common base class to name here.
 Array = Any
 
+# Bytes of the widest number that anything is computed in.
+WIDEST = 8
+
 # What is to be done when the first array of a library comes, by the name of its namespace: backends say it.
 AT_FIRST: dict[str, Callable[[], object]] = {}
 
@@ -288,6 +291,8 @@ def check_arrays(**arrays: Array) -> Any:
     for name, x in arrays.items():
         if not getattr(x.dtype, "isnative", True):
             raise ValueError(f"{name} is {x.dtype}, of the other byte order; convert it, to float64 say")
+        if getattr(x.dtype, "itemsize", 0) > WIDEST:
+            raise ValueError(f"{name} is {x.dtype}, wider than anything is computed in; convert it to float64")
     return xp
 
 

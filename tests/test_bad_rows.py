@@ -54,6 +54,21 @@ def test_what_is_not_a_number_stays_in_its_row(library: str, budget: Any, correc
             assert np.array_equal(mine, theirs), (change, name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 15, 16, 20])
+def test_a_query_that_is_no_number_has_an_output_that_is_none(backend: Library, n: int, dtype: str):
+    """In a prompt of any length: PyTorch's operator for a CPU gives zeros where tokens do not fill a register."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, heads, n, 8)) for heads in (4, 2, 2))
+    q[1, 2, n // 2] = np.nan
+    with np.errstate(all="ignore"):
+        out = backend.numpy(LayerCache(64).step(*(backend.asarray(x, dtype) for x in (q, k, v))))
+    expected = np.zeros(out.shape[:-1], dtype=bool)
+    expected[1, 2, n // 2] = True
+    assert np.array_equal(np.isnan(out).all(-1), expected)
+    assert np.array_equal(np.isnan(out).any(-1), expected)
+
+
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("correction", ["moments", AnchoredSummaries(3)], ids=["moments", "summaries"])
 def test_a_row_with_nan_counts_its_tokens_all_the_same(library: str, correction: Any):

@@ -152,6 +152,16 @@ def test_arrays_of_a_file_are_converted_first():
         Moments.from_tokens(k, v)
 
 
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="no wider numbers here")
+def test_wider_numbers_than_are_computed_in_are_refused():
+    q, k, v = arrays()
+    wide = k.astype(np.longdouble)
+    with pytest.raises(ValueError, match=r"k is float\d+, wider than anything is computed in; convert it to float64"):
+        LayerCache(8, window=2).step(q, wide, v)
+    with pytest.raises(ValueError, match=r"k is float\d+, wider than"):
+        Moments.from_tokens(wide, v)
+
+
 def test_a_prefill_takes_queries_of_another_dtype_as_later_steps_do(backend: Library):
     if backend.name == "array-api-strict":
         return  # it has no 16-bit numbers

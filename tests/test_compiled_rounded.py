@@ -119,3 +119,15 @@ def test_slots_without_a_token_have_no_part_in_means_and_deviations():
     for head in (0, 1):  # as parts of what all heads say, which the third has changed
         few, many = (torch.tensor([error[head] for error in errors]) for errors in found)
         assert torch.allclose(few / few[0], many / many[0], rtol=1e-3)
+
+
+def test_the_callers_default_dtype_and_device_do_not_matter():
+    x, exact, standard = given()
+    want, default = rounded_compiled(x, standard, 4, exact), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(rounded_compiled(x, standard, 4, exact), want)
+        with torch.device("meta"):
+            assert torch.equal(rounded_compiled(x, standard, 4, exact), want)
+    finally:
+        torch.set_default_dtype(default)

@@ -260,8 +260,17 @@ def test_sums_of_masked_bytes_are_codes(d: int, bits: int, graded: bool):
     assert how.centre.tolist() == [middle[2 * channel >= d] for channel in range(d)]
 
 
+def test_a_reading_made_for_stand_ins_serves_these_alone():
+    records.remembered.cache_clear()
+    with FakeTensorMode():
+        fake = records.masked_bytes(4, 48, False, torch.float32, torch.device("cpu"))
+    real = records.masked_bytes(4, 48, False, torch.float32, torch.device("cpu"))
+    assert type(real.masks) is torch.Tensor
+    assert type(fake.masks) is not torch.Tensor
+
+
 def test_a_reading_made_without_gradients_serves_those_who_want_them():
-    records.masked_bytes.cache_clear()
+    records.remembered.cache_clear()
     coded = few.encode(
         torch.randn(1, 2, 9, 16), standard := few.Standard.of(torch.randn(1, 2, 9, 16), centred=False), 3
     )

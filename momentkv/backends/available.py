@@ -23,14 +23,15 @@ def has_triton() -> bool:
 
 @cache
 def has_numba() -> bool:
-    """Whether Numba is installed and takes the NumPy beside it."""
+    """Whether Numba is installed, takes the NumPy beside it, and compiles."""
+    slower = "on a CPU, momentkv.backends.torch decodes by plain PyTorch operators, which is slower, most in few bits"
     try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        say(
-            f"Numba cannot be imported ({error}): on a CPU, momentkv.backends.torch decodes by plain PyTorch "
-            "operators, which is slower, most of all in few bits; run pip install numba"
-        )
+        import numba
+    except (ImportError, OSError) as error:  # OSError: a library of its own that does not load
+        say(f"Numba cannot be imported ({error}): {slower}; run pip install numba")
+        return False
+    if numba.config.DISABLE_JIT:
+        say(f"NUMBA_DISABLE_JIT is set, so that Numba compiles nothing: {slower}; unset it")
         return False
     return True
 

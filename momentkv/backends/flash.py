@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from momentkv.backends.strides import side_by_side
 from momentkv.codes import Coding
 
 __all__ = [
+    "REGISTER",
     "differentiated",
     "flash",
     "flash_causal",
@@ -20,6 +22,7 @@ __all__ = [
     "flash_fits",
     "flash_fits_codes",
     "flash_retained",
+    "with_nan",
 ]
 
 # Of fewer tokens than a register has numbers, the kernel gives zeros to a query of NaN.
@@ -72,11 +75,12 @@ def flash(
     return AttentionState(out.reshape(*heads, d), lse.reshape(heads))
 
 
-def with_nan(q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp that are NaN where a query is."""
+def with_nan(q: torch.Tensor, *found: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Outputs and log-sum-exps that are NaN where a query is."""
     most = q.amax(-1)
-    # NaN, times zero, is NaN.
-    return torch.add(out, most[..., None], alpha=0), torch.add(lse, most, alpha=0)
+    for x in found:
+        # NaN, times zero, is NaN.
+        yield torch.add(x, most[..., None] if x.ndim == q.ndim else most, alpha=0)
 
 
 def flash_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float) -> AttentionState:

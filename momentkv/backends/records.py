@@ -54,9 +54,16 @@ class MaskedBytes(NamedTuple):
     centre: torch.Tensor
 
 
-@lru_cache(maxsize=64)
 def masked_bytes(bits: int, d: int, graded: bool, dtype: torch.dtype, where: torch.device) -> MaskedBytes:
     """How records of ``d`` codes are read, to compute in ``dtype``."""
+    # What is made under a dispatch mode may be a stand-in for a tensor.
+    make = made if torch._C._len_torch_dispatch_stack() else remembered
+    return make(bits, d, graded, dtype, where)
+
+
+@lru_cache(maxsize=64)
+def remembered(bits: int, d: int, graded: bool, dtype: torch.dtype, where: torch.device) -> MaskedBytes:
+    """`masked_bytes`, made once."""
     with torch.inference_mode(False):  # the next to ask may want gradients
         return made(bits, d, graded, dtype, where)
 

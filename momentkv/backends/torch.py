@@ -16,6 +16,7 @@ from momentkv.backends.autocast import without_autocast
 from momentkv.backends.available import has_triton
 from momentkv.backends.base import ArrayBackend, causal_mask
 from momentkv.backends.flash import (
+    REGISTER,
     differentiated,
     flash,
     flash_causal,
@@ -23,6 +24,7 @@ from momentkv.backends.flash import (
     flash_fits,
     flash_fits_codes,
     flash_retained,
+    with_nan,
 )
 from momentkv.backends.layout import Layout, Tiers
 from momentkv.backends.numba.clusters import cluster_compiled
@@ -253,7 +255,9 @@ class TorchBackend(ArrayBackend):
             common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
             q, k, v = q.to(common), k.to(common), v.to(common)
         if valid is None and q_len == n:
-            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+            # As in `flash`.
+            return next(with_nan(q, out)) if n < REGISTER and q.device.type == "cpu" else out
         blocks = []
         for start in range(0, q_len, self.query_block):
             stop = min(start + self.query_block, q_len)

@@ -137,8 +137,16 @@ def run_shared(run: Callable[..., None], arguments: tuple[Any, ...], pairs: int,
     """Run a kernel on all pairs of row and head, in several threads if so many numbers are worth it."""
     parts = min(pairs, torch.get_num_threads()) if work > ALONE else 1
     own, *rest = pairwise(pairs * part // parts for part in range(parts + 1))
-    others = [pool(parts - 1).submit(run, *arguments, *part) for part in rest]
-    run(*arguments, *own)
+    others, own_parts = [], [own]
+    for part in rest:
+        try:
+            others.append(pool(parts - 1).submit(run, *arguments, *part))
+        except RuntimeError as error:
+            if "cannot schedule" not in str(error):
+                raise
+            own_parts.append(part)  # the main thread has ended, after which no pool takes work
+    for part in own_parts:
+        run(*arguments, *part)
     for other in others:
         other.result()
 

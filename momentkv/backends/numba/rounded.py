@@ -34,7 +34,7 @@ def rounded_compiled(x: torch.Tensor, standard: Standard, bits: int, exact: torc
     mean, deviation = standard.mean, standard.deviation
     batch, heads, n, d = x.shape
     middle = less_centre(bits, standard, deviation.new_empty(0, dtype=torch.float32))
-    middle = torch.full((1, d), middle) if standard.order is None else middle.expand(1, d)
+    middle = deviation.new_full((1, d), middle, dtype=torch.float32) if standard.order is None else middle.expand(1, d)
     middle = standard.disordered(middle.expand(batch, heads, 1, d))
     out: Any = np.empty((batch, heads, n, d), np.float32)
     arguments = (
