@@ -33,6 +33,7 @@ __all__ = [
     "array_namespace",
     "check_arrays",
     "check_broadcast",
+    "check_computed",
     "check_mask",
     "concrete",
     "device",
@@ -81,7 +82,7 @@ def accumulate_as(state: Array, name: str, **arrays: Array) -> tuple[Array, ...]
     ValueError
         If that would lose digits which the tokens' own accumulation dtype has.
     """
-    xp = check_arrays(**{name: state}, **arrays)
+    xp = check_computed(**{name: state}, **arrays)
     for own, x in arrays.items():
         if accumulation_dtype(xp, x.dtype) == xp.float64 != state.dtype:
             raise ValueError(
@@ -291,6 +292,13 @@ def check_arrays(**arrays: Array) -> Any:
     for name, x in arrays.items():
         if not getattr(x.dtype, "isnative", True):
             raise ValueError(f"{name} is {x.dtype}, of the other byte order; convert it, to float64 say")
+    return xp
+
+
+def check_computed(**arrays: Array) -> Any:
+    """`check_arrays` of what is computed in 32 or 64 bits: raise where that would drop digits without a word."""
+    xp = check_arrays(**arrays)
+    for name, x in arrays.items():
         if getattr(x.dtype, "itemsize", 0) > WIDEST:
             raise ValueError(f"{name} is {x.dtype}, wider than anything is computed in; convert it to float64")
     return xp

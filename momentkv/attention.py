@@ -11,7 +11,7 @@ import math
 import numbers
 from typing import Any, NamedTuple
 
-from momentkv._array import Array, accumulate, array_namespace, check_arrays, check_mask, device
+from momentkv._array import Array, accumulate, array_namespace, check_arrays, check_computed, check_mask, device
 from momentkv._numbers import check_kind
 from momentkv._typing import ArrayObject
 
@@ -116,7 +116,7 @@ def softmax_state(products: ArrayObject, v: ArrayObject) -> tuple[AttentionState
     weights : array, shape (..., kv_head, group, q_len, n)
         Softmax over the last axis; all zero for a query that sees no token.
     """
-    xp = check_arrays(products=products, v=v)
+    xp = check_computed(products=products, v=v)
     products, v = accumulate(xp, products, v)
     *batch, kv_heads, group, q_len, n = products.shape
     heads = (*batch, kv_heads * group, q_len)
@@ -310,7 +310,7 @@ def broadcastable(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 def check_keys(q: ArrayObject, k: ArrayObject) -> Any:
     """Raise unless queries and keys are floats, share ``d`` and have head and token axes; returns their namespace."""
-    xp = check_arrays(q=q, k=k)
+    xp = check_computed(q=q, k=k)
     if q.ndim < 3 or k.ndim < 3:
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; both need at least the axes (head, token, d)"
@@ -322,7 +322,7 @@ def check_keys(q: ArrayObject, k: ArrayObject) -> Any:
 
 def check_values(k: ArrayObject, v: ArrayObject) -> Any:
     """Raise unless keys and values are floats and every key has a value; returns their namespace."""
-    xp = check_arrays(k=k, v=v)
+    xp = check_computed(k=k, v=v)
     if k.ndim < 2 or k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"k has shape {tuple(k.shape)} but v has {tuple(v.shape)}; all axes but the last must be equal, "

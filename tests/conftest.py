@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -26,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # Workers side by side (pytest -n 2) share the cores; each of them and whatever it starts computes on one.
     if getattr(config.option, "numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays. Collections, which some tests ask for often, need not go through it.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

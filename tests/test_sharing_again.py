@@ -193,15 +193,16 @@ def test_bits_are_not_chosen_by_a_first_eviction_while_decoding(shared_at: list[
 @pytest.mark.parametrize(("once", "seen"), [(1, 90), (1, 120), (1, 150), (200, 210)])
 @torch.inference_mode()
 def test_files_and_copies_go_on_with_the_queries_gathered_so_far(
-    bits: int | None, once: int, seen: int, tmp_path: Path
+    bits: int | None, once: int, seen: int, tmp_path: Path, shared_at: list[int]
 ):
-    model, ids = tiny("llama"), prompt(2, 420)
+    model, ids = tiny("llama"), prompt(2, seen + 110)
     cache = MomentCache(model, BUDGET, bits=bits)
     model(ids[:, :once], past_key_values=cache)
     decode(model, cache, ids[:, once:seen])
     cache.save(tmp_path / "cache")
     loaded, copied = MomentCache.load(tmp_path / "cache", model), copy.deepcopy(cache)
     expected = decode(model, cache, ids[:, seen:])
+    assert any(at > seen for at in shared_at)
     for other in (loaded, copied):
         assert torch.equal(decode(model, other, ids[:, seen:]), expected)
         assert [core.budgets for core in cores_of(other)] == [core.budgets for core in cores_of(cache)]
