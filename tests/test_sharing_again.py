@@ -190,12 +190,12 @@ def test_bits_are_not_chosen_by_a_first_eviction_while_decoding(shared_at: list[
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize(("once", "seen"), [(1, 90), (1, 120), (1, 150), (200, 210)])
+@pytest.mark.parametrize(("once", "seen", "end"), [(1, 90, 200), (1, 120, 200), (1, 150, 200), (200, 210, 440)])
 @torch.inference_mode()
 def test_files_and_copies_go_on_with_the_queries_gathered_so_far(
-    bits: int | None, once: int, seen: int, tmp_path: Path, shared_at: list[int]
+    bits: int | None, once: int, seen: int, end: int, tmp_path: Path, shared_at: list[int]
 ):
-    model, ids = tiny("llama"), prompt(2, seen + 110)
+    model, ids = tiny("llama"), prompt(2, end)
     cache = MomentCache(model, BUDGET, bits=bits)
     model(ids[:, :once], past_key_values=cache)
     decode(model, cache, ids[:, once:seen])
