@@ -55,8 +55,7 @@ def merge_states(state: AttentionState, group: Any = None) -> AttentionState:
     """
     check_kind(AttentionState, state=state)
     check_tensors(out=state.out, lse=state.lse)
-    if torch.is_grad_enabled() and (state.out.requires_grad or state.lse.requires_grad):
-        raise ValueError("state requires a gradient, which merging has none of; detach() it, or use torch.no_grad()")
+    check_no_gradient("state", state.out, state.lse)
     check_group()
     out, lse = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in state)
     top = lse.clone()
@@ -93,7 +92,7 @@ def merge_moments(moments: Moments, group: Any = None) -> Moments:
     Raises
     ------
     ValueError
-        If the moments are of order 2, or have an extent or an anchor.
+        If the moments are of order 2, or have an extent or an anchor, or a gradient is asked for.
     TypeError
         If ``moments`` are no `Moments`, or its arrays are not of PyTorch.
 
@@ -110,6 +109,7 @@ def merge_moments(moments: Moments, group: Any = None) -> Moments:
                 f"moments have {name}, which no all-reduce merges yet; gather the moments of every rank and use "
                 "Moments.merge, or build them without it"
             )
+    check_no_gradient("moments", *moments.arrays().values())
     check_group()
     weight = moments.weight[..., None]
     sums = torch.cat([weight, weight * moments.key_mean, weight * moments.value_mean], -1)
@@ -145,6 +145,8 @@ def merge_summaries(summaries: Summaries, window: QueryWindow, group: Any = None
     ------
     TypeError
         If ``summaries`` or ``window`` is of another kind, or its arrays are not of PyTorch.
+    ValueError
+        If a gradient is asked for.
 
     Notes
     -----
@@ -154,6 +156,8 @@ def merge_summaries(summaries: Summaries, window: QueryWindow, group: Any = None
     check_kind(Summaries, summaries=summaries)
     check_kind(QueryWindow, window=window)
     check_tensors(**summaries.arrays(), **{"window.mean": window.mean, "window.variance": window.variance})
+    check_no_gradient("summaries", *summaries.arrays().values())
+    check_no_gradient("window", *window)
     check_group()
     ranks = dist.get_world_size(group)
     fields: dict[str, list[torch.Tensor]] = {}
@@ -177,6 +181,12 @@ def check_tensors(**arrays: Any) -> None:
             raise TypeError(
                 f"{name} is a {type(x).__name__}; collectives need torch.Tensor: convert the state with map()"
             )
+
+
+def check_no_gradient(name: str, *arrays: torch.Tensor) -> None:
+    """Raise if a gradient is asked for, which would lack what is of other ranks."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arrays):
+        raise ValueError(f"{name} requires a gradient, which merging has none of; detach() it, or use torch.no_grad()")
 
 
 def check_group() -> None:

@@ -104,6 +104,18 @@ def test_without_a_process_group_the_error_says_so():
             merge()
 
 
+def test_a_gradient_which_would_lack_what_is_of_other_ranks_is_refused():
+    k, v = torch.randn(1, 2, 5, 4, requires_grad=True), torch.randn(1, 2, 5, 4)
+    moments, window = Moments.from_tokens(k, v), QueryWindow(torch.randn(1, 2, 4), torch.rand(1, 2, 4))
+    summaries = Summaries.empty(k.detach(), v, summaries=2).update(k, v, window)
+    with pytest.raises(ValueError, match="moments requires a gradient, which merging has none of"):
+        merge_moments(moments)
+    with pytest.raises(ValueError, match="summaries requires a gradient"):
+        merge_summaries(summaries, window)
+    with pytest.raises(ValueError, match="window requires a gradient"):
+        merge_summaries(summaries.map(torch.Tensor.detach), window._replace(mean=window.mean.requires_grad_()))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("key_key", {"order": 2}), ("extent", {"extent": True}), ("anchor", {"anchor": torch.ones(4)})],
