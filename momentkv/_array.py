@@ -82,7 +82,7 @@ def accumulate_as(state: Array, name: str, **arrays: Array) -> tuple[Array, ...]
     ValueError
         If that would lose digits which the tokens' own accumulation dtype has.
     """
-    xp = check_computed(**{name: state}, **arrays)
+    xp = check_arrays(**{name: state}, **arrays)
     for own, x in arrays.items():
         if accumulation_dtype(xp, x.dtype) == xp.float64 != state.dtype:
             raise ValueError(

@@ -11,6 +11,7 @@ from libraries import LIBRARIES, Library
 from passes import SIZES, passes
 
 from momentkv import LayerCache, Moments, attend
+from momentkv.statistics.window import QueryWindow
 from momentkv.testing.rounding import assert_same
 from momentkv.trust import trust
 
@@ -160,6 +161,9 @@ def test_wider_numbers_than_are_computed_in_are_refused():
         LayerCache(8, window=2).step(q, wide, v)
     with pytest.raises(ValueError, match=r"k is float\d+, wider than"):
         Moments.from_tokens(wide, v)
+    for take in (lambda: attend(q.astype(np.longdouble), k, v), lambda: QueryWindow.from_queries(wide, 2)):
+        with pytest.raises(ValueError, match=r"q is float\d+, wider than"):
+            take()
 
 
 def test_a_prefill_takes_queries_of_another_dtype_as_later_steps_do(backend: Library):

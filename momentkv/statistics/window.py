@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from momentkv._array import Array, accumulate, check_arrays
+from momentkv._array import Array, accumulate, check_computed
 from momentkv._numbers import whole_number
 from momentkv.attention import group_queries, scale_of
 
@@ -33,7 +33,7 @@ class QueryWindow(NamedTuple):
         ValueError
             If there is no query, or shapes do not fit.
         """
-        xp = check_arrays(q=q)
+        xp = check_computed(q=q)
         if q.ndim < 3 or q.shape[-2] == 0:
             raise ValueError(f"q has shape {tuple(q.shape)}; give at least one query, (..., q_head, q_len, d)")
         kv_heads = whole_number("kv_heads", kv_heads)
