@@ -27,6 +27,7 @@ from momentkv.evaluation.settings import Setting, empty_cache, setting_of, setti
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.evaluation.steps import Step, Typical, evicted_tokens, held_tokens, typical
 from momentkv.hf import MomentCache
+from momentkv.hf.models import takes
 
 __all__ = ["demo"]
 
@@ -138,9 +139,9 @@ def hide(tokenizer: Any, text: str, context: int) -> str:
 def read(model: Any, ids: torch.Tensor, context: int) -> tuple[CaptureCache, torch.Tensor]:
     """Prefill once and predict the following tokens; every cache below starts from this one exact prefill."""
     captured = CaptureCache(model, wanted_queries(setting_of(method).policy for _, method, _ in ROWS))
-    model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
+    model(ids[:, :context], **takes(model, captured), logits_to_keep=1)
     full = full_cache(model, captured)
-    logits: torch.Tensor = model(ids[:, context:-1], past_key_values=full).logits[0]
+    logits: torch.Tensor = model(ids[:, context:-1], **takes(model, full)).logits[0]
     return captured, logits
 
 
@@ -170,7 +171,7 @@ def judge(
     else:
         nbytes = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
     with torch.inference_mode():
-        logits = model(ids[:, context:-1], past_key_values=copy.deepcopy(cache)).logits[0]
+        logits = model(ids[:, context:-1], **takes(model, copy.deepcopy(cache))).logits[0]
     # One token more than the cache has read: generate() would read its whole input again if there were nothing new.
     continued, steps = generate(model, tokenizer, copy.deepcopy(cache), ids[:, : context + 1], options.new_tokens)
     asked = torch.cat([ids[:, :context], question], dim=1)
@@ -216,7 +217,7 @@ def generate(model: Any, tokenizer: Any, cache: Any, ids: torch.Tensor, count: i
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **takes(model, cache),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,

@@ -14,6 +14,7 @@ from momentkv.evaluation.capture import CaptureCache, capture_again, read_anew, 
 from momentkv.evaluation.errors import head_errors
 from momentkv.evaluation.settings import QUARTERS, Setting, empty_cache
 from momentkv.evaluation.steps import held_tokens
+from momentkv.hf.models import takes
 from momentkv.hf.trial import Tried
 from momentkv.policies import get_policy
 
@@ -132,13 +133,13 @@ def measure(
         )
     wanted = wanted_queries(setting.policy for setting in settings)
     captured = CaptureCache(model, None if wanted is None else wanted + trial)
-    expected = model(ids[:, :context], past_key_values=captured, logits_to_keep=max(1, trial)).logits
+    expected = model(ids[:, :context], **takes(model, captured), logits_to_keep=max(1, trial)).logits
     held = captured.held()
     if errors_every:
         for layer in captured.capture_layers.values():
             layer.keep = None  # of the following tokens
     following, targets = ids[:, context:-1], ids[0, context + 1 :]
-    full = model(following, past_key_values=captured).logits[0]
+    full = model(following, **takes(model, captured)).logits[0]
     attended = captured.attended()
     captured.go_back(held)  # the reference pass has added its own tokens and queries
     for setting in settings:
@@ -173,9 +174,9 @@ def measure(
         if block is None:
             # No later token would see what is evicted after these, so that need not be worked out.
             cache.activate_past_recording()
-            logits = model(following, past_key_values=cache).logits[0]
+            logits = model(following, **takes(model, cache)).logits[0]
         else:
-            steps = [model(following[:, [t]], past_key_values=cache).logits[0] for t in range(following.shape[1])]
+            steps = [model(following[:, [t]], **takes(model, cache)).logits[0] for t in range(following.shape[1])]
             logits = torch.cat(steps)
             parts = zip(*(x.tensor_split(QUARTERS) for x in (full, logits, targets)), strict=True)
             quarters = [compare(*part).kl for part in parts]

@@ -13,6 +13,7 @@ from momentkv.diagnostics import EvictionError
 from momentkv.evaluation.capture import CaptureCache, replay
 from momentkv.evaluation.errors import head_errors
 from momentkv.evaluation.settings import Setting, empty_cache
+from momentkv.hf.models import takes
 from momentkv.policies import get_policy
 
 __all__ = ["Gap", "measure_gap"]
@@ -75,9 +76,9 @@ def measure_gap(
     used = dataclasses.replace(setting, order=1, kind="moments") if setting.order is None else setting
     policy = get_policy(setting.policy)
     captured = CaptureCache(model, wanted_queries([policy]))
-    model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
+    model(ids[:, :context], **takes(model, captured), logits_to_keep=1)
     cache = replay(captured, empty_cache(model, used, sinks=sinks, window=window))
     for layer in captured.capture_layers.values():
         layer.keep = None
-    model(ids[:, context:], past_key_values=captured, logits_to_keep=1)
+    model(ids[:, context:], **takes(model, captured), logits_to_keep=1)
     return Gap(setting, list(cache.moment_layers), head_errors(captured.attended(), cache, context))

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from momentkv.evaluation.layer_times import Call, Row, Sizes, measure
 from momentkv.hf import DecodeGraphs, MomentCache
+from momentkv.hf.models import takes
 
 __all__ = ["of_model"]
 
@@ -34,7 +35,7 @@ def of_model(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     for name, cache in kept.items():
         # Of a few thousand tokens at a time, for each is followed by an eviction in every layer.
         for chunk in torch.split(ids, 8192, dim=1):
-            model(chunk, past_key_values=cache, logits_to_keep=1)
+            model(chunk, **takes(model, cache), logits_to_keep=1)
         one = step(model, ids[:, :1], cache, graphs=name.endswith("graphs"))
         yield measure("model", name, one, sizes._replace(graphed=0), device, nbytes=weights) | {
             "context": sizes.model_context
@@ -46,4 +47,4 @@ def step(model: Any, token: torch.Tensor, cache: Any, *, graphs: bool) -> Call:
     if graphs:
         replayed = DecodeGraphs(model, cache, capture_flush=True)
         return lambda _: replayed(token)
-    return lambda _: model(token, past_key_values=cache)
+    return lambda _: model(token, **takes(model, cache))

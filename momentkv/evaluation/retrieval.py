@@ -15,6 +15,7 @@ from momentkv.evaluation.capture import CaptureCache, SecondReading, capture_aga
 from momentkv.evaluation.haystack import Answer, Haystack, Question
 from momentkv.evaluation.settings import Setting, empty_cache
 from momentkv.hf import MomentCache
+from momentkv.hf.models import takes
 from momentkv.policies import get_policy
 
 __all__ = ["Asked", "Recall", "measure_haystack", "recall"]
@@ -98,7 +99,7 @@ class Reader:
         self.model, self.haystack, self.keep = model, haystack, keep
         self.captured = CaptureCache(model, keep)
         self.context = len(haystack.context)
-        model(self.ids(haystack.context), past_key_values=self.captured, logits_to_keep=1)
+        model(self.ids(haystack.context), **takes(self.model, self.captured), logits_to_keep=1)
         self.nbytes = self.captured.nbytes
         self.second: dict[Any, dict[int, SecondReading]] = {}
         self.layers = list(self.captured.capture_layers.values())
@@ -123,7 +124,7 @@ class Reader:
         captured = self.rewind()
         for layer in self.layers:
             layer.keep = None
-        self.model(self.ids(question.tokens[:-1]), past_key_values=captured, logits_to_keep=1)
+        self.model(self.ids(question.tokens[:-1]), **takes(self.model, captured), logits_to_keep=1)
         for layer, queries in zip(self.layers, self.queries, strict=True):
             both = torch.cat([x for x in (queries, layer.queries) if x is not None], dim=2)
             layer.queries = both if self.keep is None else both[:, :, -self.keep :]
@@ -140,7 +141,7 @@ class Reader:
         results = []
         for answer in question.answers:
             ids = self.ids([*fed, *answer.tokens])
-            logits = self.model(ids[:, :-1], past_key_values=fresh(), logits_to_keep=len(answer.tokens)).logits
+            logits = self.model(ids[:, :-1], **takes(self.model, fresh()), logits_to_keep=len(answer.tokens)).logits
             results.append(recall(logits[0], answer))
         return max(results, key=lambda result: (result.values, -result.nll))
 
@@ -150,7 +151,7 @@ class Reader:
         out = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
+            **takes(self.model, cache),
             max_new_tokens=max(len(answer.tokens) for answer in question.answers) + SLACK,
             do_sample=False,
         )

@@ -22,6 +22,7 @@ from momentkv.evaluation.settings import check_evicts
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
 from momentkv.evaluation.steps import Step, evicted_tokens, typical
 from momentkv.hf import MomentCache
+from momentkv.hf.models import takes
 
 __all__ = ["speed"]
 
@@ -186,14 +187,14 @@ def build_cache(kind: str, model: Any, budget: int) -> Any:
 def prefill(model: Any, ids: torch.Tensor, cache: Any, chunk: int) -> None:
     """Read the context, so many tokens at once."""
     for piece in torch.split(ids, chunk, dim=1):
-        model(piece, past_key_values=cache, logits_to_keep=1)
+        model(piece, **takes(model, cache), logits_to_keep=1)
 
 
 @torch.inference_mode()
 def decode(model: Any, token: torch.Tensor, cache: Any) -> float:
     """One step; seconds it took."""
     start = time.perf_counter()
-    model(token, past_key_values=cache).logits.cpu()
+    model(token, **takes(model, cache)).logits.cpu()
     return time.perf_counter() - start
 
 

@@ -24,6 +24,7 @@ from momentkv.evaluation.settings import (
     settings_grid,
 )
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
+from momentkv.hf.models import takes
 from momentkv.policies import get_policy
 from momentkv.statistics.corrections import get_correction
 
@@ -34,7 +35,7 @@ __all__ = ["measure_stream", "stream"]
 def capture(model: Any, ids: torch.Tensor) -> dict[int, Attended]:
     """Queries, keys and values of every layer over the whole text, by the full cache."""
     captured = CaptureCache(model, None)
-    model(ids.to(model.device), past_key_values=captured, logits_to_keep=1)
+    model(ids.to(model.device), **takes(model, captured), logits_to_keep=1)
     return captured.attended()
 
 

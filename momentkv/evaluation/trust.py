@@ -22,6 +22,7 @@ from momentkv.evaluation.errors import retained_mask
 from momentkv.evaluation.report import environment, save_figure, titled, write_json
 from momentkv.evaluation.settings import CHOICES, DEFAULT, Setting, check_evicts, empty_cache, setting_of
 from momentkv.evaluation.sources import BUILTIN_MODEL, load_model, load_text, tokenize
+from momentkv.hf.models import takes
 from momentkv.policies import get_policy
 from momentkv.statistics.expansion import Expansion
 from momentkv.statistics.moments import Moments
@@ -99,11 +100,11 @@ def measure_trust(model: Any, ids: torch.Tensor, context: int, setting: Setting,
     ids = ids.to(model.device)
     policy = get_policy(setting.policy)
     captured = CaptureCache(model, wanted_queries([policy]))
-    model(ids[:, :context], past_key_values=captured, logits_to_keep=1)
+    model(ids[:, :context], **takes(model, captured), logits_to_keep=1)
     cache = replay(captured, empty_cache(model, setting, sinks=1, window=32))
     for each in captured.capture_layers.values():
         each.keep = None
-    model(ids[:, context:], past_key_values=captured, logits_to_keep=1)
+    model(ids[:, context:], **takes(model, captured), logits_to_keep=1)
     attended, columns = captured.attended(), []
     for index, core in cache.moment_layers.items():
         layer = attended[index]

@@ -10,6 +10,7 @@ from momentkv.backends.recording import Recorder, record_cuda
 from momentkv.cache.joining import flush_together
 from momentkv.hf.cache import MomentCache
 from momentkv.hf.clock import Clock
+from momentkv.hf.models import takes
 
 __all__ = ["DecodeGraphs", "record_cuda"]
 
@@ -81,7 +82,7 @@ class DecodeGraphs:
         def one_step() -> torch.Tensor:
             with torch.no_grad():
                 logits: torch.Tensor = model(
-                    self.ids, position_ids=self.positions, past_key_values=cache, use_cache=True
+                    self.ids, position_ids=self.positions, **takes(model, cache), use_cache=True
                 ).logits
             return logits
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from momentkv.hf.checks import NAME
 
-__all__ = ["DIMENSIONS", "agree", "config_of", "dtype_name", "dtype_of", "fingerprint", "model_record"]
+__all__ = ["DIMENSIONS", "agree", "config_of", "dtype_name", "dtype_of", "fingerprint", "model_record", "takes"]
 
 # Entries of a configuration that decide whether a cache fits; one that a model lacks is None.
 DIMENSIONS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "rope_parameters")
@@ -42,6 +44,21 @@ def config_of(model: Any) -> Any:
     if hasattr(config, "get_text_config") and not isinstance(model, type):
         return config
     raise TypeError(f"model is {mistaken(model)}")
+
+
+def takes(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument by which a model takes a cache, in a pass and in ``generate``: 5.24 of transformers renamed it.
+
+    A wrapper that hands on whatever it is given is asked by the name that its version of transformers knows.
+    """
+    names = inspect.signature(getattr(model, "forward", model)).parameters
+    return {"cache" if "cache" in names or ("past_key_values" not in names and renamed()) else "past_key_values": cache}
+
+
+@functools.cache
+def renamed() -> bool:
+    """Whether this version of transformers has a name of its own for caches."""
+    return "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 
 def mistaken(model: Any) -> str:

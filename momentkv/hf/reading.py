@@ -17,6 +17,7 @@ from momentkv.cache.second_reading import RereadBudget
 from momentkv.hf.cache import MomentCache
 from momentkv.hf.inputs import check_positions, check_reader, first_ids, ids_of, placed
 from momentkv.hf.layer_reader import LayerReader
+from momentkv.hf.models import takes
 from momentkv.hf.repeating import REQUEST, opens_turn, request_of
 from momentkv.hf.stretches import LEAD, parts, passes_of
 from momentkv.hf.trial import Trial
@@ -273,7 +274,7 @@ class Reading:
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None, *, logits: bool = False) -> Any:
         """One pass of the model; logits of its last token, or of all, (batch, n, vocabulary), if it predicts any."""
-        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        options: dict[str, Any] = takes(self.model, self.cache) | {"use_cache": True}
         if self.takes_logits:
             options["logits_to_keep"] = ids.shape[1] if logits else 1
         if mask is not None:

@@ -27,6 +27,7 @@ from momentkv.evaluation.lm_eval.batches import check_batch
 from momentkv.evaluation.lm_eval.questions import question_start, tokens_from
 from momentkv.hf import MomentCache
 from momentkv.hf.checks import NAME, SHARING
+from momentkv.hf.models import takes
 from momentkv.policies import get_policy
 from momentkv.statistics.corrections import get_correction
 
@@ -216,7 +217,7 @@ class MomentLM(HFLM):
                 max_length=max_length,
                 stop=stop,
                 attention_mask=mask,
-                past_key_values=cache,
+                **takes(self.model, cache),
                 **chunk,
                 **kwargs,
             )
@@ -232,7 +233,7 @@ class MomentLM(HFLM):
         ids, mask = (torch.cat(parts, dim=1) for parts in zip(before, after, strict=True))
         longer = ids.shape[1] - context.shape[1]
         out = super()._model_generate(
-            ids, max_length=max_length + longer, stop=stop, attention_mask=mask, past_key_values=cache, **kwargs
+            ids, max_length=max_length + longer, stop=stop, attention_mask=mask, **takes(self.model, cache), **kwargs
         )
         return torch.cat([context, out[:, ids.shape[1] :]], dim=1)  # lm_eval cuts off as many tokens as it gave
 
@@ -357,7 +358,7 @@ class MomentLM(HFLM):
                     ids[:, at:end],
                     attention_mask=mask[:, : before + end],
                     position_ids=positions[:, at:end],
-                    past_key_values=cache,
+                    **takes(self.model, cache),
                     use_cache=True,
                     logits_to_keep=0 if all_logits else 1,  # 0 keeps all
                 )

@@ -14,6 +14,7 @@ from momentkv.evaluation.haystack import Haystack
 from momentkv.evaluation.lm_eval.model import MomentLM
 from momentkv.evaluation.retrieval import Reader
 from momentkv.evaluation.settings import Setting, empty_cache
+from momentkv.hf.models import takes
 from momentkv.policies import get_policy
 
 __all__ = ["SharedLM"]
@@ -110,7 +111,7 @@ class SharedLM(MomentLM):
         with torch.no_grad():
             cache = self._cache_after(context[0, : context.shape[1] - self.questions[0]].tolist())
         return super(MomentLM, self)._model_generate(
-            context, max_length=max_length, stop=stop, past_key_values=cache, **kwargs
+            context, max_length=max_length, stop=stop, **takes(self.model, cache), **kwargs
         )
 
     def _cache_after(self, context: list[int]) -> Any:

@@ -101,6 +101,7 @@ def logits_of(
 ) -> torch.Tensor:
     """Logits (rows, steps, vocabulary) of steps whose tokens are given, on the CPU."""
     from momentkv.hf import DecodeGraphs, MomentCache
+    from momentkv.hf.models import takes
 
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, model.config.vocab_size, (ROWS, PROMPT + steps), generator=rng).to(model.device)
@@ -112,7 +113,7 @@ def logits_of(
     with torch.no_grad():
         for start in range(0, PROMPT, chunk):
             stop = min(start + chunk, PROMPT)
-            model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            model(ids[:, start:stop], attention_mask=mask[:, :stop], **takes(model, cache))
         cache = passed_through(cache, model, through)
         step: Callable[[torch.Tensor, int], torch.Tensor]
         if graphs:
@@ -123,7 +124,7 @@ def logits_of(
         else:
 
             def step(token: torch.Tensor, stop: int) -> torch.Tensor:
-                logits: torch.Tensor = model(token, attention_mask=mask[:, :stop], past_key_values=cache).logits
+                logits: torch.Tensor = model(token, attention_mask=mask[:, :stop], **takes(model, cache)).logits
                 return logits
 
         for at in range(PROMPT, PROMPT + steps):
