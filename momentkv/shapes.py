@@ -282,6 +282,11 @@ def shape_from_config(config: Mapping[str, Any]) -> Shape:
             raise ValueError(
                 f"{name} is {config[name]} in the configuration: {what} is not supported; try another model"
             )
+    if config.get("n_recurrent_loops", 1) != 1:
+        raise ValueError(
+            f"n_recurrent_loops is {config['n_recurrent_loops']!r} in the configuration: layers that run several times "
+            "are not supported; try another model"
+        )
     layers, q_heads = entry(config, "num_hidden_layers"), entry(config, "num_attention_heads")
     types = layer_types(config, layers)
     for kind in types:

@@ -40,6 +40,7 @@ CONSTRUCTIONS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "sdpa": (lambda: MomentCache(tiny("llama", "sdpa"), 64), ["attn_implementation is 'sdpa'", "set_attn_"]),
     "unset": (lambda: MomentCache(LlamaConfig(**SIZES), 64), ["attn_implementation is"]),
     "encoder-decoder": (lambda: MomentCache(config("t5"), 64), ["'t5'", "encoder-decoder", "DynamicCache"]),
+    "loops": (lambda: MomentCache(config("llama", n_recurrent_loops=2), 64), ["'llama'", "n_recurrent_loops"]),
     "softcap": (lambda: MomentCache(config("gemma2"), 64), ["'gemma2'", "attn_logit_softcapping"]),
     "latent attention": (lambda: MomentCache(config("deepseek_v3"), 64), ["'deepseek_v3'", "kv_lora_rank"]),
     "sinks as parameters": (lambda: MomentCache(config("gpt_oss"), 64), ["'gpt_oss'", "attention sinks"]),

@@ -330,6 +330,7 @@ def test_impossible_shapes_are_refused(numbers: dict[str, int], message: str):
     [
         ({"num_hidden_layers": None}, "num_hidden_layers is None"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"n_recurrent_loops": 2}, "n_recurrent_loops is 2 in the configuration: layers that run several times"),
         ({"kv_lora_rank": 512}, "kv_lora_rank is 512.*multi-head latent attention is not supported"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries but num_hidden_layers is 2"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),

@@ -210,6 +210,7 @@ def refuse_architecture(config: Any, whole: Any = None) -> None:
         "it has cross-attention layers": any(in_any_layer(config, name) for name in CROSS),
         "it has attention sinks as parameters": config.model_type == "gpt_oss",
         "its layers share caches (num_kv_shared_layers)": getattr(config, "num_kv_shared_layers", None),
+        "it runs layers several times (n_recurrent_loops)": getattr(config, "n_recurrent_loops", 1) != 1,
         "it is not causal (is_causal)": not getattr(config, "is_causal", True),
         "it is not causal (use_bidirectional_attention)": bidirectional is True or bidirectional == "all",
         "its attention does not go through transformers' attention interface": not uses_interface(config),
